@@ -1,0 +1,191 @@
+"""Figure 1 of Tang et al. (ICML 2025, arXiv 2503.19595): k-sample objectives on a 100-armed bandit.
+
+Arms have fixed rewards drawn from N(0, 1); a softmax policy starts uniform and takes k = 4 samples a step, with learning
+rate 1. All three metrics are computed exactly from the policy, over many seeds at once; nothing in them is sampled.
+
+    mean         A_i = (1/k) (r_i - mean_{j != i} r_j)          gradient of the mean reward
+    mean x k     A_i = r_i - mean_{j != i} r_j                  the same as a sum over the samples, k times as long
+    unbiased     A_i = max_j r_j - max_{j != i} r_j             gradient of max@k (Lemma 1)
+    biased       the unbiased one less its mean over i          gradient of max@(k-1)
+
+The paper does not say which of the first two is its baseline, and claim B1 depends on it: both are shown.
+
+    python bandit.py
+"""
+
+import itertools
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+from verifiers import BadInput
+
+
+@dataclass
+class Args:
+    k: int = 4
+    """samples a step"""
+    arms: int = 100
+    """arms of the bandit"""
+    lr: float = 1.0
+    """learning rate (eta)"""
+    steps: int = 400
+    """gradient steps"""
+    seeds: int = 1000
+    """independent bandits, run side by side"""
+    seed: int = 0
+    """of the rewards and of sampling"""
+    json: bool = False
+    """print the results as JSON instead of the table"""
+    figure: Path | None = Path("runs/bandit.png")
+    """where the three panels go"""
+
+
+def advantages(rewards: torch.Tensor, estimator: str) -> torch.Tensor:
+    """Advantages (S, k) of one estimator for rewards (S, k), n = k; to be used as sum_i A_i grad log pi(y_i)."""
+    if estimator == "mean":
+        return common.leave_one_out(lambda r: r.mean(-1), rewards)
+    if estimator == "mean x k":
+        return rewards.shape[-1] * common.leave_one_out(lambda r: r.mean(-1), rewards)
+    A = common.leave_one_out(lambda r: r.amax(-1), rewards)
+    return A - A.mean(-1, keepdim=True) if estimator == "biased" else A
+
+
+def exact_metrics(log_pi: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """Mean reward, max@k and KL from the uniform policy, (3, S), of policies log_pi (S, arms).
+
+    rewards: (S, arms), sorted upwards. With F the cumulative probability, max@k = sum_a r_a (F_a^k - F_{a-1}^k).
+    """
+    pi = log_pi.exp()
+    mean = (pi * rewards).sum(-1)
+    F = pi.cumsum(-1).clamp(max=1)  # (S, arms)
+    best = (rewards * torch.diff(F**k, dim=-1, prepend=torch.zeros_like(F[:, :1]))).sum(-1)
+    kl = (pi * (log_pi + math.log(pi.shape[-1]))).sum(-1)
+    return torch.stack([mean, best, kl])
+
+
+def trajectory(args: Args, estimator: str) -> torch.Tensor:
+    """Exact metrics along training, (steps + 1, 3, seeds) float64. The same arms for every estimator."""
+    generator = torch.Generator().manual_seed(args.seed)
+    rewards = torch.randn(args.seeds, args.arms, generator=generator, dtype=torch.float64).sort(-1).values
+    theta = torch.zeros_like(rewards)
+    metrics = [exact_metrics(theta.log_softmax(-1), rewards, args.k)]
+    for _ in tqdm(range(args.steps), desc=estimator, unit="step", disable=args.json):
+        pi = theta.softmax(-1)
+        y = torch.multinomial(pi, args.k, replacement=True, generator=generator)  # (S, k)
+        A = advantages(rewards.gather(-1, y), estimator)  # (S, k)
+        # grad_theta sum_i A_i log pi(y_i) = sum_i A_i (onehot(y_i) - pi)
+        theta = theta.scatter_add(-1, y, args.lr * A) - args.lr * A.sum(-1, keepdim=True) * pi
+        metrics.append(exact_metrics(theta.log_softmax(-1), rewards, args.k))
+    return torch.stack(metrics)
+
+
+def mean_at_kl(metrics: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Mean reward (G, S) that each seed's run had when its KL first reached each value of `grid`; nan if it never did."""
+    reward, kl = metrics[:, 0], metrics[:, 2].cummax(0).values  # (steps + 1, S)
+    first = torch.searchsorted(kl.T.contiguous(), grid.repeat(kl.shape[1], 1).double())  # (S, G)
+    reached = first < len(kl)
+    at = reward.T.gather(1, first.clamp(max=len(kl) - 1))
+    return at.where(reached, torch.nan).T
+
+
+CLAIMS = {
+    "B1": "the mean gradient raises the mean reward fastest",
+    "B2": "at equal KL from the start, the k-sample gradients have more mean reward",
+    "B3": "the k-sample gradients raise max@k much faster",
+}
+
+
+def mean_and_ci(values: torch.Tensor) -> tuple[float, float]:
+    """Mean over seeds and half-width of its 95% confidence interval; values (S,), nan where a seed has none."""
+    values = values[~values.isnan()]
+    return values.mean().item(), (1.96 * values.std() / math.sqrt(len(values))).item()
+
+
+def claims(runs: dict[str, torch.Tensor], grid: torch.Tensor) -> list[dict]:
+    """B1-B3 of Figure 1 as paired differences over seeds, for both normalisations of the mean gradient.
+
+    B1: mean reward after some steps, baseline less k-sample; B3: max@k after some steps, and B2: mean reward at some KL
+    (over the seeds in which both runs reached it), k-sample less baseline. A claim holds where its difference is
+    positive beyond its 95% confidence interval, and does not where it is negative beyond it.
+    """
+    steps = len(next(iter(runs.values()))) - 1
+    rows = []
+    for baseline, estimator in itertools.product(("mean", "mean x k"), ("unbiased", "biased")):
+        a, b = runs[baseline], runs[estimator]
+        at_kl = mean_at_kl(b, grid) - mean_at_kl(a, grid)  # (G, S)
+        cells = [("B1", f"step {t}", (a - b)[t, 0]) for t in (steps // 20, steps // 4, steps)]
+        cells += [("B2", f"KL {grid[g]:.1f}", at_kl[g]) for g in (len(grid) // 6, len(grid) // 3, len(grid) - 1)]
+        cells += [("B3", f"step {t}", (b - a)[t, 1]) for t in (steps // 20, steps // 4, steps)]
+        for claim, where, values in cells:
+            mean, ci = mean_and_ci(values)
+            verdict = "holds" if mean > ci else "does not hold" if mean < -ci else "undecided"
+            rows.append(dict(claim=claim, baseline=baseline, estimator=estimator, where=where)
+                        | dict(difference=mean, ci95=ci, verdict=verdict))  # fmt: skip
+    return rows
+
+
+def save_figure(path: Path, runs: dict[str, torch.Tensor], grid: torch.Tensor, k: int) -> None:
+    """The three panels of Figure 1, with 95% bands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for name, metrics in runs.items():
+        steps = torch.arange(len(metrics))
+        at_kl = mean_at_kl(metrics, grid)  # (G, S)
+        at_kl = at_kl.where(~at_kl.isnan().any(-1, keepdim=True), torch.nan)  # a KL that not all seeds reached would
+        for axis, x, y in zip(axes, (steps, grid, steps), (metrics[:, 0], at_kl, metrics[:, 1])):  # compare unlike seeds
+            mean, ci = y.mean(-1), 1.96 * y.std(-1) / math.sqrt(y.shape[-1])
+            axis.plot(x, mean, label=name)
+            axis.fill_between(x, mean - ci, mean + ci, alpha=0.25)
+    axes[0].set(xlabel="step", ylabel="mean reward", title="mean reward")
+    axes[1].set(xlabel="KL from the uniform policy (nats)", ylabel="mean reward", title="mean reward at equal KL")
+    axes[2].set(xlabel="step", ylabel=f"max@{k}", title=f"pass@k: best of {k}")
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    for name, least in {"k": 2, "arms": 2, "steps": 1, "seeds": 2}.items():
+        if getattr(args, name) < least:
+            raise BadInput(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    runs = {name: trajectory(args, name) for name in ("mean", "mean x k", "unbiased", "biased")}
+    grid = torch.linspace(0, 3, 61, dtype=torch.float64)
+    final = {
+        name: {what: mean_and_ci(metrics[-1, i]) for i, what in enumerate(("mean reward", f"max@{args.k}", "KL"))}
+        for name, metrics in runs.items()
+    }
+    rows = claims(runs, grid)
+    if args.figure:
+        save_figure(args.figure, runs, grid, args.k)
+    if args.json:
+        json.dump({"args": vars(args) | {"figure": str(args.figure)}, "final": final, "claims": rows}, sys.stdout)
+        return
+    print(f"\nafter {args.steps} steps, {args.seeds} seeds (± 95% confidence)")
+    for name, result in final.items():
+        print(f"  {name:9}" + "".join(f"   {what} {mean:.3f} ± {ci:.3f}" for what, (mean, ci) in result.items()))
+    print("\nclaims of Figure 1, as paired differences (± 95% confidence)")
+    for claim, text in CLAIMS.items():
+        print(f"{claim}: {text}")
+        for (baseline, estimator), cells in itertools.groupby(
+            [row for row in rows if row["claim"] == claim], key=lambda row: (row["baseline"], row["estimator"])
+        ):
+            cells = [f"{c['where']}: {c['difference']:+.3f} ± {c['ci95']:.3f} {c['verdict']}" for c in cells]
+            print(f"  {estimator + ' against ' + baseline:26}" + "".join(f"{cell:38}" for cell in cells).rstrip())
+    if args.figure:
+        print(f"\nfigure: {args.figure}")
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Args)

@@ -1,0 +1,796 @@
+"""What every algorithm here shares: a policy, its samples, exact k-sample metrics, the training step and the run folder.
+
+Data flows one way: prompts -> `sample` -> verifier -> advantages (each script's own) -> `policy_gradient_step`.
+Shapes: B prompts, n responses to each, T tokens in the longest response, R rows (one response each), V vocabulary.
+References are to PAPERS.md's sources: Tang et al. (arXiv 2503.19595), Chow et al. (2412.15287), PKPO (2505.15201).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, logging as transformers_logging
+
+from verifiers import BadInput, Problem, Task, Verdict
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Control variates: pure functions of tensors; see PAPERS.md section 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def leave_one_out(objective: Callable[..., torch.Tensor], *samples: torch.Tensor) -> torch.Tensor:
+    """A_i = f(y_1..y_n) - f(y_{-i}): Tang's Lemma 1, for any symmetric objective f.
+
+    objective: maps one or more tensors (..., m) to (...), for m = n and m = n - 1. samples: each (B, n), n >= 2.
+    Returns (B, n). `sum_i A_i grad log pi(y_i)` (a sum over samples) is unbiased for the gradient of E[f].
+    """
+    n = samples[0].shape[-1]
+    others = torch.arange(n).repeat(n, 1)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)  # row i: all but i
+    without = objective(*(s[..., others.to(s.device)] for s in samples))  # (B, n, n-1) -> (B, n)
+    return objective(*samples).unsqueeze(-1) - without
+
+
+def subset_weights(n: int, k: int) -> torch.Tensor:
+    """Share of the k-subsets of n sorted samples whose last is the i-th: C(i-1, k-1) / C(n, k), i = 1..n. (n,) float64.
+
+    In product form, which neither overflows nor cancels: w_n = k/n and w_i = w_{i+1} (i+1-k)/i.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
+    i = torch.arange(n - 1, 0, -1, dtype=torch.float64)  # n-1 .. 1
+    ratios = ((i + 1 - k) / i).clamp(min=0)
+    return torch.cat([torch.full((1,), k / n, dtype=torch.float64), k / n * ratios.cumprod(0)]).flip(0)
+
+
+def best_of_k(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """Best-of-k: the expected reward of the sample that scores highest among k, over all k-subsets of n, exactly.
+
+    scores, rewards: (B, n), n >= k. Equal scores share: a tie's value is the mean reward of the tied samples.
+    Returns (B,) float64. Raises ValueError unless 1 <= k <= n. PAPERS.md section 1, "Evaluation metrics".
+    """
+    weights = subset_weights(scores.shape[-1], k).to(scores.device)
+    scores, order = scores.sort(dim=-1)
+    tie = F.pad((scores.diff(dim=-1) != 0).cumsum(-1), (1, 0))  # (B, n): the number of each sample's score level
+    level = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)
+    weight, reward, count = (
+        level.scatter_add(-1, tie, x)  # (B, n): sums over each score level
+        for x in (weights.expand_as(level), rewards.gather(-1, order).double(), torch.ones_like(level))
+    )
+    return (weight * reward / count.clamp(min=1)).sum(-1)
+
+
+def pass_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """pass@k, and max@k for real-valued rewards: the mean of max over all k-subsets of n samples, exactly.
+
+    rewards: (B, n), n >= k. Returns (B,) float64; for 0/1 rewards it is 1 - C(n-c, k) / C(n, k).
+    Raises ValueError unless 1 <= k <= n.
+    """
+    return best_of_k(rewards, rewards, k)
+
+
+def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """maj@k: the reward of the most voted answer, its mean over all k-subsets of n samples, exactly.
+
+    votes: (B, n) int64, equal = same answer, -1 = no answer (casts no vote; no votes at all are worth 0).
+    rewards: (B, n), a function of the answer; where it is not, the mean reward of the answer's samples counts.
+    Ties are split: the mean over the tied answers. Returns (B,) float64. Raises ValueError unless 1 <= k <= n.
+    """
+    return subset_majorities(votes, rewards, k)[0][:, 0]
+
+
+def subset_majorities(votes: torch.Tensor, rewards: torch.Tensor, k: int, leave_out: bool = False):
+    """The majority objective averaged over subsets, by counting per answer: no enumeration, n and k in the hundreds.
+
+    votes, rewards: see `majority_at_k`. Returns (all, without), float64: all (B, 2), the means over the k-subsets and
+    over the (k-1)-subsets of the n samples; without (B, n, 2), the same among the n - 1 samples other than the i-th
+    (where k = n, both over k-1), or None unless leave_out. The empty vote is worth 0.
+
+    A k-subset takes from an answer with c votes a binomial number of them, conditioned on the subset's size: let
+    f_c(u) = C(c,u) p^u (1-p)^(c-u) for any p (it cancels; p near k/n keeps the numbers tame). Answer a wins with t
+    votes if all others have fewer, and shares 1/(1+s) with s others that also have t. As 1/(1+s) = int_0^1 z^s dz,
+
+        f_n(k) E[f] = sum_t int_0^1 dz [x^k]  sum_a r_a f_a(t) x^t  prod_{b != a} ( sum_{u<t} f_b(u) x^u + z f_b(t) x^t )
+
+    The integral is exact by Gauss-Legendre quadrature, [x^k] by evaluation at the (n+1)-th roots of unity, the sum over
+    a by dual numbers (F_b + eps r_b f_b(t) x^t), and answers with equal votes and rewards share one factor.
+    """
+    B, n = votes.shape
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
+    float64 = torch.float64
+    votes, rewards = votes.cpu(), rewards.cpu().to(float64)
+    # Group the answers that have the same number of votes and the same reward: D groups at most in a row.
+    same = votes.unsqueeze(-1) == votes.unsqueeze(-2)  # (B, n, n)
+    blank = votes < 0  # no answer: counted as a group without votes that fills subsets but never wins
+    count = same.sum(-1).masked_fill(blank, 0)  # (B, n)
+    value = ((same * rewards.unsqueeze(-2)).sum(-1) / same.sum(-1)).masked_fill(blank, 0)  # (B, n)
+    order = value.argsort(dim=-1, stable=True)
+    order = order.gather(-1, count.gather(-1, order).argsort(dim=-1, stable=True))  # by count, then by value
+    new = (count.gather(-1, order).diff(dim=-1) != 0) | (value.gather(-1, order).diff(dim=-1) != 0)
+    group = torch.empty_like(votes).scatter_(-1, order, F.pad(new.cumsum(-1), (1, 0)))  # (B, n)
+    zeros = torch.zeros(B, int(group.max()) + 1, dtype=float64)  # (B, D)
+    c = zeros.long().scatter_(-1, group, count)
+    r = zeros.scatter(-1, group, value)
+    size = (zeros.scatter_add(-1, group, torch.ones_like(value)) / c.clamp(min=1)).round().long().masked_fill(c == 0, 0)
+    blanks = blank.sum(-1)  # (B,)
+    # Tables over vote counts: f_c(u) x^u, and the sums below u, at the P = (n+1)//2 + 1 roots whose conjugates are the others.
+    p = k / (n + 1)
+    u = torch.arange(k + 1, dtype=float64)
+    counts = torch.arange(int(c.max()) + 1, dtype=float64).unsqueeze(-1)  # (C, 1)
+    left = (counts - u).clamp(min=0)
+    log_f = (counts + 1).lgamma() - (u + 1).lgamma() - (left + 1).lgamma() + u * math.log(p) + left * math.log1p(-p)
+    f = log_f.exp().where(u <= counts, 0)  # (C, k+1)
+    root = torch.polar(torch.ones((), dtype=float64), 2 * math.pi * torch.arange((n + 1) // 2 + 1, dtype=float64) / (n + 1))
+    term = f.unsqueeze(-1) * root ** u.unsqueeze(-1)  # (C, k+1, P)
+    below = F.pad(term.cumsum(1), (0, 0, 1, 0))  # (C, k+2, P)
+    # Nodes: a winning number of votes t, and quadrature points z enough for as many ties as can occur.
+    nodes = []
+    for t in range(1, min(k, int(c.max())) + 1):
+        rivals = min(k // t, int((size * (c >= t)).sum(-1).max())) - 1
+        z, w = np.polynomial.legendre.leggauss(max(rivals, 0) // 2 + 1)
+        nodes += [(t, (1 + z_q) / 2, w_q / 2) for z_q, w_q in zip(z, w)]
+    t, z, w = (torch.tensor(column, dtype=float64) for column in zip(*nodes or [(1, 0, 0)]))  # (Q,) each
+    tie = term[:, t.long()]  # (C, Q, P)
+    factor = below[:, t.long()] + z.unsqueeze(-1) * tie  # (C, Q, P)
+
+    def expectations(polynomial: torch.Tensor, m: int) -> torch.Tensor:
+        """(B, Q, P) values at the roots -> (B, 2): coefficients k and k-1, each over that of all m samples' votes."""
+        values = (w.unsqueeze(-1) * polynomial).sum(1)  # (B, P)
+        values[:, 1 : (n + 2) // 2] *= 2  # those that stand for two conjugate roots
+        sizes = [min(k, m), k - 1]
+        log_total = [math.lgamma(m + 1) - math.lgamma(j + 1) - math.lgamma(m - j + 1) for j in sizes]
+        total = [math.exp(log + j * math.log(p) + (m - j) * math.log1p(-p)) for log, j in zip(log_total, sizes)]
+        coefficient = torch.stack([root**-j for j in sizes], -1)  # (P, 2)
+        return (values @ coefficient).real / (n + 1) / torch.tensor(total, dtype=float64)
+
+    def product(a, b):
+        return a[0] * b[0], a[0] * b[1] + a[1] * b[0]
+
+    def group_product(g: int, m: torch.Tensor):
+        """Dual number (each part (B, Q, P)) of m answers (B,) of group g: F^m and m r f_c(t) x^t F^(m-1)."""
+        base, power, odd = factor[c[:, g]], 1, (m - 1).clamp(min=0)
+        while odd.any():  # F^(m-1) by squaring: complex pow is slow, and NaN at 0 ** 0
+            power = torch.where((odd % 2 == 1).view(-1, 1, 1), power * base, power)
+            base, odd = base * base, odd // 2
+        eps = (m * r[:, g]).view(-1, 1, 1) * tie[c[:, g]] * power
+        return torch.where((m > 0).view(-1, 1, 1), power * factor[c[:, g]], 1), eps
+
+    def blank_product(m: torch.Tensor) -> torch.Tensor:
+        return (1 - p + p * root) ** m.view(-1, 1, 1)  # (B, 1, P)
+
+    one = (torch.ones((), dtype=torch.complex128), torch.zeros((), dtype=torch.complex128))
+    groups = [group_product(g, size[:, g]) for g in range(c.shape[1])]
+    before = list(itertools.accumulate(groups, product, initial=one))  # before[g]: product of the groups before g
+    everyone = expectations(before[-1][1] * blank_product(blanks), n)  # (B, 2)
+    if not leave_out:
+        return everyone, None
+    after = list(itertools.accumulate(groups[::-1], product, initial=one))[::-1]  # after[g]: of g and those behind it
+    without = []
+    for g in range(c.shape[1]):  # one answer of group g loses one vote
+        others = product(product(before[g], after[g + 1]), group_product(g, size[:, g] - 1))
+        fewer = (c[:, g] - 1).clamp(min=0)
+        polynomial = product(others, (factor[fewer], r[:, g].view(-1, 1, 1) * tie[fewer]))[1] * blank_product(blanks)
+        one_blank_less = before[-1][1] * blank_product((blanks - 1).clamp(min=0))
+        without.append(expectations(torch.where((c[:, g] > 0).view(-1, 1, 1), polynomial, one_blank_less), n - 1))
+    return everyone, torch.stack(without, 1).gather(1, group.unsqueeze(-1).expand(-1, -1, 2))  # (B, D, 2) -> (B, n, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Policy:
+    """A causal language model, its tokenizer and the tokens that end a response."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    stop_ids: list[int]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpointing: bool = False) -> Policy:
+    """The policy: "tiny" (warm-started on `task`, cached) or a Hugging Face causal LM by hub id or folder.
+
+    Weights are float32; on CUDA they are used under bfloat16 autocast. Dropout is off for good: the log-probs that
+    training differentiates must be those of the distribution that was sampled from. Raises BadInput.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    transformers_logging.disable_progress_bar()  # ours say more
+    folder = tiny_policy_folder(task) if name == "tiny" else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"cannot load --model {name!r} on device {device!r}: {reason}") from error
+    stop_ids = model.generation_config.eos_token_id if model.generation_config else None
+    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
+    if not stop_ids:
+        raise BadInput(f"--model {name!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(model, tokenizer, sorted(stop_ids))
+    check_head(policy, name)
+    return policy
+
+
+def check_head(policy: Policy, name: str) -> None:
+    """Raise BadInput if the model does more between its last hidden state and its logits than `logits` knows of."""
+    ids = torch.tensor([[policy.stop_ids[0], 0, 1]], device=policy.device)
+    with torch.no_grad():
+        ours, theirs = logits(policy.model, policy.model.base_model(ids).last_hidden_state), policy.model(ids).logits
+    if not torch.allclose(ours, theirs.float(), atol=1e-3, rtol=1e-3):
+        raise BadInput(f"--model {name!r} ({type(policy.model).__name__}) rescales its logits: not supported")
+
+
+def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Next-token logits (..., V) float32 of last hidden states (..., H)."""
+    scores = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on CUDA; float32 elsewhere."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt: by the tokenizer's chat template if it has one, else by the task's plain template.
+
+    Raises BadInput if a prompt and its response would not fit the model's context.
+    """
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    prompts = []
+    for problem in problems:
+        if policy.tokenizer.chat_template:
+            turn = {"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}".strip()}
+            text = policy.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+            ids = policy.tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = policy.tokenizer(task.template.replace("{prompt}", problem.prompt)).input_ids
+        if not ids:
+            raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
+        if len(ids) + max_new_tokens > context:
+            raise BadInput(
+                f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of "
+                f"{context}: {problem.prompt[:40]!r}... (shorten the response or remove this problem)"
+            )
+        prompts.append(ids)
+    return prompts
+
+
+# The embedded policy. What is in TINY, in the task's problems and in its warm-start recipe decides the weights.
+TINY = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "initializer_range": 0.08,  # about 1/sqrt(hidden): with the usual 0.02 so narrow a model learns half as fast
+}
+TINY_SEED = 0
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character; anything else is <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=256
+    )
+
+
+def tiny_policy_folder(task: Task) -> Path:
+    """Where the warm-started `tiny` policy for this task lies; trains it first if it is not there yet.
+
+    Under $XDG_CACHE_HOME (~/.cache), named by a hash of its recipe. Two processes may race: both train, one wins.
+    """
+    if task.warm_start is None:
+        raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
+    recipe = [TINY, TINY_SEED, task.warm_start, [(problem.prompt, problem.solution) for problem in task.train]]
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-aware-rl"
+    folder = cache / f"tiny-{task.name.replace('/', '-')}-{key}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        policy = warm_start(task)
+        save_policy(policy, Path(scratch) / "policy")
+        try:
+            os.rename(Path(scratch) / "policy", folder)  # atomic: the folder is whole or absent
+        except OSError:  # another process was first; its policy is the same
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def warm_start(task: Task) -> Policy:
+    """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and thread count."""
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TINY_SEED)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            **TINY,
+        )  # fmt: skip
+        policy = Policy(LlamaForCausalLM(config), tokenizer, [tokenizer.eos_token_id])
+    recipe, rng = task.warm_start, random.Random(TINY_SEED)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=recipe["steps"])
+    bar = tqdm(range(recipe["steps"]), desc=f"warm-starting tiny on {task.name} (once)", unit="step")
+    for _ in bar:
+        problems = rng.choices(task.train, k=recipe["batch"])
+        prompts = tokenizer([problem.prompt for problem in problems]).input_ids
+        responses = tokenizer([problem.solution + tokenizer.eos_token for problem in problems]).input_ids
+        ids, mask = padded(responses)
+        loss = -response_log_probs(policy, prompts, ids, mask)[mask].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    policy.model.eval()
+    return policy
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write model and tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them anywhere."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Rollouts:
+    """n responses to each of B prompts, as token ids: nothing is ever decoded and tokenized again.
+
+    prompts: B lists of token ids. ids: (B, n, T) int64. mask: (B, n, T) bool, true at the tokens of a response, its
+    end token included, and false at the filler behind. log_probs: (B, n, T) float32, those of the distribution
+    sampled from, 0 at filler.
+    """
+
+    prompts: list[list[int]]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    log_probs: torch.Tensor
+
+    def first(self) -> "Rollouts":
+        """The first response to each prompt only: (B, 1, T)."""
+        return Rollouts(self.prompts, self.ids[:, :1], self.mask[:, :1], self.log_probs[:, :1])
+
+
+def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as one (R, L) int64 tensor, filled with 0, and its (R, L) bool mask of real tokens."""
+    length = torch.tensor([len(row) for row in rows]).unsqueeze(-1)
+    column = torch.arange(int(length.max()))
+    mask = column >= column.numel() - length if left else column < length
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    ids[mask] = torch.tensor([i for row in rows for i in row])
+    return ids, mask
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: list[list[int]],
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Rollouts:
+    """n responses to each prompt by pure temperature sampling, each up to and including its end token.
+
+    Every prompt is read once and its keys and values are shared out to its n samples. Finished rows leave the batch
+    when half of it is done. Prompts may differ in length. Runs on the policy's device and returns there.
+    """
+    model, device, R = policy.model, policy.device, len(prompts) * n
+    stop_ids = torch.tensor(policy.stop_ids, device=device)
+    ids = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
+    mask = torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device)
+    log_probs = torch.zeros(R, max_new_tokens, device=device)
+    with autocast(device):
+        prompt_ids, prompt_mask = (x.to(device) for x in padded(prompts, left=True))  # (B, P)
+        cache = DynamicCache(config=model.config)
+        position = prompt_mask.cumsum(-1) - 1  # (B, P)
+        hidden = model.base_model(
+            input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=position.clamp(min=0),
+            past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        cache.batch_repeat_interleave(n)
+        scores = logits(model, hidden).repeat_interleave(n, 0)  # (B, V) -> (R, V)
+        seen = prompt_mask.long().repeat_interleave(n, 0)  # (R, P): the attention mask
+        position = position[:, -1:].repeat_interleave(n, 0)  # (R, 1)
+        rows = torch.arange(R, device=device)  # the rows of the output that are still in the batch
+        alive = torch.ones(R, dtype=torch.bool, device=device)  # among these
+        for t in range(max_new_tokens):
+            log_p = (scores / temperature).log_softmax(-1)
+            token = torch.multinomial(log_p.exp(), 1, generator=generator)  # (R, 1)
+            live = rows[alive]
+            ids[live, t] = token[alive, 0]
+            mask[live, t] = True
+            log_probs[live, t] = log_p.gather(-1, token)[alive, 0]
+            alive &= ~torch.isin(token[:, 0], stop_ids)
+            running = int(alive.sum())
+            if running == 0 or t == max_new_tokens - 1:
+                break
+            if running <= len(rows) // 2:
+                cache.batch_select_indices(alive.nonzero()[:, 0])
+                rows, token, seen, position = rows[alive], token[alive], seen[alive], position[alive]
+                alive = alive[alive]
+            seen, position = F.pad(seen, (0, 1), value=1), position + 1
+            hidden = model.base_model(
+                input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
+            scores = logits(model, hidden)
+    T = int(mask.any(0).sum())
+    return Rollouts(prompts, *(x[:, :T].unflatten(0, (len(prompts), n)) for x in (ids, mask, log_probs)))
+
+
+def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
+    """The responses as text, special tokens left out: B lists of n strings, for the verifier."""
+    ids, length = rollouts.ids.flatten(0, 1).tolist(), rollouts.mask.sum(-1).flatten().tolist()
+    texts = policy.tokenizer.batch_decode([row[:end] for row, end in zip(ids, length)], skip_special_tokens=True)
+    n = rollouts.ids.shape[1]
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training step
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOGITS_PER_CHUNK = 2**25  # float32 logits held at once: 128 MiB, whatever the vocabulary
+
+
+def response_log_probs(
+    policy: Policy, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """log pi(token | prompt, earlier tokens) of each response token; (R, T) float32, 0 where mask is false.
+
+    prompts: R lists of ids. ids, mask: (R, T), as in `Rollouts`. Differentiable. The output layer is applied to the
+    response positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists.
+    """
+    model, device = policy.model, policy.device
+    mask = mask.to(device)
+    length = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(-1)  # (R, 1)
+    real = mask.cpu()
+    rows = [[*prompt, *row[keep].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), real)]
+    inputs, _ = padded(rows)
+    with autocast(device):
+        # Filler stands on the right, where causal attention never looks: no mask, the fast attention kernels apply.
+        hidden = model.base_model(input_ids=inputs.to(device), use_cache=False).last_hidden_state  # (R, L, H)
+        column = torch.arange(ids.shape[1], device=device)
+        before = (length - 1 + column).clamp(max=hidden.shape[1] - 1)  # (R, T): the position that predicts token t
+        hidden = hidden[torch.arange(len(rows), device=device).unsqueeze(-1), before][mask]  # (R, T, H) -> (M, H)
+        targets = ids.to(device)[mask]  # (M,)
+
+        def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return -F.cross_entropy(logits(model, hidden) / temperature, targets, reduction="none")
+
+        size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+        chunks = zip(hidden.split(size), targets.split(size))
+        values = torch.cat([checkpoint(token_log_probs, h, y, use_reentrant=False) for h, y in chunks])
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+
+
+def micro_batches(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
+    """Indices of rows, longest first, in groups whose padded size (rows times longest row) is at most `budget` tokens.
+
+    A row longer than the budget is a group of its own. lengths: (R,) int64.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    while len(order):
+        rows = max(1, budget // int(lengths[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def accumulate_gradient(
+    policy: Policy, rollouts: Rollouts, advantages: torch.Tensor, temperature: float, budget: int, clip: float | None
+) -> float:
+    """Add the gradient of the policy-gradient loss to the parameters' .grad; returns the loss.
+
+        loss = -(1/B) sum_b sum_i A_bi log pi(y_bi)        a sum over a prompt's samples, a mean over prompts
+
+    clip: None, or PPO's epsilon: log pi(y) is then replaced, token by token, by the clipped ratio to the log-probs that
+    the rollouts were sampled with; the gradients are the same where the ratio is 1. advantages: (B, n).
+    Rows whose advantage is zero are left out: the gradient is the same and their cost is gone.
+    """
+    B, n, _ = rollouts.ids.shape
+    ids, mask, old = rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1), rollouts.log_probs.flatten(0, 1)
+    advantages = advantages.flatten().to(policy.device, torch.float32)  # (B*n,)
+    signal = advantages.nonzero()[:, 0].cpu()
+    lengths = torch.tensor([len(prompt) for prompt in rollouts.prompts]).repeat_interleave(n) + mask.sum(-1).cpu()
+    total = 0.0
+    for batch in micro_batches(lengths[signal], budget):
+        rows = signal[batch]
+        T = int(mask[rows].sum(-1).max())
+        prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
+        log_p = response_log_probs(policy, prompts, ids[rows, :T], mask[rows, :T], temperature)  # (R, T)
+        A = advantages[rows].unsqueeze(-1)  # (R, 1)
+        if clip is None:
+            objective = A * log_p
+        else:
+            ratio = (log_p - old[rows, :T]).exp()
+            objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) * mask[rows, :T]
+        loss = -objective.sum() / B
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def policy_gradient_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: torch.Tensor, args
+) -> dict[str, float]:
+    """`args.epochs` optimiser steps on the same rollouts, PPO-clipped where there are several (Tang, section 3).
+
+    advantages: (B, n), sum convention. args: temperature, micro_batch_tokens, epochs, clip, max_grad_norm.
+    Returns the metrics of the last step: loss, grad_norm, and signal, the share of rows with an advantage.
+    """
+    for _ in range(args.epochs):
+        # Zeros, not None: a step without any signal is still a step of the optimiser.
+        optimizer.zero_grad(set_to_none=False)
+        clip = args.clip if args.epochs > 1 else None
+        loss = accumulate_gradient(policy, rollouts, advantages, args.temperature, args.micro_batch_tokens, clip)
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), args.max_grad_norm)
+        optimizer.step()
+    return {"loss": loss, "grad_norm": norm.item(), "signal": (advantages != 0).float().mean().item()}
+
+
+@torch.no_grad()
+def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts, args) -> torch.Tensor:
+    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler.
+
+    Pi's log-probs are those of sampling; a sum over T is the response's log ratio. args: temperature, micro_batch_tokens.
+    """
+    B, n, _ = rollouts.ids.shape
+    ids, mask = rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)
+    lengths = torch.tensor([len(prompt) for prompt in rollouts.prompts]).repeat_interleave(n) + mask.sum(-1).cpu()
+    ratios = rollouts.log_probs.flatten(0, 1).cpu().clone()  # (B*n, T)
+    for rows in micro_batches(lengths, args.micro_batch_tokens):
+        prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
+        ratios[rows] -= response_log_probs(reference, prompts, ids[rows], mask[rows], args.temperature).cpu()
+    return ratios.unflatten(0, (B, n))
+
+
+def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
+    """Advantages of the objective -KL(pi || pi_ref), to be added to a reward's with a coefficient. (B, n), n >= 2.
+
+    ratios: (B, n, T) from `log_ratios`. KL is a mean-type objective with reward -log(pi(y) / pi_ref(y)) for each sample,
+    so it has its own leave-one-out baseline and never passes through max or a vote (PAPERS.md, "Regularised").
+    """
+    return leave_one_out(lambda reward: reward.mean(-1), -ratios.sum(-1))
+
+
+def kl_estimate(ratios: torch.Tensor) -> float:
+    """KL(pi || pi_ref) in nats a response, from (B, n, T) log ratios of tokens: E[1/w - 1 + log w] summed over tokens.
+
+    Unbiased, and never negative, unlike the mean of log w (Schulman's k3).
+    """
+    return ((-ratios).exp() - 1 + ratios).sum(-1).mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs: arguments, batches, evaluation, run folder, table and figure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_cli(main: Callable, Args: type) -> None:
+    """Parse the command line into Args, run main(args); the user's mistakes end in one line and exit code 2."""
+    args = tyro.cli(Args, description=sys.modules[main.__module__].__doc__)
+    try:
+        main(args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_args(args) -> None:
+    """Raise BadInput for a value out of range among the arguments that all scripts share."""
+    at_least = {"k": 1, "steps": 0, "prompts_per_step": 1, "eval_every": 0, "eval_problems": 1, "epochs": 1}
+    at_least |= {"micro_batch_tokens": 1, "kl_coef": 0, "n": args.k, "eval_n": args.k}
+    for name, least in at_least.items():
+        if getattr(args, name) < least:
+            why = f" (--k {args.k} takes that many samples)" if name in ("n", "eval_n") else ""
+            raise BadInput(f"--{name.replace('_', '-')} must be at least {least}{why}, not {getattr(args, name)}")
+    for name in ("lr", "temperature", "max_grad_norm", "clip"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
+    if args.kl_coef > 0 and args.n < 2:
+        raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
+
+
+def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> list[Problem]:
+    """The problems of these levels (all, if none are named). Raises BadInput if there are none."""
+    chosen = [problem for problem in problems if not levels or problem.level in levels]
+    if not chosen:
+        there = sorted({problem.level for problem in problems if problem.level is not None})
+        have = f"the task has levels {there}" if there else f"the task has {len(problems)} problems without a level"
+        raise BadInput(f"no {what} problems at --levels {' '.join(map(str, levels)) or '(all)'}: {have}")
+    return chosen
+
+
+def evaluation_problems(problems: Sequence[Problem], per_level: int) -> list[Problem]:
+    """At most per_level problems of each level, drawn once and for all: the same whatever the seed of the run."""
+    levels = sorted({problem.level for problem in problems}, key=lambda level: (level is None, level))
+    pools = [[problem for problem in problems if problem.level == level] for level in levels]
+    return [problem for pool in pools for problem in random.Random(0).sample(pool, min(per_level, len(pool)))]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    """0..size-1 in the order of this pass over the data."""
+    return random.Random(f"{seed}/{epoch}").sample(range(size), size)
+
+
+def training_batch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
+    """The step-th batch: every problem once a pass, each pass in a new order. A function of its arguments alone."""
+    places = (divmod(i, len(problems)) for i in range(step * size, (step + 1) * size))
+    return [problems[shuffled(len(problems), seed, epoch)[i]] for epoch, i in places]
+
+
+def step_generator(device: torch.device, seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step: a function of (seed, step), so that evaluating more often changes nothing."""
+    return torch.Generator(device).manual_seed((seed << 32) + step)
+
+
+def evaluate(policy: Policy, task: Task, problems: Sequence[Problem], args) -> Verdict:
+    """Rewards and votes (P, eval_n) of fresh samples for each problem, always drawn with the same random numbers.
+
+    args: eval_n, max_new_tokens, temperature.
+    """
+    generator = torch.Generator(policy.device).manual_seed(0)
+    size = max(1, 4096 // args.eval_n)  # problems at a time
+    verdicts = []
+    for i in tqdm(range(0, len(problems), size), desc="evaluating", leave=False, disable=None):
+        part = problems[i : i + size]
+        prompts = encode_prompts(policy, task, part, args.max_new_tokens)
+        rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, args.temperature, generator)
+        verdicts.append(task.verify(part, decode(policy, rollouts)))
+    return Verdict(torch.cat([v.rewards for v in verdicts]), torch.cat([v.votes for v in verdicts]))
+
+
+def powers_of_two(n: int, *others: int) -> list[int]:
+    """1, 2, 4, ... up to n, with the others: the sizes at which metrics are shown."""
+    return sorted({2**i for i in range(n.bit_length())} | set(others))
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of per-problem values (P,) and its standard error over problems (nan for one problem)."""
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and standard error of each metric (P,) over all problems ("all") and over each level's ("1", "2", ...)."""
+    levels = sorted({problem.level for problem in problems if problem.level is not None})
+    groups = {"all": torch.arange(len(problems))}
+    groups |= {str(x): torch.tensor([i for i, p in enumerate(problems) if p.level == x]) for x in levels}
+    return {
+        level: {name: mean_and_error(values[rows]) for name, values in metrics.items()}
+        for level, rows in groups.items()
+    }
+
+
+def new_run_folder(args, parts: Sequence) -> Path:
+    """Create runs/<name>/ with args.json and return it. The name: --run-name, or the script, `parts` and a hash of all
+    arguments; a number is appended where it is taken, so that no run ever overwrites another's."""
+    arguments = dataclasses.asdict(args)
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:6]
+    script = Path(sys.argv[0]).stem
+    name = args.run_name or "-".join(str(part).strip("/").replace("/", "_") for part in (script, *parts, digest))
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise BadInput(f"cannot create the run folder {folder}: {error.strerror}") from error
+    (folder / "args.json").write_text(json.dumps({"script": script, **arguments}, indent=2))
+    return folder
+
+
+def log_metrics(folder: Path, record: dict) -> None:
+    """Append one JSON line to metrics.jsonl."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def comparison_table(before: dict, after: dict | None, problems: Sequence[Problem], columns: Sequence[str]) -> str:
+    """Per-problem metrics, name -> (P,), by level: before -> after with the paired change and its standard error.
+
+    Without `after`: before alone, with its standard error.
+    """
+    start = by_level(before, problems)
+    if after is not None:
+        end = by_level(after, problems)
+        change = by_level({name: after[name] - before[name] for name in columns}, problems)
+    lines = [f"{'level':>5}  " + "  ".join(f"{name:^32}" for name in columns)]
+    for level in start:
+        cells = []
+        for name in columns:
+            mean, error = start[level][name]
+            if after is None:
+                cells.append(f"{mean:.3f} ± {error:.3f}")
+            else:
+                (now, _), (difference, error) = end[level][name], change[level][name]
+                cells.append(f"{mean:.3f} -> {now:.3f} ({difference:+.3f} ± {error:.3f})")
+        lines.append(f"{level:>5}  " + "  ".join(f"{cell:^32}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def save_figure(folder: Path, evaluations: list[tuple[int, dict]], rewards: list[float], names: list[str], k: int) -> None:
+    """curves.png: each metric family against j before and after, by level at k, and along training.
+
+    evaluations: (step, result of `by_level`), first and last the ones before and after. rewards: mean reward by step.
+    names: metric families, such as "pass" for pass@1, pass@2, ...
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    (_, before), (_, after) = evaluations[0], evaluations[-1]
+    panels = {"when": [("before", "tab:gray"), ("after", "tab:blue")], "result": [before, after]}
+    figure, axes = plt.subplots(1, len(names) + 2, figsize=(4.2 * (len(names) + 2), 3.6), layout="constrained")
+    for axis, name in zip(axes, names):
+        for (label, colour), result in zip(panels["when"], panels["result"]):
+            js = [int(key.partition("@")[2]) for key in result["all"] if key.startswith(f"{name}@")]
+            mean, error = (np.array([result["all"][f"{name}@{j}"][i] for j in js]) for i in (0, 1))
+            axis.plot(js, mean, marker="o", markersize=3, color=colour, label=label)
+            axis.fill_between(js, mean - error, mean + error, color=colour, alpha=0.2)
+        axis.set(xscale="log", xlabel="j", ylabel=f"{name}@j", title=f"{name}@j, held out (± standard error)")
+        axis.set_xticks(js, map(str, js))
+        axis.minorticks_off()
+        axis.legend()
+    key = f"{names[-1]}@{k}"
+    levels = [level for level in before if level != "all"] or ["all"]
+    for offset, ((label, colour), result) in zip((-0.2, 0.2), zip(panels["when"], panels["result"])):
+        mean, error = zip(*(result[level][key] for level in levels))
+        axes[-2].bar(np.arange(len(levels)) + offset, mean, 0.4, yerr=error, color=colour, label=label)
+    axes[-2].set_xticks(range(len(levels)), levels)
+    axes[-2].set(xlabel="level", ylabel=key, title=f"{key} by level")
+    if rewards:
+        window = max(1, len(rewards) // 20)
+        smooth = np.convolve(rewards, np.ones(window) / window, "valid")
+        axes[-1].plot(np.arange(len(smooth)) + window, smooth, color="tab:orange", label="training reward")
+    for name in sorted({f"{name}@{j}" for name in names for j in (1, k)}):
+        mean, error = zip(*(result["all"][name] for _, result in evaluations))
+        axes[-1].errorbar([step for step, _ in evaluations], mean, error, marker="o", markersize=3, label=name)
+    axes[-1].set(xlabel="step", title="training")
+    axes[-1].legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)

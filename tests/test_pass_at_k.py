@@ -1,0 +1,121 @@
+"""The advantages of pass_at_k_pg.py against exact gradients and against their definition."""
+
+import itertools
+
+import pytest
+import torch
+
+import common
+from enumeration import BINARY, GRADED, PROMPTS, exact_gradient, expected_gradient
+from pass_at_k_pg import advantages
+
+
+def max_objective(rewards):
+    return lambda b, y: max(rewards[b, a].item() for a in y)
+
+
+def mean_objective(rewards):
+    return lambda b, y: sum(rewards[b, a].item() for a in y) / len(y)
+
+
+def sampled_advantages(rewards, k, estimator):
+    return lambda b, y: advantages(rewards[b][y], k, estimator)
+
+
+@pytest.mark.parametrize("rewards", [GRADED, BINARY], ids=["graded", "binary"])
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 4), (2, 5), (3, 5)])
+def test_unbiased_is_the_gradient_of_pass_at_k(rewards, k, n):
+    estimate = expected_gradient(sampled_advantages(rewards, k, "unbiased"), n)
+    torch.testing.assert_close(estimate, exact_gradient(max_objective(rewards), k), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rewards", [GRADED, BINARY], ids=["graded", "binary"])
+@pytest.mark.parametrize("k, n", [(2, 2), (3, 3), (4, 4), (3, 4), (2, 5), (3, 5), (4, 5)])
+def test_biased_is_the_gradient_of_pass_at_k_minus_1(rewards, k, n):
+    estimate = expected_gradient(sampled_advantages(rewards, k, "biased"), n)
+    torch.testing.assert_close(estimate, exact_gradient(max_objective(rewards), k - 1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4)])
+def test_mean_is_the_gradient_of_the_mean_reward_whatever_k(k, n):
+    estimate = expected_gradient(sampled_advantages(GRADED, k, "mean"), n)
+    torch.testing.assert_close(estimate, exact_gradient(mean_objective(GRADED), 1), rtol=1e-10, atol=1e-12)
+
+
+def definition(rewards: list[float], k: int, centred: bool) -> list[float]:
+    """(k/n) mean over k-subsets T containing i of A_i(T), by enumeration; max of the empty set is 0."""
+    n = len(rewards)
+    total = [0.0] * n
+    for T in itertools.combinations(range(n), k):
+        best = max(rewards[i] for i in T)
+        A = {i: best - max((rewards[j] for j in T if j != i), default=0.0) for i in T}
+        offset = sum(A.values()) / k if centred else 0.0
+        for i in T:
+            total[i] += A[i] - offset
+    subsets = len(list(itertools.combinations(range(n - 1), k - 1)))
+    return [k / n * x / subsets for x in total]
+
+
+@pytest.mark.parametrize("centred", [False, True], ids=["unbiased", "biased"])
+@pytest.mark.parametrize("k, n", [(2, 2), (2, 7), (3, 7), (5, 7), (7, 7)])
+def test_closed_form_is_the_average_over_all_subsets(k, n, centred):
+    rewards = torch.randint(-3, 4, (50, n), generator=torch.Generator().manual_seed(k * n)).double() / 2
+    expected = torch.tensor([definition(row, k, centred) for row in rewards.tolist()], dtype=torch.float64)
+    actual = advantages(rewards, k, "biased" if centred else "unbiased")
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("k, n", [(2, 6), (4, 6), (6, 6)])
+def test_both_estimators_follow_from_the_metric(k, n):
+    """With M_j the subset average of max over j-subsets and M_j(-i) the same without i:
+    unbiased = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i), and biased = M_{k-1} - M_{k-1}(-i)."""
+    rewards = torch.rand(20, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    M = common.pass_at_k
+    without_k = M(rewards, k)[:, None] - common.leave_one_out(lambda r: metric(r, min(k, n - 1)), rewards) if k < n else 0
+    biased = common.leave_one_out(lambda r: metric(r, k - 1), rewards)
+    without_less = M(rewards, k - 1)[:, None] - biased
+    unbiased = M(rewards, k)[:, None] - (1 - k / n) * without_k - k / n * without_less
+    torch.testing.assert_close(advantages(rewards, k, "unbiased"), unbiased, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(advantages(rewards, k, "biased"), biased, rtol=1e-9, atol=1e-12)
+
+
+def metric(rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """pass_at_k over any number of leading dimensions; for a size between n - 1 and n, k is clipped to n."""
+    flat = rewards.reshape(-1, rewards.shape[-1])
+    return common.pass_at_k(flat, min(k, rewards.shape[-1])).view(rewards.shape[:-1])
+
+
+def test_binary_rewards_signal_only_where_one_subset_has_a_single_success():
+    A = advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), 4)
+    assert A.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert advantages(torch.tensor([[1.0, 1, 0, 0]]), 2)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0, 0])
+
+
+def test_large_groups_stay_finite_and_exact_in_float32():
+    rewards = torch.rand(2, 4096, generator=torch.Generator().manual_seed(0))
+    for k in (2, 64, 2048, 4096):
+        A = advantages(rewards, k)
+        assert A.dtype == torch.float32 and A.isfinite().all() and (A >= 0).all() and A.max() > 0
+        exact = advantages(rewards.double(), k)
+        torch.testing.assert_close(A.double(), exact, rtol=1e-6, atol=1e-12)
+
+
+def test_rows_are_independent_and_order_does_not_matter():
+    rewards = GRADED.repeat(1, 2)
+    together = advantages(rewards, 3)
+    for b in range(PROMPTS):
+        torch.testing.assert_close(advantages(rewards[b : b + 1], 3), together[b : b + 1])
+    permutation = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    torch.testing.assert_close(advantages(rewards[:, permutation], 3), together[:, permutation])
+
+
+def test_bad_input_is_refused_with_its_position():
+    rewards = torch.zeros(2, 4)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k={k} with n=4"):
+            advantages(rewards, k)
+    rewards[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"\[1, 2\]"):
+        advantages(rewards, 2)
+    with pytest.raises(ValueError, match="unknown estimator 'max'"):
+        advantages(torch.zeros(2, 4), 2, "max")

@@ -1,0 +1,221 @@
+"""Sampling and the training step, on random weights of three architectures, with ragged prompts."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+import common
+
+ARCHITECTURES = {
+    "llama": lambda v: LlamaConfig(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64),
+    "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "qwen2": lambda v: Qwen2Config(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64),
+}  # fmt: skip
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7]]  # ragged, and two equal ones that must not merge
+
+
+def random_policy(architecture: str, vocabulary: int = 24, scale: float = 1.0) -> common.Policy:
+    """Random weights, far from uniform, with four tokens that end a response, so that lengths differ."""
+    torch.manual_seed(0)
+    config = ARCHITECTURES[architecture](vocabulary)
+    config.initializer_range *= 5
+    model = AutoModelForCausalLM.from_config(config).eval()
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(scale)
+    return common.Policy(model, SimpleNamespace(eos_token_id=1), [1, 2, 3, 4])
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def policy(request):
+    return random_policy(request.param)
+
+
+def rollouts_of(policy, n=5, temperature=1.0, length=12, seed=0):
+    return common.sample(policy, PROMPTS, n, length, temperature, torch.Generator().manual_seed(seed))
+
+
+def naive_log_probs(policy, rollouts, temperature):
+    """One unpadded forward pass a response, whole logits."""
+    result = torch.zeros_like(rollouts.log_probs)
+    for b, prompt in enumerate(rollouts.prompts):
+        for i in range(rollouts.ids.shape[1]):
+            response = rollouts.ids[b, i][rollouts.mask[b, i]]
+            ids = torch.cat([torch.tensor(prompt), response])
+            log_p = (policy.model(ids[None]).logits[0] / temperature).log_softmax(-1)
+            for t, token in enumerate(response):
+                result[b, i, t] = log_p[len(prompt) + t - 1, token]
+    return result
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_log_probs_equal_those_of_training_and_of_the_plain_model(policy, temperature):
+    rollouts = rollouts_of(policy, temperature=temperature)
+    prompts = [prompt for prompt in PROMPTS for _ in range(5)]
+    ids, mask = rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)
+    trained = common.response_log_probs(policy, prompts, ids, mask, temperature).view_as(rollouts.log_probs)
+    torch.testing.assert_close(trained, rollouts.log_probs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(naive_log_probs(policy, rollouts, temperature), rollouts.log_probs, rtol=0, atol=1e-4)
+
+
+def test_responses_end_at_a_stop_token_and_filler_is_masked(policy):
+    rollouts, stop = rollouts_of(policy, n=16), torch.tensor(policy.stop_ids)
+    length = rollouts.mask.sum(-1)
+    assert (length >= 1).all() and length.min() < length.max() == rollouts.ids.shape[2]
+    for ids, mask in zip(rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)):
+        end = int(mask.sum())
+        assert mask[:end].all() and not mask[end:].any()
+        ends = torch.isin(ids[:end], stop)
+        assert not ends[:-1].any() and (end == 12 or ends[-1])
+    assert (rollouts.log_probs[~rollouts.mask] == 0).all()
+
+
+def test_samples_follow_the_models_distribution():
+    """Frequencies of first and second tokens against the model's probabilities, by a chi-square with a fixed seed."""
+    policy, n = random_policy("llama", vocabulary=8), 4000
+    rollouts = common.sample(policy, [[5, 6], [3]], n, 2, 0.7, torch.Generator().manual_seed(1))
+    for b, prompt in enumerate([[5, 6], [3]]):
+        p = (policy.model(torch.tensor([prompt])).logits[0, -1] / 0.7).softmax(-1)
+        count = torch.bincount(rollouts.ids[b, :, 0], minlength=8)
+        assert ((count - n * p) ** 2 / (n * p)).sum() < 24.3  # 0.1% quantile of chi-square with 7 degrees of freedom
+        after = int(count.masked_fill(torch.arange(8) < 5, 0).argmax())  # most frequent token that does not stop
+        p = (policy.model(torch.tensor([[*prompt, after]])).logits[0, -1] / 0.7).softmax(-1)
+        second = torch.bincount(rollouts.ids[b][rollouts.ids[b, :, 0] == after][:, 1], minlength=8)
+        assert ((second - second.sum() * p) ** 2 / (second.sum() * p)).sum() < 24.3
+
+
+def test_every_prompt_is_read_once(policy, monkeypatch):
+    """The first forward pass has one row a prompt; later ones have one token a row, and fewer rows as they finish."""
+    shapes = []
+    base = policy.model.base_model
+    forward = base.forward
+    monkeypatch.setattr(base, "forward", lambda *a, **kw: (shapes.append(tuple(kw["input_ids"].shape)), forward(*a, **kw))[1])
+    rollouts_of(policy, n=16)
+    assert shapes[0] == (len(PROMPTS), 7)
+    rows = [shape[0] for shape in shapes[1:]]
+    assert all(shape[1] == 1 for shape in shapes[1:])
+    assert rows[0] <= 16 * len(PROMPTS) and rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+
+
+def test_sampling_is_a_function_of_its_generator(policy):
+    first, again, other = (rollouts_of(policy, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
+
+
+# --- training step ---------------------------------------------------------------------------------------------------
+
+
+def gradient(policy, backward) -> torch.Tensor:
+    policy.model.zero_grad()
+    backward()
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+
+def naive_gradient(policy, rollouts, advantages, temperature):
+    """-(1/B) sum_b sum_i A_bi log pi(y_bi), one response at a time."""
+    B = len(rollouts.prompts)
+    return gradient(
+        policy, lambda: (-(naive_log_probs(policy, rollouts, temperature).sum(-1) * advantages).sum() / B).backward()
+    )
+
+
+COMPOSITIONS = {
+    "dense": lambda shape: torch.randn(shape),
+    "sparse": lambda shape: torch.randn(shape) * (torch.rand(shape) < 0.2),
+    "one row": lambda shape: torch.zeros(shape).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(0.7)),
+}
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("budget", [1, 40, 100, 10**6])
+def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, composition, budget):
+    rollouts = rollouts_of(policy, temperature=0.8)
+    torch.manual_seed(1)
+    advantages = COMPOSITIONS[composition](rollouts.ids.shape[:2])
+    expected = naive_gradient(policy, rollouts, advantages, 0.8)
+    actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 0.8, budget, None))
+    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_gradient_with_a_chunked_output_layer_and_with_checkpointing(policy, monkeypatch):
+    rollouts = rollouts_of(policy)
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
+    expected = naive_gradient(policy, rollouts, advantages, 1.0)
+    monkeypatch.setattr(common, "LOGITS_PER_CHUNK", 3 * 24)  # three tokens at a time
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None))
+    policy.model.gradient_checkpointing_disable()
+    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_rows_without_an_advantage_are_not_computed(policy, monkeypatch):
+    rollouts, rows = rollouts_of(policy), []
+    log_probs = common.response_log_probs
+    monkeypatch.setattr(common, "response_log_probs", lambda p, x, *a: (rows.extend(x), log_probs(p, x, *a))[1])
+    advantages = torch.zeros(rollouts.ids.shape[:2])
+    assert common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None) == 0 and rows == []
+    advantages[2, 3] = 1.0
+    common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None)
+    assert rows == [PROMPTS[2]]
+
+
+def test_clipped_objective_has_the_same_gradient_on_policy_and_none_where_clipped(policy):
+    rollouts = rollouts_of(policy)
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
+
+    def with_clip(old, advantages, clip):
+        moved = common.Rollouts(rollouts.prompts, rollouts.ids, rollouts.mask, old)
+        return gradient(policy, lambda: common.accumulate_gradient(policy, moved, advantages, 1.0, 100, clip))
+
+    plain = with_clip(rollouts.log_probs, advantages, None)
+    clipped = with_clip(rollouts.log_probs, advantages, 0.2)
+    assert (plain - clipped).norm() <= 1e-4 * plain.norm()
+    # Sampled from a policy that gave every token 1/e of today's probability: the ratio e is past 1.2.
+    ahead = rollouts.log_probs - rollouts.mask.float()
+    assert with_clip(ahead, advantages.abs(), 0.2).norm() == 0  # good samples: pushed far enough already
+    expected = with_clip(rollouts.log_probs, -advantages.abs(), None)
+    actual = with_clip(ahead, -advantages.abs(), 0.2)  # bad ones: still pushed down, at ratio e
+    assert (actual - math.e * expected).norm() <= 1e-3 * actual.norm()
+
+
+def test_micro_batches_keep_the_budget_and_lose_no_row():
+    lengths = torch.tensor([3, 9, 4, 4, 30, 1])
+    batches = list(common.micro_batches(lengths, 16))
+    assert sorted(torch.cat(batches).tolist()) == list(range(6))
+    assert all(len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= 16 for rows in batches)
+    assert batches[0].tolist() == [4]
+
+
+def test_kl_advantages_are_the_gradient_of_minus_kl():
+    """By enumeration of all pairs of a 4-action policy: E[sum_i A_i grad log pi] = -grad KL(pi || pi_ref)."""
+    torch.manual_seed(3)
+    theta = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(4, dtype=torch.float64).log_softmax(-1)
+    log_pi = theta.log_softmax(-1)
+    (exact,) = torch.autograd.grad(-(log_pi.exp() * (log_pi - reference)).sum(), theta, retain_graph=True)
+    y = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, n=2)
+    A = common.kl_advantages((log_pi - reference)[y].detach().unsqueeze(-1))  # responses of one token
+    surrogate = (log_pi[y].sum(-1).exp().detach() * (A * log_pi[y]).sum(-1)).sum()
+    torch.testing.assert_close(torch.autograd.grad(surrogate, theta)[0], exact, rtol=1e-10, atol=1e-12)
+
+
+def test_kl_estimate_and_log_ratios(policy):
+    """Zero against itself; against other weights, never negative and close to the plain mean of many samples."""
+    args = SimpleNamespace(temperature=1.0, micro_batch_tokens=200)
+    rollouts = rollouts_of(policy, n=200, length=4)
+    assert common.kl_estimate(common.log_ratios(policy, policy, rollouts, args)) == pytest.approx(0, abs=1e-5)
+    other = random_policy({"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(type(policy.model).__name__, "qwen2"))
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter, generator=None))
+    ratios = common.log_ratios(policy, other, rollouts, args)
+    assert ratios.shape == rollouts.ids.shape and (ratios[~rollouts.mask] == 0).all()
+    plain = ratios.sum(-1).flatten()
+    error = 4 * plain.std() / math.sqrt(len(plain))
+    assert common.kl_estimate(ratios) == pytest.approx(plain.mean().item(), abs=error.item())
+    assert common.kl_estimate(ratios) > 0

@@ -1,0 +1,101 @@
+"""Tasks: problems in, rewards and votes out. Nothing in this folder knows of models, tokens or algorithms.
+
+A task is whatever `load_task` returns: two sequences of `Problem` and one function, `verify`, that reads responses.
+To add one, write a module with a function `load(data) -> Task` and name it in `TASKS`.
+"""
+
+import importlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+# name on the command line -> module of this package, whose `load(name, data)` returns the task
+TASKS = {
+    "arithmetic": "arithmetic",
+    "chain": "arithmetic",
+    "humaneval": "code",
+    "mbpp": "code",
+    "mbpp_sanitized": "code",
+    "code_contests": "code",
+    "taco": "code",
+    "programs": "code",
+    "gsm8k": "math",
+    "math": "math",
+    "math500": "math",
+    "reasoning_gym/": "reasoning_gym",
+}
+
+
+class BadInput(ValueError):
+    """The user's mistake, told in one line that says what to do; a script prints it and exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. `prompt` is what the policy reads, `answer` what the verifier compares with, `solution` a reference
+    response in full (the expert of supervised learning; "" if there is none), `level` its difficulty or None."""
+
+    prompt: str
+    answer: str
+    solution: str = ""
+    level: int | None = None
+
+
+@dataclass
+class Verdict:
+    """What a verifier says of B groups of n responses.
+
+    rewards: (B, n) float32, finite. votes: (B, n) int64; within a row equal numbers mean equal answers, -1 no answer.
+    counts: events worth showing to the user, by name (timeouts, dead workers); empty when all went well.
+    """
+
+    rewards: torch.Tensor
+    votes: torch.Tensor
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Task:
+    """Problems and their verifier.
+
+    verify(problems, responses): problems, a list of B `Problem`s, responses, a list of B lists of n strings; returns a
+    `Verdict`. One call per step, so that a slow verifier can work on all B * n responses in parallel.
+    template: what a model without a chat template reads; "{prompt}" stands for the problem's prompt.
+    instruction: what a model with a chat template reads after the prompt, in the same user turn.
+    max_new_tokens: the longest response worth sampling, in tokens of the usual tokenizer for this task.
+    warm_start: for an embedded task, the recipe by which the `tiny` policy learns it from `solution`s: optimiser steps,
+    problems per step, and peak learning rate. None where `tiny` cannot learn the task.
+    """
+
+    name: str
+    train: Sequence[Problem]
+    test: Sequence[Problem]
+    verify: Callable[[Sequence[Problem], Sequence[Sequence[str]]], Verdict]
+    template: str = "{prompt}"
+    instruction: str = ""
+    max_new_tokens: int = 16
+    warm_start: dict[str, float] | None = None
+
+
+def load_task(name: str, data: str | None = None) -> Task:
+    """The task of this name. `data`: a local file or folder in place of the task's default source.
+
+    Raises BadInput for an unknown name, and for `data` that cannot be read or that the task has no use for.
+    """
+    module = TASKS.get(name) or TASKS.get(name.partition("/")[0] + "/")
+    if module is None:
+        raise BadInput(f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}")
+    return importlib.import_module(f".{module}", __name__).load(name, data)
+
+
+def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Tensor:
+    """Votes of B rows of n parsed answers: equal answers of a row share a number, None (no answer) is -1.
+
+    The number is the position of the answer's first occurrence in its row. Returns (B, n) int64.
+    """
+    rows = []
+    for row in answers:
+        first: dict[Hashable, int] = {}
+        rows.append([-1 if answer is None else first.setdefault(answer, i) for i, answer in enumerate(row)])
+    return torch.tensor(rows, dtype=torch.int64)

@@ -1,0 +1,93 @@
+"""Embedded tasks, small enough for a laptop.
+
+`arithmetic`: multiplication at five levels of difficulty. The prompt is "47*85=", the response "3995".
+`chain`: four operations with a written-out scratchpad, where voting has room because errors scatter. The prompt is
+"47+85*3+36*7=", worked from left to right; the response is its running values modulo 100, "32,96,32,24".
+
+The last number of a response is its answer and its vote; the reward is 1 if it is right and 0 for anything else. Leading
+zeros are ignored. A response with anything but numbers between commas has no answer.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from . import BadInput, Problem, Task, Verdict, votes_from_answers
+
+# level -> the ranges of the two factors
+FACTORS = {
+    1: (range(1, 10), range(1, 10)),
+    2: (range(10, 100), range(1, 10)),
+    3: (range(10, 100), range(10, 31)),
+    4: (range(10, 100), range(10, 100)),
+    5: (range(100, 1000), range(10, 100)),
+}
+TRAIN_PER_LEVEL = 6_000  # small levels repeat, so that a uniform draw from `train` is a uniform draw of the level
+TEST_PER_LEVEL = 1_000
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether a*b belongs to the test set: a fixed fifth of all pairs."""
+    return zlib.crc32(f"{a}*{b}".encode()) % 5 == 0
+
+
+def problems_of_level(level: int, held_out: bool, rng: random.Random) -> list[Problem]:
+    """All problems of one level on one side of the split, shuffled."""
+    first, second = FACTORS[level]
+    pairs = [(a, b) for a in first for b in second if is_held_out(a, b) == held_out]
+    rng.shuffle(pairs)
+    return [Problem(f"{a}*{b}=", str(a * b), str(a * b), level) for a, b in pairs]
+
+
+def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+    """Exact match of the number in each response; see `Task.verify`."""
+    answers = [[number(response) for response in row] for row in responses]
+    rewards = [[float(answer == problem.answer) for answer in row] for problem, row in zip(problems, answers)]
+    return Verdict(torch.tensor(rewards), votes_from_answers(answers))
+
+
+def number(response: str) -> str | None:
+    """The last number of the response without leading zeros, or None. A string: it may have a hostile 10^6 digits."""
+    response = response.strip()
+    if not re.fullmatch("[0-9]+(,[0-9]+)*", response):
+        return None
+    return response.rpartition(",")[2].lstrip("0") or "0"
+
+
+def chain_problem(rng: random.Random) -> Problem:
+    """A random chain a+b*c+d*e, worked from left to right modulo 100."""
+    value = rng.randrange(10, 100)
+    prompt, values = str(value), []
+    for operation in "+*+*":
+        operand = rng.randrange(10, 100) if operation == "+" else rng.randrange(2, 10)
+        value = (value + operand if operation == "+" else value * operand) % 100
+        prompt += f"{operation}{operand}"
+        values.append(str(value))
+    return Problem(f"{prompt}=", values[-1], ",".join(values))
+
+
+def load_chain(name: str) -> Task:
+    """20 000 training and 1 000 test problems, all different."""
+    rng = random.Random(1)
+    problems = list(dict.fromkeys(chain_problem(rng) for _ in range(22_000)))
+    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3}
+    return Task(name, problems[1_000:21_000], problems[:1_000], verify, max_new_tokens=16, warm_start=warm_start)
+
+
+def load(name: str, data: str | None = None) -> Task:
+    """The task of this name; always the same problems in the same order."""
+    if data is not None:
+        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
+    if name == "chain":
+        return load_chain(name)
+    rng = random.Random(0)
+    train, test = [], []
+    for level in FACTORS:
+        pool = problems_of_level(level, held_out=False, rng=rng)
+        train += (pool * (TRAIN_PER_LEVEL // len(pool) + 1))[:TRAIN_PER_LEVEL]
+        test += problems_of_level(level, held_out=True, rng=rng)[:TEST_PER_LEVEL]
+    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3}
+    return Task(name, train, test, verify, max_new_tokens=8, warm_start=warm_start)
