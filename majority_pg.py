@@ -1,0 +1,192 @@
+"""Policy gradient for majority voting: train a language model so that the most frequent of k answers is right.
+
+Tang, Zheng, Synnaeve, Munos. Optimizing Language Models for Inference Time Objectives using Reinforcement Learning.
+ICML 2025, arXiv 2503.19595. The objective, over k independent responses to a prompt with final answers a_1..a_k,
+
+    J_k = E_x E_{y_1..y_k ~ pi(.|x)} [ r(maj(a_1, .., a_k)) ]        (maj@k; a tied vote is worth the mean of the tied)
+
+and its gradient estimate, sum_i A_i grad log pi(y_i), with the leave-one-out advantages of their Lemma 1,
+
+    A_i = r(maj(a_1..a_k)) - r(maj(a_{-i}))
+
+so a response matters only where taking its vote away changes the outcome. What differs from pass_at_k_pg.py: the
+advantages below, which read votes as well as rewards, and the curves. The reward of the vote is that of a verifier with
+the right answer; "agree with the vote" as a reward is another objective, see README.
+
+    python majority_pg.py --k 8                      # biased: the gradient of maj@7, with a signal for every vote
+    python majority_pg.py --k 8 --estimator mean     # the baseline
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import common
+from verifiers import load_task
+
+
+@dataclass
+class Args:
+    k: int = 8
+    """votes that the objective counts"""
+    n: int | None = None
+    """samples per prompt, at least k; more than k lowers the variance by averaging over all k-subsets (default: k)"""
+    estimator: Literal["mean", "unbiased", "biased"] = "unbiased"
+    """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
+    model: str = "tiny"
+    """"tiny" (embedded, about 1M parameters), or a Hugging Face causal LM: hub id or folder"""
+    task: str = "chain"
+    """which problems and verifier, see verifiers/"""
+    data: str | None = None
+    """a local file or folder with the task's problems, instead of its default source"""
+    levels: tuple[int, ...] = ()
+    """difficulty levels to train on (default: all)"""
+    steps: int = 400
+    """optimisation steps; 0 only evaluates"""
+    prompts_per_step: int = 64
+    """prompts in a step; it samples n times as many responses"""
+    lr: float = 2e-5
+    """learning rate of AdamW"""
+    temperature: float = 1.0
+    """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
+    max_new_tokens: int | None = None
+    """longest response in tokens (default: the task's)"""
+    kl_coef: float = 0.0
+    """beta of -beta KL(policy || initial policy), added to the objective"""
+    epochs: int = 1
+    """optimiser steps on the same rollouts; PPO clipping applies from 2 on"""
+    clip: float = 0.2
+    """epsilon of PPO clipping"""
+    max_grad_norm: float = 1.0
+    """longest gradient that is not scaled down"""
+    micro_batch_tokens: int = 16384
+    """tokens in one forward and backward pass; lower it when memory runs out, the gradient stays the same"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    seed: int = 0
+    """of the order of problems and of sampling"""
+    eval_every: int = 100
+    """steps between evaluations on held-out problems; 0: only before and after"""
+    eval_n: int = 32
+    """samples per problem in evaluation; maj@1 to maj@eval_n are reported, and pass@1 to pass@eval_n"""
+    eval_problems: int = 100
+    """held-out problems per level"""
+    run_name: str | None = None
+    """folder under runs/ (default: made from the arguments)"""
+
+
+# --- copy this, with common.subset_majorities ------------------------------------------------------------------------
+
+
+def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
+    """Advantages A of the maj@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
+
+    votes: (B, n) int64, n >= k, equal = same answer, -1 = none (casts no vote). rewards: (B, n), a function of the
+    answer (where it is not, an answer's mean reward counts). Returns (B, n), of the dtype of rewards.
+      mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
+      unbiased  A_i = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]             (n = k: Tang)
+      biased    the same with the subset's mean advantage taken off (Tang); its expectation is the gradient of maj@(k-1)
+    where f is the reward of the majority: ties are split, no votes at all are worth 0. With k = 1 the vote is the
+    response's own: unbiased is mean over responses with an answer, and biased is zero.
+    Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
+
+    With M_j the mean of f over the j-subsets of all samples, and M_j(-i) over those without i,
+
+      unbiased  A_i = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i)
+      biased    A_i = M_{k-1} - M_{k-1}(-i)
+    """
+    n = rewards.shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards must be finite: see (prompt, sample) {(~rewards.isfinite()).nonzero()[0].tolist()}")
+    if estimator == "unbiased" and k == 1:
+        estimator, rewards = "mean", rewards.masked_fill(votes < 0, 0)
+    if estimator == "mean":
+        return (rewards - rewards.mean(-1, keepdim=True)) / max(n - 1, 1) if n > 1 else rewards.clone()
+    if estimator not in ("unbiased", "biased"):
+        raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased or biased")
+    everyone, without = common.subset_majorities(votes, rewards, k, leave_out=True)  # (B, 2), (B, n, 2): k and k-1
+    everyone = everyone.unsqueeze(1)  # (B, 1, 2)
+    if estimator == "unbiased":
+        A = everyone[..., 0] - (1 - k / n) * without[..., 0] - k / n * without[..., 1]
+    else:
+        A = everyone[..., 1] - without[..., 1]
+    # Differences of sums: what rounding leaves of an exact zero (1e-15) is made zero, so that its row costs nothing.
+    A = A.masked_fill(A.abs() < 1e-12 * rewards.abs().amax().clamp(min=1e-300).item(), 0)
+    return A.to(rewards)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> None:
+    args.n = args.n or args.k
+    common.check_args(args)
+    task = load_task(args.task, args.data)
+    args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else []
+    test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
+    policy = common.load_policy(args.model, task, args.device, args.gradient_checkpointing)
+    reference = copy.deepcopy(policy)  # for the KL
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
+    folder = common.new_run_folder(args, [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", args.seed])
+    print(f"writing to {folder}")
+
+    ks = common.powers_of_two(args.eval_n, args.k)
+    history, rewards = [], []
+
+    def evaluate(step: int) -> dict[str, torch.Tensor]:
+        verdict = common.evaluate(policy, task, test_problems, args)
+        metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
+        metrics |= {f"maj@{j}": common.majority_at_k(verdict.votes, verdict.rewards, j) for j in ks}
+        history.append((step, common.by_level(metrics, test_problems)))
+        common.log_metrics(folder, {"step": step, "eval": history[-1][1]})
+        return metrics
+
+    before, after = evaluate(0), None
+    bar = tqdm(range(1, args.steps + 1), desc=f"{args.estimator} k={args.k}", unit="step", disable=not args.steps)
+    for step in bar:
+        start = time.perf_counter()
+        problems = common.training_batch(train_problems, step, args.prompts_per_step, args.seed)
+        prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
+        generator = common.step_generator(policy.device, args.seed, step)
+        rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
+        verdict = task.verify(problems, common.decode(policy, rollouts))
+        A = advantages(verdict.votes, verdict.rewards, args.k, args.estimator)  # (B, n)
+        ratios = common.log_ratios(policy, reference, rollouts if args.kl_coef else rollouts.first(), args)
+        if args.kl_coef:
+            A = A + args.kl_coef * common.kl_advantages(ratios)
+        stats = common.policy_gradient_step(policy, optimizer, rollouts, A, args)
+        rewards.append(verdict.rewards.mean().item())
+        record = {
+            "step": step,
+            "reward": rewards[-1],
+            f"maj@{args.k}": common.majority_at_k(verdict.votes, verdict.rewards, args.k).mean().item(),
+            "kl": common.kl_estimate(ratios),
+            "tokens_per_s": rollouts.mask.sum().item() / (time.perf_counter() - start),
+            **stats,
+            **verdict.counts,
+        }
+        common.log_metrics(folder, record)
+        shown = ("reward", f"maj@{args.k}", "kl", "signal", "tokens_per_s")
+        bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            after = evaluate(step)
+
+    if args.steps:
+        common.save_policy(policy, folder / "policy")
+    columns = [*(f"maj@{j}" for j in sorted({1, args.k, args.eval_n})), f"pass@{args.eval_n}"]
+    print(common.comparison_table(before, after, test_problems, columns))
+    common.save_figure(folder, history, rewards, ["pass", "maj"], args.k)
+    print(f"{folder}: metrics.jsonl, curves.png, policy/")
+
+
+if __name__ == "__main__":
+    common.run_cli(main, Args)
