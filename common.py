@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -222,7 +223,7 @@ def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpoint
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"cannot load --model {name!r} on device {device!r}: {reason}") from error
     stop_ids = model.generation_config.eos_token_id if model.generation_config else None
@@ -262,23 +263,21 @@ def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_
 
     Raises BadInput if a prompt and its response would not fit the model's context.
     """
+    if policy.tokenizer.chat_template:
+        turns = [[{"role": "user", "content": f"{p.prompt}\n\n{task.instruction}".strip()}] for p in problems]
+        texts = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompts = policy.tokenizer(texts, add_special_tokens=False).input_ids  # the template has written them
+    else:
+        prompts = policy.tokenizer([task.template.replace("{prompt}", p.prompt) for p in problems]).input_ids
     context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
-    prompts = []
-    for problem in problems:
-        if policy.tokenizer.chat_template:
-            turn = {"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}".strip()}
-            text = policy.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-            ids = policy.tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            ids = policy.tokenizer(task.template.replace("{prompt}", problem.prompt)).input_ids
+    for problem, ids in zip(problems, prompts):
         if not ids:
             raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
         if len(ids) + max_new_tokens > context:
             raise BadInput(
                 f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of "
-                f"{context}: {problem.prompt[:40]!r}... (shorten the response or remove this problem)"
+                f"{context}: {problem.prompt[:40]!r} (shorten the response or remove this problem)"
             )
-        prompts.append(ids)
     return prompts
 
 
@@ -349,7 +348,8 @@ def warm_start(task: Task) -> Policy:
     for _ in bar:
         problems = rng.choices(task.train, k=recipe["batch"])
         prompts = tokenizer([problem.prompt for problem in problems]).input_ids
-        responses = tokenizer([problem.solution + tokenizer.eos_token for problem in problems]).input_ids
+        solutions = [with_slips(problem.solution, recipe.get("slips", 0.0), rng) for problem in problems]
+        responses = tokenizer([solution + tokenizer.eos_token for solution in solutions]).input_ids
         ids, mask = padded(responses)
         loss = -response_log_probs(policy, prompts, ids, mask)[mask].mean()
         optimizer.zero_grad()
@@ -360,6 +360,11 @@ def warm_start(task: Task) -> Policy:
         bar.set_postfix(loss=f"{loss.item():.3f}")
     policy.model.eval()
     return policy
+
+
+def with_slips(solution: str, rate: float, rng: random.Random) -> str:
+    """The solution with each digit replaced by a random one with probability `rate`."""
+    return "".join(rng.choice("0123456789") if c.isdigit() and rng.random() < rate else c for c in solution)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
@@ -628,13 +633,15 @@ def check_args(args) -> None:
     for name in ("lr", "temperature", "max_grad_norm", "clip"):
         if not 0 < getattr(args, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
+    if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
+        raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
     if args.kl_coef > 0 and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
 
 
-def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> list[Problem]:
+def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> Sequence[Problem]:
     """The problems of these levels (all, if none are named). Raises BadInput if there are none."""
-    chosen = [problem for problem in problems if not levels or problem.level in levels]
+    chosen = [problem for problem in problems if problem.level in levels] if levels else problems
     if not chosen:
         there = sorted({problem.level for problem in problems if problem.level is not None})
         have = f"the task has levels {there}" if there else f"the task has {len(problems)} problems without a level"
@@ -794,3 +801,61 @@ def save_figure(folder: Path, evaluations: list[tuple[int, dict]], rewards: list
     axes[-1].legend()
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
+
+
+def compare(folders: Sequence[str]) -> None:
+    """Print how runs changed their metrics, those that differ in nothing but the seed as mean ± standard error over
+    seeds, and draw their pass@j (and maj@j) curves over each other in runs/compare.png."""
+    groups: dict[str, list[tuple[dict, dict]]] = {}
+    for folder in map(Path, folders):
+        try:
+            args = json.loads((folder / "args.json").read_text())
+            log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, json.JSONDecodeError) as error:
+            raise BadInput(f"{folder} is not a run folder: {error}") from error
+        evaluations = [record for record in log if "eval" in record]
+        if len(evaluations) < 2 or evaluations[-1]["step"] < args["steps"]:
+            raise BadInput(f"{folder} has not come to its end: leave it out")
+        settings = {name: value for name, value in args.items() if name not in ("seed", "run_name")}
+        first, last = (evaluations[i]["eval"]["all"] for i in (0, -1))
+        groups.setdefault(json.dumps(settings), []).append((first, last))
+    settings = {key: json.loads(key) for key in groups}
+    varying = [name for name in next(iter(settings.values())) if len({str(s.get(name)) for s in settings.values()}) > 1]
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in ("pass", "maj") if any(f"{name}@1" in runs[0][1] for runs in groups.values())]
+    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False)
+    for key, runs in groups.items():
+        label = " ".join(f"{name}={settings[key].get(name)}" for name in varying) or settings[key]["script"]
+        print(f"{label}  ({len(runs)} seeds)")
+        for axis, name in zip(axes[0], names):
+            metrics = [metric for metric in runs[0][1] if metric.startswith(f"{name}@")]
+            js = [int(metric.partition("@")[2]) for metric in metrics]
+            before = np.array([[first[metric][0] for metric in metrics] for first, _ in runs])  # (seeds, metrics)
+            after = np.array([[last[metric][0] for metric in metrics] for _, last in runs])
+            error = (after - before).std(0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.full(len(js), np.nan)
+            start, end = before.mean(0), after.mean(0)
+            for i, metric in enumerate(metrics):
+                print(f"  {metric:8} {start[i]:.3f} -> {end[i]:.3f}  {end[i] - start[i]:+.3f} ± {error[i]:.3f}")
+            (line,) = axis.plot(js, end - start, marker="o", markersize=3, label=label)
+            axis.fill_between(js, end - start - error, end - start + error, color=line.get_color(), alpha=0.2)
+            axis.axhline(0, color="gray", linewidth=0.8)
+            axis.set(xscale="log", xlabel="j", ylabel=f"change of {name}@j", title=f"{name}@j, held out (± s.e. over seeds)")
+            axis.set_xticks(js, map(str, js))
+            axis.minorticks_off()
+            axis.legend()
+    figure.savefig("runs/compare.png", dpi=120)
+    print("figure: runs/compare.png")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] != "compare":
+        sys.exit("usage: python common.py compare runs/a runs/b ...")
+    try:
+        compare(sys.argv[2:])
+    except BadInput as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -69,6 +69,8 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     device: str = "auto"
     """auto, cpu or cuda"""
+    show_prompt: bool = False
+    """print the first training prompt as the policy reads it, and stop"""
     seed: int = 0
     """of the order of problems and of sampling"""
     eval_every: int = 100
@@ -131,9 +133,15 @@ def main(args: Args) -> None:
     common.check_args(args)
     task = load_task(args.task, args.data)
     args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else []
     test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
+    train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
     policy = common.load_policy(args.model, task, args.device, args.gradient_checkpointing)
+    if args.show_prompt:
+        print(policy.tokenizer.decode(common.encode_prompts(policy, task, train_problems[:1], args.max_new_tokens)[0]))
+        return
+    for problems in (train_problems, test_problems):
+        if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not at step 300
+            common.encode_prompts(policy, task, problems, args.max_new_tokens)
     reference = copy.deepcopy(policy)  # for the KL
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
     folder = common.new_run_folder(args, [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", args.seed])
@@ -154,7 +162,7 @@ def main(args: Args) -> None:
     bar = tqdm(range(1, args.steps + 1), desc=f"{args.estimator} k={args.k}", unit="step", disable=not args.steps)
     for step in bar:
         start = time.perf_counter()
-        problems = common.training_batch(train_problems, step, args.prompts_per_step, args.seed)
+        problems = common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed)
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = common.step_generator(policy.device, args.seed, step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)

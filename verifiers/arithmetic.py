@@ -89,5 +89,5 @@ def load(name: str, data: str | None = None) -> Task:
         pool = problems_of_level(level, held_out=False, rng=rng)
         train += (pool * (TRAIN_PER_LEVEL // len(pool) + 1))[:TRAIN_PER_LEVEL]
         test += problems_of_level(level, held_out=True, rng=rng)[:TEST_PER_LEVEL]
-    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3}
+    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3, "slips": 0.08}
     return Task(name, train, test, verify, max_new_tokens=8, warm_start=warm_start)

@@ -1,0 +1,156 @@
+"""The scripts as their users run them, on an untrained tiny policy.
+
+One run of each is a subprocess; the others run the script as __main__ in this process, which saves importing torch.
+"""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import common
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--steps", "2", "--k", "2", "--n", "4", "--prompts-per-step", "4", "--eval-n", "4", "--eval-problems", "2"]
+SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py"]
+
+
+def save_untrained(folder: Path, eos: bool = True, pad: bool = True) -> str:
+    tokenizer = common.tiny_tokenizer()
+    if not eos:
+        tokenizer.eos_token = None
+    if not pad:
+        tokenizer.pad_token = None
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=64, bos_token_id=None,
+                         pad_token_id=0 if pad else None, eos_token_id=1 if eos else None)  # fmt: skip
+    common.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_untrained(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(script, *flags) in an empty folder -> returncode, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def result(script: str, *flags: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            returncode = 0
+        except SystemExit as stop:
+            returncode = stop.code
+        out = capsys.readouterr()
+        return SimpleNamespace(returncode=returncode, stdout=out.out, stderr=out.err)
+
+    return result
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_from_start_to_end(script, model, tmp_path):
+    command = [sys.executable, str(ROOT / script), *SMALL, "--model", model, "--eval-every", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "args.json").read_text())["n"] == 4
+    metric = "pass@2" if script.startswith("pass") else "maj@2"
+    log = records(folder)
+    assert [r["step"] for r in log if "eval" in r] == [0, 1, 2] and [r["step"] for r in log if "reward" in r] == [1, 2]
+    assert all({"reward", metric, "kl", "loss", "grad_norm", "signal"} <= r.keys() for r in log if "reward" in r)
+    assert metric in result.stdout and " -> " in result.stdout
+    assert (folder / "curves.png").stat().st_size > 10_000
+    AutoModelForCausalLM.from_pretrained(folder / "policy"), AutoTokenizer.from_pretrained(folder / "policy")
+
+
+def test_equal_arguments_give_equal_metrics_and_another_folder(run, model, tmp_path):
+    for _ in range(2):
+        assert run("pass_at_k_pg.py", *SMALL, "--model", model).returncode == 0
+    first, second = sorted((tmp_path / "runs").iterdir(), key=lambda folder: len(folder.name))
+    assert second.name == f"{first.name}-2"
+    without_speed = [[{**r, "tokens_per_s": 0} for r in records(folder)] for folder in (first, second)]
+    assert without_speed[0] == without_speed[1]
+
+
+@pytest.mark.parametrize("flags", [["--kl-coef", "0.1"], ["--epochs", "2"], ["--steps", "0"], ["--estimator", "mean"],
+                                   ["--gradient-checkpointing"], ["--estimator", "biased", "--micro-batch-tokens", "1"],
+                                   ["--levels", "1", "3", "--temperature", "0.7"]], ids=" ".join)  # fmt: skip
+def test_flags(run, flags, model, tmp_path):
+    result = run("pass_at_k_pg.py", *SMALL, *flags, "--model", model)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_model_without_a_pad_token_runs(run, tmp_path):
+    """Filler is masked, never read: a pad token has no use here."""
+    result = run("pass_at_k_pg.py", *SMALL, "--model", save_untrained(tmp_path / "model", pad=False))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--k", "8", "--n", "4"], "--n must be at least 8 (--k 8 takes that many samples), not 4"),
+        (["--k", "8", "--n", "8", "--eval-n", "4"], "--eval-n must be at least 8"),
+        (["--k", "0"], "--k must be at least 1, not 0"),
+        (["--steps", "-1"], "--steps must be at least 0"),
+        (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
+        (["--lr", "nan"], "--lr must be a positive number, not nan"),
+        (["--k", "1", "--n", "1", "--kl-coef", "1"], "--kl-coef needs --n 2 or more"),
+        (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
+        (["--data", "x.jsonl"], "makes its own problems: leave --data out"),
+        (["--levels", "9"], "no training problems at --levels 9"),
+        (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
+        (["--max-new-tokens", "64"], "exceed the model's context of 64"),
+        (["--device", "tpu"], "on device 'tpu'"),
+        (["--run-name", "a/../../b"], "--run-name"),
+        (["--estimator", "best"], "best"),
+        (["--bogus", "1"], "bogus"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_path):
+    result = run(script, *SMALL, "--model", model, *flags)
+    assert result.returncode == 2
+    assert complaint in result.stderr and "Traceback" not in result.stderr
+    if result.stderr.startswith("error:"):  # ours; the parser's own has a frame
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_without_an_end_token_is_refused(run, tmp_path):
+    result = run("pass_at_k_pg.py", *SMALL, "--model", save_untrained(tmp_path / "model", eos=False))
+    assert result.returncode == 2 and "has no end-of-sequence token" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_tiny_is_refused_for_a_task_it_cannot_learn(run, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
+    result = run("pass_at_k_pg.py", *SMALL, "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl"))
+    assert result.returncode == 2 and "--model tiny cannot learn task 'gsm8k'" in result.stderr
+
+
+def test_bandit(run, tmp_path):
+    result = run("bandit.py", "--seeds", "20", "--steps", "40")
+    assert result.returncode == 0, result.stderr
+    assert "B1: the mean gradient" in result.stdout and (tmp_path / "runs/bandit.png").stat().st_size > 10_000
+    result = run("bandit.py", "--seeds", "20", "--steps", "40", "--json", "--figure", "None")
+    out = json.loads(result.stdout)
+    assert {row["claim"] for row in out["claims"]} == {"B1", "B2", "B3"} and set(out["final"]) >= {"mean", "unbiased"}
+    result = run("bandit.py", "--k", "1")
+    assert result.returncode == 2 and result.stderr.strip() == "error: --k must be at least 2, not 1"

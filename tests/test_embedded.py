@@ -1,0 +1,144 @@
+"""The embedded tasks, and the tiny policy that is warm-started on them."""
+
+import json
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+from verifiers import BadInput, Problem, Task, load_task, votes_from_answers
+from verifiers.arithmetic import FACTORS, verify
+
+
+def test_arithmetic_levels_are_right_disjoint_and_a_fifth_is_held_out():
+    task = load_task("arithmetic")
+    train, test = ({problem.prompt for problem in side} for side in (task.train, task.test))
+    assert not train & test
+    for problem in {*task.train, *task.test}:
+        a, b = map(int, problem.prompt[:-1].split("*"))
+        assert problem.answer == problem.solution == str(a * b)
+        assert a in FACTORS[problem.level][0] and b in FACTORS[problem.level][1]
+    small = [p.prompt for p in {*task.train, *task.test} if p.level == 3]  # a level that is here in full
+    assert len(small) == 90 * 21 and 0.16 < sum(p in test for p in small) / len(small) < 0.24
+    assert {p.level for p in task.train} == {p.level for p in task.test} == {1, 2, 3, 4, 5}
+    counts = {level: sum(p.level == level for p in task.train) for level in FACTORS}
+    assert len(set(counts.values())) == 1
+
+
+def test_chain_is_worked_from_left_to_right_modulo_100():
+    task = load_task("chain")
+    assert len(task.train) == 20_000 and len(task.test) == 1_000
+    assert not {p.prompt for p in task.train} & {p.prompt for p in task.test}
+    for problem in [Problem("47+85*3+36*7=", "24", "32,96,32,24"), *task.test[:50]]:
+        digits = problem.prompt[:-1].replace("+", " + ").replace("*", " * ").split()
+        value, values = int(digits[0]), []
+        for operation, operand in zip(digits[1::2], digits[2::2]):
+            value = (value + int(operand) if operation == "+" else value * int(operand)) % 100
+            values.append(str(value))
+        assert ",".join(values) == problem.solution and values[-1] == problem.answer
+        assert verify([problem], [[problem.solution]]).rewards.tolist() == [[1.0]]
+
+
+def test_verdicts_on_right_wrong_and_hostile_responses():
+    problem = Problem("2*6=", "12", "12", 1)
+    responses = ["12", " 012\n", "13", "3,12", "", "twelve", "12.", "1,,12", "-12", "٣", "1" * 10**6, "12\0", "12 12"]
+    verdict = verify([problem], [responses])
+    assert verdict.rewards.tolist() == [[1, 1, 0, 1] + [0] * 9]
+    votes = verdict.votes[0].tolist()
+    assert votes[:4] == [0, 0, 2, 0] and votes[10] == 10 and set(votes[4:10] + votes[11:]) == {-1}
+
+
+def test_votes_from_answers():
+    assert votes_from_answers([["a", None, "b", "a"], [None, None, 1, 1.0]]).tolist() == [[0, -1, 2, 0], [-1, -1, 2, 2]]
+
+
+def test_an_unknown_task_is_refused_by_name():
+    with pytest.raises(BadInput, match="unknown task 'sums': choose one of .*arithmetic"):
+        load_task("sums")
+
+
+# --- the tiny policy -------------------------------------------------------------------------------------------------
+
+
+def small_task(steps: int = 3) -> Task:
+    problems = [Problem(f"{a}+{b}=", str(a + b), str(a + b)) for a in range(5) for b in range(5)]
+    return Task("sums", problems, problems, verify, warm_start={"steps": steps, "batch": 8, "lr": 1e-2})
+
+
+def weights(folder) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()])
+
+
+def test_the_tokenizer_is_one_token_a_character_and_loses_nothing(tmp_path):
+    tokenizer = common.tiny_tokenizer()
+    text = " 47*85=\n" + "".join(map(chr, range(32, 127))) + "  "
+    assert len(tokenizer(text).input_ids) == len(text) and tokenizer.decode(tokenizer(text).input_ids) == text
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(text).input_ids == tokenizer(text).input_ids and again.decode(again(text).input_ids) == text
+    assert again.eos_token_id == 1 and again("é").input_ids == [again.unk_token_id]
+
+
+def test_warm_start_is_deterministic_cached_and_named_by_its_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    torch.manual_seed(1)
+    folder = common.tiny_policy_folder(small_task())
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert folder.is_relative_to(tmp_path / "a") and common.tiny_policy_folder(small_task()) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert common.tiny_policy_folder(small_task(steps=4)) != folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    torch.manual_seed(2)  # the global state does not matter, and is left alone
+    state = torch.get_rng_state()
+    assert torch.equal(weights(common.tiny_policy_folder(small_task())), weights(folder))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 0.5e6 < len(weights(folder)) < 1.5e6
+
+
+def test_warm_start_learns(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    task = small_task(steps=60)
+    policy = common.load_policy("tiny", task, "cpu")
+    prompts = common.encode_prompts(policy, task, task.test, 4)
+    rollouts = common.sample(policy, prompts, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert task.verify(task.test, common.decode(policy, rollouts)).rewards.mean() > 0.5
+
+
+def test_a_race_for_the_cache_leaves_one_whole_policy(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    barrier, trained = threading.Barrier(2), common.warm_start
+    monkeypatch.setattr(common, "warm_start", lambda task: (trained(task), barrier.wait())[0])  # both finish, then save
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(common.tiny_policy_folder(small_task()))) for _ in "ab"]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(folders) == 2 and folders[0] == folders[1]
+    assert [path.name for path in (tmp_path / "inference-aware-rl").iterdir()] == [folders[0].name]
+    json.loads((folders[0] / "config.json").read_text())
+
+
+def test_a_warm_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(common, "save_policy", lambda policy, folder: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        common.tiny_policy_folder(small_task())
+    assert list((tmp_path / "inference-aware-rl").iterdir()) == []
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_batches_see_every_problem_once_a_pass():
+    problems = list(range(10))
+    batches = [common.training_batch(problems, step, 4, seed=0) for step in range(5)]
+    assert sorted(sum(batches, [])[:10]) == problems and sorted(sum(batches, [])[10:]) == problems
+    assert batches == [common.training_batch(problems, step, 4, seed=0) for step in range(5)]
+    assert batches != [common.training_batch(problems, step, 4, seed=1) for step in range(5)]
+
+
+def test_evaluation_problems_are_spread_over_levels():
+    problems = [Problem(str(i), "", level=i % 3 or None) for i in range(30)]
+    chosen = common.evaluation_problems(problems, 4)
+    assert [sum(p.level == level for p in chosen) for level in (1, 2, None)] == [4, 4, 4]
+    assert chosen == common.evaluation_problems(problems, 4)
