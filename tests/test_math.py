@@ -1,0 +1,499 @@
+"""verifiers/math.py and workers.py: which answer a response gives, is it right, whom it votes with, what can fail."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verifiers import BadInput, Problem, load_task
+from verifiers import math as math_task
+from verifiers.math import boxed, gsm8k_answer, level_number, math_answer, verify
+from verifiers.workers import Workers
+
+REAL_DATA = os.environ.get("REAL_DATA")
+real_data = pytest.mark.skipif(not REAL_DATA, reason="REAL_DATA does not name the folder with GSM8K, MATH and graders")
+
+
+def rewards_and_votes(gold, answers):
+    """What `verify` says of boxed answers to one problem, as lists."""
+    verdict = verify([Problem("?", gold)], [[rf"\boxed{{{answer}}}" for answer in answers]], math_answer)
+    return verdict.rewards[0].tolist(), verdict.votes[0].tolist()
+
+
+def is_right(gold, answer):
+    return rewards_and_votes(gold, [answer])[0] == [1.0]
+
+
+# --- Extraction ---
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"so \boxed{12}.", "12"),
+        (r"\boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\fbox{6}", "6"),
+        (r"\boxed 7$", "7"),
+        (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "-2, 1"),
+        (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", "1, 2, 3"),
+        (r"\boxed{4} then cut off \boxed{5", "4"),
+        (r"\boxed{} and the answer is 8", "8"),
+        (r"}}}{ \boxed{9}", "9"),
+        ("#### 10\nThe answer is 11", "10"),
+        (r"The answer is $\frac12$. I hope it is correct.", r"\frac12"),
+        ("The answer is 3.5. Then 7.", "3.5"),
+        ("**Answer:** 4", "4"),
+        ("The answer is 5 which is odd.", "5 which is odd"),
+        ("Final Answer: The volume of $ABCD$ is 120. I hope it is correct.", "120"),
+        ("Answer:\n$$\n9\n$$", "9"),
+        (r"Thus \(x = 2\) and \[y = 3\]", "y = 3"),
+        (r"Thus the value of $x$ is 5.", "5"),
+        (r"This makes \frac{10}{9}", r"\frac{10}{9}"),
+        ("\\boxed{1}\n\nQuestion: 1+1?\nAnswer: \\boxed{2}", "1"),
+        (r"\boxed{1}" + " hm" * 5000, None),
+        ("no idea", None),
+        ("", None),
+        ("\\boxed{" + "9" * 1001 + "}", None),
+    ],
+)
+def test_math_answer(response, answer):
+    assert math_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        ("6 * 7 = 42\n#### 42", "42"),
+        ("#### 42 apples, not 43", "42"),
+        ("#### $1,234.50", "1,234.50"),
+        ("#### 3 + 4 = 7", "7"),
+        ("#### none. The answer is 5.", "5"),
+        (r"\boxed{18\text{ dollars}} of 20", "18"),
+        (r"\boxed{\frac{1}{2}} of 20", r"\frac{1}{2}"),
+        ("The answer is -$18 now", "-18"),
+        ("The answer is 5, which is 3 more.", "5"),
+        ("The answer is \N{MINUS SIGN}3", "-3"),
+        ("It takes 10-3 days", "3"),
+        ("x2 and y3", None),
+        ("#### 5\n\nQuestion: 1+1?\nAnswer:\n#### 2", "5"),
+        ("no idea", None),
+        ("9" * 10**6, None),
+    ],
+)
+def test_gsm8k_answer(response, answer):
+    assert gsm8k_answer(response) == answer
+
+
+FRAGMENTS = st.sampled_from(
+    [r"\boxed{", "}", "{", "$", "$$", r"\(", r"\)", r"\[", r"\]", "####", "answer is ", "\nQuestion:", "9^9", "=", "-"]
+)
+HOSTILE = st.lists(st.one_of(FRAGMENTS, st.text(max_size=8), st.integers().map(str)), max_size=40).map("".join)
+
+
+@settings(deadline=None, max_examples=300)
+@given(HOSTILE)
+def test_extraction_of_any_text(text):
+    for extract in (math_answer, gsm8k_answer):
+        answer = extract(text)
+        assert answer is None or 0 < len(answer) <= 1000
+        assert extract(text + "\n\nQuestion: 2+2?\nAnswer: \\boxed{4}\n#### 4") == answer
+
+
+@settings(deadline=None, max_examples=300)
+@given(HOSTILE, st.integers(), HOSTILE)
+def test_last_box_wins(before, number, after):
+    before, after = before.replace("Question:", ""), after.replace("boxed", "").replace("Question:", "")
+    assert (boxed(before + f"; \\boxed{{{number}}}" + after) or "").split(", ")[-1] == str(number)
+
+
+@pytest.mark.parametrize(
+    "piece", [r"\boxed{", "{", "$", r"\(", r"\[ ", "answer is ", "9", "1,", "#### ", "-", "a", "\0", "\u202e"], ids=repr
+)
+def test_a_million_characters(piece):
+    response = piece * (10**6 // len(piece))
+    verdict = verify([Problem("?", "12")], [[response, response + r" \boxed{12}"]], math_answer)
+    assert verdict.rewards.tolist() == [[0, 1]] and gsm8k_answer(response) in (None, "1")
+
+
+# --- Comparison ---
+
+EQUAL = [
+    ["1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", ".5", "50/100", r"\frac{2}{4}"],
+    ["18", r"\$18", "18 dollars", r"18\text{ dollars}", "18.0", "x = 18", r"18\%", "18 percent", r"18^\circ"],
+    ["C", "(C)", r"\text{(C)}", r"\textbf{C}"],
+    ["1000", "1,000", "1{,}000", "1000.0", "10^3"],
+    ["1/3", "0.3333333", "0.333333", r"\frac{1}{3}"],
+    ["Evelyn", r"\text{Evelyn}", "evelyn"],
+    [r"2\sqrt{2}", r"\sqrt{8}", "2.828427"],
+    ["(x+1)^2", "x^2+2x+1"],
+    [r"\{1,2\}", "2, 1"],
+    ["(1, 2)", r"(1, \frac42)"],
+    ["x < 3", "3 > x"],
+    ["12:00"],
+    ["12:30"],
+    ["0"],
+    ["0.0000001"],
+    ["0.0000002"],
+    ["(2, 1)"],
+    [r"\infty"],
+    [r"-\infty"],
+    ["0.333"],
+    [r"\text{no solution}", "no solution"],
+]
+
+
+@pytest.mark.parametrize("forms", [forms for forms in EQUAL if len(forms) > 1], ids=lambda forms: forms[0])
+def test_equal_answers_are_right(forms):
+    assert rewards_and_votes(forms[0], forms)[0] == [1.0] * len(forms)
+
+
+@pytest.mark.parametrize(
+    "gold, answer", [("1/3", "0.333"), ("C", "(D)"), ("18", "180"), ("18", "-18"), ("(1,2)", "(2,1)"), ("2", ""),
+                     ("32349", "32, 349"), ("0.0000001", "0.0000002"), ("12:00", "12:30"), ("x+1", "x"),
+                     ("5", "5 million")],
+)  # fmt: skip
+def test_unequal_answers_are_wrong(gold, answer):
+    assert not is_right(gold, answer)
+
+
+def test_gold_comes_first():
+    """math-verify unwraps the prediction's equation to what the gold answer is, not the other way round."""
+    assert is_right("11", "2x + z = 11") and not is_right("2x + z = 11", "11")
+
+
+def test_equal_wrong_answers_vote_together_and_unequal_ones_do_not():
+    answers = [form for forms in EQUAL for form in forms]
+    votes = rewards_and_votes("777", answers)[1]
+    classes = [votes[answers.index(forms[0])] for forms in EQUAL]
+    assert votes == [vote for vote, forms in zip(classes, EQUAL) for _ in forms]
+    assert len(set(classes)) == len(EQUAL) and min(classes) >= 0
+
+
+def partition(votes, order):
+    """The sets of original positions that vote alike; those without a vote are left out."""
+    classes = {}
+    for place, vote in zip(order, votes):
+        classes.setdefault(vote, set()).add(place)
+    return sorted(map(sorted, (members for vote, members in classes.items() if vote >= 0)))
+
+
+@pytest.mark.parametrize("gold", ["1/2", "x = 5", "5", r"\{1,2\}", "777"])
+def test_votes_do_not_depend_on_order_or_company_and_decide_the_reward(gold):
+    answers = [form for forms in EQUAL for form in forms] + ["x = 5", "y = 5", "5", "", "1/2"]
+    order = list(range(len(answers)))
+    rewards, votes = rewards_and_votes(gold, answers)
+    expected = partition(votes, order)
+    for members in expected:
+        assert len({rewards[i] for i in members}) == 1
+    for seed in range(5):
+        random.Random(seed).shuffle(order)
+        shuffled = rewards_and_votes(gold, [answers[i] for i in order])
+        assert partition(shuffled[1], order) == expected and shuffled[0] == [rewards[i] for i in order]
+        some = order[:8]
+        of_some = rewards_and_votes(gold, [answers[i] for i in some])
+        kept = [[i for i in members if i in some] for members in expected]
+        assert partition(of_some[1], some) == sorted(members for members in kept if members)
+
+
+def test_no_answer_has_no_vote():
+    verdict = verify([Problem("?", "5")], [["none", r"\boxed{5}", "", r"\boxed{6}", "none"]], math_answer)
+    assert verdict.votes.tolist() == [[-1, 1, -1, 3, -1]] and verdict.rewards.tolist() == [[0, 1, 0, 0, 0]]
+    assert verdict.counts == {}
+
+
+NUMBERS = st.one_of(
+    st.integers(-10**9, 10**9).map(str),
+    st.decimals(-1000, 1000, places=3).map(str),
+    st.tuples(st.integers(-99, 99), st.integers(1, 99)).map(lambda pair: f"{pair[0]}/{pair[1]}"),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(NUMBERS, NUMBERS)
+def test_plain_numbers_are_judged_as_math_verify_judges_them(gold, answer):
+    for pair in [(gold, answer), (gold, gold)]:
+        fast, _ = math_task.without_algebra(*pair)
+        ((slow, form), failure), = math_task.CHECKERS.map([pair])
+        assert failure is None and fast == slow
+        assert math_task.plain_key(pair[1]) == form  # so 0.5 votes with \frac12
+
+
+# --- Workers ---
+
+SLOW = "10^{10^{10}}"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Workers that give a check one second, so that the tests of what happens then are quick."""
+    workers = Workers("math", limit_s=1.0, count=2)
+    monkeypatch.setattr(math_task, "CHECKERS", workers)
+    math_task.checked.clear()
+    yield workers
+    workers.close()
+
+
+def test_timeouts_are_counted_and_cost_only_themselves(impatient):
+    row = [rf"\boxed{{{answer}}}" for answer in [SLOW, r"\sqrt{9}", SLOW, r"\sqrt{16}", "(10^{9})!"]]
+    for _ in range(2):  # the second time the workers are new ones
+        verdict = verify([Problem("?", "3")], [row], math_answer)
+        assert verdict.rewards.tolist() == [[0, 1, 0, 0, 0]] and verdict.votes.tolist() == [[-1, 1, -1, 3, -1]]
+        assert verdict.counts == {"timeouts": 3}
+        math_task.checked.clear()
+
+
+def test_dead_workers_are_counted_and_replaced(impatient):
+    impatient.limit_s, impatient.count = 60.0, 1
+    impatient.map([["1", r"\sqrt{2}"]])
+    victim = impatient.workers[0].process
+
+    def shoot():
+        while impatient.workers[0].job is None:
+            time.sleep(0.01)
+        victim.kill()
+
+    thread = threading.Thread(target=shoot)
+    thread.start()
+    results = impatient.map([["1", r"\int_0^1 x^x \sin(x^3) dx"], ["3", r"\sqrt{9}"], ["3", r"\sqrt{9}"]])
+    thread.join()
+    assert [failure for _, failure in results] == ["dead workers", None, None]
+    assert results[1] == results[2] and results[1][0][0] is True
+
+
+def test_a_worker_that_died_idle_costs_nothing(impatient):
+    impatient.map([["3", r"\sqrt{9}"]])
+    impatient.workers[0].process.kill()
+    impatient.workers[0].process.wait()
+    assert impatient.map([["3", r"\sqrt{9}"]])[0][1] is None
+
+
+def test_results_do_not_depend_on_the_number_of_workers_or_the_thread():
+    pairs = [["777", math_task.clean(form)] for forms in EQUAL for form in forms]
+    found = {}
+    for count in (1, 3):
+        workers = Workers("math", count=count)
+        thread = threading.Thread(target=lambda: found.__setitem__(count, workers.map(pairs)))
+        thread.start()
+        thread.join()
+        assert len(workers.workers) == count
+        workers.close()
+    assert found[1] == found[3] and not any(failure for _, failure in found[1])
+
+
+def test_no_process_outlives_close(impatient):
+    impatient.map([["1", "x"]] * 2)
+    processes = [worker.process for worker in impatient.workers]
+    impatient.close()
+    assert len(processes) == 2 and all(process.returncode is not None for process in processes)
+    assert impatient.map([["x", "x"]])[0][0][0] is True  # and it starts again
+
+
+def test_a_child_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="did not start"):
+        Workers("nothing of this name").map([[]])
+    (tmp_path / "math_verify.py").write_text("raise ImportError('half installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="did not start: ImportError: half installed"):
+        Workers("math").map([["1", "x"]])
+
+
+PARENT = """
+import sys; sys.path.insert(0, {root!r})
+from verifiers.workers import Workers
+workers = Workers("math", limit_s=2.0, count=2)
+workers.map([["1", "x"]] * 2)
+print(*[worker.process.pid for worker in workers.workers], flush=True)
+{then}
+"""
+
+
+def is_running(pid):
+    """Whether a process is there and is not a zombie that awaits its parent."""
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("then", ["pass", f"workers.map([['1', {SLOW!r}]] * 2)", "raise KeyboardInterrupt", "input()"])
+def test_workers_die_with_the_parent(then):
+    """It ends by itself, is killed amid a stuck check, is interrupted, is killed while the workers are idle."""
+    code = PARENT.format(root=str(Path(__file__).parents[1]), then=then)
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=null)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    if "map" in then or "input" in then:
+        time.sleep(0.3)
+        parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(600):
+        if not any(map(is_running, pids)):
+            break
+        time.sleep(0.1)
+    assert not any(map(is_running, pids))
+    parent.stdin.close()
+    parent.stdout.close()
+
+
+@pytest.mark.parametrize(
+    "answer", ["x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400,
+               "^" * 99, "9^9^9^9", r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{0}", "\0" * 9 + "7",
+               r"2^{1000000}"], ids=repr,
+)  # fmt: skip
+def test_hostile_answers(impatient, answer):
+    impatient.limit_s = 5.0
+    text = rf"\boxed{{{answer}}}"
+    verdict = verify([Problem("?", "12")], [[text, text, r"\boxed{12}"]], math_answer)
+    assert verdict.rewards.tolist() == [[0, 0, 1]] and verdict.votes[0, 0] == verdict.votes[0, 1]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(HOSTILE, min_size=1, max_size=6))
+def test_verify_any_text(texts):
+    row = [text.replace("Question:", "") for text in texts] + [r"; \boxed{12}"]
+    verdict = verify([Problem("?", "12")], [row], math_answer)
+    assert verdict.rewards.shape == verdict.votes.shape == (1, len(row)) and verdict.rewards[0, -1] == 1
+    assert set(verdict.counts) <= {"timeouts", "dead workers", "errors"}
+
+
+# --- Data ---
+
+
+def problems(tmp_path, rows, task="math", split="test"):
+    (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return getattr(load_task(task, str(tmp_path)), split)
+
+
+def test_schemas(tmp_path):
+    rows = [
+        {"problem": "a", "answer": "1"},
+        {"question": "b", "answer": 2, "level": "Level 5"},
+        {"problem": "c", "solution": r"so \boxed{\frac12}", "level": "Level ?"},
+        {"question": "d", "answer": "2*2=<<2*2=4>>4\n#### 1,004", "level": 3},
+        {"problem": "e", "answer": "$x$", "solution": "s", "level": None},
+    ]
+    assert problems(tmp_path, rows) == [
+        Problem("a", "1"),
+        Problem("b", "2", "", 5),
+        Problem("c", r"\frac12", r"so \boxed{\frac12}", None),
+        Problem("d", "1,004", "2*2=4\n#### 1,004", 3),
+        Problem("e", "x", "s"),
+    ]
+    assert problems(tmp_path, rows[3:4], "gsm8k") == [Problem("d", "1004", "2*2=4\n#### 1,004", 3)]
+    mine = [{"problem": "a", "answer": answer} for answer in ("$18", "18 dollars", "25\\%", "-1/2")]
+    assert [problem.answer for problem in problems(tmp_path, mine, "gsm8k")] == ["18", "18", "25", "-1/2"]
+
+
+@pytest.mark.parametrize(
+    "level, number", [("Level 5", 5), (5, 5), ("5", 5), (5.0, 5), ("Level ?", None), (None, None), ("", None)]
+)
+def test_levels(level, number):
+    assert level_number(level) == number
+
+
+@pytest.mark.parametrize(
+    "row, task, message",
+    [
+        ({"problem": "a", "answer": ""}, "math", "test row 2: empty answer"),
+        ({"problem": "a", "answer": None}, "math", "test row 2: empty answer"),
+        ({"problem": "a", "solution": "no box"}, "math", "test row 2: empty answer"),
+        ({"problem": " ", "answer": "1"}, "math", "test row 2: empty problem"),
+        ({"prompt": "a", "answer": "1"}, "math", "row 2: no column problem or question; found prompt, answer"),
+        ({"problem": "a", "result": "1"}, "math", "row 2: no column answer or solution; found problem, result"),
+        ({"problem": "a", "answer": "x + 1"}, "gsm8k", "row 2: the answer 'x .* is not a number; --task math"),
+        ({"problem": "a", "answer": "(C)"}, "gsm8k", "row 2: the answer '.C.' is not a number"),
+        ({"problem": "a", "answer": "1" * 2000}, "math", "row 2: an answer of 2000 characters"),
+    ],
+)
+def test_bad_rows(tmp_path, row, task, message):
+    with pytest.raises(BadInput, match=message) as error:
+        problems(tmp_path, [{"problem": "a", "answer": "1"}, row], task)
+    assert "\n" not in str(error.value)
+
+
+def test_splits(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"problem": "a", "answer": "1"}\n')
+    task = load_task("math", str(tmp_path))
+    assert len(task.train) == 1 and task.test == []
+    with pytest.raises(BadInput, match="has no test split"):
+        load_task("math500", str(tmp_path))
+    (tmp_path / "train.jsonl").rename(tmp_path / "validation.jsonl")
+    with pytest.raises(BadInput, match="has no train or test split"):
+        load_task("math", str(tmp_path))
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setattr(math_task.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install math-verify=="):
+        load_task("gsm8k", "anywhere")
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_the_template_shows_answers_that_the_task_can_read(tmp_path, task):
+    problems(tmp_path, [{"problem": "a", "answer": "1"}])
+    task = load_task(task, str(tmp_path))
+    shots = task.template.split("\n\n")
+    assert shots[-1] == "Question: {prompt}\nAnswer:" and len(shots) == 4
+    for shot, answer in zip(shots, ["22", "9", "40"] if task.name == "gsm8k" else ["7", r"\frac{1}{4}", "a^2 - a - 6"]):
+        assert task.verify([Problem("?", answer)], [[shot.partition("Answer:")[2] + "\n\n" + shots[0]]]).rewards == 1
+
+
+# --- Real data ---
+
+
+@real_data
+@pytest.mark.parametrize(
+    "task, split, count",
+    [("gsm8k", "train", 1000), ("gsm8k", "test", 300), ("math", "train", 600), ("math500", "test", 200)],
+)
+def test_gold_solutions_are_right(task, split, count):
+    """By the whole path, and, for MATH, by math-verify alone, which has no short cut for equal texts."""
+    task = load_task(task, f"{REAL_DATA}/{task}")
+    golds = getattr(task, split)
+    verdict = task.verify(golds, [[problem.solution] for problem in golds])
+    assert len(golds) == count and verdict.counts == {}
+    assert [problem.answer for problem, reward in zip(golds, verdict.rewards) if not reward] == []
+    if task.name != "gsm8k":
+        assert {problem.level for problem in golds} == {1, 2, 3, 4, 5}
+        found = math_task.CHECKERS.map([[problem.answer, math_answer(problem.solution)] for problem in golds])
+        assert [problem.answer for problem, (result, _) in zip(golds, found) if not (result and result[0])] == []
+
+
+# rows of graders/pairs.jsonl that we judge otherwise than math-verify's own tests do, all of them refusals
+DISAGREEMENTS = {
+    47: "decimal comma: to us a comma separates",
+    144: "decimal comma",
+    146: "decimal comma",
+    151: "decimal comma",
+    51: "gold in two boxes with words between them",
+    68: "answer in two boxes with words between them",
+    79: "equal to 2 decimals, and we ask for 6",
+    138: "equal to 2 decimals, and we ask for 6",
+    99: "an inequality for a gold set, which takes the option allow_set_relation_comp",
+    127: "a sentence with the number in its middle",
+}
+
+
+@real_data
+def test_agreement_with_the_tests_of_math_verify():
+    rows = [json.loads(line) for line in Path(REAL_DATA, "graders", "pairs.jsonl").open()]
+    golds = [Problem("?", boxed(row["gold"]) or row["gold"]) for row in rows]
+    verdict = verify(golds, [[row["pred"]] for row in rows], math_answer)
+    judged_otherwise = {i for i, row in enumerate(rows) if int(verdict.rewards[i, 0]) != row["expected"]}
+    assert len(rows) == 161 and judged_otherwise == set(DISAGREEMENTS) and verdict.counts == {}
+    assert all(rows[i]["expected"] == 1 for i in judged_otherwise)

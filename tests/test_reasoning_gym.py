@@ -1,0 +1,75 @@
+"""verifiers/reasoning_gym.py: deterministic, disjoint problems and the library's own scores, whatever the answer."""
+
+import importlib.util
+import itertools
+
+import pytest
+
+from verifiers import BadInput, load_task
+
+installed = importlib.util.find_spec("reasoning_gym") is not None
+needs_library = pytest.mark.skipif(not installed, reason="the optional reasoning-gym library is not installed")
+NAMES = ["leg_counting", "countdown", "string_splitting", "propositional_logic"]
+
+
+def responses(problem):
+    """Right in the end, right with a remark of its own after it, wrong, without an answer."""
+    right = f"<answer>zz</answer>? No: <answer>{problem.answer}</answer>"
+    return [right, right + "\n\nQuestion: 1+1?\nAnswer: <answer>2</answer>", "<answer>zz</answer>", "no tags 12"]
+
+
+@needs_library
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_answers_and_wrong_ones(name):
+    task = load_task(f"reasoning_gym/{name}")
+    problems = [problem for problem in [*task.train[:5], *task.test[:20]] if problem.answer]
+    verdict = task.verify(problems, [responses(problem) for problem in problems])
+    if name != "propositional_logic":  # it keeps no reference answers
+        assert problems
+        assert verdict.rewards[:, :2].eq(1).all() and verdict.rewards[:, 2:].lt(0.5).all()
+        assert verdict.votes[:, 0].eq(0).all() and verdict.votes[:, 1].eq(0).all() and verdict.votes[:, 3].eq(-1).all()
+
+
+@needs_library
+def test_problems_are_the_same_every_time_and_test_is_held_out():
+    first, second = load_task("reasoning_gym/string_splitting"), load_task("reasoning_gym/string_splitting")
+    assert first.test == second.test and second.train[7] == first.train[7] == first.train[7 - len(first.train)]
+    held_out = {problem.prompt for problem in first.test}
+    assert len(held_out) == len(first.test) and not any(problem.prompt in held_out for problem in first.train[:100])
+
+
+@needs_library
+def test_train_replaces_problems_of_the_test_set():
+    from verifiers.reasoning_gym import TrainProblems
+
+    plain = TrainProblems("leg_counting", set())
+    held_out = {plain[0].prompt, plain[1].prompt}
+    assert TrainProblems("leg_counting", held_out)[0].prompt == plain[2].prompt
+    with pytest.raises(IndexError):
+        plain[len(plain)]
+    assert len(list(itertools.islice(plain, 3))) == 3
+
+
+@needs_library
+def test_hostile_answers_cost_only_themselves():
+    task = load_task("reasoning_gym/countdown")
+    hostile = ["9**9**9**9**9", "\0", "(" * 5000, "__import__('os')._exit(0)", "\ud800", "1/0", "x" * 10**6]
+    row = [f"<answer>{answer}</answer>" for answer in hostile] + [f"<answer>{task.test[0].answer}</answer>"]
+    verdict = task.verify([task.test[0]], [row])
+    assert verdict.rewards[0, -1] == 1 and verdict.rewards[0, :-1].lt(0.5).all()
+    no_vote = verdict.votes[0, :-2] == -1  # the last hostile one is too long for its tags to be read
+    assert sum(verdict.counts.values()) == int(no_vote.sum()) > 0
+
+
+@needs_library
+def test_unknown_name_and_data():
+    with pytest.raises(BadInput, match="no data set 'leg_counts'; try leg_counting"):
+        load_task("reasoning_gym/leg_counts")
+    with pytest.raises(BadInput, match="leave --data out"):
+        load_task("reasoning_gym/leg_counting", "folder")
+
+
+def test_missing_library_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install reasoning-gym=="):
+        load_task("reasoning_gym/leg_counting")

@@ -1,0 +1,105 @@
+"""verifiers/rows.py: local files in every layout, and one clear line for everything that can be wrong with them."""
+
+import json
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from verifiers import BadInput
+from verifiers.rows import load_rows, require_columns
+
+ROWS = [{"problem": "1+1?", "answer": "2", "level": "Level 5"}, {"problem": "A\u2028B", "answer": "3", "level": 5}]
+
+
+def write(path, rows=ROWS):
+    """Rows in the format that the file's suffix names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        rows = [{**row, "level": str(row["level"])} for row in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["train.jsonl", "train.json", "train.parquet", "data/train.parquet", "main/train-00000-of-00001.parquet"],
+)
+def test_folder(tmp_path, name):
+    write(tmp_path / name)
+    write(tmp_path / "validation.jsonl", ROWS[:1])
+    before = sorted(tmp_path.rglob("*"))
+    rows = load_rows("unused/id", "train", str(tmp_path), config="main")
+    assert [row["problem"] for row in rows] == [row["problem"] for row in ROWS]
+    assert load_rows("unused/id", "test", str(tmp_path), config="main") == []
+    assert sorted(tmp_path.rglob("*")) == before  # no cache beside the user's data
+
+
+def test_shards_are_joined_in_order(tmp_path):
+    write(tmp_path / "data" / "train-00001-of-00002.jsonl", ROWS[1:])
+    write(tmp_path / "data" / "train-00000-of-00002.jsonl", ROWS[:1])
+    assert load_rows("unused/id", "train", str(tmp_path)) == ROWS
+
+
+def test_mixed_types_in_a_column(tmp_path):
+    write(tmp_path / "train.jsonl")
+    assert [row["level"] for row in load_rows("unused/id", "train", str(tmp_path))] == ["Level 5", 5]
+
+
+def test_one_file_serves_every_split_and_says_so(tmp_path, capsys):
+    write(tmp_path / "mine.jsonl")
+    assert load_rows("unused/id", "train", str(tmp_path / "mine.jsonl")) == ROWS
+    assert load_rows("unused/id", "test", str(tmp_path / "mine.jsonl")) == ROWS
+    assert "mine.jsonl is one file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, contents, message",
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 2\n', "line 3: not JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "line 2: expected an object"),
+        ("a.json", b'[{"a": 1}, 7]', "entry 2: expected an object"),
+        ("a.json", b'[{"a": 1}', "cannot be read: JSONDecodeError"),
+        ("a.jsonl", b"\xff\xfe{}", "cannot be read: UnicodeDecodeError"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.parquet", b"PAR1 torn", "cannot be read: ArrowInvalid"),
+        ("a.csv", b"a,b\n1,2\n", "cannot read .csv"),
+    ],
+)
+def test_bad_file(tmp_path, name, contents, message):
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(BadInput, match=message) as error:
+        load_rows("unused/id", "train", str(tmp_path / name))
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_missing_path_and_empty_folder(tmp_path):
+    with pytest.raises(BadInput, match="does not exist"):
+        load_rows("unused/id", "train", str(tmp_path / "nowhere"))
+    with pytest.raises(BadInput, match="holds no data: expected a file such as train.jsonl"):
+        load_rows("unused/id", "train", str(tmp_path))
+
+
+def test_columns():
+    require_columns(ROWS, ["problem|question", "answer"], "mine.jsonl")
+    with pytest.raises(BadInput, match="mine.jsonl, row 2: no column prompt or task; found problem, answer"):
+        require_columns([{"task": "x"}, ROWS[0]], ["prompt|task"], "mine.jsonl")
+
+
+def test_unreachable_hub_fails_without_retries(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    def no_network(*args, **kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_network)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited to try again"))
+    offline = datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(BadInput, match="cannot load nobody/nothing from the hub .*service not known.*--data PATH"):
+        load_rows("nobody/nothing", "train")
+    assert datasets.config.HF_HUB_OFFLINE == offline

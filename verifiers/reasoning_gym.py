@@ -1,0 +1,121 @@
+"""Tasks `reasoning_gym/<name>`: the procedural data sets of the reasoning-gym library, each with its own scorer.
+
+Optional: pip install reasoning-gym==0.1.25. Names: reasoning_gym.factory.DATASETS, with their default settings.
+
+Problems are made when they are first looked at, by (seed, index), and are the same on every run. Train and test differ
+by seed; test holds no problem twice, and no problem of it is in train. The answer is the last <answer>...</answer>
+of the response (the library's convention), the reward the score, 0 to 1, and the vote the text of the answer.
+Problems are made and answers scored in worker processes (workers.py), since several scorers evaluate the answer: a
+scorer that raises, hangs or dies gives reward 0 and no vote, and is counted in `Verdict.counts`.
+"""
+
+import collections
+import difflib
+import functools
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import BadInput, Problem, Task, Verdict, votes_from_answers
+from .math import end_of
+from .workers import Workers
+
+INSTALL = "pip install reasoning-gym==0.1.25"
+# entry i of seed s is drawn from Random(s + i), so seeds must lie further apart than the sizes
+TRAIN_SEED, TRAIN_SIZE = 0, 100_000
+TEST_SEED, TEST_SIZE = 1_000_000_000, 100
+TEMPLATE = "Question: What is 17 + 25?\nAnswer: <answer>42</answer>\n\nQuestion: {prompt}\nAnswer:"
+INSTRUCTION = "Think step by step, then give the final answer, and nothing else, between <answer> and </answer>."
+
+GYM = Workers("reasoning_gym", limit_s=10.0)
+
+
+@dataclass(frozen=True)
+class GymProblem(Problem):
+    """A problem, and where its entry is found: `seed` and `index` in the data set `dataset`."""
+
+    dataset: str = ""
+    seed: int = 0
+    index: int = 0
+
+
+def problems_at(name: str, seed: int, indices: Sequence[int]) -> list[GymProblem]:
+    """The problems at these indices, without those that cannot be made."""
+    entries = GYM.map([[name, seed, index] for index in indices])
+    return [
+        GymProblem(entry[0].strip(), entry[1] or "", dataset=name, seed=seed, index=index)
+        for index, (entry, failure) in zip(indices, entries)
+        if not failure
+    ]
+
+
+class TrainProblems(Sequence):
+    """`TRAIN_SIZE` problems, made on demand; in place of one that is in the test set, the next that is not."""
+
+    def __init__(self, name: str, held_out: set[str]):
+        self.name, self.held_out = name, held_out
+        self.problem = functools.lru_cache(maxsize=TRAIN_SIZE)(self.problem)
+
+    def __len__(self) -> int:
+        return TRAIN_SIZE
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(TRAIN_SIZE))]
+        if not -TRAIN_SIZE <= index < TRAIN_SIZE:
+            raise IndexError(index)
+        return self.problem(int(index) % TRAIN_SIZE)
+
+    def problem(self, index: int) -> GymProblem:
+        for candidate in range(index, index + 1000):
+            for problem in problems_at(self.name, TRAIN_SEED, [candidate]):
+                if problem.prompt not in self.held_out:
+                    return problem
+        raise BadInput(f"reasoning_gym/{self.name} has too few different problems to hold any out for testing")
+
+
+def answer_in(response: str) -> str | None:
+    """What the last <answer>...</answer> of a response holds, or None."""
+    before, closed, _ = end_of(response).rpartition("</answer>")
+    _, opened, answer = before.rpartition("<answer>")
+    return answer.strip() or None if closed and opened else None
+
+
+def verify(problems: Sequence[GymProblem], responses: Sequence[Sequence[str]]) -> Verdict:
+    """The data set's own score of each answer; see `Task.verify`."""
+    answers = [[answer_in(response) for response in row] for row in responses]
+    asked = [
+        (problem.dataset, problem.seed, problem.index, answer)
+        for problem, row in zip(problems, answers)
+        for answer in row
+        if answer is not None
+    ]
+    scores = dict(zip(dict.fromkeys(asked), GYM.map(list(dict.fromkeys(asked)))))
+    counts = dict(collections.Counter(scores[question][1] for question in asked if scores[question][1]))
+    rewards, voters = [], []
+    for problem, row in zip(problems, answers):
+        found = [scores.get((problem.dataset, problem.seed, problem.index, answer), (None, None))[0] for answer in row]
+        rewards.append([0.0 if score is None else score for score in found])
+        voters.append([None if score is None else answer for score, answer in zip(found, row)])
+    return Verdict(torch.tensor(rewards), votes_from_answers(voters), counts)
+
+
+def load(name: str, data: str | None = None) -> Task:
+    """The task `reasoning_gym/<name>`; raises BadInput for unknown names and where the library is not installed."""
+    if data is not None:
+        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise BadInput(f"task {name!r} needs the reasoning-gym library: {INSTALL}")
+    from reasoning_gym.factory import DATASETS
+
+    dataset = name.partition("/")[2]
+    if dataset not in DATASETS:
+        close = difflib.get_close_matches(dataset, DATASETS, cutoff=0.4) or sorted(DATASETS)[:3]
+        raise BadInput(f"the reasoning-gym library has no data set {dataset!r}; try {', '.join(close)}")
+    test = {problem.prompt: problem for problem in problems_at(dataset, TEST_SEED, range(TEST_SIZE))}
+    if not test:
+        raise BadInput(f"reasoning-gym's {dataset!r} makes no problems with its default settings")
+    train = TrainProblems(dataset, set(test))
+    return Task(name, train, list(test.values()), verify, TEMPLATE, INSTRUCTION, max_new_tokens=512)

@@ -1,0 +1,115 @@
+"""Rows of a data set, from the Hugging Face hub or from the user's own files.
+
+A local folder is read as a hub repository lays it out: `<split>.jsonl`, `.json`, `.parquet`, or `<split>-*` shards of
+these, in the folder itself, in `data/`, or in a folder with the configuration's name. One file serves every split.
+Local files are read straight from where they are: nothing is copied, cached or written.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import BadInput
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+HUB_TIMEOUT_S = 10
+
+
+def load_rows(hub_id: str, split: str, data: str | None = None, config: str | None = None) -> list[dict]:
+    """The rows of one split, one dict each, column -> value.
+
+    data: None for the hub's `hub_id` (and `config`), else a local file or folder. A folder that has other splits but
+    not this one gives []. Raises BadInput for a path that is missing, empty or unreadable and for a hub out of reach.
+    """
+    if data is None:
+        return hub_rows(hub_id, split, config)
+    path = Path(data).expanduser()
+    if path.is_dir():
+        folders = [path, path / "data"] + ([path / config] if config else [])
+        files = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
+        files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
+        if not files:
+            raise BadInput(f"{path} holds no data: expected a file such as {split}.jsonl or {split}.parquet")
+        of_split = [file for file in files if file.stem == split or file.stem.startswith(f"{split}-")]
+        return [row for file in of_split for row in file_rows(file)]
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist: --data takes a JSONL or Parquet file, or a folder of them")
+    if path.suffix not in SUFFIXES:
+        raise BadInput(f"{path}: cannot read {path.suffix or 'a file without a suffix'}: use {', '.join(SUFFIXES)}")
+    print(f"{path} is one file: it serves as the {split} split, and as every other one", file=sys.stderr)
+    return file_rows(path)
+
+
+def file_rows(path: Path) -> list[dict]:
+    """The rows of one file. Raises BadInput, with the line number where there is one."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        else:
+            rows = json_rows(path)
+    except BadInput:
+        raise
+    except Exception as error:  # pyarrow and the file system raise many types, all of them the file's fault
+        raise BadInput(f"{path} cannot be read: {first_line(error)}") from error
+    if not rows:
+        raise BadInput(f"{path} holds no rows")
+    return rows
+
+
+def json_rows(path: Path) -> list[dict]:
+    """The rows of a JSON file: one object per line, or one list of objects."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        chunks, place = json.loads(text), "entry"
+    else:
+        chunks, place = text.split("\n"), "line"  # not splitlines(): U+2028 may stand inside a JSON string
+    rows = []
+    for number, chunk in enumerate(chunks, start=1):
+        if place == "line" and not chunk.strip():
+            continue
+        try:
+            row = json.loads(chunk) if place == "line" else chunk
+        except ValueError as error:
+            raise BadInput(f"{path}, line {number}: not JSON ({error}); is the file complete?") from error
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}, {place} {number}: expected an object with named columns, got {str(row)[:40]!r}")
+        rows.append(row)
+    return rows
+
+
+def hub_rows(hub_id: str, split: str, config: str | None = None) -> list[dict]:
+    """The rows of one split on the Hugging Face hub, or of its local cache when the hub cannot be reached."""
+    import datasets  # seconds to import: only for those who need it
+    import huggingface_hub
+
+    offline, unreachable = datasets.config.HF_HUB_OFFLINE, None
+    try:
+        try:  # `datasets` retries for minutes; one short question first tells whether the hub is there at all
+            huggingface_hub.HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
+        except huggingface_hub.errors.HfHubHTTPError:
+            raise
+        except Exception as error:  # no network, by whatever name the HTTP library of the day has for it
+            datasets.config.HF_HUB_OFFLINE, unreachable = True, error
+        return list(datasets.load_dataset(hub_id, config, split=split))
+    except Exception as error:
+        why = first_line(unreachable or error)
+        raise BadInput(f"cannot load {hub_id} from the hub ({why}): give local files with --data PATH") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def require_columns(rows: Sequence[dict], columns: Sequence[str], where: str) -> None:
+    """Raises BadInput unless every row has every column; "a|b" is satisfied by either. `where`: what was read."""
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in columns if not any(name in row for name in column.split("|"))]
+        if missing:
+            names = [" or ".join(column.split("|")) for column in missing]
+            raise BadInput(f"{where}, row {number}: no column {', '.join(names)}; found {', '.join(row) or 'none'}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line, cut to 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
