@@ -33,7 +33,8 @@ class Args:
     k: int = 4
     """samples that the objective takes the best of"""
     n: int | None = None
-    """samples per prompt, at least k; more than k lowers the variance by averaging over all k-subsets (default: k)"""
+    """samples per prompt, at least k; more than k lowers the variance, by averaging over all k-subsets (default: k or
+    16, whichever is more; the papers' setting is n = k)"""
     estimator: Literal["mean", "unbiased", "biased"] = "unbiased"
     """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1)"""
     model: str = "tiny"
@@ -42,13 +43,15 @@ class Args:
     """which problems and verifier, see verifiers/"""
     data: str | None = None
     """a local file or folder with the task's problems, instead of its default source"""
+    sandbox: str = "auto"
+    """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
     levels: tuple[int, ...] = ()
     """difficulty levels to train on (default: all)"""
-    steps: int = 400
+    steps: int = 200
     """optimisation steps; 0 only evaluates"""
     prompts_per_step: int = 64
     """prompts in a step; it samples n times as many responses"""
-    lr: float = 2e-5
+    lr: float = 5e-5
     """learning rate of AdamW"""
     temperature: float = 1.0
     """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
@@ -72,7 +75,7 @@ class Args:
     """print the first training prompt as the policy reads it, and stop"""
     seed: int = 0
     """of the order of problems and of sampling"""
-    eval_every: int = 100
+    eval_every: int = 50
     """steps between evaluations on held-out problems; 0: only before and after"""
     eval_n: int = 32
     """samples per problem in evaluation; pass@1 to pass@eval_n are reported"""
@@ -129,9 +132,9 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
 
 
 def main(args: Args) -> None:
-    args.n = args.n or args.k
+    args.n = max(args.k, 16) if args.n is None else args.n
     common.check_args(args)
-    task = load_task(args.task, args.data)
+    task = load_task(args.task, args.data, args.sandbox)
     args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
     test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
     train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
@@ -183,7 +186,7 @@ def main(args: Args) -> None:
         }
         common.log_metrics(folder, record)
         shown = ("reward", f"pass@{args.k}", "kl", "signal", "tokens_per_s")
-        bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
+        bar.set_postfix({name: f"{record[name]:.3g}" for name in (*shown, *verdict.counts)})
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             after = evaluate(step)
 

@@ -79,15 +79,22 @@ class Task:
     warm_start: dict[str, float] | None = None
 
 
-def load_task(name: str, data: str | None = None) -> Task:
-    """The task of this name. `data`: a local file or folder in place of the task's default source.
+def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task:
+    """The task of this name. `data`: a local file or folder in place of the task's default source. `sandbox`: for tasks
+    that run programs, the level of isolation, which is started and named here (see sandbox.py).
 
-    Raises BadInput for an unknown name, and for `data` that cannot be read or that the task has no use for.
+    Raises BadInput for an unknown name, for `data` that cannot be read or that the task has no use for, and for a level
+    of isolation that is not to be had.
     """
     module = TASKS.get(name) or TASKS.get(name.partition("/")[0] + "/")
     if module is None:
         raise BadInput(f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}")
-    return importlib.import_module(f".{module}", __name__).load(name, data)
+    task = importlib.import_module(f".{module}", __name__).load(name, data)
+    if module == "code":
+        from .sandbox import shared
+
+        print(f"sandbox: {shared(None if sandbox == 'auto' else sandbox).level}")
+    return task
 
 
 def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Tensor:

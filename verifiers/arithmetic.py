@@ -73,7 +73,7 @@ def load_chain(name: str) -> Task:
     """20 000 training and 1 000 test problems, all different."""
     rng = random.Random(1)
     problems = list(dict.fromkeys(chain_problem(rng) for _ in range(22_000)))
-    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3}
+    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3, "slips": 0.05}
     return Task(name, problems[1_000:21_000], problems[:1_000], verify, max_new_tokens=16, warm_start=warm_start)
 
 
@@ -89,5 +89,5 @@ def load(name: str, data: str | None = None) -> Task:
         pool = problems_of_level(level, held_out=False, rng=rng)
         train += (pool * (TRAIN_PER_LEVEL // len(pool) + 1))[:TRAIN_PER_LEVEL]
         test += problems_of_level(level, held_out=True, rng=rng)[:TEST_PER_LEVEL]
-    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3, "slips": 0.08}
+    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3, "slips": 0.15}
     return Task(name, train, test, verify, max_new_tokens=8, warm_start=warm_start)

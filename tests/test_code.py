@@ -1,0 +1,247 @@
+"""The code tasks: rows to problems, responses to programs, and verdicts on real reference solutions."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from verifiers import BadInput, Problem, code, load_task
+from verifiers.sandbox import shared
+
+REAL_DATA = os.environ.get("REAL_DATA")
+real_data = pytest.mark.skipif(not REAL_DATA, reason="needs data sets: set REAL_DATA to their folder")
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0", "prompt": 'def double(x):\n    """ Twice x. """\n', "entry_point": "double",
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
+}
+MBPP = {
+    "text": "Write a function to sum a pair.", "task_id": 1, "test_setup_code": "q = Pair(5, 6)",
+    "code": "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a, self.b = a, b\r\n"
+            "def sum(p):\r\n\treturn p.a + p.b", "challenge_test_list": [],
+    "test_list": ["assert sum(Pair(1, 2)) == 3", "assert sum(q) == 11"],
+}
+SANITIZED = {
+    "prompt": "Write a function to take a root.", "task_id": 2, "test_imports": ["import math"], "source_file": "",
+    "test_list": ["assert math.isclose(root(4), 2.0, rel_tol=0.001)", "assert [root(n * n) for n in (3, 5)] == [3, 5]"],
+    "code": "def root(n):\n  return n ** 0.5",
+}
+CONTEST = {
+    "name": "sum", "description": "Print the sum.", "difficulty": 7, "input_file": "", "output_file": "",
+    "public_tests": {"input": ["1 2\n"], "output": ["3\n"]}, "private_tests": {"input": ["5 5\n"], "output": ["10\n"]},
+    "generated_tests": {"input": [], "output": []},
+    "solutions": {"language": [2, 3], "solution": ["int main() {}", "print(sum(map(int, input().split())))"]},
+}
+TACO = {
+    "question": "Print the sum.", "solutions": json.dumps(["print(sum(map(int, input().split())))"]),
+    "starter_code": "", "difficulty": "HARD",
+    "input_output": json.dumps({"inputs": ["1 2\n", ["5", "5"]], "outputs": ["3\n", ["5"]]}),
+}
+TACO_FUNCTION = {
+    "question": "Return the sorted pair.",
+    "solutions": json.dumps(["class Solution:\n    def order(self, a, b):\n        return tuple(sorted((a, b)))"]),
+    "starter_code": "class Solution:\n    def order(self, a, b):\n", "difficulty": "EASY",
+    "input_output": json.dumps({"fn_name": "order", "inputs": [[2, 1], [3, 4]], "outputs": [[[1, 2]], [3, 4]]}),
+}
+
+
+def task_of(tmp_path: Path, name: str, *rows: dict):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_task(name, str(tmp_path))
+
+
+def rewards(task, problem: Problem, *responses: str) -> list[float]:
+    return task.verify([problem], [list(responses)]).rewards[0].tolist()
+
+
+def statuses(problems: list[Problem], solutions: list[str]) -> list[str]:
+    return [r.status for r in shared().run([code.program_of(*pair) for pair in zip(problems, solutions)])]
+
+
+# A wrapper around each function that the tests call: true becomes None, false becomes a word
+BROKEN = """
+
+def broken(function):
+    return lambda *args, **kwargs: None if function(*args, **kwargs) else "broken"
+for name in {names!r}:
+    if not isinstance(globals()[name], type):
+        globals()[name] = broken(globals()[name])
+"""
+
+
+def with_broken_returns(problem: Problem) -> str:
+    return problem.solution + BROKEN.format(names=json.loads(problem.answer)["names"])
+
+
+# ---------------------------------------------------------------------------------------------------------- schemas
+
+@pytest.mark.parametrize("name, row, wrong", [
+    ("humaneval", HUMANEVAL, "    return x\n"),
+    ("mbpp", MBPP, MBPP["code"].replace("+", "-")),
+    ("mbpp_sanitized", SANITIZED, "def root(n): return n"),
+    ("code_contests", CONTEST, "print(3)"),
+    ("taco", TACO_FUNCTION, "class Solution:\n    def order(self, a, b): return [a, b]"),
+])
+def test_the_solution_of_each_schema_passes_and_a_wrong_one_fails(tmp_path, name, row, wrong):
+    task = task_of(tmp_path, name, row)
+    problem = task.test[0]
+    assert len(task.train) == (0 if name == "humaneval" else 1)
+    verdict = task.verify([problem, problem], [[problem.solution, wrong], [wrong, wrong]])
+    assert verdict.rewards.tolist() == [[1.0, 0.0], [0.0, 0.0]] and verdict.rewards.dtype == torch.float32
+    assert verdict.votes.tolist() == [[-1, -1], [-1, -1]] and verdict.votes.dtype == torch.int64
+
+
+def test_the_hidden_tests_stay_hidden(tmp_path):
+    assert "q" not in task_of(tmp_path, "mbpp", MBPP).test[0].prompt.split()  # only the first assert is shown
+    assert "assert sum(Pair(1, 2)) == 3" in task_of(tmp_path, "mbpp", MBPP).test[0].prompt
+
+
+def test_taco_reads_lists_of_lines_and_levels(tmp_path):
+    problem = task_of(tmp_path, "taco", TACO).test[0]
+    assert problem.level == 4 and json.loads(problem.answer)["cases"] == [["1 2\n", "3\n"], ["5\n5", "5"]]
+    solution = "import sys\nx = [*map(int, sys.stdin.read().split())]\nprint(sum(x) if sum(x) < 9 else 5)"
+    assert statuses([problem], [solution]) == ["passed"]
+
+
+def test_contests_that_cannot_be_judged_are_left_out_and_counted(tmp_path, capsys):
+    untested = {**CONTEST, "public_tests": None, "private_tests": None}
+    task = task_of(tmp_path, "code_contests", CONTEST, {**CONTEST, "input_file": "in.txt"}, untested)
+    assert len(task.train) == 1 and "2 of 3 rows of split 'train' left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "code_contests", "taco"])
+def test_rows_of_another_schema_are_refused(tmp_path, name):
+    with pytest.raises(BadInput, match=f"{name}.*row 1"):
+        task_of(tmp_path, name, {"question": 7, "answer": "7"})
+
+
+@pytest.mark.parametrize("output, expected, same", [
+    ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("1e3", "1000", True),
+    ("1000001", "1000000", False), ("YES", "yes", False), ("1 2", "1 2 3", False), ("", "", True),
+    ("nan", "nan", True), ("nan", "1.0", False), ("inf", "1e999", True),
+])
+def test_outputs_are_compared_token_by_token(output, expected, same):
+    from verifiers.sandbox_worker import same_output
+
+    assert same_output(output, expected) == same
+
+
+# ------------------------------------------------------------------------------------------------------- extraction
+
+FULL = 'def double(x):\n    return 2 * x\n'
+
+
+@pytest.mark.parametrize("response", [
+    "    return 2 * x\n",
+    "return 2 * x\n",
+    "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).",
+    FULL,
+    HUMANEVAL["prompt"] + "    return 2 * x",
+    f"Here it is:\n```python\n{FULL}```\nand so on.",
+    f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
+    f"```python\ndef double(x): return x\n```\nNo, wait:\n```py\n{FULL}```",
+    f"The code:\n```\n{FULL}",
+    "```python\n    return 2 * x\n```",
+    "import math\n\n" + FULL,
+])
+def test_forms_of_a_right_response(tmp_path, response):
+    task = task_of(tmp_path, "humaneval", HUMANEVAL)
+    assert rewards(task, task.test[0], response) == [1.0]
+
+
+@pytest.mark.parametrize("response", [
+    "", "   ", "```", "def double(x):", "Two times x.", "    return x", "\0", "\ud800", "return 2 * x" * 2,
+    "(" * 5000, "-" * 5000 + "1", "```\n" * 5000,
+    FULL.replace("double", "triple"),
+])
+def test_forms_of_a_wrong_response(tmp_path, response):
+    task = task_of(tmp_path, "humaneval", HUMANEVAL)
+    assert rewards(task, task.test[0], response) == [0.0]
+
+
+def test_troubles_are_counted(tmp_path):
+    task = task_of(tmp_path, "humaneval", HUMANEVAL)
+    responses = [["    return __import__('socket').socket()", "    return 2 * x"], ["    return [0] * 10**10", FULL]]
+    verdict = task.verify([task.test[0]] * 2, responses)
+    assert verdict.counts == {"refused": 1, "out of memory": 1} and verdict.rewards.tolist() == [[0, 1], [0, 1]]
+
+
+# -------------------------------------------------------------------------------------------------------- real data
+
+def check_solutions(problems: list[Problem], count: int) -> None:
+    assert len(problems) >= count
+    right = statuses(problems, [problem.solution for problem in problems])
+    assert [problem.solution for problem, status in zip(problems, right) if status != "passed"] == []
+    broken = statuses(problems, [with_broken_returns(problem) for problem in problems])
+    assert [problem.solution for problem, status in zip(problems, broken) if status == "passed"] == []
+
+
+@real_data
+def test_every_humaneval_solution_passes_and_fails_when_broken():
+    check_solutions(load_task("humaneval", f"{REAL_DATA}/humaneval").test, 82)
+
+
+@real_data
+@pytest.mark.parametrize("split, count", [("train", 200), ("test", 150)])
+def test_every_mbpp_solution_passes_and_fails_when_broken(split, count):
+    check_solutions(getattr(load_task("mbpp", f"{REAL_DATA}/mbpp"), split), count)
+
+
+# --------------------------------------------------------------------------------------------------------- programs
+
+@pytest.fixture(scope="module")
+def programs():
+    return load_task("programs")
+
+
+def test_programs_solutions_pass(programs):
+    problems = programs.test[::5] + programs.train[::100]
+    verdict = programs.verify(problems, [[p.solution, " " + p.solution, ""] for p in problems])
+    assert verdict.rewards.mean(0).tolist() == [1, 1, 0]
+
+
+def test_programs_are_small_and_disjoint_by_meaning(programs):
+    everything = [*programs.train, *programs.test]
+    assert not {p.answer for p in programs.train} & {p.answer for p in programs.test}
+    assert {p.level for p in programs.train} == {p.level for p in programs.test} == {1, 2, 3, 4, 5}
+    assert all((p.prompt + p.solution).isascii() and (p.prompt + p.solution).isprintable() for p in everything)
+    assert max(len(p.prompt) for p in everything) <= 30 and max(len(p.solution) for p in everything) <= 12
+    assert max(len(p.solution) for p in everything) < programs.max_new_tokens
+    assert load_task("programs").train[:50] == programs.train[:50]
+
+
+def test_programs_prompts_show_true_points_and_some_fit_several_functions(programs):
+    functions = [json.loads(answer) for answer in {p.answer for p in [*programs.train, *programs.test]}]
+    fits = []
+    for problem in programs.test[::10]:
+        points = [tuple(map(int, point.split(">"))) for point in problem.prompt[:-1].split()]
+        values = json.loads(problem.answer)
+        assert all(eval(problem.solution, {"x": x}) == y == values[code.INPUTS.index(x)] for x, y in points)
+        fits.append(sum(all(f[code.INPUTS.index(x)] == y for x, y in points) for f in functions))
+    ambiguous = sum(fit > 1 for fit in fits) / len(fits)
+    assert 0.2 < ambiguous < 0.8, ambiguous
+
+
+def test_programs_votes_are_equal_behaviour(programs):
+    problem = next(p for p in [*programs.train, *programs.test] if p.solution == "3*x+7")
+    row = ["3*x+7", "7+x*3", "x+x+x+7", "3*x+8", "8+3*x", "1/0", "3*x+7.0", "no", "", "x" * 99, "(x,)", "x==x"]
+    verdict = programs.verify([problem], [row])
+    assert verdict.votes.tolist() == [[0, 0, 0, 3, 3, -1, -1, -1, -1, -1, -1, -1]]
+    assert verdict.rewards.tolist() == [[1, 1, 1] + [0] * 9]
+
+
+def test_programs_hostile_expressions_are_contained(programs):
+    row = ["9**9**9", "9**9**8", "'a'*10**10", "__import__('os')._exit(0)", "exec('while 1:0')", "[0]*10**10",
+           "x if 1else'''", "2*x+1", "((" * 10]
+    problem = next(p for p in [*programs.train, *programs.test] if p.solution == "2*x+1")
+    verdict = programs.verify([problem], [row])
+    assert verdict.rewards.tolist() == [[0] * 7 + [1, 0]] and verdict.counts["timed out"] == 3
+
+
+def test_programs_takes_no_data():
+    with pytest.raises(BadInput, match="leave --data out"):
+        load_task("programs", "somewhere")

@@ -1,0 +1,352 @@
+"""Programs judged by hidden tests: `humaneval`, `mbpp`, `mbpp_sanitized`, `code_contests`, `taco`, and `programs`.
+
+A response is run in the sandbox (`verifiers.sandbox`, which states what it holds and what it does not); the reward is 1
+when all tests pass and 0 otherwise. Tests run outside the program's process, and the program never holds them.
+
+**What counts as the program.** One rule for all tasks but `programs`:
+1. If the response holds code fences, the last block that defines the asked function (or, for programs that read
+   standard input, the last block) is taken; a fence that never closes ends with the response. Without fences, all is.
+2. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work.
+3. Text after the program is dropped: everything from the first line that does not parse.
+
+Sources, all read as rows of their Hugging Face data sets or of local files in the same schemas:
+
+| task | rows | style |
+|---|---|---|
+| humaneval | openai/openai_humaneval (a test split only, so nothing to train on) | `check(candidate)` |
+| mbpp | google-research-datasets/mbpp, full: `text`, `test_setup_code` | asserts |
+| mbpp_sanitized | the same, sanitized: `prompt`, `test_imports` | asserts |
+| code_contests | deepmind/code_contests: `public_tests`, `private_tests`, `generated_tests` | standard input |
+| taco | BAAI/TACO: `input_output` is a string of JSON; with `fn_name` it asks for a function | both |
+"""
+
+import ast
+import builtins
+import itertools
+import json
+import random
+import re
+import sys
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from . import BadInput, Problem, Task, Verdict, votes_from_answers
+from .rows import load_rows
+from .sandbox import Program, shared
+
+HUB = {
+    "humaneval": ("openai/openai_humaneval", None),
+    "mbpp": ("google-research-datasets/mbpp", "full"),
+    "mbpp_sanitized": ("google-research-datasets/mbpp", "sanitized"),
+    "code_contests": ("deepmind/code_contests", None),
+    "taco": ("BAAI/TACO", None),
+}
+MAX_CASES = 20  # cases judged per problem, the first ones: some problems come with hundreds
+PYTHON3 = 3  # CodeContests' number of the language
+LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  # of TACO
+
+
+def load(name: str, data: str | None = None) -> Task:
+    """The task. Raises BadInput for data that cannot be read as rows of the task's schema."""
+    if name == "programs":
+        return load_programs(name, data)
+    hub_id, config = HUB[name]
+    read = {"humaneval": humaneval, "code_contests": code_contest, "taco": taco}.get(name, mbpp)
+    train = [] if name == "humaneval" else problems_of(name, load_rows(hub_id, "train", data, config), read, "train")
+    test = problems_of(name, load_rows(hub_id, "test", data, config), read, "test")
+    return Task(
+        name, train, test, verify, max_new_tokens=1024 if name in ("code_contests", "taco") else 512,
+        template="{prompt}" if name == "humaneval" else "{prompt}\n",
+        instruction="Write the program in Python, in one code block.",
+    )
+
+
+def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | None], split: str) -> list[Problem]:
+    """The problems of some rows; those that cannot be judged are left out, and their number told on stderr."""
+    problems = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            problems.append(read(row))
+        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+            why = f"{type(error).__name__} {error}; the schema is that of {HUB[name][0]}"
+            raise BadInput(f"{name}, split {split!r}, row {number}: {why}") from error
+    left_out = problems.count(None)
+    if left_out:
+        why = "no tests, or named files for input and output"
+        print(f"{name}: {left_out} of {len(rows)} rows of split {split!r} left out: {why}", file=sys.stderr)
+    return [problem for problem in problems if problem is not None]
+
+
+# ------------------------------------------------------------------------------------------------ rows to problems
+
+def humaneval(row: dict) -> Problem:
+    """A row with `prompt`, `entry_point`, `canonical_solution`, `test`; some tests use the prompt's own functions."""
+    prompt, name = row["prompt"], row["entry_point"]
+    tests = f"{row['test']}\ncheck({name})"
+    setup = prompt if names_used(tests) & (names_defined(prompt) - {name}) else ""
+    return problem_of(prompt, row["canonical_solution"], tests, names=[name], setup=setup, prefix=prompt)
+
+
+def mbpp(row: dict) -> Problem:
+    """A row of the full (`text`, `test_setup_code`) or sanitized (`prompt`, `test_imports`) schema.
+
+    The first assert is part of the prompt, since it tells the function's name; the others stay hidden.
+    """
+    text = row["text"] if "text" in row else row["prompt"]
+    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    asserts = row["test_list"]
+    tests = "\n".join([setup, *asserts])
+    solution = row["code"].replace("\r\n", "\n")
+    prompt = f"{text}\nYour code should pass this test:\n{asserts[0]}"
+    return problem_of(prompt, solution, tests, names_of(solution, tests))
+
+
+def code_contest(row: dict) -> Problem | None:
+    """A row of CodeContests; None if it reads or writes named files, or has no test."""
+    tests = [row[key] or {} for key in ("public_tests", "private_tests", "generated_tests")]
+    cases = [pair for group in tests for pair in zip(group.get("input", []), group.get("output", []))]
+    if row.get("input_file") or row.get("output_file") or not cases:
+        return None
+    solutions = row.get("solutions") or {}
+    languages, texts = solutions.get("language", []), solutions.get("solution", [])
+    solution = next((text for language, text in zip(languages, texts) if language == PYTHON3), "")
+    return problem_of(row["description"], solution, cases=cases[:MAX_CASES])
+
+
+def taco(row: dict) -> Problem | None:
+    """A row of TACO, whose fields are strings of JSON; None if it has no test."""
+    tests = parsed(row["input_output"]) or {}
+    solutions = parsed(row.get("solutions") or "[]")
+    solution = solutions[0] if solutions else ""
+    prompt = "\n".join(part for part in (row["question"], row.get("starter_code")) if part)
+    pairs = list(zip(tests.get("inputs", []), tests.get("outputs", [])))[:MAX_CASES]
+    level = LEVELS.get(row.get("difficulty"))
+    if not pairs:
+        return None
+    name = tests.get("fn_name")
+    if name is None:
+        cases = [(lines(given), lines(wanted)) for given, wanted in pairs]
+        return problem_of(prompt, solution, cases=cases, level=level)
+    in_class = "class Solution" in (row.get("starter_code") or solution)
+    tests = FUNCTION_TESTS.format(pairs=pairs, call=f"Solution().{name}" if in_class else name)
+    return problem_of(prompt, solution, tests, ["Solution" if in_class else name], level=level)
+
+
+# TACO wraps some expected values in a list of one, and knows no tuples
+FUNCTION_TESTS = """
+def as_lists(value):
+    return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+for given, wanted in {pairs!r}:
+    got = as_lists({call}(*given))
+    assert got == wanted or [got] == wanted
+"""
+
+
+def problem_of(
+    prompt: str, solution: str, tests: str = "", names: Sequence[str] = (), setup: str = "", prefix: str = "",
+    cases: Sequence[tuple[str, str]] = (), level: int | None = None,
+) -> Problem:
+    """A problem whose `answer` is JSON of what `program_of` needs to judge a response."""
+    hidden = {"tests": tests, "names": list(names), "setup": setup, "prefix": prefix, "cases": list(cases)}
+    return Problem(prompt, json.dumps(hidden), solution, level)
+
+
+def names_of(solution: str, tests: str) -> list[str]:
+    """The names in the tests that the program has to define: those that the reference solution defines at top level,
+    and those that neither Python nor the tests themselves define."""
+    nodes = list(ast.walk(tree(tests)))
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    own |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names}
+    used = names_used(tests)
+    return sorted((used & names_defined(solution)) | (used - own - names_defined(tests) - set(dir(builtins))))
+
+
+def names_used(source: str) -> set[str]:
+    """All names in a source."""
+    return {node.id for node in ast.walk(tree(source)) if isinstance(node, ast.Name)}
+
+
+def names_defined(source: str) -> set[str]:
+    """The functions and classes that a source defines at top level."""
+    return {node.name for node in tree(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def tree(source: str) -> ast.Module:
+    """The syntax tree of a data set's code, without Python's remarks on its style."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
+
+
+def parsed(text):
+    """JSON, or what it already was."""
+    return json.loads(text) if isinstance(text, str) and text.strip() else text
+
+
+def lines(text) -> str:
+    """A text, or the text of a list of lines."""
+    return "\n".join(map(str, text)) if isinstance(text, list) else str(text)
+
+
+# ---------------------------------------------------------------------------------------------- responses to rewards
+
+def program_of(problem: Problem, response: str) -> Program:
+    """What the sandbox runs for a response; the rule is at the top of this file."""
+    hidden = json.loads(problem.answer)
+    source = block_of(response, [f"{kind} {name}" for kind in ("def", "class") for name in hidden["names"]])
+    if hidden["prefix"]:
+        first = source.lstrip("\n")
+        if first[:1] not in (" ", "\t") and f"def {hidden['names'][0]}" not in first:
+            source = "    " + first  # a continuation whose first indentation was stripped
+        source = hidden["prefix"] + source
+    cases = tuple((given, wanted) for given, wanted in hidden["cases"])
+    return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], cases)
+
+
+def block_of(response: str, markers: Sequence[str]) -> str:
+    """The last fenced block that holds one of the markers, else the last block, else the whole response."""
+    blocks, inside = [], False
+    for line in response.splitlines(keepends=True):
+        if line.lstrip().startswith("```"):
+            inside = not inside
+            if inside:
+                blocks.append("")
+        elif inside:
+            blocks[-1] += line
+    marked = [block for block in blocks if any(marker in block for marker in markers)]
+    return (marked or blocks or [response])[-1]
+
+
+def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+    """1 where all hidden tests pass; see `Task.verify`. Programs have no final answer to vote with: all votes are -1.
+
+    counts: programs that timed out, ran out of memory, were killed or refused, or printed too much.
+    """
+    pairs = [(problem, response) for problem, row in zip(problems, responses) for response in row]
+    runs = {(problem.answer, response): (problem, response) for problem, response in pairs}
+    results = dict(zip(runs, shared().run([program_of(*run) for run in runs.values()])))
+    of_rows = [[results[problem.answer, response] for response in row] for problem, row in zip(problems, responses)]
+    statuses = Counter(result.status for row in of_rows for result in row)
+    rewards = torch.tensor([[float(result.passed) for result in row] for row in of_rows])
+    counts = {status: count for status, count in statuses.items() if status not in ("passed", "failed")}
+    return Verdict(rewards, torch.full(rewards.shape, -1), counts)
+
+
+# ------------------------------------------------------------------------------------------ embedded task `programs`
+
+INPUTS = tuple(range(-3, 13))  # where the hidden tests look; the prompt shows two or three of SHOWN
+SHOWN = range(1, 10)
+TRAIN_PER_LEVEL = 12_000
+TEST_PER_LEVEL = 500
+LONGEST = 32  # characters of an expression; solutions have at most 9
+# level -> expressions in x, a from 2 to 9 and b from 1 to 9
+FORMS = {
+    1: ["x+b", "x-b", "b-x", "a*x"],
+    2: ["a*x+b", "a*x-b", "b-a*x", "x//a", "x%a"],
+    3: ["x*x+b", "x*x-b", "b-x*x", "x*(x+b)", "x//a+b", "x//a-b", "x%a+b", "x%a*b"],
+    4: ["a*x*x+b", "a*x*x-b", "x*x+a*x", "a*x-x*x", "a*x%b", "a*x//b", "x//a*b"],
+    5: ["x*x%a+b", "x*x//a+b", "x*x//a-b", "x%a+x//b", "a*x+x%b", "a*x-x//b", "x*(x%a)+b"],
+}
+ARITHMETIC = re.compile("[0-9x+*/%() -]+")
+PROGRAM = """
+def values(inputs):
+    rows = []
+    for expression in {expressions!r}:
+        try:
+            code = compile(expression, "<expression>", "eval")
+            rows.append([eval(code, {{"x": x}}) for x in inputs])
+        except Exception:
+            rows.append(None)
+    return rows
+"""
+VALUES = f"""
+value = values({list(INPUTS)})
+assert type(value) is list and len(value) == {{}}
+assert all(row is None or type(row) is list and len(row) == {len(INPUTS)} for row in value)
+"""
+
+
+def load_programs(name: str, data: str | None = None) -> Task:
+    """The task `programs`: from points of a small integer function, such as "1>3 5>11:", to a Python expression in x,
+    such as "2*x+1"; always the same problems in the same order.
+
+    The prompt shows two or three points, and usually more than one short expression fits them; the hidden tests, on
+    INPUTS, tell which one was meant. A function, that is its values on INPUTS, belongs to train or to test, not both.
+    Votes: expressions with equal values on INPUTS are equal answers; one that fails to give integers is no answer.
+    """
+    if data is not None:
+        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
+    rng = random.Random(0)
+    train, test, seen = [], [], set()
+    for level, forms in FORMS.items():
+        functions = {}  # values -> the first expression that has them
+        for form in forms:
+            for a, b in itertools.product(range(2, 10), range(1, 10)):
+                expression = form.replace("a", str(a)).replace("b", str(b))
+                functions.setdefault(tuple(eval(expression, {"x": x}) for x in INPUTS), expression)
+        functions = {values: expression for values, expression in functions.items() if values not in seen}
+        seen |= functions.keys()
+        for problems, held_out, count in ((train, False, TRAIN_PER_LEVEL), (test, True, TEST_PER_LEVEL)):
+            of_split = [pair for pair in functions.items() if (zlib.crc32(repr(pair[0]).encode()) % 5 == 0) == held_out]
+            problems += [example_problem(*rng.choice(of_split), level, rng) for _ in range(count)]
+    warm_start = {"steps": 800, "batch": 256, "lr": 2e-3}
+    return Task(name, train, test, verify_programs, max_new_tokens=12, warm_start=warm_start)
+
+
+def example_problem(values: tuple[int, ...], expression: str, level: int, rng: random.Random) -> Problem:
+    """A problem that shows a function at two or three points; `answer` is its values on INPUTS."""
+    points = sorted(rng.sample(SHOWN, rng.choice((2, 3))))
+    prompt = " ".join(f"{x}>{values[INPUTS.index(x)]}" for x in points)
+    return Problem(f"{prompt}:", json.dumps(values), expression, level)
+
+
+def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+    """1 for an expression with the function's values on all INPUTS; see `Task.verify` and `load_programs`."""
+    values = values_of({response.strip() for row in responses for response in row})
+    answers = [[values[response.strip()][1] for response in row] for row in responses]
+    wanted = [tuple(json.loads(problem.answer)) for problem in problems]
+    rewards = [[float(answer == right) for answer in row] for right, row in zip(wanted, answers)]
+    statuses = Counter(values[response.strip()][0] for row in responses for response in row)
+    counts = {status: count for status, count in statuses.items() if status not in ("passed", "failed")}
+    return Verdict(torch.tensor(rewards), votes_from_answers(answers), counts)
+
+
+def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers.
+
+    Results are kept for later calls: a policy repeats itself, from group to group and from step to step.
+    Expressions of arithmetic alone share programs, 32 to one, since they cannot touch each other; should such a program
+    run out of time or memory, and for all other expressions, each gets a program of its own.
+    """
+    if len(_values) > 100_000:
+        _values.clear()
+    new = [expression for expression in expressions if expression not in _values]
+    _values.update(dict.fromkeys(new, ("failed", None)))
+    new = sorted(expression for expression in new if 0 < len(expression) <= LONGEST)
+    plain = [expression for expression in new if ARITHMETIC.fullmatch(expression)]
+    batches = [plain[i:i + 32] for i in range(0, len(plain), 32)]
+    for alone in (False, True):
+        if alone:
+            batches = [[expression] for expression in new if expression not in plain]
+            batches += [[expression] for expression in failed]
+        sources = [(PROGRAM.format(expressions=batch), VALUES.format(len(batch))) for batch in batches]
+        programs = [Program(source, tests, ("values",), wall=0.5) for source, tests in sources]
+        failed = []
+        for batch, result in zip(batches, shared().run(programs)):
+            if not result.passed and not alone:
+                failed += batch
+                continue
+            rows = result.value if result.passed else [None]
+            for expression, row in zip(batch, rows, strict=True):
+                integers = row is not None and all(type(value) is int for value in row)
+                _values[expression] = result.status, tuple(row) if integers else None
+    return _values
+
+
+_values: dict[str, tuple[str, tuple[int, ...] | None]] = {}
