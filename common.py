@@ -2,7 +2,7 @@
 
 Data flows one way: prompts -> `sample` -> verifier -> advantages (each script's own) -> `policy_gradient_step`.
 Shapes: B prompts, n responses to each, T tokens in the longest response, R rows (one response each), V vocabulary.
-References are to PAPERS.md's sources: Tang et al. (arXiv 2503.19595), Chow et al. (2412.15287), PKPO (2505.15201).
+Papers: Tang et al. (arXiv 2503.19595), Chow et al. (2412.15287), PKPO (Walder, Karkhanis, 2505.15201).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from transformers import DynamicCache, logging as transformers_logging
 from verifiers import BadInput, Problem, Task, Verdict
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Control variates: pure functions of tensors; see PAPERS.md section 1
+# Control variates and exact metrics: pure functions of tensors
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -63,7 +63,7 @@ def best_of_k(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tens
     """Best-of-k: the expected reward of the sample that scores highest among k, over all k-subsets of n, exactly.
 
     scores, rewards: (B, n), n >= k. Equal scores share: a tie's value is the mean reward of the tied samples.
-    Returns (B,) float64. Raises ValueError unless 1 <= k <= n. PAPERS.md section 1, "Evaluation metrics".
+    Returns (B,) float64. Raises ValueError unless 1 <= k <= n.
     """
     weights = subset_weights(scores.shape[-1], k).to(scores.device)
     scores, order = scores.sort(dim=-1)
@@ -239,11 +239,12 @@ def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpoint
 
 def check_head(policy: Policy, name: str) -> None:
     """Raise BadInput if the model does more between its last hidden state and its logits than `logits` knows of."""
-    ids = torch.tensor([[policy.stop_ids[0], 0, 1]], device=policy.device)
+    ids, model = torch.tensor([[policy.stop_ids[0], 0, 1]], device=policy.device), policy.model
     with torch.no_grad():
-        ours, theirs = logits(policy.model, policy.model.base_model(ids).last_hidden_state), policy.model(ids).logits
-    if not torch.allclose(ours, theirs.float(), atol=1e-3, rtol=1e-3):
-        raise BadInput(f"--model {name!r} ({type(policy.model).__name__}) rescales its logits: not supported")
+        hidden = getattr(model.base_model(ids), "last_hidden_state", None)
+        same = hidden is not None and torch.allclose(logits(model, hidden), model(ids).logits, atol=1e-3, rtol=1e-3)
+    if not same:
+        raise BadInput(f"--model {name!r}: {type(model).__name__} computes its logits in a way that is not supported")
 
 
 def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -251,6 +252,17 @@ def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     scores = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
     return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def recompute_activations(model: torch.nn.Module, on: bool) -> None:
+    """Turn gradient checkpointing on for a training pass or off for sampling, where it was enabled at load.
+
+    Transformers ties it to training mode, and so to dropout: only the checkpointed modules change their mode, not the
+    dropout modules in them.
+    """
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = on
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -422,6 +434,7 @@ def sample(
     when half of it is done. Prompts may differ in length. Runs on the policy's device and returns there.
     """
     model, device, R = policy.model, policy.device, len(prompts) * n
+    recompute_activations(model, False)
     stop_ids = torch.tensor(policy.stop_ids, device=device)
     ids = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
     mask = torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device)
@@ -488,6 +501,7 @@ def response_log_probs(
     response positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists.
     """
     model, device = policy.model, policy.device
+    recompute_activations(model, torch.is_grad_enabled())
     mask = mask.to(device)
     length = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(-1)  # (R, 1)
     real = mask.cpu()
@@ -559,7 +573,7 @@ def accumulate_gradient(
 def policy_gradient_step(
     policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: torch.Tensor, args
 ) -> dict[str, float]:
-    """`args.epochs` optimiser steps on the same rollouts, PPO-clipped where there are several (Tang, section 3).
+    """`args.epochs` optimiser steps on the same rollouts, PPO-clipped where there are several (as Tang reuses rollouts).
 
     advantages: (B, n), sum convention. args: temperature, micro_batch_tokens, epochs, clip, max_grad_norm.
     Returns the metrics of the last step: loss, grad_norm, and signal, the share of rows with an advantage.
@@ -594,7 +608,7 @@ def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
     """Advantages of the objective -KL(pi || pi_ref), to be added to a reward's with a coefficient. (B, n), n >= 2.
 
     ratios: (B, n, T) from `log_ratios`. KL is a mean-type objective with reward -log(pi(y) / pi_ref(y)) for each sample,
-    so it has its own leave-one-out baseline and never passes through max or a vote (PAPERS.md, "Regularised").
+    so it has its own leave-one-out baseline and never passes through max or a vote. Tang trains J_k - beta KL.
     """
     return leave_one_out(lambda reward: reward.mean(-1), -ratios.sum(-1))
 
@@ -635,6 +649,8 @@ def check_args(args) -> None:
             raise BadInput(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise BadInput(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if args.kl_coef > 0 and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
 

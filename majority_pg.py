@@ -36,7 +36,7 @@ class Args:
     n: int | None = None
     """samples per prompt, at least k; more than k lowers the variance, by averaging over all k-subsets (default: k or
     16, whichever is more; the papers' setting is n = k)"""
-    estimator: Literal["mean", "unbiased", "biased"] = "unbiased"
+    estimator: Literal["mean", "unbiased", "biased"] = "biased"
     """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
     model: str = "tiny"
     """"tiny" (embedded, about 1M parameters), or a Hugging Face causal LM: hub id or folder"""
@@ -48,11 +48,11 @@ class Args:
     """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
     levels: tuple[int, ...] = ()
     """difficulty levels to train on (default: all)"""
-    steps: int = 200
+    steps: int = 150
     """optimisation steps; 0 only evaluates"""
     prompts_per_step: int = 64
     """prompts in a step; it samples n times as many responses"""
-    lr: float = 5e-5
+    lr: float = 1e-4
     """learning rate of AdamW"""
     temperature: float = 1.0
     """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
@@ -80,7 +80,7 @@ class Args:
     """steps between evaluations on held-out problems; 0: only before and after"""
     eval_n: int = 32
     """samples per problem in evaluation; maj@1 to maj@eval_n are reported, and pass@1 to pass@eval_n"""
-    eval_problems: int = 100
+    eval_problems: int = 400
     """held-out problems per level"""
     run_name: str | None = None
     """folder under runs/ (default: made from the arguments)"""
@@ -135,7 +135,7 @@ def main(args: Args) -> None:
     args.n = max(args.k, 16) if args.n is None else args.n
     common.check_args(args)
     task = load_task(args.task, args.data, args.sandbox)
-    args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    args.max_new_tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
     test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
     train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
     policy = common.load_policy(args.model, task, args.device, args.gradient_checkpointing)

@@ -47,11 +47,11 @@ class Args:
     """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
     levels: tuple[int, ...] = ()
     """difficulty levels to train on (default: all)"""
-    steps: int = 200
+    steps: int = 300
     """optimisation steps; 0 only evaluates"""
     prompts_per_step: int = 64
     """prompts in a step; it samples n times as many responses"""
-    lr: float = 5e-5
+    lr: float = 1e-4
     """learning rate of AdamW"""
     temperature: float = 1.0
     """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
@@ -75,7 +75,7 @@ class Args:
     """print the first training prompt as the policy reads it, and stop"""
     seed: int = 0
     """of the order of problems and of sampling"""
-    eval_every: int = 50
+    eval_every: int = 100
     """steps between evaluations on held-out problems; 0: only before and after"""
     eval_n: int = 32
     """samples per problem in evaluation; pass@1 to pass@eval_n are reported"""
@@ -99,7 +99,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
 
     With rewards sorted upwards, d_l = r_(l+1) - r_(l), and p_l = C(l, k-1) / C(n-1, k-1), the share of the subsets with
-    a given member whose others all lie among the l lowest (PAPERS.md section 1, "More samples than k"; PKPO's loo-1):
+    a given member whose others all lie among the l lowest (PKPO, arXiv 2505.15201, "loo-1"):
 
       unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
       biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
@@ -135,7 +135,7 @@ def main(args: Args) -> None:
     args.n = max(args.k, 16) if args.n is None else args.n
     common.check_args(args)
     task = load_task(args.task, args.data, args.sandbox)
-    args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    args.max_new_tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
     test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
     train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
     policy = common.load_policy(args.model, task, args.device, args.gradient_checkpointing)

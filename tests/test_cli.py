@@ -117,6 +117,7 @@ def test_a_model_without_a_pad_token_runs(run, tmp_path):
         (["--levels", "9"], "no training problems at --levels 9"),
         (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
         (["--max-new-tokens", "64"], "exceed the model's context of 64"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
         (["--device", "tpu"], "on device 'tpu'"),
         (["--run-name", "a/../../b"], "--run-name"),
         (["--estimator", "best"], "best"),
@@ -154,3 +155,30 @@ def test_bandit(run, tmp_path):
     assert {row["claim"] for row in out["claims"]} == {"B1", "B2", "B3"} and set(out["final"]) >= {"mean", "unbiased"}
     result = run("bandit.py", "--k", "1")
     assert result.returncode == 2 and result.stderr.strip() == "error: --k must be at least 2, not 1"
+
+
+def test_compare_averages_over_seeds(run, model, tmp_path):
+    for estimator, seed in (("unbiased", "0"), ("unbiased", "1"), ("mean", "0")):
+        flags = [*SMALL, "--model", model, "--seed", seed, "--estimator", estimator, "--run-name", estimator + seed]
+        assert run("pass_at_k_pg.py", *flags).returncode == 0
+    result = run("common.py", "compare", "runs/unbiased0", "runs/unbiased1", "runs/mean0")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "estimator=unbiased  (2 seeds)" and "estimator=mean  (1 seeds)" in lines
+    ends = [records(tmp_path / "runs" / f"unbiased{seed}")[-1]["eval"]["all"]["pass@4"][0] for seed in (0, 1)]
+    assert f"-> {sum(ends) / 2:.3f}" in next(line for line in lines if "pass@4" in line)
+    assert (tmp_path / "runs/compare.png").stat().st_size > 10_000
+    result = run("common.py", "compare", "runs/nothing")
+    assert result.returncode == 2 and result.stderr.startswith("error: runs/nothing is not a run folder")
+
+
+def test_show_prompt_prints_what_the_policy_reads(run, model, tmp_path):
+    result = run("majority_pg.py", *SMALL, "--model", model, "--show-prompt")
+    assert result.returncode == 0 and result.stdout.strip().endswith("=") and not (tmp_path / "runs").exists()
+
+
+def test_a_task_for_evaluation_only(run, model, tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"problem": "1+1?", "answer": "2", "solution": ""}) + "\n")
+    flags = [*SMALL, "--task", "math500", "--data", str(tmp_path), "--model", model]
+    result = run("pass_at_k_pg.py", *flags)
+    assert result.returncode == 2 and "--steps 0" in result.stderr

@@ -142,15 +142,32 @@ def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, co
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_gradient_with_a_chunked_output_layer_and_with_checkpointing(policy, monkeypatch):
+def test_gradient_with_a_chunked_output_layer(policy, monkeypatch):
     rollouts = rollouts_of(policy)
     advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
-    expected = naive_gradient(policy, rollouts, advantages, 1.0)
+    expected, sizes, cross_entropy = naive_gradient(policy, rollouts, advantages, 1.0), [], torch.nn.functional.cross_entropy
     monkeypatch.setattr(common, "LOGITS_PER_CHUNK", 3 * 24)  # three tokens at a time
-    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    monkeypatch.setattr(common.F, "cross_entropy", lambda x, *a, **kw: (sizes.append(len(x)), cross_entropy(x, *a, **kw))[1])
     actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None))
-    policy.model.gradient_checkpointing_disable()
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
+    assert max(sizes) == 3
+
+
+def test_gradient_checkpointing_recomputes_layers_in_training_alone(policy):
+    """The same gradient, each layer's MLP computed twice; sampling with the cache, once a token; dropout off."""
+    rollouts = rollouts_of(policy)
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
+    expected, calls = naive_gradient(policy, rollouts, advantages, 1.0), []
+    mlp = next(module for name, module in policy.model.named_modules() if name.endswith(".mlp"))
+    hook = mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 1.0, 10**6, None))
+    assert len(calls) == 2
+    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+    assert not any(m.training for m in policy.model.modules() if isinstance(m, torch.nn.Dropout))
+    assert torch.equal(rollouts_of(policy).log_probs, rollouts.log_probs)
+    policy.model.gradient_checkpointing_disable()
+    hook.remove()
 
 
 def test_rows_without_an_advantage_are_not_computed(policy, monkeypatch):
