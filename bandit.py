@@ -1,7 +1,7 @@
 """Figure 1 of Tang et al. (ICML 2025, arXiv 2503.19595): k-sample objectives on a 100-armed bandit.
 
-Arms have fixed rewards drawn from N(0, 1); a softmax policy starts uniform and takes k = 4 samples a step, with learning
-rate 1. All three metrics are computed exactly from the policy, over many seeds at once; nothing in them is sampled.
+Arms have fixed rewards drawn from N(0, 1); a softmax policy starts uniform and takes k = 4 samples a step, with
+learning rate 1. All three metrics are computed exactly from the policy, over many seeds at once; none is sampled.
 
     mean         A_i = (1/k) (r_i - mean_{j != i} r_j)          gradient of the mean reward
     mean x k     A_i = r_i - mean_{j != i} r_j                  the same as a sum over the samples, k times as long
@@ -87,7 +87,7 @@ def trajectory(args: Args, estimator: str) -> torch.Tensor:
 
 
 def mean_at_kl(metrics: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Mean reward (G, S) that each seed's run had when its KL first reached each value of `grid`; nan if it never did."""
+    """Mean reward (G, S) that each seed's run had when its KL first reached each of `grid`; nan if it never did."""
     reward, kl = metrics[:, 0], metrics[:, 2].cummax(0).values  # (steps + 1, S)
     first = torch.searchsorted(kl.T.contiguous(), grid.repeat(kl.shape[1], 1).double())  # (S, G)
     reached = first < len(kl)
@@ -142,8 +142,9 @@ def save_figure(path: Path, runs: dict[str, torch.Tensor], grid: torch.Tensor, k
     for name, metrics in runs.items():
         steps = torch.arange(len(metrics))
         at_kl = mean_at_kl(metrics, grid)  # (G, S)
-        at_kl = at_kl.where(~at_kl.isnan().any(-1, keepdim=True), torch.nan)  # a KL that not all seeds reached would
-        for axis, x, y in zip(axes, (steps, grid, steps), (metrics[:, 0], at_kl, metrics[:, 1])):  # compare unlike seeds
+        # a KL that only some seeds reached would compare unlike seeds
+        at_kl = at_kl.where(~at_kl.isnan().any(-1, keepdim=True), torch.nan)
+        for axis, x, y in zip(axes, (steps, grid, steps), (metrics[:, 0], at_kl, metrics[:, 1])):
             mean, ci = y.mean(-1), 1.96 * y.std(-1) / math.sqrt(y.shape[-1])
             axis.plot(x, mean, label=name)
             axis.fill_between(x, mean - ci, mean + ci, alpha=0.25)

@@ -1,4 +1,4 @@
-"""What every algorithm here shares: a policy, its samples, exact k-sample metrics, the training step and the run folder.
+"""What all algorithms here share: a policy, its samples, exact k-sample metrics, the training step, the run folder.
 
 Data flows one way: prompts -> `sample` -> verifier -> advantages (each script's own) -> `policy_gradient_step`.
 Shapes: B prompts, n responses to each, T tokens in the longest response, R rows (one response each), V vocabulary.
@@ -106,7 +106,7 @@ def subset_majorities(votes: torch.Tensor, rewards: torch.Tensor, k: int, leave_
     f_c(u) = C(c,u) p^u (1-p)^(c-u) for any p (it cancels; p near k/n keeps the numbers tame). Answer a wins with t
     votes if all others have fewer, and shares 1/(1+s) with s others that also have t. As 1/(1+s) = int_0^1 z^s dz,
 
-        f_n(k) E[f] = sum_t int_0^1 dz [x^k]  sum_a r_a f_a(t) x^t  prod_{b != a} ( sum_{u<t} f_b(u) x^u + z f_b(t) x^t )
+        f_n(k) E[f] = sum_t int_0^1 dz [x^k] sum_a r_a f_a(t) x^t prod_{b!=a} (sum_{u<t} f_b(u) x^u + z f_b(t) x^t)
 
     The integral is exact by Gauss-Legendre quadrature, [x^k] by evaluation at the (n+1)-th roots of unity, the sum over
     a by dual numbers (F_b + eps r_b f_b(t) x^t), and answers with equal votes and rewards share one factor.
@@ -130,14 +130,15 @@ def subset_majorities(votes: torch.Tensor, rewards: torch.Tensor, k: int, leave_
     r = zeros.scatter(-1, group, value)
     size = (zeros.scatter_add(-1, group, torch.ones_like(value)) / c.clamp(min=1)).round().long().masked_fill(c == 0, 0)
     blanks = blank.sum(-1)  # (B,)
-    # Tables over vote counts: f_c(u) x^u, and the sums below u, at the P = (n+1)//2 + 1 roots whose conjugates are the others.
+    # Tables over vote counts: f_c(u) x^u and the sums below u, at P = (n+1)//2 + 1 roots; the others are conjugates.
     p = k / (n + 1)
     u = torch.arange(k + 1, dtype=float64)
     counts = torch.arange(int(c.max()) + 1, dtype=float64).unsqueeze(-1)  # (C, 1)
     left = (counts - u).clamp(min=0)
     log_f = (counts + 1).lgamma() - (u + 1).lgamma() - (left + 1).lgamma() + u * math.log(p) + left * math.log1p(-p)
     f = log_f.exp().where(u <= counts, 0)  # (C, k+1)
-    root = torch.polar(torch.ones((), dtype=float64), 2 * math.pi * torch.arange((n + 1) // 2 + 1, dtype=float64) / (n + 1))
+    angle = 2 * math.pi * torch.arange((n + 1) // 2 + 1, dtype=float64) / (n + 1)
+    root = torch.polar(torch.ones_like(angle), angle)  # (P,)
     term = f.unsqueeze(-1) * root ** u.unsqueeze(-1)  # (C, k+1, P)
     below = F.pad(term.cumsum(1), (0, 0, 1, 0))  # (C, k+2, P)
     # Nodes: a winning number of votes t, and quadrature points z enough for as many ties as can occur.
@@ -343,7 +344,7 @@ def tiny_policy_folder(task: Task) -> Path:
 
 
 def warm_start(task: Task) -> Policy:
-    """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and thread count."""
+    """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and threads."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TINY_SEED)
@@ -573,7 +574,7 @@ def accumulate_gradient(
 def policy_gradient_step(
     policy: Policy, optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: torch.Tensor, args
 ) -> dict[str, float]:
-    """`args.epochs` optimiser steps on the same rollouts, PPO-clipped where there are several (as Tang reuses rollouts).
+    """`args.epochs` optimiser steps on the same rollouts, PPO-clipped if there are several (Tang).
 
     advantages: (B, n), sum convention. args: temperature, micro_batch_tokens, epochs, clip, max_grad_norm.
     Returns the metrics of the last step: loss, grad_norm, and signal, the share of rows with an advantage.
@@ -592,7 +593,8 @@ def policy_gradient_step(
 def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts, args) -> torch.Tensor:
     """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler.
 
-    Pi's log-probs are those of sampling; a sum over T is the response's log ratio. args: temperature, micro_batch_tokens.
+    Pi's log-probs are those of sampling; the sum over T is a response's log ratio. args: temperature,
+    micro_batch_tokens.
     """
     B, n, _ = rollouts.ids.shape
     ids, mask = rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)
@@ -607,7 +609,7 @@ def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts, args) -> t
 def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
     """Advantages of the objective -KL(pi || pi_ref), to be added to a reward's with a coefficient. (B, n), n >= 2.
 
-    ratios: (B, n, T) from `log_ratios`. KL is a mean-type objective with reward -log(pi(y) / pi_ref(y)) for each sample,
+    ratios: (B, n, T) from `log_ratios`. KL is a mean-type objective with reward -log(pi(y) / pi_ref(y)) a sample,
     so it has its own leave-one-out baseline and never passes through max or a vote. Tang trains J_k - beta KL.
     """
     return leave_one_out(lambda reward: reward.mean(-1), -ratios.sum(-1))
@@ -658,7 +660,9 @@ def check_args(args) -> None:
 def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> Sequence[Problem]:
     """The problems of these levels (all, if none are named). Raises BadInput if there are none."""
     if not problems:
-        raise BadInput(f"the task has no {what} problems here: for evaluation only, --steps 0 asks for held-out ones alone")
+        raise BadInput(
+            f"the task has no {what} problems here (--steps 0 only evaluates, on held-out ones)"
+        )
     chosen = [problem for problem in problems if problem.level in levels] if levels else problems
     if not chosen:
         there = sorted({problem.level for problem in problems if problem.level is not None})
@@ -717,7 +721,9 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
-def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, tuple[float, float]]]:
+def by_level(
+    metrics: dict[str, torch.Tensor], problems: Sequence[Problem]
+) -> dict[str, dict[str, tuple[float, float]]]:
     """Mean and standard error of each metric (P,) over all problems ("all") and over each level's ("1", "2", ...)."""
     levels = sorted({problem.level for problem in problems if problem.level is not None})
     groups = {"all": torch.arange(len(problems))}
@@ -777,7 +783,9 @@ def comparison_table(before: dict, after: dict | None, problems: Sequence[Proble
     return "\n".join(line.rstrip() for line in lines)
 
 
-def save_figure(folder: Path, evaluations: list[tuple[int, dict]], rewards: list[float], names: list[str], k: int) -> None:
+def save_figure(
+    folder: Path, evaluations: list[tuple[int, dict]], rewards: list[float], names: list[str], k: int
+) -> None:
     """curves.png: each metric family against j before and after, by level at k, and along training.
 
     evaluations: (step, result of `by_level`), first and last the ones before and after. rewards: mean reward by step.
@@ -811,7 +819,7 @@ def save_figure(folder: Path, evaluations: list[tuple[int, dict]], rewards: list
     if rewards:
         window = max(1, len(rewards) // 20)
         smooth = np.convolve(rewards, np.ones(window) / window, "valid")
-        axes[-1].plot(np.arange(len(smooth)) + window, smooth, color="tab:orange", label="training reward")
+        axes[-1].plot(np.arange(len(smooth)) + window, smooth, color="silver", label="training reward")
     for name in sorted({f"{name}@{j}" for name in names for j in (1, k)}):
         mean, error = zip(*(result["all"][name] for _, result in evaluations))
         axes[-1].errorbar([step for step, _ in evaluations], mean, error, marker="o", markersize=3, label=name)
@@ -854,14 +862,18 @@ def compare(folders: Sequence[str]) -> None:
             js = [int(metric.partition("@")[2]) for metric in metrics]
             before = np.array([[first[metric][0] for metric in metrics] for first, _ in runs])  # (seeds, metrics)
             after = np.array([[last[metric][0] for metric in metrics] for _, last in runs])
-            error = (after - before).std(0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.full(len(js), np.nan)
+            error = (
+                (after - before).std(0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else np.full(len(js), np.nan)
+            )
             start, end = before.mean(0), after.mean(0)
             for i, metric in enumerate(metrics):
                 print(f"  {metric:8} {start[i]:.3f} -> {end[i]:.3f}  {end[i] - start[i]:+.3f} ± {error[i]:.3f}")
             (line,) = axis.plot(js, end - start, marker="o", markersize=3, label=label)
             axis.fill_between(js, end - start - error, end - start + error, color=line.get_color(), alpha=0.2)
             axis.axhline(0, color="gray", linewidth=0.8)
-            axis.set(xscale="log", xlabel="j", ylabel=f"change of {name}@j", title=f"{name}@j, held out (± s.e. over seeds)")
+            axis.set(
+                xscale="log", xlabel="j", ylabel=f"change of {name}@j", title=f"{name}@j, held out (± s.e. over seeds)"
+            )
             axis.set_xticks(js, map(str, js))
             axis.minorticks_off()
             axis.legend()

@@ -94,7 +94,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype.
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
-      biased    the same with the subset's mean advantage taken off (Tang); its expectation is the gradient of pass@(k-1)
+      biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of pass@(k-1)
     With k = 1 pass@k is the mean reward: unbiased is mean, and biased is zero. With n = 1, mean has no baseline.
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
 
@@ -147,7 +147,9 @@ def main(args: Args) -> None:
             common.encode_prompts(policy, task, problems, args.max_new_tokens)
     reference = copy.deepcopy(policy)  # for the KL
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
-    folder = common.new_run_folder(args, [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", args.seed])
+    folder = common.new_run_folder(
+        args, [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}"]
+    )
     print(f"writing to {folder}")
 
     ks = common.powers_of_two(args.eval_n, args.k)

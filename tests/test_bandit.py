@@ -25,7 +25,9 @@ def test_exact_metrics_by_enumeration():
         assert kl[s].item() == pytest.approx((pi[s] * (pi[s] / uniform).log()).sum().item())
 
 
-@pytest.mark.parametrize("estimator, size, scale", [("mean", 1, 1), ("mean x k", 1, 3), ("unbiased", 3, 1), ("biased", 2, 1)])
+@pytest.mark.parametrize(
+    "estimator, size, scale", [("mean", 1, 1), ("mean x k", 1, 3), ("unbiased", 3, 1), ("biased", 2, 1)]
+)
 def test_expected_advantages_are_the_gradient_of_the_stated_objective(estimator, size, scale):
     """k = 3: mean of one, 3 times that, max of three, max of two."""
     rewards = torch.tensor([-1.0, 0.2, 0.2, 1.5], dtype=torch.float64)
@@ -33,7 +35,9 @@ def test_expected_advantages_are_the_gradient_of_the_stated_objective(estimator,
     log_pi = theta.log_softmax(-1)
     y = torch.cartesian_prod(*[torch.arange(4)] * 3)
     A = bandit.advantages(rewards[y], estimator)
-    (actual,) = torch.autograd.grad((log_pi[y].sum(-1).exp().detach() * (A * log_pi[y]).sum(-1)).sum(), theta, retain_graph=True)
+    (actual,) = torch.autograd.grad(
+        (log_pi[y].sum(-1).exp().detach() * (A * log_pi[y]).sum(-1)).sum(), theta, retain_graph=True
+    )
     _, best, _ = bandit.exact_metrics(log_pi[None], rewards[None], size)
     (expected,) = torch.autograd.grad(scale * best.sum(), theta)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)

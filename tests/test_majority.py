@@ -20,7 +20,9 @@ def sampled_advantages(k, estimator):
     return lambda b, y: advantages(ANSWERS[b][y], REWARDS[b][y], k, estimator)
 
 
-@pytest.mark.parametrize("k, n", [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 4), (2, 5), (3, 5), (5, 5)])
+@pytest.mark.parametrize(
+    "k, n", [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 4), (2, 5), (3, 5), (5, 5)]
+)
 def test_unbiased_is_the_gradient_of_majority_at_k(k, n):
     estimate = expected_gradient(sampled_advantages(k, "unbiased"), n)
     torch.testing.assert_close(estimate, exact_gradient(majority_objective, k), rtol=1e-9, atol=1e-12)

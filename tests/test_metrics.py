@@ -38,7 +38,9 @@ def test_majorities_without_each_sample(k, n):
     votes, rewards, _ = random_groups(20, n, seed=1)
     everyone, without = common.subset_majorities(votes, rewards, k, leave_out=True)
     for b, row in enumerate([list(zip(v, r)) for v, r in zip(votes.tolist(), rewards.tolist())]):
-        assert everyone[b].tolist() == pytest.approx([subset_mean(majority_value, row, j) for j in (k, k - 1)], abs=1e-12)
+        assert everyone[b].tolist() == pytest.approx(
+            [subset_mean(majority_value, row, j) for j in (k, k - 1)], abs=1e-12
+        )
         for i in range(n):
             others = row[:i] + row[i + 1 :]
             expected = [subset_mean(majority_value, others, j) for j in (min(k, n - 1), k - 1)]
@@ -109,6 +111,7 @@ def test_leave_one_out_is_unbiased_for_all_four_objectives(k):
         (majority_value, ANSWERS),
         (best_of_value, scores),
     ]:
+
         def f(b, y):
             return function([(first[b, a].item(), GRADED[b, a].item()) for a in y])
 

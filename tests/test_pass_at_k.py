@@ -71,7 +71,9 @@ def test_both_estimators_follow_from_the_metric(k, n):
     unbiased = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i), and biased = M_{k-1} - M_{k-1}(-i)."""
     rewards = torch.rand(20, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     M = common.pass_at_k
-    without_k = M(rewards, k)[:, None] - common.leave_one_out(lambda r: metric(r, min(k, n - 1)), rewards) if k < n else 0
+    without_k = (
+        M(rewards, k)[:, None] - common.leave_one_out(lambda r: metric(r, min(k, n - 1)), rewards) if k < n else 0
+    )
     biased = common.leave_one_out(lambda r: metric(r, k - 1), rewards)
     without_less = M(rewards, k - 1)[:, None] - biased
     unbiased = M(rewards, k)[:, None] - (1 - k / n) * without_k - k / n * without_less

@@ -94,7 +94,9 @@ def test_every_prompt_is_read_once(policy, monkeypatch):
     shapes = []
     base = policy.model.base_model
     forward = base.forward
-    monkeypatch.setattr(base, "forward", lambda *a, **kw: (shapes.append(tuple(kw["input_ids"].shape)), forward(*a, **kw))[1])
+    monkeypatch.setattr(
+        base, "forward", lambda *a, **kw: (shapes.append(tuple(kw["input_ids"].shape)), forward(*a, **kw))[1]
+    )
     rollouts_of(policy, n=16)
     assert shapes[0] == (len(PROMPTS), 7)
     rows = [shape[0] for shape in shapes[1:]]
@@ -145,9 +147,15 @@ def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, co
 def test_gradient_with_a_chunked_output_layer(policy, monkeypatch):
     rollouts = rollouts_of(policy)
     advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
-    expected, sizes, cross_entropy = naive_gradient(policy, rollouts, advantages, 1.0), [], torch.nn.functional.cross_entropy
+    expected, sizes, cross_entropy = (
+        naive_gradient(policy, rollouts, advantages, 1.0),
+        [],
+        torch.nn.functional.cross_entropy,
+    )
     monkeypatch.setattr(common, "LOGITS_PER_CHUNK", 3 * 24)  # three tokens at a time
-    monkeypatch.setattr(common.F, "cross_entropy", lambda x, *a, **kw: (sizes.append(len(x)), cross_entropy(x, *a, **kw))[1])
+    monkeypatch.setattr(
+        common.F, "cross_entropy", lambda x, *a, **kw: (sizes.append(len(x)), cross_entropy(x, *a, **kw))[1]
+    )
     actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None))
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
     assert max(sizes) == 3
@@ -226,7 +234,9 @@ def test_kl_estimate_and_log_ratios(policy):
     args = SimpleNamespace(temperature=1.0, micro_batch_tokens=200)
     rollouts = rollouts_of(policy, n=200, length=4)
     assert common.kl_estimate(common.log_ratios(policy, policy, rollouts, args)) == pytest.approx(0, abs=1e-5)
-    other = random_policy({"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(type(policy.model).__name__, "qwen2"))
+    other = random_policy(
+        {"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(type(policy.model).__name__, "qwen2")
+    )
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter, generator=None))

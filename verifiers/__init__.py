@@ -64,9 +64,9 @@ class Task:
     template: what a model without a chat template reads; "{prompt}" stands for the problem's prompt.
     instruction: what a model with a chat template reads after the prompt, in the same user turn.
     max_new_tokens: the longest response worth sampling, in tokens of the usual tokenizer for this task.
-    warm_start: for an embedded task, the recipe by which the `tiny` policy learns it from `solution`s: optimiser `steps`,
-    problems per step (`batch`), peak learning rate (`lr`) and, optionally, `slips`: the share of digits in the solutions
-    that are random ones. None where `tiny` cannot learn the task.
+    warm_start: for an embedded task, the recipe by which the `tiny` policy learns it from `solution`s: optimiser
+    `steps`, problems per step (`batch`), peak learning rate (`lr`) and, optionally, `slips`: the share of digits in the
+    solutions that are random ones. None where `tiny` cannot learn the task.
     """
 
     name: str

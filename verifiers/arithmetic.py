@@ -4,8 +4,8 @@
 `chain`: four operations with a written-out scratchpad, where voting has room because errors scatter. The prompt is
 "47+85*3+36*7=", worked from left to right; the response is its running values modulo 100, "32,96,32,24".
 
-The last number of a response is its answer and its vote; the reward is 1 if it is right and 0 for anything else. Leading
-zeros are ignored. A response with anything but numbers between commas has no answer.
+The last number of a response is its answer and its vote; the reward is 1 if it is right and 0 for anything else.
+Leading zeros are ignored. A response with anything but numbers between commas has no answer.
 """
 
 import random
@@ -73,7 +73,7 @@ def load_chain(name: str) -> Task:
     """20 000 training and 1 000 test problems, all different."""
     rng = random.Random(1)
     problems = list(dict.fromkeys(chain_problem(rng) for _ in range(22_000)))
-    warm_start = {"steps": 1200, "batch": 128, "lr": 3e-3, "slips": 0.05}
+    warm_start = {"steps": 1000, "batch": 128, "lr": 3e-3, "slips": 0.05}
     return Task(name, problems[1_000:21_000], problems[:1_000], verify, max_new_tokens=16, warm_start=warm_start)
 
 
