@@ -93,7 +93,7 @@ def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: st
     """Advantages A of the maj@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
 
     votes: (B, n) int64, n >= k, equal = same answer, -1 = none (casts no vote). rewards: (B, n), a function of the
-    answer (where it is not, an answer's mean reward counts). Returns (B, n), of the dtype of rewards.
+    answer (where it is not, an answer's mean reward counts). Returns (B, n), of the dtype of rewards (float32 for integers).
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]             (n = k: Tang)
       biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of maj@(k-1)
@@ -106,7 +106,7 @@ def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: st
       unbiased  A_i = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i)
       biased    A_i = M_{k-1} - M_{k-1}(-i)
     """
-    n = rewards.shape[-1]
+    n, rewards = rewards.shape[-1], rewards if rewards.is_floating_point() else rewards.float()
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
     if not rewards.isfinite().all():

@@ -91,7 +91,7 @@ class Args:
 def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
     """Advantages A of the pass@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
 
-    rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype.
+    rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype (float32 for integers and bools).
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
       biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of pass@(k-1)
@@ -104,7 +104,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
       unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
       biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
     """
-    n = rewards.shape[-1]
+    n, rewards = rewards.shape[-1], rewards if rewards.is_floating_point() else rewards.float()
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
     if not rewards.isfinite().all():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from enumeration import ANSWERS, K, exact_gradient, expected_gradient, majority_value
+from enumeration import ANSWERS, exact_gradient, expected_gradient, majority_value
 from majority_pg import advantages
 
 # Rewards that are a function of the answer: prompt 0 has an action without an answer, prompt 1 two with the same.

@@ -93,6 +93,15 @@ def test_binary_rewards_signal_only_where_one_subset_has_a_single_success():
     assert advantages(torch.tensor([[1.0, 1, 0, 0]]), 2)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0, 0])
 
 
+@pytest.mark.parametrize("estimator", ["mean", "unbiased", "biased"])
+def test_integer_and_bool_rewards_are_not_truncated(estimator):
+    rewards = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 0]])
+    expected = advantages(rewards.float(), 2, estimator)
+    assert expected.abs().max() < 1
+    assert torch.equal(advantages(rewards, 2, estimator), expected)
+    assert torch.equal(advantages(rewards.bool(), 2, estimator), expected)
+
+
 def test_large_groups_stay_finite_and_exact_in_float32():
     rewards = torch.rand(2, 4096, generator=torch.Generator().manual_seed(0))
     for k in (2, 64, 2048, 4096):
