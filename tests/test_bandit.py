@@ -43,10 +43,15 @@ def test_expected_advantages_are_the_gradient_of_the_stated_objective(estimator,
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_mean_at_kl_takes_the_first_crossing():
-    metrics = torch.tensor([[0.0, 0, 0], [1, 0, 0.5], [2, 0, 0.4], [3, 0, 2.0]]).unsqueeze(-1).double()  # (4, 3, 1)
-    at = bandit.mean_at_kl(metrics, torch.tensor([0.0, 0.45, 1.0, 5.0]))
-    assert at[:3, 0].tolist() == [0, 1, 3] and at[3, 0].isnan()
+def test_mean_at_kl_follows_the_averages_over_seeds():
+    """Two seeds; average KL 0, 1, 3 and average reward 0, 2, 3, whatever the single seeds do."""
+    reward = torch.tensor([[0.0, 0.0], [1.0, 3.0], [4.0, 2.0]])
+    kl = torch.tensor([[0.0, 0.0], [0.5, 1.5], [2.0, 4.0]])
+    metrics = torch.stack([reward, torch.zeros(3, 2), kl], 1).double()  # (steps + 1, 3, S)
+    at = bandit.mean_at_kl(metrics, torch.tensor([0.0, 0.5, 1.0, 2.0, 5.0], dtype=torch.float64))
+    assert at.mean(1)[:4].tolist() == pytest.approx([0, 1, 2, 2.5]) and at[4].isnan().all()
+    # at KL 1 the seeds have 1 and 3 at KL 0.5 and 1.5, on a path of slope 2: both count as 2
+    assert at[2].tolist() == pytest.approx([2, 2])
 
 
 def test_trajectory_starts_uniform_and_is_a_function_of_its_seed():
