@@ -48,9 +48,9 @@ class Args:
     """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
     levels: tuple[int, ...] = ()
     """difficulty levels to train on (default: all)"""
-    steps: int = 150
+    steps: int = 100
     """optimisation steps; 0 only evaluates"""
-    prompts_per_step: int = 64
+    prompts_per_step: int = 32
     """prompts in a step; it samples n times as many responses"""
     lr: float = 1e-4
     """learning rate of AdamW"""

@@ -73,7 +73,7 @@ def load_chain(name: str) -> Task:
     """20 000 training and 1 000 test problems, all different."""
     rng = random.Random(1)
     problems = list(dict.fromkeys(chain_problem(rng) for _ in range(22_000)))
-    warm_start = {"steps": 1000, "batch": 128, "lr": 3e-3, "slips": 0.05}
+    warm_start = {"steps": 1200, "batch": 128, "lr": 3e-3, "slips": 0.05}
     return Task(name, problems[1_000:21_000], problems[:1_000], verify, max_new_tokens=16, warm_start=warm_start)
 
 
