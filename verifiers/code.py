@@ -295,7 +295,7 @@ def load_programs(name: str, data: str | None = None) -> Task:
         for problems, held_out, count in ((train, False, TRAIN_PER_LEVEL), (test, True, TEST_PER_LEVEL)):
             of_split = [pair for pair in functions.items() if (zlib.crc32(repr(pair[0]).encode()) % 5 == 0) == held_out]
             problems += [example_problem(*rng.choice(of_split), level, rng) for _ in range(count)]
-    warm_start = {"steps": 800, "batch": 256, "lr": 2e-3}
+    warm_start = {"steps": 800, "batch": 128, "lr": 3e-3}
     return Task(name, train, test, verify_programs, max_new_tokens=12, warm_start=warm_start)
 
 
