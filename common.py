@@ -16,6 +16,7 @@ import random
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -696,7 +697,8 @@ def step_generator(device: torch.device, seed: int, step: int) -> torch.Generato
 
 
 def evaluate(policy: Policy, task: Task, problems: Sequence[Problem], args) -> Verdict:
-    """Rewards and votes (P, eval_n) of fresh samples for each problem, always drawn with the same random numbers.
+    """Rewards and votes (P, eval_n) of fresh samples for each problem, always drawn with the same random numbers, and
+    the verifier's events over all of them.
 
     args: eval_n, max_new_tokens, temperature.
     """
@@ -708,7 +710,8 @@ def evaluate(policy: Policy, task: Task, problems: Sequence[Problem], args) -> V
         prompts = encode_prompts(policy, task, part, args.max_new_tokens)
         rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, args.temperature, generator)
         verdicts.append(task.verify(part, decode(policy, rollouts)))
-    return Verdict(torch.cat([v.rewards for v in verdicts]), torch.cat([v.votes for v in verdicts]))
+    counts = dict(sum((Counter(v.counts) for v in verdicts), Counter()))
+    return Verdict(torch.cat([v.rewards for v in verdicts]), torch.cat([v.votes for v in verdicts]), counts)
 
 
 def powers_of_two(n: int, *others: int) -> list[int]:

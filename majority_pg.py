@@ -13,7 +13,7 @@ so a response matters only where taking its vote away changes the outcome. What 
 advantages below, which read votes as well as rewards, and the curves. The reward of the vote is that of a verifier with
 the right answer; "agree with the vote" as a reward is another objective, see README.
 
-    python majority_pg.py --k 8                      # biased: the gradient of maj@7, with a signal for every vote
+    python majority_pg.py --k 8                      # biased: the gradient of maj@7
     python majority_pg.py --k 8 --estimator mean     # the baseline
 """
 
@@ -160,7 +160,9 @@ def main(args: Args) -> None:
         metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         metrics |= {f"maj@{j}": common.majority_at_k(verdict.votes, verdict.rewards, j) for j in ks}
         history.append((step, common.by_level(metrics, test_problems)))
-        common.log_metrics(folder, {"step": step, "eval": history[-1][1]})
+        common.log_metrics(folder, {"step": step, "eval": history[-1][1], **verdict.counts})
+        if verdict.counts:
+            tqdm.write(f"evaluation at step {step}, events in the verifier: {verdict.counts}")
         return metrics
 
     before, after = evaluate(0), None

@@ -159,7 +159,9 @@ def main(args: Args) -> None:
         verdict = common.evaluate(policy, task, test_problems, args)
         metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         history.append((step, common.by_level(metrics, test_problems)))
-        common.log_metrics(folder, {"step": step, "eval": history[-1][1]})
+        common.log_metrics(folder, {"step": step, "eval": history[-1][1], **verdict.counts})
+        if verdict.counts:
+            tqdm.write(f"evaluation at step {step}, events in the verifier: {verdict.counts}")
         return metrics
 
     before, after = evaluate(0), None

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import common
+from verifiers import Verdict
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "2", "--k", "2", "--n", "4", "--prompts-per-step", "4", "--eval-n", "4", "--eval-problems", "2"]
@@ -182,3 +183,16 @@ def test_a_task_for_evaluation_only(run, model, tmp_path):
     flags = [*SMALL, "--task", "math500", "--data", str(tmp_path), "--model", model]
     result = run("pass_at_k_pg.py", *flags)
     assert result.returncode == 2 and "--steps 0" in result.stderr
+
+
+def test_events_in_the_verifier_are_summed_over_an_evaluation(monkeypatch):
+    """Timeouts are never silent zeros, in evaluation either: two chunks of one problem with one timeout each."""
+    rollouts = common.Rollouts([[1]], *(torch.ones(1, 4096, 1, dtype=torch.int64) for _ in range(3)))
+    monkeypatch.setattr(common, "encode_prompts", lambda *_: [[1]])
+    monkeypatch.setattr(common, "sample", lambda *_: rollouts)
+    monkeypatch.setattr(common, "decode", lambda *_: [[""] * 4096])
+    verdict = Verdict(torch.zeros(1, 4096), torch.full((1, 4096), -1), {"timeouts": 1})
+    task = SimpleNamespace(verify=lambda *_: verdict)
+    args = SimpleNamespace(eval_n=4096, max_new_tokens=1, temperature=1.0)
+    total = common.evaluate(SimpleNamespace(device=torch.device("cpu")), task, [None, None], args)
+    assert total.counts == {"timeouts": 2} and total.rewards.shape == (2, 4096)
