@@ -661,9 +661,7 @@ def check_args(args) -> None:
 def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> Sequence[Problem]:
     """The problems of these levels (all, if none are named). Raises BadInput if there are none."""
     if not problems:
-        raise BadInput(
-            f"the task has no {what} problems here (--steps 0 only evaluates, on held-out ones)"
-        )
+        raise BadInput(f"the task has no {what} problems here (--steps 0 only evaluates, on held-out ones)")
     chosen = [problem for problem in problems if problem.level in levels] if levels else problems
     if not chosen:
         there = sorted({problem.level for problem in problems if problem.level is not None})
