@@ -5,6 +5,7 @@ Shapes: B prompts, n responses to each, T tokens in the longest response, R rows
 Papers: Tang et al. (arXiv 2503.19595), Chow et al. (2412.15287), PKPO (Walder, Karkhanis, 2505.15201).
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import DynamicCache, logging as transformers_logging
 
-from verifiers import BadInput, Problem, Task, Verdict
+from verifiers import BadInput, Problem, Task, Verdict, learned
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Control variates and exact metrics: pure functions of tensors
@@ -60,21 +61,53 @@ def subset_weights(n: int, k: int) -> torch.Tensor:
     return torch.cat([torch.full((1,), k / n, dtype=torch.float64), k / n * ratios.cumprod(0)]).flip(0)
 
 
+def win_shares(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Chance that the i-th of n samples wins (scores highest) in a random k-subset; equal scores share.
+
+    scores: (B, n), n >= k. Returns (B, n) float64; rows sum to 1. Raises ValueError unless 1 <= k <= n.
+    """
+    inside = F.pad(subset_weights(scores.shape[-1], k).cumsum(0), (1, 0)).to(scores.device)  # (n+1,): C(j, k) / C(n, k)
+    low, high = ranks(scores)
+    return (inside[high] - inside[low]) / (high - low)
+
+
+def ranks(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each sample of (B, n), how many of its row score less, and how many no more: twice (B, n) int64."""
+    scores = scores.to(torch.uint8) if scores.dtype == torch.bool else scores.contiguous()
+    ordered = scores.sort(dim=-1).values
+    return torch.searchsorted(ordered, scores), torch.searchsorted(ordered, scores, right=True)
+
+
 def best_of_k(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
     """Best-of-k: the expected reward of the sample that scores highest among k, over all k-subsets of n, exactly.
 
     scores, rewards: (B, n), n >= k. Equal scores share: a tie's value is the mean reward of the tied samples.
     Returns (B,) float64. Raises ValueError unless 1 <= k <= n.
     """
-    weights = subset_weights(scores.shape[-1], k).to(scores.device)
-    scores, order = scores.sort(dim=-1)
-    tie = F.pad((scores.diff(dim=-1) != 0).cumsum(-1), (1, 0))  # (B, n): the number of each sample's score level
-    level = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)
-    weight, reward, count = (
-        level.scatter_add(-1, tie, x)  # (B, n): sums over each score level
-        for x in (weights.expand_as(level), rewards.gather(-1, order).double(), torch.ones_like(level))
-    )
-    return (weight * reward / count.clamp(min=1)).sum(-1)
+    return (win_shares(scores, k) * rewards).sum(-1)
+
+
+def best_of_k_without(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """`best_of_k` of the other n - 1 samples, for each of the n: (B, n) float64, in O(n log n).
+
+    scores, rewards: (B, n), n > k. Raises ValueError unless 1 <= k <= n - 1.
+    """
+    n = scores.shape[-1]
+    inside = F.pad(subset_weights(n - 1, k).cumsum(0), (1, 0)).to(scores.device)  # (n,): C(j, k) / C(n-1, k)
+    order = scores.argsort(dim=-1)
+    (low, high), r = ranks(scores.gather(-1, order)), rewards.gather(-1, order).double()  # (B, n), upwards
+
+    def prefix(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x.cumsum(-1), (1, 0))  # (B, n) -> (B, n+1): sums of the first 0..n
+
+    # Without i, a score level below i's keeps its ranks, one above loses a rank, and i's own loses a member.
+    level = high - low
+    below = prefix((inside[high.clamp(max=n - 1)] - inside[low]) / level * r).gather(-1, low)
+    above = prefix((inside[high - 1] - inside[(low - 1).clamp(min=0)]) / level * r)
+    above = above[:, -1:] - above.gather(-1, high)
+    others = prefix(r).gather(-1, high) - prefix(r).gather(-1, low) - r  # rewards of the rest of i's level
+    own = (inside[high - 1] - inside[low]) * others / (level - 1).clamp(min=1)
+    return torch.empty_like(r).scatter_(-1, order, below + own + above)
 
 
 def pass_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:
@@ -192,6 +225,26 @@ def subset_majorities(votes: torch.Tensor, rewards: torch.Tensor, k: int, leave_
         one_blank_less = before[-1][1] * blank_product((blanks - 1).clamp(min=0))
         without.append(expectations(torch.where((c[:, g] > 0).view(-1, 1, 1), polynomial, one_blank_less), n - 1))
     return everyone, torch.stack(without, 1).gather(1, group.unsqueeze(-1).expand(-1, -1, 2))  # (B, D, 2) -> (B, n, 2)
+
+
+def best_of_n_tilt(N: int) -> float:
+    """lambda_N of Chow's variational form pi_bon ~ pi exp(lambda_N Q) / Z: 0 for N = 1, about N + 1 from N = 8 on.
+
+    The tilt at which a uniform win rate Q is as far from pi as Best-of-N is, that is the root of
+
+        ((l-1) e^l + 1) / (e^l - 1) - log((e^l - 1) / l)  =  log N - (N-1)/N
+
+    by bisection in float64, with the left side written as l e^-l / (1 - e^-l) - 1 - log((1 - e^-l) / l), which neither
+    overflows nor cancels at large l. Raises ValueError for N < 1.
+    """
+    if N < 1:
+        raise ValueError(f"N must be at least 1, not {N}")
+    low, high = 0.0, N + 2.0
+    while N > 1 and low < (middle := (low + high) / 2) < high:
+        rest = -math.expm1(-middle)  # 1 - e^-l
+        distance = middle * math.exp(-middle) / rest - 1 - math.log(rest / middle)
+        low, high = (middle, high) if distance < math.log(N) - (N - 1) / N else (low, middle)
+    return low
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,25 +373,29 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_policy_folder(task: Task) -> Path:
-    """Where the warm-started `tiny` policy for this task lies; trains it first if it is not there yet.
-
-    Under $XDG_CACHE_HOME (~/.cache), named by a hash of its recipe. Two processes may race: both train, one wins.
-    """
+    """Where the warm-started `tiny` policy for this task lies, named by a hash of its recipe; see `cached`."""
     if task.warm_start is None:
         raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
     recipe = [TINY, TINY_SEED, task.warm_start, [(problem.prompt, problem.solution) for problem in task.train]]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
+    return cached(f"tiny-{task.name.replace('/', '-')}-{key}", lambda folder: save_policy(warm_start(task), folder))
+
+
+def cached(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of this name under $XDG_CACHE_HOME (~/.cache); `write(folder)` fills it if it is not there yet.
+
+    It is whole or absent, whenever the process dies. Two processes may race: both write, one wins.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-aware-rl"
-    folder = cache / f"tiny-{task.name.replace('/', '-')}-{key}"
+    folder = cache / name
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        policy = warm_start(task)
-        save_policy(policy, Path(scratch) / "policy")
+        write(Path(scratch) / name)
         try:
-            os.rename(Path(scratch) / "policy", folder)  # atomic: the folder is whole or absent
-        except OSError:  # another process was first; its policy is the same
+            os.rename(Path(scratch) / name, folder)
+        except OSError:  # another process was first; its result is the same
             if not folder.is_dir():
                 raise
     return folder
@@ -409,6 +466,36 @@ class Rollouts:
     def first(self) -> "Rollouts":
         """The first response to each prompt only: (B, 1, T)."""
         return Rollouts(self.prompts, self.ids[:, :1], self.mask[:, :1], self.log_probs[:, :1])
+
+
+def expert_rollouts(policy: Policy, task: Task, prompts: list[list[int]], responses: Sequence[str]) -> Rollouts:
+    """Given responses as rollouts, one to each prompt, with an end token behind; log_probs 0: (B, 1, T).
+
+    Raises BadInput if a prompt and its response do not fit the model's context.
+    """
+    space = " " if task.template.endswith(":") and not policy.tokenizer.chat_template else ""
+    rows = policy.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
+    end = policy.tokenizer.eos_token_id
+    rows = [[*row, policy.stop_ids[0] if end is None else end] for row in rows]
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    for prompt, row, response in zip(prompts, rows, responses):
+        if len(prompt) + len(row) > context:
+            raise BadInput(
+                f"a prompt and its expert response have {len(prompt) + len(row)} tokens, the model's context is "
+                f"{context}: {response[:40]!r} (remove or shorten it)"
+            )
+    ids, mask = (x.unsqueeze(1).to(policy.device) for x in padded(rows))  # (B, T) -> (B, 1, T)
+    return Rollouts(prompts, ids, mask, torch.zeros(ids.shape, device=policy.device))
+
+
+def joined(first: Rollouts, second: Rollouts) -> Rollouts:
+    """The responses of both to the same prompts: (B, n1, T1) and (B, n2, T2) -> (B, n1 + n2, T), T the longer."""
+    T = max(first.ids.shape[-1], second.ids.shape[-1])
+    tensors = (
+        torch.cat([F.pad(x, (0, T - x.shape[-1])) for x in pair], 1)
+        for pair in ((first.ids, second.ids), (first.mask, second.mask), (first.log_probs, second.log_probs))
+    )
+    return Rollouts(first.prompts, *tensors)
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -580,10 +667,10 @@ def policy_gradient_step(
     advantages: (B, n), sum convention. args: temperature, micro_batch_tokens, epochs, clip, max_grad_norm.
     Returns the metrics of the last step: loss, grad_norm, and signal, the share of rows with an advantage.
     """
-    for _ in range(args.epochs):
+    for _ in range(epochs := getattr(args, "epochs", 1)):
         # Zeros, not None: a step without any signal is still a step of the optimiser.
         optimizer.zero_grad(set_to_none=False)
-        clip = args.clip if args.epochs > 1 else None
+        clip = args.clip if epochs > 1 else None
         loss = accumulate_gradient(policy, rollouts, advantages, args.temperature, args.micro_batch_tokens, clip)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), args.max_grad_norm)
         optimizer.step()
@@ -624,14 +711,27 @@ def kl_estimate(ratios: torch.Tensor) -> float:
     return ((-ratios).exp() - 1 + ratios).sum(-1).mean().item()
 
 
+@torch.no_grad()
+def move_towards(anchor: Policy, policy: Policy, rate: float) -> None:
+    """One step of an exponential moving average: anchor <- (1 - rate) anchor + rate policy, in place."""
+    for average, parameter in zip(anchor.model.parameters(), policy.model.parameters(), strict=True):
+        average.lerp_(parameter, rate)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs: arguments, batches, evaluation, run folder, table and figure
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_cli(main: Callable, Args: type) -> None:
-    """Parse the command line into Args, run main(args); the user's mistakes end in one line and exit code 2."""
-    args = tyro.cli(Args, description=sys.modules[main.__module__].__doc__)
+def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
+    """Parse the command line into Args, run main(args); the user's mistakes end in one line and exit code 2.
+
+    presets: for a script with --preset, the defaults that each one changes, by name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=None)
+    preset = presets.get(parser.parse_known_args()[0].preset, {})
+    args = tyro.cli(Args, default=Args(**preset), description=sys.modules[main.__module__].__doc__)
     try:
         main(args)
     except BadInput as error:
@@ -641,20 +741,22 @@ def run_cli(main: Callable, Args: type) -> None:
 
 def check_args(args) -> None:
     """Raise BadInput for a value out of range among the arguments that all scripts share."""
-    at_least = {"k": 1, "steps": 0, "prompts_per_step": 1, "eval_every": 0, "eval_problems": 1, "epochs": 1}
-    at_least |= {"micro_batch_tokens": 1, "kl_coef": 0, "n": args.k, "eval_n": args.k}
+    k = "k" if hasattr(args, "k") else "N"
+    at_least = {k: 1, "steps": 0, "prompts_per_step": 1, "eval_every": 0, "eval_problems": 1, "epochs": 1}
+    at_least |= {"kl_coef_end": 0, "kl_delay": 0, "kl_anneal_steps": 0, "warm_up_steps": 0, "verifier_problems": 1}
+    at_least |= {"micro_batch_tokens": 1, "kl_coef": 0, "n": getattr(args, k), "eval_n": getattr(args, k)}
     for name, least in at_least.items():
-        if getattr(args, name) < least:
-            why = f" (--k {args.k} takes that many samples)" if name in ("n", "eval_n") else ""
+        if getattr(args, name, least) < least:
+            why = f" (--{k} {least} takes that many samples)" if name in ("n", "eval_n") else ""
             raise BadInput(f"--{name.replace('_', '-')} must be at least {least}{why}, not {getattr(args, name)}")
-    for name in ("lr", "temperature", "max_grad_norm", "clip"):
-        if not 0 < getattr(args, name) < math.inf:
+    for name in ("lr", "temperature", "max_grad_norm", "clip", "value_lr", "verifier_lr"):
+        if not 0 < getattr(args, name, 1) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise BadInput(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
-    if args.kl_coef > 0 and args.n < 2:
+    if getattr(args, "kl_coef", 0) > 0 and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
 
 
@@ -694,22 +796,61 @@ def step_generator(device: torch.device, seed: int, step: int) -> torch.Generato
     return torch.Generator(device).manual_seed((seed << 32) + step)
 
 
-def evaluate(policy: Policy, task: Task, problems: Sequence[Problem], args) -> Verdict:
-    """Rewards and votes (P, eval_n) of fresh samples for each problem, always drawn with the same random numbers, and
-    the verifier's events over all of them.
+def evaluate(
+    policy: Policy, task: Task, problems: Sequence[Problem], args, temperature: float | None = None
+) -> Verdict:
+    """Rewards, votes and scores (P, eval_n) of fresh samples for each problem, always drawn with the same random
+    numbers, and the verifier's events over all of them.
 
-    args: eval_n, max_new_tokens, temperature.
+    args: eval_n, max_new_tokens, temperature (that of training, unless another is given).
     """
+    temperature = temperature or args.temperature
     generator = torch.Generator(policy.device).manual_seed(0)
     size = max(1, 4096 // args.eval_n)  # problems at a time
     verdicts = []
     for i in tqdm(range(0, len(problems), size), desc="evaluating", leave=False, disable=None):
         part = problems[i : i + size]
         prompts = encode_prompts(policy, task, part, args.max_new_tokens)
-        rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, args.temperature, generator)
+        rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, temperature, generator)
         verdicts.append(task.verify(part, decode(policy, rollouts)))
     counts = dict(sum((Counter(v.counts) for v in verdicts), Counter()))
-    return Verdict(torch.cat([v.rewards for v in verdicts]), torch.cat([v.votes for v in verdicts]), counts)
+    rewards, votes, scores = (torch.cat([getattr(v, x) for v in verdicts]) for x in ("rewards", "votes", "scores"))
+    return Verdict(rewards, votes, counts, scores)
+
+
+def scored_task(task: Task, policy: Policy, test_problems: Sequence[Problem], args) -> Task:
+    """The task, its verdicts with the scores of a learned verifier: --verifier-model, or one trained here on the
+    initial policy's own labelled samples (once for `tiny`, in the cache). Prints its quality on held-out problems.
+
+    args: model, verifier_model, verifier_problems, verifier_lr, max_new_tokens.
+    """
+
+    def labelled_samples(problems: Sequence[Problem]):
+        """The problems, 8 responses to each, and their rewards."""
+        prompts = encode_prompts(policy, task, problems, args.max_new_tokens)
+        generator = torch.Generator(policy.device).manual_seed(1)
+        responses = decode(policy, sample(policy, prompts, 8, args.max_new_tokens, 1.0, generator))
+        return problems, responses, task.verify(problems, responses).rewards
+
+    def train(folder: Path | None = None) -> learned.LearnedVerifier:
+        problems = training_batch(task.train, 0, min(args.verifier_problems, len(task.train)), seed=0)
+        base, samples = policy.model.name_or_path, labelled_samples(problems)
+        verifier = learned.trained_verifier(base, task, *samples, policy.device, args.verifier_lr)
+        if folder:
+            verifier.save(folder)
+        return verifier
+
+    if args.verifier_model:
+        verifier = learned.load_verifier(args.verifier_model, task, policy.device)
+    elif args.model == "tiny":
+        recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}"
+        name = f"{Path(policy.model.name_or_path).name}-verifier-{recipe}"
+        verifier = learned.load_verifier(str(cached(name, train)), task, policy.device)
+    else:
+        verifier = train()
+    problems, responses, rewards = labelled_samples(test_problems)
+    print(learned.quality(verifier.score([problem.prompt for problem in problems], responses), rewards))
+    return learned.with_scores(task, verifier)
 
 
 def powers_of_two(n: int, *others: int) -> list[int]:
@@ -719,7 +860,7 @@ def powers_of_two(n: int, *others: int) -> list[int]:
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     """Mean of per-problem values (P,) and its standard error over problems (nan for one problem)."""
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
 def by_level(
@@ -756,9 +897,10 @@ def new_run_folder(args, parts: Sequence) -> Path:
 
 
 def log_metrics(folder: Path, record: dict) -> None:
-    """Append one JSON line to metrics.jsonl."""
+    """Append one JSON line to metrics.jsonl; what is not a finite number becomes null, as JSON has no word for it."""
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite) + "\n")
 
 
 def comparison_table(before: dict, after: dict | None, problems: Sequence[Problem], columns: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ One run of each is a subprocess; the others run the script as __main__ in this p
 """
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -19,7 +20,12 @@ from verifiers import Verdict
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--steps", "2", "--k", "2", "--n", "4", "--prompts-per-step", "4", "--eval-n", "4", "--eval-problems", "2"]
-SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py"]
+SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"]
+
+
+def of_script(script: str, text: str) -> str:
+    """The Best-of-N scripts say N where the others say k."""
+    return re.sub("--k\\b", "--N", text) if script.startswith("bon") else text
 
 
 def save_untrained(folder: Path, eos: bool = True, pad: bool = True) -> str:
@@ -47,7 +53,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def result(script: str, *flags: str) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", [script, *flags])
+        monkeypatch.setattr(sys, "argv", [script, *(of_script(script, flag) for flag in flags)])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
             returncode = 0
@@ -65,15 +71,17 @@ def records(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_from_start_to_end(script, model, tmp_path):
-    command = [sys.executable, str(ROOT / script), *SMALL, "--model", model, "--eval-every", "1"]
+    flags = [of_script(script, flag) for flag in SMALL]
+    command = [sys.executable, str(ROOT / script), *flags, "--model", model, "--eval-every", "1"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "args.json").read_text())["n"] == 4
-    metric = "pass@2" if script.startswith("pass") else "maj@2"
+    metric = "maj@2" if script.startswith("maj") else "pass@2"
     log = records(folder)
     assert [r["step"] for r in log if "eval" in r] == [0, 1, 2] and [r["step"] for r in log if "reward" in r] == [1, 2]
-    assert all({"reward", metric, "kl", "loss", "grad_norm", "signal"} <= r.keys() for r in log if "reward" in r)
+    keys = {"reward", "loss", "grad_norm", "signal"} | ({metric, "kl"} if script != "bon_sft.py" else {"expert_reward"})
+    assert all(keys <= r.keys() for r in log if "reward" in r)
     assert metric in result.stdout and " -> " in result.stdout
     assert (folder / "curves.png").stat().st_size > 10_000
     AutoModelForCausalLM.from_pretrained(folder / "policy"), AutoTokenizer.from_pretrained(folder / "policy")
@@ -127,12 +135,73 @@ def test_a_model_without_a_pad_token_runs(run, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_path):
+    if script == "bon_sft.py" and {"--kl-coef", "--estimator"} & {*flags}:
+        complaint = flags[-2]  # an option that it does not have
     result = run(script, *SMALL, "--model", model, *flags)
     assert result.returncode == 2
-    assert complaint in result.stderr and "Traceback" not in result.stderr
+    assert of_script(script, complaint) in result.stderr and "Traceback" not in result.stderr
     if result.stderr.startswith("error:"):  # ours; the parser's own has a frame
         assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+RL, SFT = "bon_rl.py", "bon_sft.py"
+
+
+@pytest.mark.parametrize(
+    "script, flags, complaint",
+    [
+        (RL, ["--estimator", "variational"], "--estimator variational needs --n 6 or a larger multiple of --N, not 4"),
+        (RL, ["--estimator", "variational", "--n", "7"], "needs --n 6 or a larger multiple of --N, not 7"),
+        (RL, ["--estimator", "variational", "--baseline", "value", "--n", "2"], "needs --n 4 or a larger multiple"),
+        (RL, ["--baseline", "value"], "--baseline value is for --estimator mean and variational"),
+        (RL, ["--estimator", "rlb", "--verifier", "learned"], "rlb is a closed form for --verifier environment"),
+        (RL, ["--anchor-rate", "2"], "--anchor-rate must lie between 0 and 1, not 2.0"),
+        (RL, ["--kl-delay", "-1"], "--kl-delay must be at least 0"),
+        (RL, ["--value-lr", "0"], "--value-lr must be a positive number"),
+        (RL, ["--eval-temperatures", "0.5", "0"], "--eval-temperatures must be positive numbers"),
+        (RL, ["--preset", "large"], "large"),
+        (RL, ["--verifier", "learned", "--verifier-model", "no/such"], "cannot load the verifier 'no/such'"),
+        (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
+        (SFT, ["--eval-N", "5"], "--eval-N must lie between 1 and --eval-n 4, not 5"),
+        (SFT, ["--likelihood", "exact", "--verifier", "learned"], "exact is a closed form for --verifier environment"),
+        (SFT, ["--experts", "no.jsonl"], "no.jsonl does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_to_best_of_n_is_one_clear_line(run, script, flags, complaint, model, tmp_path):
+    test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (RL, ["--estimator", "variational", "--n", "6", "--kl-coef", "1", "--kl-coef-end", "0.1"]),
+        (RL, ["--estimator", "variational", "--baseline", "value", "--warm-up-steps", "2"]),
+        (RL, ["--estimator", "mean", "--baseline", "value", "--epochs", "2"]),
+        (RL, ["--estimator", "rlb"]),
+        (RL, ["--estimator", "rlb-positive", "--eval-temperatures"]),
+        (RL, ["--estimator", "rlb-all", "--steps", "0"]),
+        (SFT, ["--likelihood", "exact"]),
+        (SFT, ["--N", "1", "--eval-N", "2"]),
+        (SFT, ["--steps", "0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_of_best_of_n(run, script, flags, model):
+    result = run(script, *SMALL, *flags, "--model", model)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_papers_preset_and_flags_beside_it(run, model, tmp_path):
+    flags = ["--preset", "paper", "--N", "2", "--steps", "1", "--lr", "1e-5", "--eval-n", "2", "--eval-problems", "1"]
+    result = run(RL, *flags, "--model", model)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    args = json.loads((folder / "args.json").read_text())
+    expected = {"lr": 1e-5, "prompts_per_step": 32, "warm_up_steps": 100, "anchor_rate": 0.01, "kl_coef": 1.0,
+                "kl_coef_end": 0.075, "kl_delay": 10, "kl_anneal_steps": 2500, "value_lr": 1e-5}  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
 
 
 def test_a_model_without_an_end_token_is_refused(run, tmp_path):

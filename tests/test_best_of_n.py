@@ -1,0 +1,223 @@
+"""The advantages of bon_rl.py against exact gradients, and the ties between the two papers."""
+
+import itertools
+
+import pytest
+import torch
+
+import bon_rl
+import common
+import pass_at_k_pg
+from bon_rl import advantages
+from enumeration import BINARY, GRADED, K, PROMPTS, THETA, all_tuples, best_of_value, exact_gradient
+from enumeration import expected_gradient, log_policy, subset_mean
+
+# A verifier that errs, with a tie in each prompt: prompt 0's best-scored action is not its best.
+SCORES = torch.tensor([[0.1, 3.0, 1.0, 1.0], [2.0, 2.0, -1.0, 5.0]], dtype=torch.float64)
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def best_of_objective(rewards):
+    return lambda b, y: best_of_value([(SCORES[b, a].item(), rewards[b, a].item()) for a in y])
+
+
+def sampled(N, estimator, rewards=GRADED, scores=SCORES, baseline=None, p_fail=None):
+    """What `expected_gradient` reads; baseline, p_fail: (PROMPTS,) or None."""
+
+    def of_prompt(values, b, rows):
+        return None if values is None else values[b].expand(rows).detach()
+
+    return lambda b, y: advantages(
+        rewards[b][y], scores[b][y], N, estimator, of_prompt(baseline, b, len(y)), of_prompt(p_fail, b, len(y))
+    )
+
+
+def failure_rates():
+    """(PROMPTS,) P_fail of the BINARY rewards under the policy."""
+    return ((1 - BINARY) * log_policy().exp()).sum(-1).detach()
+
+
+def best_of_n_policy(N):
+    """(PROMPTS, K): pi_bon by enumeration, equal scores sharing."""
+    pi = log_policy().exp().detach()
+    result = torch.zeros(PROMPTS, K, dtype=torch.float64)
+    for b, y in itertools.product(range(PROMPTS), all_tuples(N).tolist()):
+        top = max(SCORES[b, a].item() for a in y)
+        winners = [a for a in y if SCORES[b, a].item() == top]
+        for a in winners:
+            result[b, a] += pi[b, y].prod() / len(winners)
+    return result
+
+
+def variational_gradient(N, baseline=None):
+    """The paper's formula, all its expectations exact."""
+    log_pi, bon, total = log_policy(), best_of_n_policy(N), 0.0
+    for b in range(PROMPTS):
+        value = (bon[b] * GRADED[b]).sum() if baseline is None else baseline[b]
+        beats = (SCORES[b].unsqueeze(-1) >= SCORES[b]).double()  # (K, K): y, y'
+        h = log_pi[b] + common.best_of_n_tilt(N) * (beats * log_pi[b].exp().detach() * log_pi[b]).sum(-1)  # (K,)
+        total = total + (bon[b] * (GRADED[b] - value) * h).sum() / PROMPTS
+    return torch.autograd.grad(total, THETA)[0]
+
+
+@pytest.mark.parametrize("rewards", [GRADED, BINARY], ids=["graded", "binary"])
+@pytest.mark.parametrize("N, n", [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 5)])
+def test_exact_is_the_gradient_of_best_of_n(N, n, rewards):
+    exact = exact_gradient(best_of_objective(rewards), N)
+    torch.testing.assert_close(expected_gradient(sampled(N, "exact", rewards), n), exact, **EXACT)
+
+
+@pytest.mark.parametrize("N, n", [(2, 6), (2, 8), (1, 3)])
+def test_variational_is_the_papers_formula(N, n):
+    estimate = expected_gradient(sampled(N, "variational"), n)
+    torch.testing.assert_close(estimate, variational_gradient(N), **EXACT)
+
+
+@pytest.mark.parametrize("N, n", [(2, 4), (3, 6), (2, 6), (1, 2)])
+def test_variational_with_a_given_baseline(N, n):
+    baseline = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    estimate = expected_gradient(sampled(N, "variational", baseline=baseline), n)
+    torch.testing.assert_close(estimate, variational_gradient(N, baseline), **EXACT)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("baseline", [None, torch.tensor([0.3, -0.2])], ids=["loo", "given"])
+def test_mean_is_the_gradient_of_the_mean_reward(n, baseline):
+    exact = exact_gradient(lambda b, y: GRADED[b, y[0]].item(), 1)
+    torch.testing.assert_close(expected_gradient(sampled(1, "mean", baseline=baseline), n), exact, **EXACT)
+
+
+@pytest.mark.parametrize("N, n", [(1, 2), (2, 2), (3, 3), (4, 4), (2, 4), (3, 5)])
+def test_ties_between_the_papers(N, n):
+    """With 0/1 rewards that also select, and P_fail known: BoN-RLB, BoN-RLB(P), its all-sample form, leave-one-out and
+    Tang's pass@N estimator all have the gradient of pass@N as their expectation."""
+    exact = exact_gradient(lambda b, y: max(BINARY[b, a].item() for a in y), N)
+    p = failure_rates()
+    for estimator in ("rlb", "rlb-positive", "rlb-all"):
+        estimate = expected_gradient(sampled(N, estimator, BINARY, BINARY, p_fail=p), n)
+        torch.testing.assert_close(estimate, exact, **EXACT, msg=lambda text, name=estimator: f"{name}: {text}")
+    rewards = BINARY[0][all_tuples(n)]
+    torch.testing.assert_close(advantages(rewards, rewards, N, "exact"), pass_at_k_pg.advantages(rewards, N), **EXACT)
+
+
+@pytest.mark.parametrize("N, n", [(2, 2), (2, 7), (3, 7), (7, 7)])
+def test_exact_is_the_average_over_all_subsets(N, n):
+    """(N/n) mean over N-subsets T containing i of f(T) - f(T without i), by enumeration, with ties."""
+    generator = torch.Generator().manual_seed(N * n)
+    scores = torch.randint(0, 4, (30, n), generator=generator).float()
+    rewards = torch.randint(-2, 3, (30, n), generator=generator).double()
+    actual = advantages(rewards, scores, N)
+    for row, pairs in zip(actual.tolist(), (list(zip(*x)) for x in zip(scores.tolist(), rewards.tolist()))):
+        total, subsets = [0.0] * n, list(itertools.combinations(range(n), N))
+        for T in subsets:
+            for i in T:
+                total[i] += best_of_value([pairs[j] for j in T]) - best_of_value([pairs[j] for j in T if j != i])
+        assert row == pytest.approx([x / len(subsets) for x in total], abs=1e-12)
+
+
+@pytest.mark.parametrize("n, k", [(2, 1), (6, 1), (6, 3), (6, 5)])
+def test_best_of_k_without_is_best_of_k_of_the_others(n, k):
+    generator = torch.Generator().manual_seed(n * k)
+    scores = torch.randint(0, 3, (20, n), generator=generator).float()
+    rewards = torch.randn(20, n, generator=generator, dtype=torch.float64)
+    actual = common.best_of_k_without(scores, rewards, k)
+    for b, i in itertools.product(range(20), range(n)):
+        pairs = [(scores[b, j].item(), rewards[b, j].item()) for j in range(n) if j != i]
+        assert actual[b, i].item() == pytest.approx(subset_mean(best_of_value, pairs, k), abs=1e-12)
+
+
+def test_closed_forms_with_p_from_the_samples():
+    """One success of four, N = 2: p = 3/4; the success wins in 1/2 of the pairs, each failure in 1/6."""
+    r = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
+    plus, minus = 2 * 0.75 / (1 - 0.75**2), 2 * 0.75 / 0.25
+    assert advantages(r, r, 2, "rlb")[0].tolist() == pytest.approx([plus / 2, minus / 6, minus / 6, minus / 6])
+    assert advantages(r, r, 2, "rlb-positive")[0].tolist() == pytest.approx([plus / 2 * 0.25, 0, 0, 0])
+    assert advantages(r, r, 2, "rlb-all")[0].tolist() == pytest.approx(
+        [1.5 / 4 * x for x in (0.75, -0.25, -0.25, -0.25)]
+    )
+    for p, rewards in ((0.99, torch.zeros(1, 4)), (0.01, torch.ones(1, 4))):  # clipped
+        A = advantages(rewards, rewards, 2, "rlb")
+        weight = 2 * p / (1 - p) if p > 0.5 else 2 * p / (1 - p**2)
+        assert A[0].tolist() == pytest.approx([weight / 4] * 4)
+
+
+def test_large_groups_are_finite_and_exact_zeros_are_zero():
+    generator = torch.Generator().manual_seed(0)
+    rewards, scores = torch.randn(3, 512, generator=generator), torch.randn(3, 512, generator=generator)
+    assert advantages(rewards, scores, 256).isfinite().all()
+    assert (advantages(torch.ones(3, 512), scores, 256) == 0).all()
+    assert advantages(rewards, scores, 128, "variational").isfinite().all()
+    A = advantages(rewards[:, :8], scores[:, :8], 8)  # n = N: only the winner matters
+    assert torch.equal(A != 0, scores[:, :8] == scores[:, :8].amax(-1, keepdim=True)) and A.dtype == torch.float32
+
+
+def test_bad_input_is_refused():
+    r = torch.tensor([[1.0, 0, 0, 0]])
+    for N in (0, 5):
+        with pytest.raises(ValueError, match=f"N={N} with n=4"):
+            advantages(r, r, N)
+    with pytest.raises(ValueError, match="unknown estimator"):
+        advantages(r, r, 2, "rlbp")
+    with pytest.raises(ValueError, match=r"scores must be finite: see \(prompt, sample\) \[0, 1\]"):
+        advantages(r, torch.tensor([[0, torch.nan, 0, 0]]), 2)
+    with pytest.raises(ValueError, match="groups of N=2, 3 or more"):
+        advantages(r, r, 2, "variational")
+    with pytest.raises(ValueError, match="rewards that are 0 or 1"):
+        advantages(r / 2, r, 2, "rlb")
+    with pytest.raises(ValueError, match="scores that order the samples as the rewards do"):
+        advantages(r, 1 - r, 2, "rlb-all")
+    with pytest.raises(ValueError, match="no use for a baseline"):
+        advantages(r, r, 2, "exact", torch.zeros(1))
+
+
+def test_tilt():
+    """The values of PAPERS.md, the equation itself, and its ends."""
+    listed = {2: 2.2886, 4: 4.9169, 8: 9.0545, 16: 17.0319, 32: 33.0158, 64: 65.0079}
+    for N, value in listed.items():
+        l = common.best_of_n_tilt(N)
+        assert l == pytest.approx(value, abs=5e-5)
+        e = torch.tensor(l, dtype=torch.float64).exp().item()
+        left = ((l - 1) * e + 1) / (e - 1) - torch.tensor((e - 1) / l, dtype=torch.float64).log().item()
+        right = torch.tensor(N, dtype=torch.float64).log().item() - (N - 1) / N
+        assert left == pytest.approx(right, abs=1e-9)
+    assert common.best_of_n_tilt(1) == 0 and common.best_of_n_tilt(4096) == pytest.approx(4097, abs=1e-3)
+    with pytest.raises(ValueError, match="N must be at least 1"):
+        common.best_of_n_tilt(0)
+
+
+def test_schedules():
+    beta = [bon_rl.kl_coefficient(step, 1.0, 0.075, delay=10, anneal_steps=100) for step in (1, 10, 60, 110, 500)]
+    assert beta == pytest.approx([1, 1, 0.5375, 0.075, 0.075])
+    assert [bon_rl.warmed_up(step, 2.0, 4) for step in (1, 2, 4, 9)] == [0.5, 1, 2, 2]
+    assert bon_rl.warmed_up(1, 2.0, 0) == 2
+
+
+def test_anchor_is_an_exponential_moving_average():
+    policy, anchor = (common.Policy(torch.nn.Linear(1, 1, bias=False), None, []) for _ in range(2))
+    policy.model.weight.data.fill_(1.0), anchor.model.weight.data.fill_(0.0)
+    for _ in range(3):
+        common.move_towards(anchor, policy, 0.1)
+    assert anchor.model.weight.item() == pytest.approx(1 - 0.9**3) and policy.model.weight.item() == 1
+
+
+def test_value_network_learns_the_reward_of_each_prompt():
+    torch.manual_seed(0)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    value = bon_rl.ValueNetwork(common.Policy(LlamaForCausalLM(config), None, [1]))
+    prompts, rewards = [[3, 4, 5], [6, 7], [8]], torch.tensor([1.0, 0.0, 0.5])
+    assert value(prompts).tolist() == [0, 0, 0]
+    optimizer = torch.optim.AdamW(value.parameters(), lr=1e-2)
+    losses = [value.fit(optimizer, prompts, rewards) for _ in range(100)]
+    assert losses[0] == pytest.approx(1.25 / 3) and value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)
+    torch.testing.assert_close(value(prompts)[1:2], value([prompts[1]]))  # filler is not read
+
+
+def test_win_and_loss_table():
+    table = bon_rl.win_and_loss_table(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1.0, 1.0, 0.5]))
+    assert [float(x) for x in table.replace("(", " ").split() if x[0].isdigit()] == pytest.approx(
+        [0.5, 0, 0.333, 0.167]
+    )

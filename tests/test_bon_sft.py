@@ -1,0 +1,133 @@
+"""The coefficients of bon_sft.py against the exact gradient of log pi_bon(y*), and N = 1 against plain SFT."""
+
+import pytest
+import torch
+
+import common
+from bon_sft import Args, coefficients, with_experts
+from enumeration import BINARY, K, PROMPTS, THETA, all_tuples, log_policy
+from test_best_of_n import EXACT, SCORES, best_of_n_policy, failure_rates
+from verifiers import BadInput, Problem
+
+EXPERTS = [2, 1]  # the expert's action at each prompt
+
+
+def expected_gradient(N, n, scores, likelihood, experts, p_fail=None):
+    """E[ mean over prompts of the expert's and the samples' terms ], over all tuples of n samples."""
+    log_pi, total, tuples = log_policy(), 0.0, all_tuples(n)
+    for b in range(PROMPTS):
+        log_p, rows = log_pi[b][tuples], len(tuples)  # (R, n)
+        p = None if p_fail is None else p_fail[b].expand(rows)
+        A = coefficients(scores[b, experts[b]].expand(rows), scores[b][tuples], N, likelihood, p)  # (R, 1 + n)
+        terms = (A * torch.cat([log_pi[b, experts[b]].expand(rows, 1), log_p], -1)).sum(-1)
+        total = total + (log_p.sum(-1).exp().detach() * terms).sum() / PROMPTS
+    return torch.autograd.grad(total, THETA)[0]
+
+
+@pytest.mark.parametrize("N, n", [(2, 3), (2, 5), (3, 4), (4, 5)])
+def test_variational_is_the_papers_formula(N, n):
+    """E_D[h(y*)] - E_{y ~ pi_bon}[h(y)], all its expectations exact, under a verifier with ties."""
+    log_pi, bon, total = log_policy(), best_of_n_policy(N), 0.0
+    for b in range(PROMPTS):
+        beats = (SCORES[b].unsqueeze(-1) >= SCORES[b]).double()  # (K, K): y, y'
+        h = log_pi[b] + common.best_of_n_tilt(N) * (beats * log_pi[b].exp().detach() * log_pi[b]).sum(-1)  # (K,)
+        total = total + (h[EXPERTS[b]] - (bon[b] * h).sum()) / PROMPTS
+    exact = torch.autograd.grad(total, THETA)[0]
+    torch.testing.assert_close(expected_gradient(N, n, SCORES, "variational", EXPERTS), exact, **EXACT)
+
+
+@pytest.mark.parametrize("experts", [[1, 2], [0, 2], [2, 3]], ids=["right", "one wrong", "wrong"])
+@pytest.mark.parametrize("N, n", [(2, 3), (3, 4), (3, 5)])
+def test_exact_is_the_gradient_of_the_log_likelihood_of_best_of_n(N, n, experts):
+    """pi_bon(y*) by enumeration of all N-tuples, its logarithm by autograd; 0/1 verifier, P_fail known."""
+    total = 0.0
+    for b, log_pi in enumerate(log_policy()):
+        chance = 0.0
+        for y in all_tuples(N).tolist():
+            winners = [a for a in y if BINARY[b, a] == max(BINARY[b, i] for i in y)]
+            chance = chance + log_pi[y].sum().exp() * winners.count(experts[b]) / len(winners)
+        total = total + chance.log() / PROMPTS
+    exact = torch.autograd.grad(total, THETA)[0]
+    torch.testing.assert_close(expected_gradient(N, n, BINARY, "exact", experts, failure_rates()), exact, **EXACT)
+
+
+@pytest.mark.parametrize("likelihood", ["variational", "exact"])
+def test_n_1_reads_no_samples(likelihood):
+    A = coefficients(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 1, likelihood)
+    assert A.tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_p_from_the_samples_is_clipped():
+    A = coefficients(torch.ones(3), torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]).double(), 2, "exact")
+    for row, p, fails in ((0, 0.01, [0, 0, 0, 0]), (1, 0.99, [1, 1, 1, 1]), (2, 0.75, [0, 1, 1, 1])):
+        weight = 1 / (1 - p) - 2 * p / (1 - p**2)  # = 1 / (1 + p)
+        assert A[row].tolist() == pytest.approx([1, *(weight * (fail - p) / 4 for fail in fails)])
+
+
+def test_bad_input_is_refused():
+    one, scores = torch.ones(1), torch.tensor([[0.0, 1.0, 0.5]])
+    for N in (0, 3, 4):
+        with pytest.raises(ValueError, match=f"not N={N} with n=3"):
+            coefficients(one, scores, N)
+    with pytest.raises(ValueError, match="unknown likelihood"):
+        coefficients(one, scores, 2, "map")
+    with pytest.raises(ValueError, match="scores that are 0 or 1"):
+        coefficients(one, scores, 2, "exact")
+    with pytest.raises(ValueError, match=r"finite.*\[0, 0\]"):
+        coefficients(one * torch.nan, scores, 2)
+
+
+def test_n_1_is_plain_sft_to_the_bit(tmp_path, monkeypatch):
+    """Three steps of the script against three written out: the weights are equal, not close."""
+    from test_cli import save_untrained
+    import bon_sft
+    from verifiers import load_task
+
+    monkeypatch.chdir(tmp_path)
+    model = save_untrained(tmp_path / "model")
+    bon_sft.main(Args(N=1, eval_N=2, eval_n=2, eval_problems=1, model=model, steps=3, prompts_per_step=4, run_name="r"))
+    task = load_task("arithmetic")
+    policy = common.load_policy(model, task)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=Args.lr, weight_decay=0.0)
+    for step in range(3):
+        problems = common.training_batch(task.train, step, 4, seed=0)
+        prompts = policy.tokenizer([problem.prompt for problem in problems]).input_ids
+        rows = [policy.tokenizer(p.solution).input_ids + [policy.tokenizer.eos_token_id] for p in problems]
+        order = sorted(
+            range(4), key=lambda i: -len(prompts[i]) - len(rows[i])
+        )  # the order of a sum decides its last bit
+        ids, mask = common.padded([rows[i] for i in order])
+        loss = -common.response_log_probs(policy, [prompts[i] for i in order], ids, mask).sum() / 4
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), Args.max_grad_norm)
+        optimizer.step()
+    trained = common.load_policy("runs/r/policy", task).model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in policy.model.state_dict().items())
+
+
+def test_experts_from_a_file(tmp_path):
+    problems = [Problem("1+1=", "2", "2"), Problem("1+2=", "3", "3")]
+    path = tmp_path / "experts.jsonl"
+    path.write_text('{"problem": "1+2=", "response": "03"}\n{"problem": "1+2=", "response": "3"}\n')
+    assert [(p.prompt, p.solution) for p in with_experts(problems, str(path))] == [("1+2=", "03"), ("1+2=", "3")]
+    for row, complaint in (('{"problem": "2+2=", "response": "4"}', "row 1: '2\\+2=' is not among"),
+                           ('{"problem": "1+2=", "response": null}', "row 1: the response must be a text"),
+                           ('{"problem": "1+2="}', "row 1: no column response")):  # fmt: skip
+        path.write_text(row + "\n")
+        with pytest.raises(BadInput, match=complaint):
+            with_experts(problems, str(path))
+
+
+def test_expert_rollouts_and_samples_are_joined():
+    policy = common.Policy(torch.nn.Linear(1, 1), common.tiny_tokenizer(), [1])
+    policy = common.Policy(type("Model", (), {"config": None, "device": "cpu"})(), policy.tokenizer, [1])
+    task = type("Task", (), {"template": "{prompt}"})()
+    ids = policy.tokenizer(["12", "7"]).input_ids
+    experts = common.expert_rollouts(policy, task, [[5], [6]], ["12", "7"])
+    assert experts.ids.tolist() == [[[*ids[0], 1]], [[*ids[1], 1, 0]]]
+    assert experts.mask.tolist() == [[[True] * 3], [[True, True, False]]]
+    samples = common.Rollouts([[5], [6]], torch.ones(2, K, 5).long(), torch.ones(2, K, 5).bool(), torch.ones(2, K, 5))
+    both = common.joined(experts, samples)
+    assert both.ids.shape == (2, 1 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
+    assert both.mask.sum(-1).tolist() == [[3, 5, 5, 5, 5], [2, 5, 5, 5, 5]] and both.log_probs[:, 0].abs().sum() == 0

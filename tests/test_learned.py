@@ -1,0 +1,112 @@
+"""The learned verifier: scores, training, quality, and the scripts that select by it."""
+
+import json
+
+import pytest
+import torch
+
+from test_cli import SMALL, model, run, save_untrained  # noqa: F401 (fixtures)
+from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned
+
+LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]
+
+
+def task_of(problems, verify=None) -> Task:
+    return Task("toy", problems, problems, verify, template="{prompt}=")
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory):
+    """A verifier that learnt whether a digit is odd, and the digits."""
+    digits = [str(i) for i in range(10)]
+    problems = [Problem(str(i), "") for i in range(40)]
+    rewards = torch.tensor([[float(int(d) % 2) for d in digits]] * 40)
+    base = save_untrained(tmp_path_factory.mktemp("base"))
+    verifier = learned.trained_verifier(base, task_of(problems), problems, [digits] * 40, rewards, lr=1e-2, batch=40,
+                                        epochs=6)  # fmt: skip
+    return verifier, digits
+
+
+def test_a_trained_verifier_tells_right_from_wrong(parity):
+    verifier, digits = parity
+    scores = verifier.score(["77", "78"], [digits, digits])
+    rewards = torch.tensor([[float(int(d) % 2) for d in digits]] * 2)
+    assert scores.shape == (2, 10) and scores.dtype == torch.float32
+    assert learned.auc(scores.flatten(), rewards.flatten()) > 0.95
+
+
+def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
+    verifier, digits = parity
+    scores = verifier.score(["7", "8888"], [digits, digits])
+    assert torch.equal(scores, verifier.score(["7", "8888"], [digits, digits]))
+    torch.testing.assert_close(verifier.score(["7"], [digits[:3]])[0], scores[0, :3], rtol=1e-4, atol=1e-5)
+    small = learned.LearnedVerifier(verifier.model, verifier.tokenizer, verifier.task, rows_at_once=3)
+    torch.testing.assert_close(small.score(["7", "8888"], [digits, digits]), scores, rtol=1e-4, atol=1e-5)
+    twice = verifier.score(["7"], [["3", "12", "3"]])
+    assert twice[0, 0] == twice[0, 2] != twice[0, 1]  # equal responses tie to the bit
+
+
+def test_hostile_responses_are_scored(parity):
+    verifier, _ = parity
+    scores = verifier.score(["7"], [["", "\0\u202e", "9" * 10_000, "é" * 50]])
+    assert scores.isfinite().all()
+
+
+def test_save_and_load(parity, tmp_path):
+    verifier, digits = parity
+    verifier.save(tmp_path / "verifier")
+    loaded = learned.load_verifier(str(tmp_path / "verifier"), verifier.task)
+    assert torch.equal(loaded.score(["7"], [digits]), verifier.score(["7"], [digits]))
+    with pytest.raises(BadInput, match="cannot load the verifier 'no/such'"):
+        learned.load_verifier("no/such", verifier.task)
+
+
+def test_with_scores_fills_the_verdicts(parity):
+    verifier, digits = parity
+    rewards = torch.zeros(1, 10)
+    task = learned.with_scores(task_of([], lambda *_: Verdict(rewards, rewards.long(), {"timeouts": 1})), verifier)
+    verdict = task.verify([Problem("7", "")], [digits])
+    assert torch.equal(verdict.scores, verifier.score(["7"], [digits])) and verdict.counts == {"timeouts": 1}
+    assert Verdict(rewards, rewards.long()).scores is rewards
+
+
+def test_training_needs_problems_with_both_outcomes():
+    for rewards, complaint in (
+        (torch.ones(1, 2), "right and wrong samples"),
+        (torch.tensor([[0.0, 2.0]]), "from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            learned.trained_verifier("unused", task_of([]), [Problem("1", "")], [["1", "2"]], rewards)
+
+
+def test_auc():
+    assert learned.auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0.0, 0, 1, 1])) == 0.75
+    assert learned.auc(torch.tensor([1.0, 1, 1, 0]), torch.tensor([1.0, 0, 0, 1])) == 0.25  # ties count one half
+    assert learned.auc(torch.ones(2), torch.ones(2)) != learned.auc(torch.ones(2), torch.ones(2))  # nan
+
+
+def test_quality_counts_within_problems():
+    scores = torch.tensor([[3.0, 2.0, -9.0], [-3.0, -2.0, -1.0], [5.0, 5.0, 5.0]])
+    rewards = torch.tensor([[1.0, 0, 0], [0, 1, 1], [1, 1, 1]])
+    lines = learned.quality(scores, rewards).splitlines()
+    assert "AUC 0.889, within problems 1.000 (the 2 with right and wrong samples)" in lines[0]
+    assert lines[-1].split() == ["0.8", "to", "1.0", "0.800", "5"]
+
+
+@pytest.mark.parametrize(
+    "script, flags", [("bon_rl.py", ["--estimator", "variational", "--n", "6"]), ("bon_sft.py", [])]
+)
+def test_a_run_with_a_learned_verifier(run, model, tmp_path, monkeypatch, script, flags):  # noqa: F811
+    """Rewards are the parity of a response's length: an untrained policy is never right in arithmetic."""
+
+    def verify(problems, rows):
+        rewards = torch.tensor([[float(len(response) % 2) for response in row] for row in rows])
+        return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
+
+    monkeypatch.setattr(arithmetic, "verify", verify)
+    result = run(script, *LEARNED, *flags, "--model", model, "--verifier-problems", "8")
+    assert result.returncode == 0, result.stderr
+    assert "within problems" in result.stdout and "bon@2" in result.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"bon@1", "bon@2", "bon@4", "pass@4"} <= log[0]["eval"]["all"].keys()

@@ -1,0 +1,166 @@
+"""A learned verifier: a reward model as Hugging Face users know it, `AutoModelForSequenceClassification`, one label.
+
+It reads a prompt and a response and gives a score, which Best-of-N selects by; see Chow et al. (arXiv 2412.15287),
+BoN-RL-V. Train one here (`trained_verifier`) on a policy's own samples with the rewards of a task's verifier, or load
+any reward model by hub id or folder (`load_verifier`). It is imperfect, and that is the point: `quality` says how much.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from . import BadInput, Problem, Task, Verdict
+
+
+@dataclasses.dataclass
+class LearnedVerifier:
+    """A reward model, its tokenizer, and the task whose template writes the prompts."""
+
+    model: PreTrainedModel
+    tokenizer: object
+    task: Task
+    rows_at_once: int = 256
+
+    def tokens(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Ids and mask (R, L) of each prompt with its response: by the chat template if there is one, else by the
+        task's plain one, with an end token behind. What exceeds the model's context is cut off at the front."""
+        if self.tokenizer.chat_template:
+            turns = [
+                [{"role": "user", "content": f"{prompt}\n\n{self.task.instruction}".strip()},
+                 {"role": "assistant", "content": response}]
+                for prompt, response in zip(prompts, responses)
+            ]  # fmt: skip
+            texts = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        else:
+            end = self.tokenizer.eos_token or ""
+            texts = [self.task.template.replace("{prompt}", p) + r + end for p, r in zip(prompts, responses)]
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        self.tokenizer.truncation_side = "left"
+        return self.tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="right", truncation=context is not None,
+            max_length=context, add_special_tokens=not self.tokenizer.chat_template,
+        ).to(self.model.device)  # fmt: skip
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Scores (B, n) float32 of n responses to each of B prompts, any real numbers, higher is better.
+
+        Equal responses to equal prompts are read once, so that they tie to the bit.
+        """
+        pairs = [(prompt, response) for prompt, row in zip(prompts, responses) for response in row]
+        unique = sorted(set(pairs), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))  # like lengths together
+        scores = {}
+        for i in range(0, len(unique), self.rows_at_once):
+            part = unique[i : i + self.rows_at_once]
+            logits = self.model(**self.tokens(*zip(*part))).logits[:, 0].float()  # (R, 1) -> (R,)
+            scores |= dict(zip(part, logits.tolist()))
+        return torch.tensor([scores[pair] for pair in pairs]).view(len(prompts), -1)
+
+    def save(self, folder) -> None:
+        """Write model and tokenizer so that `AutoModelForSequenceClassification.from_pretrained` loads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_verifier(name: str, task: Task, device: torch.device | str = "cpu") -> LearnedVerifier:
+    """The reward model of this hub id or folder, in float32, in evaluation mode. Raises BadInput."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, num_labels=1)
+        verifier = LearnedVerifier(model.to(device).eval(), tokenizer, task)
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise BadInput(f"cannot load the verifier {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
+    if tokenizer.pad_token_id is None:  # transformers finds the last token by it
+        if tokenizer.eos_token_id is None:
+            raise BadInput(f"the verifier {name!r} has neither pad nor eos token: set one in its tokenizer_config.json")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return verifier
+
+
+def trained_verifier(
+    base: str, task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[str]], rewards: torch.Tensor,
+    device: torch.device | str = "cpu", lr: float = 1e-3, batch: int = 128, epochs: int = 2,
+    seed: int = 0,
+) -> LearnedVerifier:  # fmt: skip
+    """A verifier fitted to `rewards` (B, n) in [0, 1] of `responses` (B lists of n) by cross-entropy.
+
+    base: the model whose weights it starts from, by hub id or folder; its classification head is new. It learns from
+    the problems alone that have both right and wrong samples: to select is to tell samples of one problem apart.
+    Raises ValueError for rewards outside [0, 1].
+    """
+    if not ((rewards >= 0) & (rewards <= 1)).all():
+        raise ValueError("a verifier is trained on rewards from 0 to 1")
+    mixed = (rewards.amin(-1) < rewards.amax(-1)).nonzero()[:, 0].tolist()
+    if not mixed:
+        raise BadInput("no problem has both right and wrong samples: a verifier has nothing to learn from")
+    problems, responses, rewards = [problems[i] for i in mixed], [responses[i] for i in mixed], rewards[mixed]
+    with torch.random.fork_rng(devices=[]):  # the new head's initial weights
+        torch.manual_seed(seed)
+        verifier = load_verifier(base, task, device)
+    prompts = [problem.prompt for problem, row in zip(problems, responses) for _ in row]
+    texts, labels = [response for row in responses for response in row], rewards.flatten().to(device)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(epochs)]).split(batch)
+    optimizer = torch.optim.AdamW(verifier.model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(order) + 1)
+    bar = tqdm(order, desc="training the verifier", unit="step")
+    for rows in bar:
+        tokens = verifier.tokens([prompts[i] for i in rows], [texts[i] for i in rows])
+        logits = verifier.model(**tokens).logits[:, 0].float()  # (R, 1) -> (R,)
+        loss = F.binary_cross_entropy_with_logits(logits, labels[rows.to(device)])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(verifier.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return verifier
+
+
+def with_scores(task: Task, verifier: LearnedVerifier) -> Task:
+    """The same task; its verdicts also hold the verifier's scores."""
+
+    def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+        verdict = task.verify(problems, responses)
+        return dataclasses.replace(verdict, scores=verifier.score([p.prompt for p in problems], responses))
+
+    return dataclasses.replace(task, verify=verify)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def auc(scores: torch.Tensor, rewards: torch.Tensor) -> float:
+    """Chance that a right sample scores higher than a wrong one, ties counting one half; nan without both kinds.
+
+    scores, rewards: (M,); rewards are right above 1/2.
+    """
+    right = rewards > 0.5
+    ordered = scores[~right].sort().values
+    wins = torch.searchsorted(ordered, scores[right]) + torch.searchsorted(ordered, scores[right], right=True)
+    return (wins.double().mean() / (2 * len(ordered))).item() if len(ordered) and right.any() else math.nan
+
+
+def quality(scores: torch.Tensor, rewards: torch.Tensor) -> str:
+    """A few lines on a verifier's held-out samples, scores (B, n) and rewards (B, n): AUC over all of them and within
+    problems, which is what Best-of-N lives by, and calibration: of what it takes to be right with probability p, the
+    share that is."""
+    within = torch.tensor([auc(*row) for row in zip(scores, rewards)])
+    mixed = within.isfinite()
+    lines = [
+        f"verifier on {scores.numel()} held-out samples: AUC {auc(scores.flatten(), rewards.flatten()):.3f}, "
+        f"within problems {within[mixed].mean().item():.3f} (the {int(mixed.sum())} with right and wrong samples)",
+        "  predicted    right  samples",
+    ]
+    predicted, right = scores.sigmoid().flatten(), (rewards > 0.5).flatten().float()
+    for low in (0, 0.2, 0.4, 0.6, 0.8):
+        rows = (predicted >= low) & ((predicted < low + 0.2) | (low == 0.8))
+        if rows.any():
+            lines.append(f"  {low:.1f} to {low + 0.2:.1f}   {right[rows].mean().item():.3f}  {int(rows.sum())}")
+    return "\n".join(lines)
