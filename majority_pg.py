@@ -114,7 +114,10 @@ def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: st
     if estimator == "unbiased" and k == 1:
         estimator, rewards = "mean", rewards.masked_fill(votes < 0, 0)
     if estimator == "mean":
-        return (rewards - rewards.mean(-1, keepdim=True)) / max(n - 1, 1) if n > 1 else rewards.clone()
+        if n == 1:
+            return rewards.clone()
+        rewards = rewards - rewards[..., :1]  # changes nothing, but makes equal rewards exact zeros, which cost nothing
+        return (rewards - rewards.mean(-1, keepdim=True)) / (n - 1)
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased or biased")
     everyone, without = common.subset_majorities(votes, rewards, k, leave_out=True)  # (B, 2), (B, n, 2): k and k-1
@@ -124,7 +127,7 @@ def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: st
     else:
         A = everyone[..., 1] - without[..., 1]
     # Differences of sums: what rounding leaves of an exact zero (1e-15) is made zero, so that its row costs nothing.
-    A = A.masked_fill(A.abs() < 1e-12 * rewards.abs().amax().clamp(min=1e-300).item(), 0)
+    A = A.masked_fill(A.abs() < 1e-12 * rewards.double().abs().amax(-1, keepdim=True).clamp(min=1e-300).cpu(), 0)
     return A.to(rewards)
 
 

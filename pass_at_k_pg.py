@@ -110,7 +110,10 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     if not rewards.isfinite().all():
         raise ValueError(f"rewards must be finite: see (prompt, sample) {(~rewards.isfinite()).nonzero()[0].tolist()}")
     if estimator == "mean" or (estimator == "unbiased" and k == 1):
-        return (rewards - rewards.mean(-1, keepdim=True)) / max(n - 1, 1) if n > 1 else rewards.clone()
+        if n == 1:
+            return rewards.clone()
+        rewards = rewards - rewards[..., :1]  # changes nothing, but makes equal rewards exact zeros, which cost nothing
+        return (rewards - rewards.mean(-1, keepdim=True)) / (n - 1)
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased or biased")
     r, order = rewards.double().sort(dim=-1)

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from . import BadInput, Problem, Task, Verdict, votes_from_answers
-from .rows import load_rows
+from .rows import first_line, load_rows
 from .sandbox import Program, shared
 
 HUB = {
@@ -71,8 +71,8 @@ def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | No
     for number, row in enumerate(rows, start=1):
         try:
             problems.append(read(row))
-        except (KeyError, TypeError, ValueError, SyntaxError) as error:
-            why = f"{type(error).__name__} {error}; the schema is that of {HUB[name][0]}"
+        except Exception as error:  # rows of another shape raise many types
+            why = f"{first_line(error)}; the schema is that of {HUB[name][0]}"
             raise BadInput(f"{name}, split {split!r}, row {number}: {why}") from error
     left_out = problems.count(None)
     if left_out:
@@ -101,7 +101,7 @@ def mbpp(row: dict) -> Problem:
     asserts = row["test_list"]
     tests = "\n".join([setup, *asserts])
     solution = row["code"].replace("\r\n", "\n")
-    prompt = f"{text}\nYour code should pass this test:\n{asserts[0]}"
+    prompt = text + f"\nYour code should pass this test:\n{asserts[0]}"
     return problem_of(prompt, solution, tests, names_of(solution, tests))
 
 
@@ -150,7 +150,12 @@ def problem_of(
     prompt: str, solution: str, tests: str = "", names: Sequence[str] = (), setup: str = "", prefix: str = "",
     cases: Sequence[tuple[str, str]] = (), level: int | None = None,
 ) -> Problem:
-    """A problem whose `answer` is JSON of what `program_of` needs to judge a response."""
+    """A problem whose `answer` is JSON of what `program_of` needs to judge a response. Raises TypeError or ValueError
+    for what is no text, an empty prompt, and half a character (UnicodeEncodeError), which no tokenizer reads."""
+    if not all(isinstance(text, str) for text in (prompt, solution, *itertools.chain(*cases))):
+        raise TypeError("the prompt, the solution, inputs and outputs must be texts")
+    if not prompt.encode().strip():
+        raise ValueError("empty prompt")
     hidden = {"tests": tests, "names": list(names), "setup": setup, "prefix": prefix, "cases": list(cases)}
     return Problem(prompt, json.dumps(hidden), solution, level)
 
@@ -216,9 +221,10 @@ def block_of(response: str, markers: Sequence[str]) -> str:
         if line.lstrip().startswith("```"):
             inside = not inside
             if inside:
-                blocks.append("")
+                blocks.append([])
         elif inside:
-            blocks[-1] += line
+            blocks[-1].append(line)
+    blocks = ["".join(block) for block in blocks]
     marked = [block for block in blocks if any(marker in block for marker in markers)]
     return (marked or blocks or [response])[-1]
 

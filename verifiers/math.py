@@ -98,7 +98,7 @@ NUMBER = re.compile(rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_])\\?[$€£]?(?
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 BETWEEN_BOXES = re.compile(r"(?:\s|[,$]|and\b|\\(?:[\[\]()]|quad|text\s*\{\s*and\s*\}))*")
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
-ANSWER_IS = re.compile(r"answer(?:\s+is\b|\s*\**\s*:)[\s:*]*(?=\S)", re.IGNORECASE)
+ANSWER_IS = re.compile(r"answer(?:\s+is\b|\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
 LEADING_WORDS = re.compile(r"[A-Za-z ,:]*")
 MATH_SPAN = re.compile(
@@ -196,7 +196,7 @@ def number_in(answer: str) -> str | None:
 # --- Comparison ---
 
 WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-PLAIN_NUMBER = re.compile(rf"([-+]?)[€£]?({DIGITS})(?:\s*[A-Za-z]{{3,}})*")
+PLAIN_NUMBER = re.compile(rf"([-+]?)[€£]?({DIGITS})(?:\s*[A-Za-z]{{3,}}(?![A-Za-z]))*")
 NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|dozen|half|halves|thirds|quarters|base", re.IGNORECASE)
 
 
@@ -221,7 +221,8 @@ def plain_key(answer: str) -> str | None:
     number = PLAIN_NUMBER.fullmatch(text)
     if number is None or NOT_A_UNIT.search(text) or re.search("/0+$", number[2]):
         return None
-    return number_key(Fraction(number[1] + number[2].replace(",", "")))
+    top, _, bottom = number[2].replace(",", "").partition("/")  # Fraction() itself does not read "1.5/3"
+    return number_key(Fraction(number[1] + top) / int(bottom or 1))
 
 
 def text_key(answer: str) -> str:
@@ -286,14 +287,20 @@ def verify(
 
 def problem_from(row: dict, where: str, numeric: bool) -> Problem:
     """The problem in one row, whose columns are those at the head of this file. `where` names the row in errors."""
-    prompt = str(row["problem"] if "problem" in row else row["question"]).strip()
-    given, solution = (str(row[name]) if row.get(name) is not None else "" for name in ("answer", "solution"))
+    texts = {name: row[name] for name in ("problem", "question", "answer", "solution") if row.get(name) is not None}
+    for name, value in texts.items():
+        if isinstance(value, (list, dict, bytes)):
+            raise BadInput(f"{where}: {name} is a {type(value).__name__}, not a text or a number; correct this row")
+    prompt = str(texts.get("problem", texts.get("question", ""))).strip()
+    given, solution = (str(texts.get(name, "")) for name in ("answer", "solution"))
     if "####" in given:
-        solution = solution or re.sub("<<.*?>>", "", given)  # <<...>>: GSM8K's calls of a calculator
+        solution = solution or re.sub("<<[^<>]*>>", "", given)  # <<...>>: GSM8K's calls of a calculator
         given = after_hashes(given)
     answer = clean(given or boxed(solution) or "")
     if not prompt or not answer:
         raise BadInput(f"{where}: empty {'answer' if prompt else 'problem'}; correct or remove this row")
+    if re.search("[\ud800-\udfff]", prompt):
+        raise BadInput(f"{where}: half a character (\\ud800 to \\udfff), which no tokenizer reads; correct this row")
     if len(answer) > MAX_ANSWER_CHARS:
         raise BadInput(f"{where}: an answer of {len(answer)} characters; {MAX_ANSWER_CHARS} is the most")
     if numeric:
@@ -306,7 +313,7 @@ def problem_from(row: dict, where: str, numeric: bool) -> Problem:
 
 def level_number(level: object) -> int | None:
     """5 from "Level 5", "5" or 5; None from None or "Level ?"."""
-    number = re.fullmatch(r"(?:level)?\s*([0-9]+)(?:\.0)?", str(level).strip(), re.IGNORECASE)
+    number = re.fullmatch(r"(?:level)?\s*([0-9]{1,9})(?:\.0)?", str(level).strip(), re.IGNORECASE)
     return int(number[1]) if number else None
 
 

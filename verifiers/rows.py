@@ -24,16 +24,20 @@ def load_rows(hub_id: str, split: str, data: str | None = None, config: str | No
     """
     if data is None:
         return hub_rows(hub_id, split, config)
-    path = Path(data).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(data).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
         folders = [path, path / "data"] + ([path / config] if config else [])
         files = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
         files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, "~nobody"
+        raise BadInput(f"cannot read --data {data[:100]!r}: {first_line(error)}") from error
+    if is_folder:
         if not files:
             raise BadInput(f"{path} holds no data: expected a file such as {split}.jsonl or {split}.parquet")
         of_split = [file for file in files if file.stem == split or file.stem.startswith(f"{split}-")]
         return [row for file in of_split for row in file_rows(file)]
-    if not path.is_file():
+    if not is_file:
         raise BadInput(f"{path} does not exist: --data takes a JSONL or Parquet file, or a folder of them")
     if path.suffix not in SUFFIXES:
         raise BadInput(f"{path}: cannot read {path.suffix or 'a file without a suffix'}: use {', '.join(SUFFIXES)}")
@@ -107,7 +111,8 @@ def require_columns(rows: Sequence[dict], columns: Sequence[str], where: str) ->
         missing = [column for column in columns if not any(name in row for name in column.split("|"))]
         if missing:
             names = [" or ".join(column.split("|")) for column in missing]
-            raise BadInput(f"{where}, row {number}: no column {', '.join(names)}; found {', '.join(row) or 'none'}")
+            found = " ".join(", ".join(row).split())[:200] or "none"
+            raise BadInput(f"{where}, row {number}: no column {', '.join(names)}; found {found}")
 
 
 def first_line(error: Exception) -> str:

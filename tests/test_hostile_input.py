@@ -1,0 +1,683 @@
+"""Hostile input, by property: whatever a policy writes or a file holds, each parser, extraction rule, reader and
+estimator gives a result of the right form, or one clear line of refusal; none crashes and none hangs.
+
+Hand-picked cases are in each module's own tests; here hypothesis picks, always the same examples."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import signal
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import common
+import majority_pg
+import pass_at_k_pg
+from test_code import CONTEST, HUMANEVAL, MBPP, SANITIZED, TACO, TACO_FUNCTION
+from verifiers import BadInput, Problem, arithmetic, code, load_task, reasoning_gym, rows, votes_from_answers
+from verifiers import math as math_task
+from verifiers.sandbox import STATUSES, Program
+from verifiers.workers import number_key
+
+HANG_S = 30  # far more than any test here needs, also on a machine that is busy
+
+
+@pytest.fixture(autouse=True)
+def guard():
+    """Fails a test that hangs, even inside a regular expression or an `except Exception`."""
+
+    def hangs(*_):
+        pytest.fail(f"still running after {HANG_S} s")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.setitimer(signal.ITIMER_REAL, HANG_S, HANG_S)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def examples(count):
+    """The same examples in every run, with no time limit on one, and no files."""
+    return settings(
+        derandomize=True, deadline=None, database=None, max_examples=count, suppress_health_check=list(HealthCheck)
+    )
+
+
+# --- Texts that nobody meant to write ---
+
+ODD = ["\0", "\ud800", "\udfff", "\u202e", "\u2066", "\u2028", "\x85", "\x1b[2J", "\ufeff", "٣", "９", "\N{MINUS SIGN}"]
+BLANK = ["", " ", "\n", "\r\n", "\t", "\xa0", "\u3000"]
+MATHS = [r"\boxed{", r"\boxed ", r"\text{", r"\frac{", "{", "}", r"\{", "$", "$$", r"\$", r"\(", r"\)", r"\[", r"\]",
+         "####", "answer", "answer is ", "answer:", "*", ":", " is ", "=", "\\", "€", "^", "and"]  # fmt: skip
+NUMBERS = ["0", "7", "12", "1,", "1,234", ".", "/", "-", "+", "%", "9" * 50, "abc", "million"]
+CODES = ["```", "```python\n", "def f", "    ", "x", "(", ")", "[", "'", '"""', "return", "#", "lambda:", ";"]
+TAGS = ["<answer>", "</answer>"]
+PIECES = st.sampled_from(ODD + BLANK + MATHS + NUMBERS + CODES + TAGS)
+TEXTS = st.one_of(
+    st.text(st.characters(), max_size=20),  # with lone surrogates
+    st.binary(max_size=40).map(lambda data: data.decode("latin-1")),
+    st.lists(PIECES, max_size=30).map("".join),
+)
+LONG = st.builds(  # up to a million characters and a little more
+    lambda start, piece, share, end: start + piece * int(share * 10**6 / max(len(piece), 1)) + end,
+    TEXTS, st.lists(PIECES, min_size=1, max_size=3).map("".join), st.floats(0, 1), TEXTS,
+)  # fmt: skip
+RESPONSES = st.one_of(TEXTS, TEXTS, LONG)
+ROWS = st.lists(st.lists(RESPONSES, min_size=3, max_size=3), min_size=1, max_size=2)
+
+
+def check_form(verdict, responses):
+    """What `Verdict` promises of any responses."""
+    shape = (len(responses), len(responses[0]))
+    assert verdict.rewards.shape == verdict.votes.shape == shape
+    assert verdict.rewards.dtype == torch.float32 and verdict.votes.dtype == torch.int64
+    assert verdict.rewards.isfinite().all() and (verdict.rewards >= 0).all() and (verdict.rewards <= 1).all()
+    for row in verdict.votes.tolist():
+        assert all(vote == -1 or vote <= i and row[vote] == vote for i, vote in enumerate(row))
+    assert all(isinstance(name, str) and count > 0 for name, count in verdict.counts.items())
+
+
+# --- Advantages ---
+
+FLOATS = {torch.float16: 100.0, torch.bfloat16: 1e30, torch.float32: 1e30, torch.float64: 1e300}
+SMALLEST = {torch.float16: 1e-3, torch.bfloat16: 1e-30, torch.float32: 1e-30, torch.float64: 1e-300}
+estimators = pytest.mark.parametrize("estimator", ["mean", "unbiased", "biased"])
+scripts = pytest.mark.parametrize("script", ["pass_at_k_pg", "majority_pg"])
+
+
+def advantages(script, votes, rewards, k, estimator):
+    if script == "pass_at_k_pg":
+        return pass_at_k_pg.advantages(rewards, k, estimator)
+    return majority_pg.advantages(votes, rewards, k, estimator)
+
+
+@st.composite
+def groups(draw, lowest_vote=-1):
+    """(votes, rewards in [-1, 1], k), B = 1..3, n = 1..6; float64, exact in eighths."""
+    B, n = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+
+    def table(values):
+        return torch.tensor(draw(st.lists(st.lists(values, min_size=n, max_size=n), min_size=B, max_size=B)))
+
+    k = draw(st.one_of(st.integers(1, n), st.just(1), st.just(n)))
+    return table(st.integers(lowest_vote, 3)), table(st.integers(-8, 8)).double() / 8, k
+
+
+@scripts
+@estimators
+@examples(40)
+@given(groups(), st.sampled_from([*FLOATS, torch.int64, torch.uint8, torch.bool]), st.booleans())
+def test_advantages_are_finite_and_bounded_whatever_the_dtype_and_magnitude(script, estimator, group, dtype, large):
+    votes, rewards, k = group
+    scale = (FLOATS if large else SMALLEST).get(dtype)
+    rewards = (rewards * scale).to(dtype) if scale else (rewards * 8).abs().to(dtype)
+    A = advantages(script, votes, rewards, k, estimator)
+    assert A.shape == rewards.shape and A.dtype == (dtype if dtype.is_floating_point else torch.float32)
+    assert A.isfinite().all() and A.double().abs().max() <= 2.02 * rewards.double().abs().max()
+
+
+@scripts
+@estimators
+@examples(40)
+@given(groups(), st.data(), st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_advantages_refuse_rewards_that_are_not_finite_and_say_where(script, estimator, group, data, bad):
+    votes, rewards, k = group
+    b, i = data.draw(st.integers(0, len(rewards) - 1)), data.draw(st.integers(0, rewards.shape[1] - 1))
+    rewards[b, i] = bad
+    with pytest.raises(ValueError, match=rf"finite.*\[{b}, {i}\]$"):
+        advantages(script, votes, rewards, k, estimator)
+
+
+@scripts
+@estimators
+@examples(40)
+@given(groups(lowest_vote=0), st.floats(-1e6, 1e6))
+def test_equal_rewards_have_no_advantage(script, estimator, group, reward):
+    votes, rewards, k = group
+    A = advantages(script, votes, torch.full_like(rewards, reward), k, estimator)
+    if rewards.shape[1] == 1 and estimator != "biased":
+        assert (A == reward).all()  # no other sample, so no baseline
+    else:
+        assert (A == 0).all()
+
+
+@scripts
+def test_the_mean_estimator_has_no_signal_where_all_rewards_are_equal(script):
+    votes, rewards = torch.zeros(1, 7, dtype=torch.int64), torch.full((1, 7), 0.1)
+    assert (advantages(script, votes, rewards, 1, "mean") == 0).all()
+
+
+@scripts
+@estimators
+@examples(25)
+@given(groups(), st.randoms(use_true_random=False), st.sampled_from([-60, 60]), st.sampled_from([3, 2**63 - 1]))
+def test_advantages_follow_order_rows_and_scale_and_ignore_the_names_of_answers(
+    script, estimator, group, random, power, name
+):
+    votes, rewards, k = group
+    expected = advantages(script, votes, rewards, k, estimator)
+    order = random.sample(range(rewards.shape[1]), rewards.shape[1])
+    permuted = advantages(script, votes[:, order], rewards[:, order], k, estimator)
+    torch.testing.assert_close(permuted, expected[:, order], rtol=1e-12, atol=1e-12)
+    for b in range(len(rewards)):
+        alone = advantages(script, votes[b : b + 1], rewards[b : b + 1], k, estimator)
+        torch.testing.assert_close(alone, expected[b : b + 1], rtol=1e-12, atol=1e-12)
+    scaled = advantages(script, votes, rewards * 2.0**power, k, estimator)
+    torch.testing.assert_close(scaled, expected * 2.0**power, rtol=1e-12, atol=1e-12 * 2.0**power)
+    renamed = torch.where(votes < 0, votes, name - votes)
+    torch.testing.assert_close(advantages(script, renamed, rewards, k, estimator), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_majority_rows_do_not_depend_on_the_magnitude_of_others():
+    votes, rewards = torch.tensor([[0, 0, 1, 1]] * 2), torch.tensor([[1e20, 1e20, 0, 0], [1, 1, 0, 0]])
+    together, alone = (majority_pg.advantages(votes[b:], rewards[b:], 4) for b in (0, 1))
+    assert torch.equal(together[1:], alone) and alone.abs().min() == 0.5
+
+
+@scripts
+@examples(30)
+@given(groups())
+def test_unbiased_with_n_equal_k_is_the_loss_of_leaving_one_out(script, group):
+    votes, rewards, _ = group
+    n = rewards.shape[1]
+    rewards = rewards.gather(-1, votes.clamp(min=0) % n)  # a function of the answer
+
+    def metric(keep):
+        if not keep:
+            return torch.zeros(len(rewards), dtype=torch.float64)
+        if script == "pass_at_k_pg":
+            return common.pass_at_k(rewards[:, keep], len(keep))
+        return common.majority_at_k(votes[:, keep], rewards[:, keep], len(keep))
+
+    left_out = [metric(list(range(n))) - metric([j for j in range(n) if j != i]) for i in range(n)]
+    A = advantages(script, votes, rewards, n, "unbiased")
+    torch.testing.assert_close(A, torch.stack(left_out, -1), rtol=1e-12, atol=1e-12)
+
+
+@scripts
+@examples(40)
+@given(groups())
+def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script, group):
+    votes, rewards, _ = group
+    counted = rewards if script == "pass_at_k_pg" else rewards.masked_fill(votes < 0, 0)
+    mean = advantages(script, votes, counted, 1, "mean")
+    assert torch.equal(advantages(script, votes, rewards, 1, "unbiased"), mean)
+    assert (advantages(script, votes, rewards, 1, "biased") == 0).all()
+
+
+# --- Metrics and votes ---
+
+
+@examples(60)
+@given(groups(), st.sampled_from([torch.float64, torch.float32, torch.int64, torch.uint8]))
+def test_metrics_of_odd_groups(group, dtype):
+    votes, rewards, k = group
+    n, rewards = rewards.shape[1], (rewards * 8).abs().to(dtype) if not dtype.is_floating_point else rewards.to(dtype)
+    r, answered = rewards.double(), votes >= 0
+    blank = torch.full_like(votes, -1)
+    for metric in [
+        common.pass_at_k(rewards, k), common.best_of_k(rewards, rewards, k), common.majority_at_k(votes, rewards, k)
+    ]:  # fmt: skip
+        assert metric.shape == (len(rewards),) and metric.dtype == torch.float64 and metric.isfinite().all()
+        low, high = r.amin(-1).clamp(max=0), r.amax(-1).clamp(min=0)
+        assert (metric >= low - 1e-12).all() and (metric <= high + 1e-12).all()
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(common.pass_at_k(rewards, 1), r.mean(-1), **close)
+    torch.testing.assert_close(common.pass_at_k(rewards, n), r.amax(-1), **close)
+    torch.testing.assert_close(common.best_of_k(torch.full_like(r, 3), rewards, k), r.mean(-1), **close)
+    torch.testing.assert_close(common.majority_at_k(blank, rewards, k), 0 * r[:, 0], **close)
+    if k == 1:
+        per_answer = [[r[b][votes[b] == vote].mean() for vote in votes[b]] for b in range(len(r))]
+        expected = torch.tensor(per_answer, dtype=torch.float64).masked_fill(~answered, 0).mean(-1)
+        torch.testing.assert_close(common.majority_at_k(votes, rewards, 1), expected, **close)
+
+
+@examples(60)
+@given(st.integers(0, 6).flatmap(lambda n: st.lists(st.lists(st.none() | TEXTS, min_size=n, max_size=n), max_size=3)))
+@example([["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
+def test_votes_from_answers(answers):
+    votes = votes_from_answers(answers)
+    assert votes.dtype == torch.int64 and votes.shape[0] == len(answers)
+    for row, answer_row in zip(votes.tolist(), answers):
+        assert row == [-1 if answer is None else answer_row.index(answer) for answer in answer_row]
+
+
+# --- arithmetic and chain ---
+
+
+@examples(100)
+@given(st.one_of(RESPONSES, st.text("0123456789, \n", max_size=20)))
+@example("1," * 500_000)
+@example("1," * 500_000 + "1")
+@example("1" * 10**6 + "x")
+@example("0" * 10**6)
+def test_number_is_plain_digits_or_none(response):
+    number = arithmetic.number(response)
+    parts = response.strip().split(",")
+    if all(part.isascii() and part.isdigit() for part in parts):
+        assert number == ("0" * len(parts[-1]) + parts[-1]).lstrip("0") or number == "0" and not parts[-1].strip("0")
+    else:
+        assert number is None
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "chain"])
+@examples(40)
+@given(responses=ROWS)
+@example(responses=[["", "1" * 10**6, "\ud800"]])
+def test_arithmetic_rewards_only_the_number(task, responses):
+    verdict = arithmetic.verify([Problem("?", "24")] * len(responses), responses)
+    check_form(verdict, responses)
+    for row, rewards, votes in zip(responses, verdict.rewards.tolist(), verdict.votes.tolist()):
+        for response, reward, vote in zip(row, rewards, votes):
+            assert reward == (arithmetic.number(response) == "24")
+            assert (vote == -1) == (arithmetic.number(response) is None)
+
+
+def test_a_million_digits_are_an_answer_like_any_other():
+    digits = "7" * 10**6
+    verdict = arithmetic.verify([Problem("?", digits)], [["00" + digits, digits[1:], digits + "x", "1," + digits]])
+    assert verdict.rewards.tolist() == [[1, 0, 0, 1]] and verdict.votes.tolist() == [[0, 1, -1, 0]]
+
+
+# --- Mathematics ---
+
+
+@examples(120)
+@given(RESPONSES)
+@example(r"\boxed{" + "9" * 5000 + "} answer: " + "9" * 2000)
+@example("\\boxed{\0" + "7}")
+@example("<answer> \n</answer>")
+def test_an_extracted_answer_is_short_clean_text_of_the_response(response):
+    for extract in (math_task.math_answer, math_task.gsm8k_answer, reasoning_gym.answer_in):
+        answer = extract(response)
+        assert answer is None or answer.strip() == answer != ""
+    for extract in (math_task.math_answer, math_task.gsm8k_answer):
+        answer = extract(response) or ""
+        assert len(answer) <= math_task.MAX_ANSWER_CHARS and "\0" not in answer and "\n" not in answer
+        for letter in set(answer) - set("-, "):  # a minus sign may be another one, and boxes are joined by commas
+            assert letter in response
+
+
+@pytest.mark.parametrize("start, piece, end", [
+    ("answer", " ", ""),
+    ("answer", " ", ": "),
+    ("answer **", " *", ""),
+    (r"\boxed", " ", ""),
+    ("", r"\boxed{ ", "}" * 2000),
+    ("", "1,111", "x"),
+    ("", r"\$", ""),
+    (r"\(", "x", ""),
+    ("", r"\text{", ""),
+])  # fmt: skip
+def test_a_whole_batch_of_the_slowest_responses_is_read_in_time(start, piece, end):
+    """A policy that learns to write one of these writes it in every sample."""
+    text = start + piece * ((math_task.MAX_RESPONSE_CHARS - len(start) - len(end)) // len(piece)) + end
+    for _ in range(100):
+        for extract in (math_task.math_answer, math_task.gsm8k_answer, reasoning_gym.answer_in):
+            extract(text)
+
+
+@examples(200)
+@given(st.one_of(st.lists(st.sampled_from(NUMBERS + ["(C)", r"\text{", "}", " "]), max_size=20).map("".join), TEXTS))
+@example("1" + "a" * 998 + "!")
+@example("7 " + "apples" * 150 + " 7")
+@example("1.5/3")
+@example("1/0")
+@example("0.0/1")
+def test_any_two_answers_are_compared(answer):
+    """Without algebra, or not at all; it neither raises nor hangs, and an answer is equal to itself."""
+    assert math_task.without_algebra(answer, answer) == (True, "")
+    assert math_task.plain_key(answer) is None or math_task.plain_key(math_task.clean(answer)) is not None
+    assert math_task.without_algebra("24.125", answer) in (None, (False, math_task.plain_key(answer)))
+
+
+@examples(60)
+@given(st.decimals(-999, 999, places=2), st.integers(1, 99))
+def test_a_decimal_over_an_integer_is_a_number(top, bottom):
+    assert math_task.plain_key(f"{top}/{bottom}") == number_key(Fraction(top) / bottom)
+
+
+WORDLESS = st.text(st.characters(exclude_categories=["N", "L"], exclude_characters="\\$#"), max_size=50)
+GARBAGE = WORDLESS | st.sampled_from([*BLANK, "\0" * 10**6, "\ud800" * 10**6, "-" * 10**6, "{" * 10**6])
+
+
+@examples(40)
+@given(st.lists(st.lists(GARBAGE, min_size=3, max_size=3), min_size=1, max_size=2))
+def test_math_gives_garbage_no_reward_and_no_vote(responses):
+    for extract in (math_task.math_answer, math_task.gsm8k_answer):
+        verdict = math_task.verify([Problem("?", "24")] * len(responses), responses, extract)
+        check_form(verdict, responses)
+        assert not verdict.rewards.any() and (verdict.votes == -1).all() and verdict.counts == {}
+
+
+@examples(5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
+@given(ROWS)
+@example([[r"\boxed{1" + "a" * 900 + "!}", r"\boxed{1.5/3}", r"\boxed{2" + "a" * 900 + "!}"]])
+@example([["", "\0" * 10**6, "{" * 10**6]])
+@example([[r"\boxed{" + "9" * 1000 + "}", r"\boxed{" + "9" * 10**6 + "}", "#### " + "9" * 5000]])
+def test_math_verdicts_on_any_responses(responses):
+    for extract in (math_task.math_answer, math_task.gsm8k_answer):
+        verdict = math_task.verify([Problem("?", "24.125")] * len(responses), responses, extract)
+        check_form(verdict, responses)
+        assert not verdict.rewards.any() and set(verdict.counts) <= {"timeouts", "dead workers", "errors"}
+        answered = torch.tensor([[extract(response) is not None for response in row] for row in responses])
+        assert not (verdict.votes >= 0)[~answered].any()
+        assert int((answered & (verdict.votes < 0)).sum()) == sum(verdict.counts.values())
+
+
+# --- Programs ---
+
+
+@examples(50)
+@given(RESPONSES, st.lists(st.sampled_from(["def f", "class A", "", "\0"]), max_size=2))
+@example("```\n" + "\n" * 10**6, [])
+@example("```\n" * 250_000, ["def f"])
+@example("```\n" + "x\n" * 500_000 + "```\n" + "y\n" * 500_000, ["def f"])
+def test_a_block_is_a_piece_of_the_response(response, markers):
+    block = code.block_of(response, markers)
+    assert block in response
+    assert block == response or not any(line.lstrip().startswith("```") for line in block.splitlines())
+
+
+UNFENCED = TEXTS.map(lambda text: text.replace("`", "") + "\n")
+
+
+@examples(100)
+@given(UNFENCED, UNFENCED, UNFENCED)
+def test_the_last_block_that_defines_the_function_is_taken_or_the_last(before, between, after):
+    wanted, other = "def wanted(): 0\n" + between, f"```\ndef wanted(): 1\n{after}```\n"
+    for response in (
+        f"{before}{other}{after}```\n{wanted}```\n{between}```py\n{after}```\n",
+        f"{before}{other}{after}  ```python\n{wanted}",
+    ):
+        assert code.block_of(response, ["def wanted"]) == wanted
+    assert code.block_of(f"{before}{other}{between}```\n{after}```\n{between}", ["def nowhere"]) == after
+
+
+CODE_ROWS = [("humaneval", HUMANEVAL), ("mbpp", MBPP), ("mbpp_sanitized", SANITIZED), ("code_contests", CONTEST),
+             ("taco", TACO), ("taco", TACO_FUNCTION)]  # fmt: skip
+READERS = {"humaneval": code.humaneval, "code_contests": code.code_contest, "taco": code.taco}
+CODE_PROBLEMS = [READERS.get(name, code.mbpp)(row) for name, row in CODE_ROWS]
+
+
+@examples(60)
+@given(RESPONSES, st.sampled_from(CODE_PROBLEMS))
+def test_any_response_makes_a_program_with_the_problem_s_own_tests(response, problem):
+    program, reference = code.program_of(problem, response), code.program_of(problem, problem.solution)
+    assert isinstance(program.source, str) and len(program.source) <= len(problem.prompt) + len(response) + 4
+    assert dataclasses.replace(program, source="") == dataclasses.replace(reference, source="")
+
+
+@examples(1)  # a sandbox a response
+@given(st.lists(st.lists(RESPONSES, min_size=6, max_size=6), min_size=6, max_size=6))
+@example([["\0" * 10**6, "(" * 10**6, "#" * 10**6, "```\n" * 10**5, "\ud800", "\n" * 10**6]] * 6)
+def test_code_verdicts_on_any_responses(responses):
+    verdict = code.verify(CODE_PROBLEMS, responses)
+    check_form(verdict, responses)
+    assert not verdict.rewards.any() and (verdict.votes == -1).all() and set(verdict.counts) <= set(STATUSES)
+
+
+@examples(25)
+@given(st.lists(st.one_of(RESPONSES, st.text("0123456789x+*/%()- ", max_size=12)), min_size=3, max_size=3))
+@example(["9" * 10**6, "", "9" * 32])
+@example(["x" + "\0", "\ud800", "'''"])
+@example(["x\n", "x\r\n#", "x;1"])
+@example(["x*0.5", "x==x", "x/1"])
+def test_values_of_any_expressions_are_integers_or_none(expressions):
+    values = code.values_of(expressions)
+    for expression in expressions:
+        status, row = values[expression]
+        assert status in STATUSES
+        assert row is None or len(row) == len(code.INPUTS) and all(type(value) is int for value in row)
+    verdict = code.verify_programs([Problem("?", json.dumps([0.5] * len(code.INPUTS)))], [expressions])
+    check_form(verdict, [expressions])
+    assert not verdict.rewards.any()
+
+
+# --- reasoning-gym ---
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="the reasoning-gym library is not installed")
+@examples(10)
+@given(st.lists(st.one_of(RESPONSES, TEXTS.map("<answer>{}</answer>".format)), min_size=3, max_size=3))
+def test_reasoning_gym_verdicts_on_any_responses(responses):
+    problem = reasoning_gym.problems_at("leg_counting", 0, [0])[0]
+    responses = [[*responses, f"<answer>{problem.answer}</answer>"]]
+    verdict = reasoning_gym.verify([problem], responses)
+    check_form(verdict, responses)
+    assert verdict.rewards[0, -1] == 1 and verdict.votes[0, -1] >= 0
+    for response, reward, vote in zip(responses[0], verdict.rewards[0].tolist(), verdict.votes[0].tolist()):
+        if reasoning_gym.answer_in(response) is None:
+            assert reward == 0 and vote == -1
+
+
+# --- Files ---
+
+GOOD = [{"problem": "1+1?", "answer": "2", "level": "Level 5"}, {"problem": "שלום \u2028 2*3?", "answer": "6"},
+        {"question": "3?", "answer": "#### 3", "solution": None}]  # fmt: skip
+LINES = [json.dumps(row, ensure_ascii=False) for row in GOOD]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hostile")
+
+
+def problems_or_refusal(task, path, contents):
+    """The test problems of a file with these contents, each of the right form, or None: refused in one clear line."""
+    path.write_bytes(contents)
+    try:
+        problems = load_task(task, str(path)).test
+    except BadInput as refusal:
+        assert "\n" not in str(refusal) and len(str(refusal)) < 700
+        return None
+    for problem in problems:
+        assert type(problem.prompt) is type(problem.answer) is type(problem.solution) is str
+        assert problem.prompt.encode().strip() and problem.answer.strip()
+        assert problem.level is None or type(problem.level) is int
+    return problems
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@examples(60)
+@given(contents=st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
+                          TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
+                          st.text("[]{}:,\"\\\n 019.eE-nul", max_size=60).map(str.encode)))  # fmt: skip
+@example(contents=b"")
+@example(contents=b"[1]")
+@example(contents=b'"problem, question, answer"')
+@example(contents=b"[" * 100_000)
+@example(contents=b'{"problem": ' * 100_000)
+@example(contents=b"\n" * 10**6)
+@example(contents=b"\0" * 10**6)
+def test_files_of_any_bytes_are_refused(folder, suffix, contents):
+    assert problems_or_refusal("math", folder / f"bytes{suffix}", contents) is None
+
+
+@examples(80)
+@given(st.data(), st.sampled_from(["\n", "\r\n", "\n\n \n"]), st.booleans())
+def test_a_torn_file_gives_whole_rows_or_a_refusal(folder, data, line_end, bom):
+    text = ("\ufeff" if bom else "") + line_end.join(LINES) + line_end
+    whole = problems_or_refusal("math", folder / "torn.jsonl", text.encode())
+    assert [problem.answer for problem in whole] == ["2", "6", "3"] and whole[0].level == 5
+    torn = text.encode()[: data.draw(st.integers(0, len(text.encode())))]
+    problems = problems_or_refusal("math", folder / "torn.jsonl", torn)
+    assert problems is None or problems == whole[: len(problems)]
+    last_line = torn.decode("utf-8-sig", "replace").rpartition("\n")[2].strip()
+    assert problems is None or last_line in ["", *LINES]
+    as_list = f"[{','.join(LINES)}]".encode()
+    assert problems_or_refusal("math", folder / "torn.json", as_list) == whole
+    assert problems_or_refusal("math", folder / "torn.json", as_list[: len(torn)][: len(as_list) - 1]) is None
+
+
+@examples(60)
+@given(st.data())
+def test_a_torn_or_altered_parquet_file_gives_problems_or_a_refusal(folder, data):
+    table = pyarrow.Table.from_pylist([{"question": None, **row} for row in GOOD])
+    pyarrow.parquet.write_table(table, folder / "good.parquet")
+    contents = (folder / "good.parquet").read_bytes()
+    size = data.draw(st.integers(0, len(contents) - 1))
+    assert problems_or_refusal("math", folder / "torn.parquet", contents[:size]) is None
+    altered = bytearray(contents)
+    for place in data.draw(st.lists(st.integers(0, len(contents) - 1), min_size=1, max_size=3)):
+        altered[place] ^= 1 << data.draw(st.integers(0, 7))
+    problems_or_refusal("math", folder / "altered.parquet", bytes(altered))
+
+
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.just("9" * 5000))
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
+COLUMNS = st.sampled_from(["problem", "question", "answer", "solution", "level"])
+
+
+@pytest.mark.parametrize("task", ["math", "gsm8k"])
+@examples(50)
+@given(changes=st.lists(st.dictionaries(COLUMNS | TEXTS, VALUES, max_size=4), max_size=3), whole=st.booleans())
+@example(changes=[{"problem": None}], whole=True)
+@example(changes=[{"problem": "\ud800"}], whole=True)
+@example(changes=[{"level": "9" * 5000}], whole=True)
+@example(changes=[{"answer": "1.5/3"}], whole=True)
+@example(changes=[{"answer": "9" * 5000}], whole=True)
+@example(changes=[{"answer": "1" + "a" * 900 + "!"}], whole=True)
+@example(changes=[{"answer": "<" * 10**6 + "#### 1"}], whole=True)
+@example(changes=[{"solution": r"\boxed{" * 10_000 + "}" * 10_000, "answer": None}], whole=True)
+@example(changes=[{"a\nb": 1}], whole=False)
+@example(changes=[{"x" * 10**5: 1}], whole=False)
+def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, changes, whole):
+    """`whole`: changes to good rows, else rows with nothing but the changes."""
+    good = {"problem": "1+1?", "answer": "2"}
+    table = [{**good, **change} if whole else change for change in changes]
+    text = "".join(json.dumps(row) + "\n" for row in table)
+    problems = problems_or_refusal(task, folder / "rows.jsonl", text.encode())
+    if problems is not None:
+        assert len(problems) == len(table)
+        assert all(len(problem.answer) <= math_task.MAX_ANSWER_CHARS for problem in problems)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"problem": None, "answer": "1"}, "row 1: empty problem"),
+    ({"problem": {"text": "a"}, "answer": "1"}, "row 1: problem is a dict"),
+    ({"problem": "a", "answer": ["1"]}, "row 1: answer is a list"),
+    ({"problem": "\ud800", "answer": "1"}, "row 1: half a character"),
+    ({"a\nb": 1}, "row 1: no column problem or question, answer or solution; found a b"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_row_is_said(folder, row, message):
+    (folder / "row.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadInput, match=message):
+        load_task("math", str(folder / "row.jsonl"))
+
+
+def test_a_null_problem_leaves_the_question(folder):
+    row = {"problem": None, "question": "1+1?", "answer": "2"}
+    assert problems_or_refusal("math", folder / "row.jsonl", json.dumps(row).encode()) == [Problem("1+1?", "2")]
+
+
+TABLES = {
+    "no columns": pyarrow.table({}),
+    "no rows": pyarrow.table({"problem": pyarrow.array([], pyarrow.string())}),
+    "nulls": pyarrow.table({"problem": pyarrow.nulls(2), "answer": pyarrow.nulls(2)}),
+    "a missing column": pyarrow.table({"problem": ["a"], "result": ["1"]}),
+    "bytes": pyarrow.table({"problem": [b"\xff"], "answer": [b"1"]}),
+    "nested values": pyarrow.table({"problem": [{"a": [1]}], "answer": [[1]]}),
+    "not UTF-8": pyarrow.table({"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]}),
+    "the year 148000": pyarrow.table({"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]}),
+    "a line break in a name": pyarrow.table({"prob\nlem": ["a"], "answer": ["1"]}),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_parquet_tables_of_the_wrong_form_are_refused(folder, what):
+    pyarrow.parquet.write_table(TABLES[what], folder / "table.parquet")
+    assert problems_or_refusal("math", folder / "table.parquet", (folder / "table.parquet").read_bytes()) is None
+
+
+def test_parquet_numbers_and_duplicate_columns_are_read_and_huge_texts_are_whole(folder):
+    columns = [pyarrow.array(["a" * 10**6]), pyarrow.array([2.5]), pyarrow.array(["b"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, ["problem", "answer", "extra"]), folder / "numbers.parquet")
+    contents = (folder / "numbers.parquet").read_bytes()
+    assert problems_or_refusal("gsm8k", folder / "numbers.parquet", contents) == [Problem("a" * 10**6, "2.5")]
+    pyarrow.parquet.write_table(pyarrow.table(columns, ["problem", "answer", "problem"]), folder / "twice.parquet")
+    assert len(problems_or_refusal("math", folder / "twice.parquet", (folder / "twice.parquet").read_bytes())) == 1
+
+
+JSON_TEXTS = st.sampled_from(["[]", "{}", "null", "[1]", '{"inputs": 5}', '{"inputs": [1], "outputs": [null]}',
+                              '{"inputs": ["1"], "outputs": ["1"], "fn_name": 5}'])  # fmt: skip
+NESTED = st.sampled_from([[None], [[]], [{}], {"input": [1], "output": [2]}, {"input": ["1"], "output": [None]},
+                          {"input": 5, "output": 2}, {"language": [3], "solution": [None]}])  # fmt: skip
+FIELDS = st.one_of(VALUES, JSON_TEXTS, NESTED, st.sampled_from(["-" * 10**5 + "1", "(" * 3000, "a\nb", '"""']))
+
+
+@examples(200)
+@given(st.sampled_from(CODE_ROWS), st.data())
+def test_code_rows_with_a_field_of_any_value_give_problems_or_a_refusal(folder, named_row, data):
+    name, row = named_row
+    row = {**row, data.draw(st.sampled_from(sorted(row))): data.draw(FIELDS)}
+    problems = problems_or_refusal(name, folder / "code.jsonl", json.dumps(row).encode())
+    for problem in problems or []:
+        program = code.program_of(problem, "pass")
+        assert isinstance(program, Program) and all(type(text) is str for case in program.cases for text in case)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("mbpp", {"code": None}),
+    ("mbpp", {"text": None}),
+    ("mbpp", {"test_list": []}),
+    ("humaneval", {"prompt": ""}),
+    ("humaneval", {"prompt": "\ud800"}),
+    ("humaneval", {"canonical_solution": None}),
+    ("code_contests", {"description": None}),
+    ("code_contests", {"public_tests": "x"}),
+    ("code_contests", {"public_tests": {"input": [1], "output": [2]}}),
+    ("taco", {"input_output": "[1]"}),
+    ("taco", {"question": None}),
+    ("taco", {"solutions": [1]}),
+])  # fmt: skip
+def test_code_rows_that_cannot_be_problems_are_refused(folder, name, changes):
+    row = {**dict(CODE_ROWS[:5])[name], **changes}
+    assert problems_or_refusal(name, folder / "code.jsonl", json.dumps(row).encode()) is None
+
+
+@examples(60)
+@given(RESPONSES.filter(lambda path: path.strip("./")))
+@example("~nobody-of-this-name/train.jsonl")
+@example("x" * 5000 + ".jsonl")
+@example("x" * 10**6)
+@example("\0.jsonl")
+def test_paths_of_any_text_are_refused(path):
+    with pytest.raises(BadInput) as refusal:
+        rows.load_rows("unused/id", "train", f"/nowhere/{path}" if path[0] != "~" and len(path) < 9000 else path)
+    assert "cannot read" in str(refusal.value) or "does not exist" in str(refusal.value)
+
+
+# --- Prompts ---
+
+TOKENIZER = common.tiny_tokenizer()
+
+
+@examples(60)
+@given(TEXTS, st.sampled_from([64, None]))
+@example("", None)
+@example("<eos>", None)
+@example("\ud800", None)
+@example("x" * 10**6, 64)
+@example("\u202e" * 10**4, None)
+def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
+    """From the file to the tokenizer of the `tiny` policy: what a reader lets through can be encoded."""
+    row = json.dumps({"problem": prompt, "answer": "1"}).encode()
+    problems = problems_or_refusal("math", folder / "prompt.jsonl", row) or [Problem("", "1")]
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
+    policy = SimpleNamespace(tokenizer=TOKENIZER, model=model)
+    try:
+        (ids,) = common.encode_prompts(policy, SimpleNamespace(template="{prompt}"), problems, 8)
+    except BadInput as refusal:
+        assert "\n" not in str(refusal) and len(str(refusal)) < 700
+        assert not problems[0].prompt or context
+    else:
+        assert 0 < len(ids) <= (context or math.inf) and set(ids) <= set(range(len(TOKENIZER)))
