@@ -109,6 +109,14 @@ class Args:
     """auto, cpu or cuda"""
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
+    show_samples: int = 0
+    """responses to print with their rewards, escaped, whenever the policy is evaluated in training"""
+    save_every: int = 50
+    """steps between checkpoints; the last two are kept"""
+    resume: str | None = None
+    """runs/<name>: go on with that run, from its last checkpoint and with its arguments"""
+    tensorboard: bool = False
+    """also write the metrics for TensorBoard (an optional dependency)"""
     seed: int = 0
     """of the order of problems and of sampling"""
     eval_every: int = 100
@@ -305,15 +313,14 @@ def main(args: Args) -> None:
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
     value = ValueNetwork(policy) if args.baseline == "value" else None
     value_optimizer = torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0) if value else None
-    folder = common.new_run_folder(
-        args, [args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
-    )
-    print(f"writing to {folder}")
+    state = {"policy": policy.model, "optimizer": optimizer, "anchor": reference.model}
+    state |= {"value": value, "value_optimizer": value_optimizer} if value else {}
+    parts = [args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
+    run = common.Run(args, parts, **state)
 
     ks = common.powers_of_two(args.eval_n, args.N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
     temperatures = sorted({args.temperature, *args.eval_temperatures})
-    history, rewards = [], []
 
     def evaluate(step: int, temperature: float = args.temperature) -> dict[str, torch.Tensor]:
         verdict = common.evaluate(policy, task, test_problems, args, temperature)
@@ -322,24 +329,25 @@ def main(args: Args) -> None:
             metrics |= {f"bon@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
         result = common.by_level(metrics, test_problems)
         if temperature == args.temperature:
-            history.append((step, result))
-            common.log_metrics(folder, {"step": step, "eval": result, **verdict.counts})
+            run.progress["history"].append((step, result))
+            run.log({"step": step, "eval": result, **verdict.counts})
         else:
-            common.log_metrics(folder, {"step": step, "eval_at": temperature, "result": result, **verdict.counts})
+            run.log({"step": step, "eval_at": temperature, "result": result, **verdict.counts})
         if verdict.counts:
             tqdm.write(f"evaluation at step {step}, events in the verifier: {verdict.counts}")
         return metrics
 
-    before, after = evaluate(0), None
-    others_before = {T: evaluate(0, T) for T in temperatures if T != args.temperature}
-    bar = tqdm(range(1, args.steps + 1), desc=f"{args.estimator} N={args.N}", unit="step", disable=not args.steps)
-    for step in bar:
+    if "before" not in run.progress:
+        run.progress["before"] = evaluate(0)
+        run.progress["others_before"] = {T: evaluate(0, T) for T in temperatures if T != args.temperature}
+    for step in run.steps(f"{args.estimator} N={args.N}"):
         start = time.perf_counter()
         problems = common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed)
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = common.step_generator(policy.device, args.seed, step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-        verdict = task.verify(problems, common.decode(policy, rollouts))
+        responses = common.decode(policy, rollouts)
+        verdict = common.judged(task, problems, responses)
         best = common.best_of_k(verdict.scores, verdict.rewards, args.N)  # (B,): reward of the winner among N
         b = value(prompts).detach().cpu() if value else None  # (B,)
         A = advantages(verdict.rewards, verdict.scores, args.N, args.estimator, b)  # (B, n)
@@ -353,38 +361,37 @@ def main(args: Args) -> None:
         if value:
             stats["value_loss"] = value.fit(value_optimizer, prompts, best if args.estimator == "variational" else
                                             verdict.rewards.mean(-1))  # fmt: skip
-        rewards.append(verdict.rewards.mean().item())
         record = {
             "step": step,
-            "reward": rewards[-1],
+            **common.rollout_metrics(policy, rollouts, verdict, A),
             f"{selected}@{args.N}": best.mean().item(),
             "kl": common.kl_estimate(ratios),
-            "tokens_per_s": rollouts.mask.sum().item() / (time.perf_counter() - start),
             **stats,
             **verdict.counts,
         }
-        common.log_metrics(folder, record)
-        shown = ("reward", f"{selected}@{args.N}", "kl", "signal", "tokens_per_s")
-        bar.set_postfix({name: f"{record[name]:.3g}" for name in (*shown, *verdict.counts)})
+        run.progress["rewards"].append(record["reward"])
+        timings = common.step_timings(policy, rollouts, verdict, start)
+        run.log(record, timings, ["reward", f"{selected}@{args.N}", "kl", "signal", *verdict.counts, "tokens_per_s"])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            after = evaluate(step)
+            run.progress["after"] = evaluate(step)
+            common.show_samples(problems, responses, verdict, args.show_samples)
 
+    before, after = run.progress["before"], run.progress.get("after")
     if args.steps:
-        common.save_policy(policy, folder / "policy")
+        common.save_policy(policy, run.folder / "policy")
     key = f"{selected}@{args.N}"
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
     columns += [f"pass@{args.N}"] if args.verifier == "learned" else []
     print(common.comparison_table(before, after, test_problems, columns))
-    for T, start in others_before.items():
+    for T, start in run.progress["others_before"].items():
         end = evaluate(args.steps, T) if args.steps else None
-        print(
-            f"at temperature {T:g}:\n"
-            + "\n".join(common.comparison_table(start, end, test_problems, columns).split("\n")[:2])
-        )
+        header, overall = common.comparison_table(start, end, test_problems, columns).splitlines()[:2]
+        print(f"at temperature {T:g}:\n{header}\n{overall}")
     if args.steps:
         print(f"{key}, one try before and one after:\n{win_and_loss_table(before[key], after[key])}")
-    common.save_figure(folder, history, rewards, ["pass", "bon"] if args.verifier == "learned" else ["pass"], args.N)
-    print(f"{folder}: metrics.jsonl, curves.png, policy/")
+    names = ["pass", "bon"] if args.verifier == "learned" else ["pass"]
+    common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], names, args.N)
+    print(f"{run.folder}: metrics.jsonl, curves.png, policy/")
 
 
 if __name__ == "__main__":

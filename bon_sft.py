@@ -76,6 +76,14 @@ class Args:
     """auto, cpu or cuda"""
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
+    show_samples: int = 0
+    """responses to print with their rewards, escaped, whenever the policy is evaluated in training"""
+    save_every: int = 50
+    """steps between checkpoints; the last two are kept"""
+    resume: str | None = None
+    """runs/<name>: go on with that run, from its last checkpoint and with its arguments"""
+    tensorboard: bool = False
+    """also write the metrics for TensorBoard (an optional dependency)"""
     seed: int = 0
     """of the order of problems and of sampling"""
     eval_every: int = 100
@@ -192,59 +200,62 @@ def main(args: Args) -> None:
     if args.verifier == "learned":
         task = common.scored_task(task, policy, test_problems, args)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
-    folder = common.new_run_folder(
-        args, [args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
-    )
-    print(f"writing to {folder}")
+    parts = [args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
+    run = common.Run(args, parts, policy=policy.model, optimizer=optimizer)
 
     ks = common.powers_of_two(args.eval_n, args.eval_N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
-    history, rewards = [], []
 
     def evaluate(step: int) -> dict[str, torch.Tensor]:
         verdict = common.evaluate(policy, task, test_problems, args)
         metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         if args.verifier == "learned":
             metrics |= {f"bon@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
-        history.append((step, common.by_level(metrics, test_problems)))
-        common.log_metrics(folder, {"step": step, "eval": history[-1][1], **verdict.counts})
+        run.progress["history"].append((step, common.by_level(metrics, test_problems)))
+        run.log({"step": step, "eval": run.progress["history"][-1][1], **verdict.counts})
         if verdict.counts:
             tqdm.write(f"evaluation at step {step}, events in the verifier: {verdict.counts}")
         return metrics
 
-    before, after = evaluate(0), None
-    bar = tqdm(range(1, args.steps + 1), desc=f"{args.likelihood} N={args.N}", unit="step", disable=not args.steps)
-    for step in bar:
+    if "before" not in run.progress:
+        run.progress["before"] = evaluate(0)
+    for step in run.steps(f"{args.likelihood} N={args.N}"):
         start = time.perf_counter()
         problems = common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed)
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         experts = common.expert_rollouts(policy, task, prompts, [problem.solution for problem in problems])  # (B, 1, T)
-        record = {"step": step}
-        if args.N == 1:
-            rollouts, A = experts, torch.ones(len(problems), 1)
-        else:
+        rollouts = experts
+        if args.N > 1:
             generator = common.step_generator(policy.device, args.seed, step)
-            rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-            rollouts = common.joined(experts, rollouts)  # (B, 1 + n, T)
-            verdict = task.verify(problems, common.decode(policy, rollouts))
-            A = coefficients(verdict.scores[:, 0], verdict.scores[:, 1:], args.N, args.likelihood)  # (B, 1 + n)
-            rewards.append(verdict.rewards[:, 1:].mean().item())
-            record |= {"reward": rewards[-1], "expert_reward": verdict.rewards[:, 0].mean().item(), **verdict.counts}
+            samples = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
+            rollouts = common.joined(experts, samples)  # (B, 1 + n, T)
+        responses = common.decode(policy, rollouts)
+        verdict = common.judged(task, problems, responses)
+        A = coefficients(verdict.scores[:, 0], verdict.scores[:, 1:], args.N, args.likelihood)  # (B, 1 + n)
         stats = common.policy_gradient_step(policy, optimizer, rollouts, A, args)
-        record |= {"tokens_per_s": rollouts.mask.sum().item() / (time.perf_counter() - start), **stats}
-        common.log_metrics(folder, record)
-        bar.set_postfix({name: f"{value:.3g}" for name, value in record.items() if name != "step"})
+        record = {
+            "step": step,
+            "expert_reward": verdict.rewards[:, 0].mean().item(),
+            **({"reward": verdict.rewards[:, 1:].mean().item()} if args.N > 1 else {}),
+            **stats,
+            **verdict.counts,
+        }
+        run.progress["rewards"] += [record["reward"]] if args.N > 1 else []
+        timings = common.step_timings(policy, rollouts, verdict, start)
+        run.log(record, timings, [name for name in (*record, "tokens_per_s") if name not in ("step", "skipped")])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            after = evaluate(step)
+            run.progress["after"] = evaluate(step)
+            common.show_samples(problems, responses, verdict, args.show_samples)
 
+    before, after = run.progress["before"], run.progress.get("after")
     if args.steps:
-        common.save_policy(policy, folder / "policy")
+        common.save_policy(policy, run.folder / "policy")
     columns = [f"{selected}@{j}" for j in sorted({1, args.eval_N, args.eval_n})]
     columns += [f"pass@{args.eval_N}"] if args.verifier == "learned" else []
     print(common.comparison_table(before, after, test_problems, columns))
     names = ["pass", "bon"] if args.verifier == "learned" else ["pass"]
-    common.save_figure(folder, history, rewards, names, args.eval_N)
-    print(f"{folder}: metrics.jsonl, curves.png, policy/")
+    common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], names, args.eval_N)
+    print(f"{run.folder}: metrics.jsonl, curves.png, policy/")
 
 
 if __name__ == "__main__":

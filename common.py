@@ -15,8 +15,11 @@ import math
 import os
 import random
 import re
+import resource
+import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -665,16 +668,39 @@ def policy_gradient_step(
     """`args.epochs` optimiser steps on the same rollouts, PPO-clipped if there are several (Tang).
 
     advantages: (B, n), sum convention. args: temperature, micro_batch_tokens, epochs, clip, max_grad_norm.
-    Returns the metrics of the last step: loss, grad_norm, and signal, the share of rows with an advantage.
+    Returns the metrics of the last step: loss, grad_norm, signal (the share of rows with an advantage), and skipped: 1
+    if the loss or the gradient was not finite and the policy stayed as it was. When memory runs out
+    args.micro_batch_tokens is halved and the step begun again. Raises BadInput when it cannot be halved further.
     """
+    skipped = 0
     for _ in range(epochs := getattr(args, "epochs", 1)):
-        # Zeros, not None: a step without any signal is still a step of the optimiser.
-        optimizer.zero_grad(set_to_none=False)
         clip = args.clip if epochs > 1 else None
-        loss = accumulate_gradient(policy, rollouts, advantages, args.temperature, args.micro_batch_tokens, clip)
+        while True:
+            # Zeros, not None: a step without any signal is still a step of the optimiser, also the first after a resume.
+            for parameter in policy.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            try:
+                loss = accumulate_gradient(
+                    policy, rollouts, advantages, args.temperature, args.micro_batch_tokens, clip
+                )
+                break
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU it is a plain one
+                if not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
+                    raise
+                if args.micro_batch_tokens <= max(map(len, rollouts.prompts)) + rollouts.ids.shape[-1]:
+                    raise BadInput("out of memory with one response at a time: use a smaller model, shorter responses "
+                                   "(--max-new-tokens) or --gradient-checkpointing") from error  # fmt: skip
+            args.micro_batch_tokens //= 2
+            tqdm.write(f"out of memory: going on with --micro-batch-tokens {args.micro_batch_tokens}")
+            if policy.device.type == "cuda":
+                torch.cuda.empty_cache()
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), args.max_grad_norm)
-        optimizer.step()
-    return {"loss": loss, "grad_norm": norm.item(), "signal": (advantages != 0).float().mean().item()}
+        if math.isfinite(loss) and norm.isfinite():
+            optimizer.step()
+        else:
+            skipped = 1
+    signal = (advantages != 0).float().mean().item()
+    return {"loss": loss, "grad_norm": norm.item(), "signal": signal, "skipped": skipped}
 
 
 @torch.no_grad()
@@ -729,20 +755,41 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     presets: for a script with --preset, the defaults that each one changes, by name.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", default=None)
-    preset = presets.get(parser.parse_known_args()[0].preset, {})
-    args = tyro.cli(Args, default=Args(**preset), description=sys.modules[main.__module__].__doc__)
+    parser.add_argument("--preset")
+    parser.add_argument("--resume")
+    known = parser.parse_known_args()[0]
     try:
+        saved = arguments_of(known.resume) if known.resume else presets.get(known.preset, {})
+        args = tyro.cli(Args, default=Args(**saved), description=sys.modules[main.__module__].__doc__)
+        if known.resume:
+            changed = [f"--{name.replace('_', '-')}" for name in saved if getattr(args, name) != saved[name]]
+            if changed := [name for name in changed if name != "--resume"]:
+                raise BadInput(
+                    f"{known.resume} has other arguments, and a run keeps its own: leave out {', '.join(changed)}"
+                )
         main(args)
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def arguments_of(folder: str) -> dict:
+    """The arguments of the run in this folder. Raises BadInput if it is none, or one of another script."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder} is not a run folder: {error}") from error
+    script = saved.pop("script")
+    if script != Path(sys.argv[0]).stem:
+        raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
 def check_args(args) -> None:
     """Raise BadInput for a value out of range among the arguments that all scripts share."""
     k = "k" if hasattr(args, "k") else "N"
     at_least = {k: 1, "steps": 0, "prompts_per_step": 1, "eval_every": 0, "eval_problems": 1, "epochs": 1}
+    at_least |= {"save_every": 1, "show_samples": 0}
     at_least |= {"kl_coef_end": 0, "kl_delay": 0, "kl_anneal_steps": 0, "warm_up_steps": 0, "verifier_problems": 1}
     at_least |= {"micro_batch_tokens": 1, "kl_coef": 0, "n": getattr(args, k), "eval_n": getattr(args, k)}
     for name, least in at_least.items():
@@ -796,6 +843,69 @@ def step_generator(device: torch.device, seed: int, step: int) -> torch.Generato
     return torch.Generator(device).manual_seed((seed << 32) + step)
 
 
+def judged(task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+    """The task's verdict, with the seconds it took. A verifier that raises costs the samples that make it raise, which
+    get reward 0 and no vote and are counted as verifier_errors, never the run."""
+    start = time.perf_counter()
+    try:
+        verdict = task.verify(problems, responses)
+    except Exception as error:  # the verifier's own code, or a model's response that it did not foresee
+        if len(problems) == 1 and len(responses[0]) == 1:
+            tqdm.write(f"the verifier of {task.name} raised {type(error).__name__}: {str(error)[:200]!r}")
+            verdict = Verdict(torch.zeros(1, 1), torch.full((1, 1), -1), {"verifier_errors": 1}, torch.zeros(1, 1))
+        else:  # halve until those to blame are alone
+            dim = 0 if len(problems) > 1 else 1
+            half = max(len(problems), len(responses[0])) // 2
+            if dim == 0:
+                parts = [(problems[:half], responses[:half]), (problems[half:], responses[half:])]
+            else:
+                parts = [(problems, [responses[0][:half]]), (problems, [responses[0][half:]])]
+            verdict = concatenated([judged(task, *part) for part in parts], dim)
+    verdict.seconds = time.perf_counter() - start
+    return verdict
+
+
+def concatenated(verdicts: Sequence[Verdict], dim: int = 0) -> Verdict:
+    """Verdicts one after the other, along problems (dim 0) or samples (dim 1), their counts and seconds added up."""
+    rewards, votes, scores = (torch.cat([getattr(v, x) for v in verdicts], dim) for x in ("rewards", "votes", "scores"))
+    counts = dict(sum((Counter(v.counts) for v in verdicts), Counter()))
+    return Verdict(rewards, votes, counts, scores, sum(v.seconds for v in verdicts))
+
+
+def rollout_metrics(policy: Policy, rollouts: Rollouts, verdict: Verdict, advantages: torch.Tensor) -> dict[str, float]:
+    """What a step's rollouts (B, n) look like: the metrics that all scripts log, see README."""
+    length = rollouts.mask.sum(-1)  # (B, n)
+    last = rollouts.ids.gather(-1, (length - 1).unsqueeze(-1)).squeeze(-1)  # (B, n)
+    no_end = ~torch.isin(last, torch.tensor(policy.stop_ids, device=last.device))
+    return {
+        "reward": verdict.rewards.mean().item(),
+        "entropy": -(rollouts.log_probs.sum() / length.sum()).item(),
+        "length": length.float().mean().item(),
+        "no_end": no_end.float().mean().item(),
+        "no_answer": (verdict.votes < 0).float().mean().item(),
+        "no_signal": (advantages == 0).all(-1).float().mean().item(),
+    }
+
+
+def step_timings(policy: Policy, rollouts: Rollouts, verdict: Verdict, start: float) -> dict[str, float]:
+    """Of a step that began at `start` (time.perf_counter): seconds, those in the verifier, sampled tokens per second,
+    and the process's peak memory so far in MiB (the GPU's, on a GPU)."""
+    seconds = time.perf_counter() - start
+    if policy.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(policy.device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    tokens = rollouts.mask.sum().item() / seconds
+    return {"seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens, "peak_memory_mib": peak}
+
+
+def show_samples(problems: Sequence[Problem], responses: Sequence[Sequence[str]], verdict: Verdict, count: int) -> None:
+    """Print the first response to each of the first `count` problems with its reward, both escaped: a model's text must
+    not drive the terminal."""
+    for problem, row, rewards in list(zip(problems, responses, verdict.rewards))[:count]:
+        tqdm.write(f"{rewards[0].item():g}  {ascii(problem.prompt[-200:])} -> {ascii(row[0][:1000])}")
+
+
 def evaluate(
     policy: Policy, task: Task, problems: Sequence[Problem], args, temperature: float | None = None
 ) -> Verdict:
@@ -812,10 +922,8 @@ def evaluate(
         part = problems[i : i + size]
         prompts = encode_prompts(policy, task, part, args.max_new_tokens)
         rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, temperature, generator)
-        verdicts.append(task.verify(part, decode(policy, rollouts)))
-    counts = dict(sum((Counter(v.counts) for v in verdicts), Counter()))
-    rewards, votes, scores = (torch.cat([getattr(v, x) for v in verdicts]) for x in ("rewards", "votes", "scores"))
-    return Verdict(rewards, votes, counts, scores)
+        verdicts.append(judged(task, part, decode(policy, rollouts)))
+    return concatenated(verdicts)
 
 
 def scored_task(task: Task, policy: Policy, test_problems: Sequence[Problem], args) -> Task:
@@ -896,11 +1004,152 @@ def new_run_folder(args, parts: Sequence) -> Path:
     return folder
 
 
-def log_metrics(folder: Path, record: dict) -> None:
-    """Append one JSON line to metrics.jsonl; what is not a finite number becomes null, as JSON has no word for it."""
+class Run:
+    """A run: its folder under runs/, its logs, its steps and its checkpoints.
+
+    folder: args.json; metrics.jsonl, a line a step and a line an evaluation, the same for the same arguments (on the
+    CPU bit for bit, however often the run was stopped or killed); timings.jsonl, what depends on the machine;
+    checkpoints/. state: what training changes, by name: modules and optimizers. All else is a function of arguments and
+    step, the random numbers and the order of the data included. progress: plain values and tensors that are saved
+    beside the state.
+    """
+
+    def __init__(self, args, parts: Sequence, **state):
+        """A new run in a new folder, or with args.resume that run at its last checkpoint. args: resume, save_every,
+        steps, tensorboard. Raises BadInput."""
+        self.args, self.state, self.stopping = args, state, False
+        self.progress = {"step": 0, "history": [], "rewards": [], "skipped_in_a_row": 0}
+        self.folder = Path(args.resume) if args.resume else new_run_folder(args, parts)
+        self.bar = tqdm(disable=True)
+        self.writer = None
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise BadInput("--tensorboard needs that library: pip install tensorboard") from error
+            self.writer = SummaryWriter(self.folder)
+        if args.resume:
+            self.restore()
+        print(
+            f"{'resuming at step ' + str(self.progress['step']) + ' in' if args.resume else 'writing to'} {self.folder}"
+        )
+
+    def steps(self, description: str) -> Iterator[int]:
+        """1, 2, ... args.steps, less those done before: a progress bar, a checkpoint every args.save_every steps and at
+        the end. On SIGINT or SIGTERM the step is finished and saved, and the script ends; at a second one it ends at
+        once."""
+        first, last = self.progress["step"] + 1, self.args.steps
+        self.bar = tqdm(total=last, initial=first - 1, desc=description, unit="step", disable=first > last)
+        handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(first, last + 1):
+                yield step
+                self.bar.update()
+                self.progress["step"] = step
+                if step == last or step % self.args.save_every == 0 or self.stopping:
+                    self.save()
+                if self.stopping and step < last:
+                    self.bar.close()
+                    print(f"stopped after step {step}; to go on: python {sys.argv[0]} --resume {self.folder}")
+                    sys.exit(0)
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def request_stop(self, number: int, frame) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        tqdm.write("stopping when this step is done (again: at once, losing it)")
+
+    def log(self, record: dict, timings: dict | None = None, shown: Sequence[str] = ()) -> None:
+        """Append a line to metrics.jsonl, and one to timings.jsonl; the names in `shown` go to the progress bar.
+
+        Raises BadInput when ten steps in a row were skipped because their gradients were not finite.
+        """
+        append_json(self.folder / "metrics.jsonl", record)
+        if timings:
+            append_json(self.folder / "timings.jsonl", {"step": record["step"], **timings})
+        if shown:
+            values = {**record, **(timings or {})}
+            self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown}, refresh=False)
+        if self.writer:
+            scalars = {f"eval/{name}": mean for name, (mean, _) in record.get("eval", {"all": {}})["all"].items()}
+            for name, value in {**record, **(timings or {}), **scalars}.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, record["step"])
+            self.writer.flush()
+        if "skipped" in record:
+            self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
+            if self.progress["skipped_in_a_row"] == 10:
+                raise BadInput(
+                    "ten steps in a row had a loss or gradient that is not finite, and were skipped: lower --lr, raise "
+                    f"--temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
+                )
+
+    def save(self) -> None:
+        """Write a checkpoint: whole under its final name or not at all, its name holding a hash of it. The last two
+        stay.
+
+        Raises BadInput if it cannot be written; those before it are as they were.
+        """
+        folder = self.folder / "checkpoints"
+        unfinished = folder / "unfinished"
+        try:
+            sizes = {}
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                with open(self.folder / name, "a") as file:
+                    os.fsync(file.fileno())
+                    sizes[name] = file.tell()
+            folder.mkdir(exist_ok=True)
+            with open(unfinished, "wb") as file:
+                states = {name: x.state_dict() for name, x in self.state.items()}
+                torch.save({"progress": {**self.progress, "sizes": sizes}, "state": states}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            name = f"{self.progress['step']:08d}-{file_hash(unfinished)}.pt"
+            os.replace(unfinished, folder / name)
+            directory = os.open(folder, os.O_RDONLY)
+            os.fsync(directory), os.close(directory)
+            for old in sorted(folder.glob("*.pt"))[:-2]:
+                old.unlink()
+        except (OSError, RuntimeError) as error:  # RuntimeError: how torch says that a file cannot be written
+            unfinished.unlink(missing_ok=True)
+            why = str(error).partition("\n")[0]
+            raise BadInput(f"cannot write a checkpoint of step {self.progress['step']} to {folder}: {why}") from error
+
+    def restore(self) -> None:
+        """Load the last checkpoint that is whole, and cut the logs back to it."""
+        for path in sorted((self.folder / "checkpoints").glob("*.pt"), reverse=True):
+            if file_hash(path) != path.stem.partition("-")[2]:
+                print(f"{path} is torn and was removed: using the one before it")
+                path.unlink()
+                continue
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            self.progress = checkpoint["progress"]
+            for name, x in self.state.items():
+                x.load_state_dict(checkpoint["state"][name])
+            break
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, self.progress.get("sizes", {}).get(name, 0))
+
+
+def append_json(path: Path, record: dict) -> None:
+    """Append one JSON line; what is not a finite number becomes null, for which alone JSON has a word."""
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    with open(folder / "metrics.jsonl", "a") as file:
+    with open(path, "a") as file:
         file.write(json.dumps(finite) + "\n")
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hex digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def comparison_table(before: dict, after: dict | None, problems: Sequence[Problem], columns: Sequence[str]) -> str:
@@ -972,6 +1221,9 @@ def save_figure(
     plt.close(figure)
 
 
+SEEDS_DIFFER_IN = ("seed", "run_name", "resume", "save_every", "show_samples", "tensorboard")
+
+
 def compare(folders: Sequence[str]) -> None:
     """Print how runs changed their metrics, those that differ in nothing but the seed as mean ± standard error over
     seeds, and draw their pass@j (and maj@j) curves over each other in runs/compare.png."""
@@ -985,7 +1237,7 @@ def compare(folders: Sequence[str]) -> None:
         evaluations = [record for record in log if "eval" in record]
         if len(evaluations) < 2 or evaluations[-1]["step"] < args["steps"]:
             raise BadInput(f"{folder} has not come to its end: leave it out")
-        settings = {name: value for name, value in args.items() if name not in ("seed", "run_name")}
+        settings = {name: value for name, value in args.items() if name not in SEEDS_DIFFER_IN}
         first, last = (evaluations[i]["eval"]["all"] for i in (0, -1))
         groups.setdefault(json.dumps(settings), []).append((first, last))
     settings = {key: json.loads(key) for key in groups}

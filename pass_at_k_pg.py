@@ -73,6 +73,14 @@ class Args:
     """auto, cpu or cuda"""
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
+    show_samples: int = 0
+    """responses to print with their rewards, escaped, whenever the policy is evaluated in training"""
+    save_every: int = 50
+    """steps between checkpoints; the last two are kept"""
+    resume: str | None = None
+    """runs/<name>: go on with that run, from its last checkpoint and with its arguments"""
+    tensorboard: bool = False
+    """also write the metrics for TensorBoard (an optional dependency)"""
     seed: int = 0
     """of the order of problems and of sampling"""
     eval_every: int = 100
@@ -150,59 +158,57 @@ def main(args: Args) -> None:
             common.encode_prompts(policy, task, problems, args.max_new_tokens)
     reference = copy.deepcopy(policy)  # for the KL
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
-    folder = common.new_run_folder(
-        args, [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}"]
-    )
-    print(f"writing to {folder}")
+    parts = [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}"]
+    run = common.Run(args, parts, policy=policy.model, optimizer=optimizer)
 
     ks = common.powers_of_two(args.eval_n, args.k)
-    history, rewards = [], []
 
     def evaluate(step: int) -> dict[str, torch.Tensor]:
         verdict = common.evaluate(policy, task, test_problems, args)
         metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
-        history.append((step, common.by_level(metrics, test_problems)))
-        common.log_metrics(folder, {"step": step, "eval": history[-1][1], **verdict.counts})
+        run.progress["history"].append((step, common.by_level(metrics, test_problems)))
+        run.log({"step": step, "eval": run.progress["history"][-1][1], **verdict.counts})
         if verdict.counts:
             tqdm.write(f"evaluation at step {step}, events in the verifier: {verdict.counts}")
         return metrics
 
-    before, after = evaluate(0), None
-    bar = tqdm(range(1, args.steps + 1), desc=f"{args.estimator} k={args.k}", unit="step", disable=not args.steps)
-    for step in bar:
+    if "before" not in run.progress:
+        run.progress["before"] = evaluate(0)
+    for step in run.steps(f"{args.estimator} k={args.k}"):
         start = time.perf_counter()
         problems = common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed)
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = common.step_generator(policy.device, args.seed, step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-        verdict = task.verify(problems, common.decode(policy, rollouts))
+        responses = common.decode(policy, rollouts)
+        verdict = common.judged(task, problems, responses)
         A = advantages(verdict.rewards, args.k, args.estimator)  # (B, n)
         ratios = common.log_ratios(policy, reference, rollouts if args.kl_coef else rollouts.first(), args)
         if args.kl_coef:
             A = A + args.kl_coef * common.kl_advantages(ratios)
         stats = common.policy_gradient_step(policy, optimizer, rollouts, A, args)
-        rewards.append(verdict.rewards.mean().item())
         record = {
             "step": step,
-            "reward": rewards[-1],
+            **common.rollout_metrics(policy, rollouts, verdict, A),
             f"pass@{args.k}": common.pass_at_k(verdict.rewards, args.k).mean().item(),
             "kl": common.kl_estimate(ratios),
-            "tokens_per_s": rollouts.mask.sum().item() / (time.perf_counter() - start),
             **stats,
             **verdict.counts,
         }
-        common.log_metrics(folder, record)
-        shown = ("reward", f"pass@{args.k}", "kl", "signal", "tokens_per_s")
-        bar.set_postfix({name: f"{record[name]:.3g}" for name in (*shown, *verdict.counts)})
+        run.progress["rewards"].append(record["reward"])
+        timings = common.step_timings(policy, rollouts, verdict, start)
+        run.log(record, timings, ["reward", f"pass@{args.k}", "kl", "signal", *verdict.counts, "tokens_per_s"])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            after = evaluate(step)
+            run.progress["after"] = evaluate(step)
+            common.show_samples(problems, responses, verdict, args.show_samples)
 
+    before, after = run.progress["before"], run.progress.get("after")
     if args.steps:
-        common.save_policy(policy, folder / "policy")
+        common.save_policy(policy, run.folder / "policy")
     columns = [f"pass@{j}" for j in sorted({1, args.k, args.eval_n})]
     print(common.comparison_table(before, after, test_problems, columns))
-    common.save_figure(folder, history, rewards, ["pass"], args.k)
-    print(f"{folder}: metrics.jsonl, curves.png, policy/")
+    common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], ["pass"], args.k)
+    print(f"{run.folder}: metrics.jsonl, curves.png, policy/")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Three processes. The *fork server* imports the usual modules, locks itself in and forks; it never sees a test, so no
 program finds one in its memory. The *judge*, its first child, holds the tests and decides. Each *program* is a fresh
-child of the fork server; it knows its own source, then answers the judge's requests one at a time, in plain data:
+child of the fork server, forked ahead; it waits for its source, then answers the judge's requests one at a time, in
+plain data:
 
     judge -> program    {"source", "stdin"}                      what to run
     program -> judge    ["value", null] | ["error", type, text]  loaded (or, with stdin, ended)
@@ -36,6 +37,7 @@ import socket
 import struct
 import time
 import types
+from _socket import socketpair  # without the classes and enumerations around it, to be copied at each fork
 from collections import deque
 
 # Imported before the fork. Few: each shared library and each page makes every fork dearer.
@@ -44,6 +46,7 @@ REPLY_BYTES = 16 << 20  # the longest answer to one call that the judge reads
 CHANNEL = 3  # a program's descriptor of the socket to the judge
 JUDGE_BYTES = 8 << 30  # address space of the judge, who reads what programs answer
 STATUS = struct.Struct("id")  # wait status, CPU seconds
+DESCRIPTORS = struct.Struct("ii")  # as SCM_RIGHTS takes them
 
 
 # ---------------------------------------------------------------------------------------------------- messages
@@ -149,19 +152,26 @@ def decode(data, dereference):
 
 # ----------------------------------------------------------------------------------------------------- program
 
-def program(load_filter, cpu: int) -> None:
-    """Run one program in this process, the freshly forked child, and end it. CHANNEL and 1 are open to the judge."""
+def program(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, stdout: int) -> None:
+    """Run one program in this process, the freshly forked child, and end it. `channel` and `stdout` lead to the judge.
+
+    Whatever is called or read for the first time costs a page, here and up to the end: so plainly, and in few words.
+    """
     os.setpgid(0, 0)
+    os.dup2(stdout, 1)
+    os.dup2(channel, CHANNEL)
+    os.closerange(CHANNEL + 1, 64)  # the judge's ends too: while it waits, the program must see the judge hang up
     job = marshal.loads(read_message())
     stdin = job["stdin"]
     if stdin is None:
         os.dup2(2, 0)  # /dev/null
         os.dup2(2, 1)
     else:
-        os.dup2(file_of(stdin.encode(errors="replace")), 0)
-    os.closerange(CHANNEL + 1, 64)
-    set_limit(resource.RLIMIT_CPU, cpu, cpu + 1)
-    set_limit(resource.RLIMIT_FSIZE, 0)
+        file = file_of(stdin.encode(errors="replace"))
+        os.dup2(file, 0)
+        os.close(file)
+    for what, limit in limits:
+        resource.setrlimit(what, limit)
     load_filter()
 
     code = compiled(job["source"])
@@ -194,29 +204,27 @@ def program(load_filter, cpu: int) -> None:
 
 
 def read_message() -> bytes:
-    """The judge's next message, b"" when it has hung up. No sockets or buffers: each page touched costs a fork."""
-    def read(size: int) -> bytes:
-        data = os.read(CHANNEL, size)
-        while data and len(data) < size:
-            data += os.read(CHANNEL, size - len(data))
-        return data
-
-    return read(int.from_bytes(read(4), "big"))
+    """The judge's next message, b"" when it has hung up; nothing follows it."""
+    data = more = os.read(CHANNEL, 1 << 13)
+    while more and len(data) < 4 + int.from_bytes(data[:4], "big"):
+        more = os.read(CHANNEL, 1 << 18)
+        data += more
+    return data[4:]
 
 
 def write_message(message) -> None:
     """Answer the judge."""
     data = as_json(message)
-    data = memoryview(len(data).to_bytes(4, "big") + data)
+    data = len(data).to_bytes(4, "big") + data
     while data:
         data = data[os.write(CHANNEL, data):]
 
 
-def set_limit(what: int, soft: int, hard: int | None = None) -> None:
-    """Lower a resource limit, never raising one that is lower already."""
+def lowered(what: int, soft: int, hard: int | None = None) -> tuple[int, tuple[int, int]]:
+    """Arguments of resource.setrlimit that lower a limit, never raising one that is lower already."""
     now = resource.getrlimit(what)[1]
     wanted = (soft, soft if hard is None else hard)
-    resource.setrlimit(what, wanted if now == resource.RLIM_INFINITY else tuple(min(limit, now) for limit in wanted))
+    return what, wanted if now == resource.RLIM_INFINITY else tuple(min(limit, now) for limit in wanted)
 
 
 def file_of(content: bytes) -> int:
@@ -262,28 +270,25 @@ def serve(code: types.CodeType, namespace: dict) -> None:
             return namespace[target]
         raise NameError(f"name {target!r} is not defined")
 
-    def answer(function) -> None:
+    request = b""
+    while True:
         try:
-            message = ["value", encode(function(), reference)]
+            if not request:
+                exec(code, namespace)
+                message = ["value", None]
+            else:
+                target, args, kwargs = marshal.loads(request)
+                function = OPERATIONS[target[1]] if isinstance(target, list) else dereference(target)
+                message = ["value", encode(function(
+                    *[decode(item, dereference) for item in args],
+                    **{name: decode(item, dereference) for name, item in kwargs.items()},
+                ), reference)]
         except BaseException as error:
             message = error_of(error)
         write_message(message)
-
-    answer(lambda: exec(code, namespace))
-    while True:
         request = read_message()
         if not request:
             return
-        target, args, kwargs = marshal.loads(request)
-
-        def call():
-            function = OPERATIONS[target[1]] if isinstance(target, list) else dereference(target)
-            return function(
-                *(decode(item, dereference) for item in args),
-                **{name: decode(item, dereference) for name, item in kwargs.items()},
-            )
-
-        answer(call)
 
 
 OPERATIONS = {
@@ -359,11 +364,10 @@ class Remote:
 
 
 class Run:
-    """One program under judgement: from its fork to its end."""
+    """One program under judgement: from its source to its end."""
 
     def __init__(self, control: socket.socket, job: dict) -> None:
         self.control, self.job, self.trouble, self.detail = control, job, None, ""
-        control.send(b"f")
         _, (channel, self.stdout), _, _ = socket.recv_fds(control, 1, 2)
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, channel)
         self.channel.settimeout(job["wall"])
@@ -551,28 +555,29 @@ def judge(jobs: socket.socket, control: socket.socket) -> None:
 
 # ------------------------------------------------------------------------------------------------- fork server
 
-def fork_server(control: socket.socket, load_filter, cpu: int) -> None:
-    """Fork a program whenever the judge asks; return when judge or pool hang up (the pool's life line is stdin)."""
+def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tuple[int, int]]]) -> None:
+    """Keep one program waiting for the judge; at its command, end this one and fork the next. Return when judge or pool
+    hang up (the pool's life line is stdin)."""
+    events = select.poll()
+    events.register(control.fileno(), select.POLLIN)
+    events.register(0, select.POLLIN)
     while True:
-        if not command(control):
-            return
-        ours, theirs = socket.socketpair()
+        ours, theirs = socketpair()
         stdout_read, stdout_write = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                os.dup2(stdout_write, 1)
-                os.dup2(theirs.fileno(), CHANNEL)
-                program(load_filter, cpu)
+                program(load_filter, limits, theirs.fileno(), stdout_write)
             finally:
                 os._exit(1)
         theirs.close()
         os.close(stdout_write)
         try:
-            socket.send_fds(control, [b"p"], [ours.fileno(), stdout_read])
+            fds = DESCRIPTORS.pack(ours.fileno(), stdout_read)
+            control.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
             ours.close()
             os.close(stdout_read)
-            again = command(control)
+            again = events.poll() == [(control.fileno(), select.POLLIN)] and control.recv(1) != b""
         except OSError:
             again = False
         for kill in (os.killpg, os.kill):  # not yet reaped, so the number is still its own
@@ -584,12 +589,6 @@ def fork_server(control: socket.socket, load_filter, cpu: int) -> None:
         if not again:
             return
         control.send(STATUS.pack(status, usage.ru_utime + usage.ru_stime))
-
-
-def command(control: socket.socket) -> bool:
-    """Wait for the judge's next command; False when judge or pool are gone."""
-    ready, _, _ = select.select([control, 0], [], [])
-    return 0 not in ready and control.recv(1) != b""
 
 
 def unprivileged_user() -> None:
@@ -615,17 +614,12 @@ def unprivileged_user() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def restrict_files(readable: list[str]) -> None:
-    """Landlock: from here on nothing but these paths can be opened, for reading; no TCP, no signals outside."""
-    # landlockpy wants ctypes.util to find libc, and would load a dozen libraries more with it
-    ctypes.util = sys.modules["ctypes.util"] = types.SimpleNamespace(find_library=lambda name: None)
-    from landlockpy import AccessFS, Ruleset, Scope
-
-    with Ruleset(scoped=Scope.ABSTRACT_UNIX_SOCKET | Scope.SIGNAL) as ruleset:
-        for path in readable:
-            read = AccessFS.READ_FILE | (AccessFS.READ_DIR if os.path.isdir(path) else AccessFS.NONE)
-            ruleset.allow_path(path, read)
-        ruleset.restrict()
+def restrict_files(ruleset: int) -> None:
+    """From here on a Landlock ruleset, given as a descriptor, binds this process and its children; see `sandbox`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(446, ruleset, 0):  # PR_SET_NO_NEW_PRIVS, landlock_restrict_self
+        raise OSError(ctypes.get_errno(), "landlock")
+    os.close(ruleset)
 
 
 def filter_loader(instructions: bytes):
@@ -634,10 +628,10 @@ def filter_loader(instructions: bytes):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
     prctl = ctypes.CDLL(None, use_errno=True).prctl
-    filter_program = Program(len(instructions) // 8, instructions)
+    filter_program = ctypes.byref(Program(len(instructions) // 8, instructions))
 
     def load() -> None:
-        if prctl(22, 2, ctypes.byref(filter_program), 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        if prctl(22, 2, filter_program, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
             raise OSError(ctypes.get_errno(), "seccomp")
 
     return load
@@ -672,6 +666,8 @@ def main() -> None:
     os.environ.clear()
     os.register_at_fork = no_hook
     try:
+        if hasattr(os, "sched_setaffinity"):  # judge and program take turns: on one core, neither has to wake another
+            os.sched_setaffinity(0, {settings["core"]})
         for name in PRELOAD:
             __import__(name)
         sys.modules["random"].seed(0)  # for all programs: the same verdict each time
@@ -685,7 +681,7 @@ def main() -> None:
                 unprivileged_user()
                 tasks = 0
             load_filter = filter_loader(bytes.fromhex(settings["program_filter"]))
-            restrict_files(settings["readable"])
+            restrict_files(settings["ruleset"])
             filter_loader(bytes.fromhex(settings["worker_filter"]))()
     except Exception as error:
         send(jobs, {"error": f"{type(error).__name__}: {error}"}, as_json)
@@ -695,7 +691,6 @@ def main() -> None:
     for _ in range(20):  # what every program does, until the interpreter has nothing left to adapt in these pages
         exec(compiled("from typing import List\ndef f(x: List[int]): return [x]"), {})
         decode(json.loads(as_json(encode([1, "a", (2.0, {"b": None})], None))), None)
-        set_limit(resource.RLIMIT_CORE, 0)
     gc.collect()
     gc.freeze()
     ours, theirs = socket.socketpair()
@@ -703,7 +698,7 @@ def main() -> None:
     if pid == 0:
         try:
             ours.close()
-            set_limit(resource.RLIMIT_AS, JUDGE_BYTES)
+            resource.setrlimit(*lowered(resource.RLIMIT_AS, JUDGE_BYTES))
             load_filter()
             send(jobs, {}, as_json)
             judge(jobs, theirs)
@@ -712,11 +707,14 @@ def main() -> None:
     theirs.close()
     jobs.close()
     try:
-        set_limit(resource.RLIMIT_AS, settings["memory"])
-        set_limit(resource.RLIMIT_NOFILE, settings["open_files"])
-        set_limit(resource.RLIMIT_NPROC, settings["threads"] + tasks)
-        set_limit(resource.RLIMIT_CORE, 0)
-        fork_server(ours, load_filter, settings["cpu"])
+        for what, limit in (
+            (resource.RLIMIT_AS, settings["memory"]), (resource.RLIMIT_NOFILE, settings["open_files"]),
+            (resource.RLIMIT_NPROC, settings["threads"] + tasks), (resource.RLIMIT_CORE, 0),
+        ):
+            resource.setrlimit(*lowered(what, limit))
+        cpu = settings["cpu"]
+        limits = [lowered(resource.RLIMIT_CPU, cpu, cpu + 1), lowered(resource.RLIMIT_FSIZE, 0)]
+        fork_server(ours, load_filter, limits)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
