@@ -255,6 +255,7 @@ class ValueNetwork(torch.nn.Module):
         loss = (self(prompts) - rewards.to(self.head.weight)).square().mean()
         optimizer.zero_grad()
         loss.backward()
+        common.average_gradients(self.parameters())
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         optimizer.step()
         return loss.item()
@@ -342,7 +343,7 @@ def main(args: Args) -> None:
         run.progress["others_before"] = {T: evaluate(0, T) for T in temperatures if T != args.temperature}
     for step in run.steps(f"{args.estimator} N={args.N}"):
         start = time.perf_counter()
-        problems = common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed)
+        problems = common.share(common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed))
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = common.step_generator(policy.device, args.seed, step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
@@ -369,7 +370,6 @@ def main(args: Args) -> None:
             **stats,
             **verdict.counts,
         }
-        run.progress["rewards"].append(record["reward"])
         timings = common.step_timings(policy, rollouts, verdict, start)
         run.log(record, timings, ["reward", f"{selected}@{args.N}", "kl", "signal", *verdict.counts, "tokens_per_s"])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

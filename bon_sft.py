@@ -221,7 +221,7 @@ def main(args: Args) -> None:
         run.progress["before"] = evaluate(0)
     for step in run.steps(f"{args.likelihood} N={args.N}"):
         start = time.perf_counter()
-        problems = common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed)
+        problems = common.share(common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed))
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         experts = common.expert_rollouts(policy, task, prompts, [problem.solution for problem in problems])  # (B, 1, T)
         rollouts = experts
@@ -240,7 +240,6 @@ def main(args: Args) -> None:
             **stats,
             **verdict.counts,
         }
-        run.progress["rewards"] += [record["reward"]] if args.N > 1 else []
         timings = common.step_timings(policy, rollouts, verdict, start)
         run.log(record, timings, [name for name in (*record, "tokens_per_s") if name not in ("step", "skipped")])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):

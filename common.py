@@ -21,11 +21,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
@@ -251,6 +252,58 @@ def best_of_n_tilt(N: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun): each has its share of the prompts, all have the same weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of processes: (0, 1) unless torchrun started more."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(problems: Sequence[Problem]) -> Sequence[Problem]:
+    """This process's share: every `size`-th problem, from the `rank`-th on."""
+    rank, size = world()
+    return problems if size == 1 else problems[rank::size]
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes: shares of equal size have the gradient of the whole."""
+    if world()[1] > 1:
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()[1]
+
+
+def from_all(value) -> list:
+    """What each process has of this value, in the order of ranks; it is sent by pickle."""
+    values = [None] * world()[1]
+    if len(values) == 1:
+        return [value]
+    dist.all_gather_object(values, value)
+    return values
+
+
+SUMMED, HIGHEST = ("tokens_per_s",), ("seconds", "verify_s", "peak_memory_mib")
+
+
+def global_record(record: dict) -> dict:
+    """One record of the records of all processes: means of floats, but for those above; sums of counts (integers)."""
+    records, merged = from_all(record), {}
+    if len(records) == 1:
+        return record
+    for name in dict.fromkeys(name for each in records for name in each):
+        values = [each[name] for each in records if name in each]
+        if name in HIGHEST or name in ("step", "skipped"):
+            merged[name] = max(values)
+        elif name in SUMMED or isinstance(values[0], int):
+            merged[name] = sum(values)
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Policy
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -391,7 +444,11 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-aware-rl"
     folder = cache / name
+    if world()[0] > 0:  # the first process writes, the others wait
+        dist.barrier()
     if folder.is_dir():
+        if world()[0] == 0 and world()[1] > 1:
+            dist.barrier()
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -401,6 +458,8 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
         except OSError:  # another process was first; its result is the same
             if not folder.is_dir():
                 raise
+    if world()[0] == 0 and world()[1] > 1:
+        dist.barrier()
     return folder
 
 
@@ -443,6 +502,8 @@ def with_slips(solution: str, rate: float, rng: random.Random) -> str:
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write model and tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them anywhere."""
+    if world()[0] > 0:
+        return
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
@@ -595,25 +656,57 @@ def response_log_probs(
     model, device = policy.model, policy.device
     recompute_activations(model, torch.is_grad_enabled())
     mask = mask.to(device)
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(-1)  # (R, 1)
-    real = mask.cpu()
-    rows = [[*prompt, *row[keep].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), real)]
-    inputs, _ = padded(rows)
     with autocast(device):
-        # Filler stands on the right, where causal attention never looks: no mask, the fast attention kernels apply.
-        hidden = model.base_model(input_ids=inputs.to(device), use_cache=False).last_hidden_state  # (R, L, H)
-        column = torch.arange(ids.shape[1], device=device)
-        before = (length - 1 + column).clamp(max=hidden.shape[1] - 1)  # (R, T): the position that predicts token t
-        hidden = hidden[torch.arange(len(rows), device=device).unsqueeze(-1), before][mask]  # (R, T, H) -> (M, H)
+        hidden = response_states(model, prompts, ids.to(device), mask)[mask]  # (R, T, H) -> (M, H)
         targets = ids.to(device)[mask]  # (M,)
 
         def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return -F.cross_entropy(logits(model, hidden) / temperature, targets, reduction="none")
+            scores = logits(model, hidden)
+            scores = scores if temperature == 1 else scores / temperature  # a copy of all logits less
+            return -F.cross_entropy(scores, targets, reduction="none")
 
         size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
         chunks = zip(hidden.split(size), targets.split(size))
         values = torch.cat([checkpoint(token_log_probs, h, y, use_reentrant=False) for h, y in chunks])
     return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+
+
+def response_states(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The last hidden state that predicts each response token: (R, T, H), of any value where mask (R, T) is false.
+
+    Rows with the same prompt share one pass over it, as in `sample`, unless activations are to be recomputed, which
+    rules out a cache of keys and values, or it would save less than a tenth of the tokens.
+    """
+    device = ids.device
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    saved = sum(map(len, prompts)) - sum(map(len, place))
+    if recomputed or 10 * saved < sum(map(len, prompts)) + int(mask.sum()):
+        # Filler stands on the right, where causal attention never looks: no mask, the fast attention kernels apply.
+        # The last token of a response predicts nothing and is left out.
+        rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
+        hidden = model.base_model(input_ids=padded(rows)[0].to(device), use_cache=False).last_hidden_state  # (R, L, H)
+        length = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(-1)  # (R, 1)
+        before = (length - 1 + torch.arange(ids.shape[1], device=device)).clamp(max=hidden.shape[1] - 1)  # (R, T)
+        return hidden[torch.arange(len(rows), device=device).unsqueeze(-1), before]
+    group = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)  # (R,)
+    prompt_ids, seen = (x.to(device) for x in padded(list(place), left=True))  # (G, P)
+    position, cache = seen.cumsum(-1) - 1, DynamicCache(config=model.config)
+    first = model.base_model(
+        input_ids=prompt_ids, attention_mask=seen.long(), position_ids=position.clamp(min=0),
+        past_key_values=cache, use_cache=True,
+    ).last_hidden_state[group, -1:]  # fmt: skip
+    if ids.shape[1] == 1:
+        return first
+    cache.batch_select_indices(group)
+    rest = model.base_model(
+        input_ids=ids[:, :-1], attention_mask=F.pad(seen.long()[group], (0, ids.shape[1] - 1), value=1),
+        position_ids=position[group, -1:] + torch.arange(1, ids.shape[1], device=device),
+        past_key_values=cache, use_cache=True,
+    ).last_hidden_state  # fmt: skip
+    return torch.cat([first, rest], 1)
 
 
 def micro_batches(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
@@ -669,14 +762,14 @@ def policy_gradient_step(
 
     advantages: (B, n), sum convention. args: temperature, micro_batch_tokens, epochs, clip, max_grad_norm.
     Returns the metrics of the last step: loss, grad_norm, signal (the share of rows with an advantage), and skipped: 1
-    if the loss or the gradient was not finite and the policy stayed as it was. When memory runs out
+    if the gradient was not finite and the policy stayed as it was. When memory runs out
     args.micro_batch_tokens is halved and the step begun again. Raises BadInput when it cannot be halved further.
     """
     skipped = 0
     for _ in range(epochs := getattr(args, "epochs", 1)):
         clip = args.clip if epochs > 1 else None
         while True:
-            # Zeros, not None: a step without any signal is still a step of the optimiser, also the first after a resume.
+            # Zeros, not None: a step without any signal is still a step of the optimiser, also right after a resume.
             for parameter in policy.model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
             try:
@@ -694,8 +787,9 @@ def policy_gradient_step(
             tqdm.write(f"out of memory: going on with --micro-batch-tokens {args.micro_batch_tokens}")
             if policy.device.type == "cuda":
                 torch.cuda.empty_cache()
+        average_gradients(policy.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), args.max_grad_norm)
-        if math.isfinite(loss) and norm.isfinite():
+        if norm.isfinite():
             optimizer.step()
         else:
             skipped = 1
@@ -758,6 +852,12 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     parser.add_argument("--preset")
     parser.add_argument("--resume")
     known = parser.parse_known_args()[0]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
         saved = arguments_of(known.resume) if known.resume else presets.get(known.preset, {})
         args = tyro.cli(Args, default=Args(**saved), description=sys.modules[main.__module__].__doc__)
@@ -769,8 +869,11 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
                 )
         main(args)
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if world()[0] == 0 else f"error in rank {world()[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
 
 
 def arguments_of(folder: str) -> dict:
@@ -799,6 +902,10 @@ def check_args(args) -> None:
     for name in ("lr", "temperature", "max_grad_norm", "clip", "value_lr", "verifier_lr"):
         if not 0 < getattr(args, name, 1) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
+    if args.prompts_per_step % world()[1]:
+        raise BadInput(
+            f"--prompts-per-step must be a multiple of the {world()[1]} processes, not {args.prompts_per_step}"
+        )
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -839,8 +946,11 @@ def training_batch(problems: Sequence[Problem], step: int, size: int, seed: int)
 
 
 def step_generator(device: torch.device, seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step: a function of (seed, step), so that evaluating more often changes nothing."""
-    return torch.Generator(device).manual_seed((seed << 32) + step)
+    """The random numbers of a step: a function of seed, step and rank, so that evaluating more often changes
+    nothing."""
+    rank = world()[0]
+    number = (seed << 32) + step if rank == 0 else random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
+    return torch.Generator(device).manual_seed(number)
 
 
 def judged(task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
@@ -915,15 +1025,21 @@ def evaluate(
     args: eval_n, max_new_tokens, temperature (that of training, unless another is given).
     """
     temperature = temperature or args.temperature
-    generator = torch.Generator(policy.device).manual_seed(0)
+    rank, processes = world()
+    generator = torch.Generator(policy.device).manual_seed(rank)
     size = max(1, 4096 // args.eval_n)  # problems at a time
-    verdicts = []
-    for i in tqdm(range(0, len(problems), size), desc="evaluating", leave=False, disable=None):
-        part = problems[i : i + size]
+    verdicts, mine = [], share(problems)
+    for i in tqdm(range(0, len(mine), size), desc="evaluating", leave=False, disable=True if rank else None):
+        part = mine[i : i + size]
         prompts = encode_prompts(policy, task, part, args.max_new_tokens)
         rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, temperature, generator)
         verdicts.append(judged(task, part, decode(policy, rollouts)))
-    return concatenated(verdicts)
+    verdict = concatenated([v for part in from_all(verdicts) for v in part])
+    # From the order of ranks back to that of the problems.
+    order = torch.tensor([i for r in range(processes) for i in range(r, len(problems), processes)]).argsort()
+    return dataclasses.replace(
+        verdict, rewards=verdict.rewards[order], votes=verdict.votes[order], scores=verdict.scores[order]
+    )
 
 
 def scored_task(task: Task, policy: Policy, test_problems: Sequence[Problem], args) -> Task:
@@ -985,8 +1101,9 @@ def by_level(
 
 
 def new_run_folder(args, parts: Sequence) -> Path:
-    """Create runs/<name>/ with args.json and return it. The name: --run-name, or the script, `parts` and a hash of all
-    arguments; a number is appended where it is taken, so that no run ever overwrites another's."""
+    """Create runs/<name>/ with args.json and return it; for the first process alone. The name: --run-name, or the
+    script, `parts` and a hash of all arguments; a number is appended where it is taken, so that no run overwrites
+    another's."""
     arguments = dataclasses.asdict(args)
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:6]
     script = Path(sys.argv[0]).stem
@@ -1019,10 +1136,11 @@ class Run:
         steps, tensorboard. Raises BadInput."""
         self.args, self.state, self.stopping = args, state, False
         self.progress = {"step": 0, "history": [], "rewards": [], "skipped_in_a_row": 0}
-        self.folder = Path(args.resume) if args.resume else new_run_folder(args, parts)
+        self.folder = Path(args.resume) if args.resume else new_run_folder(args, parts) if world()[0] == 0 else None
+        self.folder = from_all(self.folder)[0]
         self.bar = tqdm(disable=True)
         self.writer = None
-        if args.tensorboard:
+        if args.tensorboard and world()[0] == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
@@ -1039,13 +1157,16 @@ class Run:
         the end. On SIGINT or SIGTERM the step is finished and saved, and the script ends; at a second one it ends at
         once."""
         first, last = self.progress["step"] + 1, self.args.steps
-        self.bar = tqdm(total=last, initial=first - 1, desc=description, unit="step", disable=first > last)
+        self.bar = tqdm(
+            total=last, initial=first - 1, desc=description, unit="step", disable=first > last or world()[0] > 0
+        )
         handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in range(first, last + 1):
                 yield step
                 self.bar.update()
                 self.progress["step"] = step
+                self.stopping = any(from_all(self.stopping))  # all stop after the same step
                 if step == last or step % self.args.save_every == 0 or self.stopping:
                     self.save()
                 if self.stopping and step < last:
@@ -1068,9 +1189,14 @@ class Run:
 
         Raises BadInput when ten steps in a row were skipped because their gradients were not finite.
         """
-        append_json(self.folder / "metrics.jsonl", record)
-        if timings:
-            append_json(self.folder / "timings.jsonl", {"step": record["step"], **timings})
+        if "loss" in record:
+            record, timings = global_record(record), global_record(timings)
+        if "reward" in record:
+            self.progress["rewards"].append(record["reward"])
+        if world()[0] == 0:
+            append_json(self.folder / "metrics.jsonl", record)
+            if timings:
+                append_json(self.folder / "timings.jsonl", {"step": record["step"], **timings})
         if shown:
             values = {**record, **(timings or {})}
             self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown}, refresh=False)
@@ -1096,6 +1222,8 @@ class Run:
         """
         folder = self.folder / "checkpoints"
         unfinished = folder / "unfinished"
+        if world()[0] > 0:
+            return
         try:
             sizes = {}
             for name in ("metrics.jsonl", "timings.jsonl"):
@@ -1121,19 +1249,25 @@ class Run:
 
     def restore(self) -> None:
         """Load the last checkpoint that is whole, and cut the logs back to it."""
-        for path in sorted((self.folder / "checkpoints").glob("*.pt"), reverse=True):
-            if file_hash(path) != path.stem.partition("-")[2]:
-                print(f"{path} is torn and was removed: using the one before it")
-                path.unlink()
-                continue
+        path = from_all(last_checkpoint(self.folder) if world()[0] == 0 else None)[0]
+        if path is not None:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             self.progress = checkpoint["progress"]
             for name, x in self.state.items():
                 x.load_state_dict(checkpoint["state"][name])
-            break
         for name in ("metrics.jsonl", "timings.jsonl"):
-            if (self.folder / name).exists():
+            if (self.folder / name).exists() and world()[0] == 0:
                 os.truncate(self.folder / name, self.progress.get("sizes", {}).get(name, 0))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run that is whole; those behind it, which are not, are removed."""
+    for path in sorted((folder / "checkpoints").glob("*.pt"), reverse=True):
+        if file_hash(path) == path.stem.partition("-")[2]:
+            return path
+        print(f"{path} is torn and was removed: using the one before it")
+        path.unlink()
+    return None
 
 
 def append_json(path: Path, record: dict) -> None:
@@ -1183,6 +1317,8 @@ def save_figure(
     evaluations: (step, result of `by_level`), first and last the ones before and after. rewards: mean reward by step.
     names: metric families, such as "pass" for pass@1, pass@2, ...
     """
+    if world()[0] > 0:
+        return
     import matplotlib
 
     matplotlib.use("Agg")

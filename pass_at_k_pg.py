@@ -176,7 +176,7 @@ def main(args: Args) -> None:
         run.progress["before"] = evaluate(0)
     for step in run.steps(f"{args.estimator} k={args.k}"):
         start = time.perf_counter()
-        problems = common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed)
+        problems = common.share(common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed))
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = common.step_generator(policy.device, args.seed, step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
@@ -195,7 +195,6 @@ def main(args: Args) -> None:
             **stats,
             **verdict.counts,
         }
-        run.progress["rewards"].append(record["reward"])
         timings = common.step_timings(policy, rollouts, verdict, start)
         run.log(record, timings, ["reward", f"pass@{args.k}", "kl", "signal", *verdict.counts, "tokens_per_s"])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
