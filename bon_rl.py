@@ -16,7 +16,7 @@ evaluation at several temperatures.
     python bon_rl.py --N 8                                           # exact gradient, the environment selects
     python bon_rl.py --N 8 --estimator variational                   # BoN-RL as in the paper
     python bon_rl.py --N 16 --estimator rlb-positive                 # BoN-RLB(P)
-    python bon_rl.py --N 8 --task chain --verifier learned           # BoN-RL-V
+    python bon_rl.py --N 8 --verifier learned                        # BoN-RL-V
     python bon_rl.py --N 8 --estimator mean                          # the baseline, N = 1
 """
 

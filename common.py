@@ -1136,15 +1136,15 @@ class Run:
         steps, tensorboard. Raises BadInput."""
         self.args, self.state, self.stopping = args, state, False
         self.progress = {"step": 0, "history": [], "rewards": [], "skipped_in_a_row": 0}
-        self.folder = Path(args.resume) if args.resume else new_run_folder(args, parts) if world()[0] == 0 else None
-        self.folder = from_all(self.folder)[0]
-        self.bar = tqdm(disable=True)
-        self.writer = None
-        if args.tensorboard and world()[0] == 0:
+        self.bar, self.writer = tqdm(disable=True), None
+        if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise BadInput("--tensorboard needs that library: pip install tensorboard") from error
+        self.folder = Path(args.resume) if args.resume else new_run_folder(args, parts) if world()[0] == 0 else None
+        self.folder = from_all(self.folder)[0]
+        if args.tensorboard and world()[0] == 0:
             self.writer = SummaryWriter(self.folder)
         if args.resume:
             self.restore()
@@ -1215,8 +1215,7 @@ class Run:
                 )
 
     def save(self) -> None:
-        """Write a checkpoint: whole under its final name or not at all, its name holding a hash of it. The last two
-        stay.
+        """Write a checkpoint, whole under its final name or not at all, with a hash of it in the name; the last two stay.
 
         Raises BadInput if it cannot be written; those before it are as they were.
         """
@@ -1362,7 +1361,7 @@ SEEDS_DIFFER_IN = ("seed", "run_name", "resume", "save_every", "show_samples", "
 
 def compare(folders: Sequence[str]) -> None:
     """Print how runs changed their metrics, those that differ in nothing but the seed as mean ± standard error over
-    seeds, and draw their pass@j (and maj@j) curves over each other in runs/compare.png."""
+    seeds, and draw their pass@j (maj@j, bon@j) curves over each other in runs/compare.png."""
     groups: dict[str, list[tuple[dict, dict]]] = {}
     for folder in map(Path, folders):
         try:
@@ -1383,7 +1382,7 @@ def compare(folders: Sequence[str]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [name for name in ("pass", "maj") if any(f"{name}@1" in runs[0][1] for runs in groups.values())]
+    names = [name for name in ("pass", "maj", "bon") if any(f"{name}@1" in runs[0][1] for runs in groups.values())]
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), layout="constrained", squeeze=False)
     for key, runs in groups.items():
         label = " ".join(f"{name}={settings[key].get(name)}" for name in varying) or settings[key]["script"]
