@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from verifiers import BadInput, load_task
+from verifiers import BadInput, learned, load_task
 
 # Table 2 of the paper (Gemma 2 2B), for --preset paper
 PAPER = {
@@ -308,8 +308,10 @@ def main(args: Args) -> None:
     for problems in (train_problems, test_problems):
         if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not at step 300
             common.encode_prompts(policy, task, problems, args.max_new_tokens)
+    verifier = None
     if args.verifier == "learned":
-        task = common.scored_task(task, policy, test_problems, args)
+        verifier = common.load_learned_verifier(task, policy, test_problems, args)
+        task = learned.with_scores(task, verifier)
     reference = copy.deepcopy(policy)  # the anchor, for the KL
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
     value = ValueNetwork(policy) if args.baseline == "value" else None
@@ -318,6 +320,8 @@ def main(args: Args) -> None:
     state |= {"value": value, "value_optimizer": value_optimizer} if value else {}
     parts = [args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
     run = common.Run(args, parts, **state)
+    if verifier and not args.verifier_model and common.world()[0] == 0:
+        verifier.save(run.folder / "verifier")
 
     ks = common.powers_of_two(args.eval_n, args.N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from verifiers import BadInput, load_task
+from verifiers import BadInput, learned, load_task
 from verifiers.rows import load_rows, require_columns
 
 
@@ -197,11 +197,15 @@ def main(args: Args) -> None:
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         if problems is train_problems and args.steps:
             common.expert_rollouts(policy, task, prompts, [problem.solution for problem in problems])
+    verifier = None
     if args.verifier == "learned":
-        task = common.scored_task(task, policy, test_problems, args)
+        verifier = common.load_learned_verifier(task, policy, test_problems, args)
+        task = learned.with_scores(task, verifier)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
     parts = [args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
     run = common.Run(args, parts, policy=policy.model, optimizer=optimizer)
+    if verifier and not args.verifier_model and common.world()[0] == 0:
+        verifier.save(run.folder / "verifier")
 
     ks = common.powers_of_two(args.eval_n, args.eval_N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N

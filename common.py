@@ -1042,11 +1042,11 @@ def evaluate(
     )
 
 
-def scored_task(task: Task, policy: Policy, test_problems: Sequence[Problem], args) -> Task:
-    """The task, its verdicts with the scores of a learned verifier: --verifier-model, or one trained here on the
-    initial policy's own labelled samples (once for `tiny`, in the cache). Prints its quality on held-out problems.
+def load_learned_verifier(task: Task, policy: Policy, problems: Sequence[Problem], args) -> learned.LearnedVerifier:
+    """The verifier of --verifier learned: --verifier-model, or one trained here on the initial policy's own labelled
+    samples (once for `tiny`, in the cache). Prints its quality on samples for `problems`, held out.
 
-    args: model, verifier_model, verifier_problems, verifier_lr, max_new_tokens.
+    args: model, verifier_model, verifier_problems, verifier_lr, max_new_tokens, resume (a run keeps its verifier).
     """
 
     def labelled_samples(problems: Sequence[Problem]):
@@ -1054,27 +1054,25 @@ def scored_task(task: Task, policy: Policy, test_problems: Sequence[Problem], ar
         prompts = encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = torch.Generator(policy.device).manual_seed(1)
         responses = decode(policy, sample(policy, prompts, 8, args.max_new_tokens, 1.0, generator))
-        return problems, responses, task.verify(problems, responses).rewards
+        return problems, responses, judged(task, problems, responses).rewards
 
-    def train(folder: Path | None = None) -> learned.LearnedVerifier:
-        problems = training_batch(task.train, 0, min(args.verifier_problems, len(task.train)), seed=0)
-        base, samples = policy.model.name_or_path, labelled_samples(problems)
-        verifier = learned.trained_verifier(base, task, *samples, policy.device, args.verifier_lr)
-        if folder:
-            verifier.save(folder)
-        return verifier
+    def trained() -> learned.LearnedVerifier:
+        chosen = training_batch(task.train, 0, min(args.verifier_problems, len(task.train)), seed=0)
+        base = policy.model.name_or_path
+        return learned.trained_verifier(base, task, *labelled_samples(chosen), policy.device, args.verifier_lr)
 
-    if args.verifier_model:
-        verifier = learned.load_verifier(args.verifier_model, task, policy.device)
+    own = Path(args.resume) / "verifier" if args.resume else None
+    if args.verifier_model or (own and own.is_dir()):
+        verifier = learned.load_verifier(args.verifier_model or str(own), task, policy.device)
     elif args.model == "tiny":
         recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}"
-        name = f"{Path(policy.model.name_or_path).name}-verifier-{recipe}"
-        verifier = learned.load_verifier(str(cached(name, train)), task, policy.device)
+        folder = cached(f"{Path(policy.model.name_or_path).name}-verifier-{recipe}", lambda x: trained().save(x))
+        verifier = learned.load_verifier(str(folder), task, policy.device)
     else:
-        verifier = train()
-    problems, responses, rewards = labelled_samples(test_problems)
+        verifier = trained()
+    _, responses, rewards = labelled_samples(problems)
     print(learned.quality(verifier.score([problem.prompt for problem in problems], responses), rewards))
-    return learned.with_scores(task, verifier)
+    return verifier
 
 
 def powers_of_two(n: int, *others: int) -> list[int]:
@@ -1215,7 +1213,7 @@ class Run:
                 )
 
     def save(self) -> None:
-        """Write a checkpoint, whole under its final name or not at all, with a hash of it in the name; the last two stay.
+        """Write a checkpoint: whole under its final name, which has a hash of it, or not at all; the last two stay.
 
         Raises BadInput if it cannot be written; those before it are as they were.
         """

@@ -110,3 +110,7 @@ def test_a_run_with_a_learned_verifier(run, model, tmp_path, monkeypatch, script
     (folder,) = (tmp_path / "runs").iterdir()
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"bon@1", "bon@2", "bon@4", "pass@4"} <= log[0]["eval"]["all"].keys()
+    weights = (folder / "verifier" / "model.safetensors").read_bytes()
+    again = run(script, "--resume", f"runs/{folder.name}")  # reads its own verifier, trains none
+    assert again.returncode == 0 and "training the verifier" not in again.stderr, again.stderr
+    assert weights == (folder / "verifier" / "model.safetensors").read_bytes()
