@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 import common
-from test_cli import ROOT, SMALL, save_untrained
-from test_resume import model, outcome  # noqa: F401 (model: a fixture)
+from test_cli import ROOT, SCRIPTS, SMALL, of_script, save_untrained
+from test_resume import EXTRA, FLAGS, model, outcome  # noqa: F401 (model: a fixture)
 from test_sampler import random_policy, rollouts_of
 
 STEP = """
@@ -64,22 +65,24 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_of_two_processes_killed_and_resumed(model, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS[1:])])
+def test_a_run_of_two_processes_killed_and_resumed(script, model, tmp_path):  # noqa: F811
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves."""
-    flags = [*SMALL, "--levels", "1", "--steps", "6", "--save-every", "2", "--model", model]
+    flags = [*FLAGS, "--save-every", "2", *EXTRA.get(script, []), "--model", model]
+    flags = [of_script(script, flag) for flag in flags]
     whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
-    process = torchrun(ROOT / "pass_at_k_pg.py", *flags, "--run-name", "whole", cwd=tmp_path)
+    process = torchrun(ROOT / script, *flags, "--run-name", "whole", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.count("writing to runs/whole") == 1 and sorted(os.listdir(tmp_path / "runs")) == ["whole"]
     log = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    process = torchrun(ROOT / "pass_at_k_pg.py", *flags, "--run-name", "killed", cwd=tmp_path)
+    process = torchrun(ROOT / script, *flags, "--run-name", "killed", cwd=tmp_path)
     while process.poll() is None and not [*killed.glob("checkpoints/*.pt")]:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    process = torchrun(ROOT / "pass_at_k_pg.py", "--resume", "runs/killed", cwd=tmp_path)
+    process = torchrun(ROOT / script, "--resume", "runs/killed", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert outcome(killed) == outcome(whole)
