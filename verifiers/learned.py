@@ -92,10 +92,10 @@ def trained_verifier(
 
     base: the model whose weights it starts from, by hub id or folder; its classification head is new. It learns from
     the problems alone that have both right and wrong samples: to select is to tell samples of one problem apart.
-    Raises ValueError for rewards outside [0, 1].
+    Raises BadInput for rewards outside [0, 1], and if there is no such problem to learn from.
     """
     if not ((rewards >= 0) & (rewards <= 1)).all():
-        raise ValueError("a verifier is trained on rewards from 0 to 1")
+        raise BadInput("a verifier is trained on rewards from 0 to 1: this task has others")
     mixed = (rewards.amin(-1) < rewards.amax(-1)).nonzero()[:, 0].tolist()
     if not mixed:
         raise BadInput("no problem has both right and wrong samples: a verifier has nothing to learn from")
