@@ -313,9 +313,9 @@ def main(args: Args) -> None:
         verifier = common.load_learned_verifier(task, policy, test_problems, args)
         task = learned.with_scores(task, verifier)
     reference = copy.deepcopy(policy)  # the anchor, for the KL
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     value = ValueNetwork(policy) if args.baseline == "value" else None
-    value_optimizer = torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0) if value else None
+    value_optimizer = torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0, fused=True) if value else None
     state = {"policy": policy.model, "optimizer": optimizer, "anchor": reference.model}
     state |= {"value": value, "value_optimizer": value_optimizer} if value else {}
     parts = [args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]

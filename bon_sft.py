@@ -201,7 +201,7 @@ def main(args: Args) -> None:
     if args.verifier == "learned":
         verifier = common.load_learned_verifier(task, policy, test_problems, args)
         task = learned.with_scores(task, verifier)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     parts = [args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
     run = common.Run(args, parts, policy=policy.model, optimizer=optimizer)
     if verifier and not args.verifier_model and common.world()[0] == 0:

@@ -158,7 +158,7 @@ def main(args: Args) -> None:
         if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not at step 300
             common.encode_prompts(policy, task, problems, args.max_new_tokens)
     reference = copy.deepcopy(policy)  # for the KL
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     parts = [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}"]
     run = common.Run(args, parts, policy=policy.model, optimizer=optimizer)
 

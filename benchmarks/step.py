@@ -70,7 +70,7 @@ class OurStep:
     def __init__(self, policy, task, problems, n, k, tokens, case):
         self.policy, self.task, self.problems, self.case = policy, task, problems, case
         self.n, self.k, self.tokens = n, k, tokens
-        self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
         self.args = SimpleNamespace(temperature=1.0, micro_batch_tokens=16384, epochs=1, clip=0.2, max_grad_norm=1.0)
         self.parts = []
 
