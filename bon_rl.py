@@ -107,6 +107,8 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     device: str = "auto"
     """auto, cpu or cuda"""
+    fsdp: bool = False
+    """under torchrun: spread the policy over the processes (FSDP2), for models that do not fit one device"""
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
     show_samples: int = 0
@@ -285,6 +287,8 @@ def check_args(args: Args) -> None:
         raise BadInput(f"--estimator variational needs --n {groups * args.N} or a larger multiple of --N, not {args.n}")
     if args.baseline == "value" and args.estimator not in ("mean", "variational"):
         raise BadInput(f"--baseline value is for --estimator mean and variational: {args.estimator} has no use for it")
+    if args.baseline == "value" and args.fsdp:
+        raise BadInput("--baseline value keeps the value network whole in every process: leave --fsdp out")
     if args.estimator.startswith("rlb") and args.verifier == "learned":
         raise BadInput(f"--estimator {args.estimator} is a closed form for --verifier environment")
     if not 0 <= args.anchor_rate <= 1:
@@ -301,21 +305,24 @@ def main(args: Args) -> None:
     args.max_new_tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
     test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
     train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
-    policy = common.load_policy(args.model, task, args.device, args.gradient_checkpointing)
+    device = "cpu" if args.fsdp else args.device  # common.shard moves it, layer by layer
+    policy = common.load_policy(args.model, task, device, args.gradient_checkpointing)
     if args.show_prompt:
         print(policy.tokenizer.decode(common.encode_prompts(policy, task, train_problems[:1], args.max_new_tokens)[0]))
         return
     for problems in (train_problems, test_problems):
         if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not at step 300
             common.encode_prompts(policy, task, problems, args.max_new_tokens)
+    reference = copy.deepcopy(policy)  # the anchor, for the KL
+    if args.fsdp:
+        common.shard(args.device, policy, reference)
     verifier = None
     if args.verifier == "learned":
         verifier = common.load_learned_verifier(task, policy, test_problems, args)
         task = learned.with_scores(task, verifier)
-    reference = copy.deepcopy(policy)  # the anchor, for the KL
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     value = ValueNetwork(policy) if args.baseline == "value" else None
-    value_optimizer = torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0, fused=True) if value else None
+    value_optimizer = value and torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0, fused=True)
     state = {"policy": policy.model, "optimizer": optimizer, "anchor": reference.model}
     state |= {"value": value, "value_optimizer": value_optimizer} if value else {}
     parts = [args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]

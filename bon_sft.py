@@ -74,6 +74,8 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     device: str = "auto"
     """auto, cpu or cuda"""
+    fsdp: bool = False
+    """under torchrun: spread the policy over the processes (FSDP2), for models that do not fit one device"""
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
     show_samples: int = 0
@@ -189,7 +191,8 @@ def main(args: Args) -> None:
         train_problems = with_experts(train_problems, args.experts) if args.experts else train_problems
         if not all(problem.solution for problem in train_problems):
             raise BadInput(f"task {args.task!r} has problems without a solution: give responses to them by --experts")
-    policy = common.load_policy(args.model, task, args.device, args.gradient_checkpointing)
+    device = "cpu" if args.fsdp else args.device  # common.shard moves it, layer by layer
+    policy = common.load_policy(args.model, task, device, args.gradient_checkpointing)
     if args.show_prompt:
         print(policy.tokenizer.decode(common.encode_prompts(policy, task, train_problems[:1], args.max_new_tokens)[0]))
         return
@@ -197,6 +200,8 @@ def main(args: Args) -> None:
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         if problems is train_problems and args.steps:
             common.expert_rollouts(policy, task, prompts, [problem.solution for problem in problems])
+    if args.fsdp:
+        common.shard(args.device, policy)
     verifier = None
     if args.verifier == "learned":
         verifier = common.load_learned_verifier(task, policy, test_problems, args)

@@ -6,6 +6,7 @@ Papers: Tang et al. (arXiv 2503.19595), Chow et al. (2412.15287), PKPO (Walder, 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -29,6 +30,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -269,10 +273,86 @@ def share(problems: Sequence[Problem]) -> Sequence[Problem]:
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes: shares of equal size have the gradient of the whole."""
-    if world()[1] > 1:
-        for parameter in parameters:
+    for parameter in parameters:
+        if world()[1] > 1 and not isinstance(parameter, DTensor):  # FSDP has averaged those that it shards
             dist.all_reduce(parameter.grad)
             parameter.grad /= world()[1]
+
+
+def shard(device: str, *policies: "Policy") -> None:
+    """Spread the parameters of policies over the processes by FSDP2: each holds its part of every one, in `device`.
+
+    A layer's parameters are gathered when it runs and dropped after it, but for those in a `gathered` block. What is
+    trained is `parameters()`, DTensors now: make the optimizer after this, and copies of the policy before. Needs
+    torchrun.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    mesh = init_device_mesh(kind, (world()[1],))
+    for model in (policy.model for policy in policies):
+        for module in list(model.modules()):
+            if type(module).__name__ in (model._no_split_modules or ()):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        model.run, model.is_gathered = lambda function: function(), False
+        register_fsdp_forward_method(model, "run")
+        model.run(lambda: None)  # FSDP sets itself up at the first forward, which must be the whole model's
+
+
+def sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP has spread its parameters over the processes."""
+    return isinstance(model, FSDPModule)
+
+
+def in_forward(model: torch.nn.Module, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What function() returns; parameters that are sharded are whole in it and in its backward pass, for FSDP takes it
+    for the model's forward."""
+    return model.run(function) if sharded(model) else function()
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Within it a sharded model's parameters are whole, gathered once; all processes enter it, and may then run the
+    model as often as each likes. No gradients. May be nested."""
+    if not sharded(model) or model.is_gathered:
+        yield
+        return
+    modules = [module for module in model.modules() if sharded(module)]
+    model.is_gathered = True
+    model.set_reshard_after_forward(False)
+    for module in modules:
+        module.unshard()
+    try:
+        yield
+    finally:
+        model.is_gathered = False
+        model.set_reshard_after_forward(True)
+        for module in modules:
+            module.reshard()
+
+
+def whole(state):
+    """A state dict with every sharded tensor gathered, on the CPU; all processes must call it."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
+def load_whole(target: torch.nn.Module | torch.optim.Optimizer, state: dict) -> None:
+    """`target.load_state_dict(state)` for a state of whole tensors, where the target's may be sharded."""
+
+    def part(value, parameter: torch.Tensor):
+        """The value, sharded as the parameter is."""
+        if not isinstance(parameter, DTensor) or not torch.is_tensor(value) or value.shape != parameter.shape:
+            return value
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    if isinstance(target, torch.nn.Module):
+        own = target.state_dict()
+        target.load_state_dict({name: part(value, own[name]) for name, value in state.items()})
+    else:
+        target.load_state_dict(state)
+        for parameter, values in target.state.items():
+            target.state[parameter] = {name: part(value, parameter) for name, value in values.items()}
 
 
 def from_all(value) -> list:
@@ -502,10 +582,10 @@ def with_slips(solution: str, rate: float, rng: random.Random) -> str:
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write model and tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them anywhere."""
-    if world()[0] > 0:
-        return
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    state = whole(policy.model.state_dict())
+    if world()[0] == 0:
+        policy.model.save_pretrained(folder, state_dict=state)
+        policy.tokenizer.save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,7 +672,7 @@ def sample(
     ids = torch.zeros(R, max_new_tokens, dtype=torch.int64, device=device)
     mask = torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device)
     log_probs = torch.zeros(R, max_new_tokens, device=device)
-    with autocast(device):
+    with autocast(device), gathered(model):
         prompt_ids, prompt_mask = (x.to(device) for x in padded(prompts, left=True))  # (B, P)
         cache = DynamicCache(config=model.config)
         position = prompt_mask.cumsum(-1) - 1  # (B, P)
@@ -655,20 +735,22 @@ def response_log_probs(
     """
     model, device = policy.model, policy.device
     recompute_activations(model, torch.is_grad_enabled())
-    mask = mask.to(device)
-    with autocast(device):
-        hidden = response_states(model, prompts, ids.to(device), mask)[mask]  # (R, T, H) -> (M, H)
-        targets = ids.to(device)[mask]  # (M,)
+    ids, mask = ids.to(device), mask.to(device)
 
-        def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            scores = logits(model, hidden)
-            scores = scores if temperature == 1 else scores / temperature  # a copy of all logits less
-            return -F.cross_entropy(scores, targets, reduction="none")
+    def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        scores = logits(model, hidden)
+        scores = scores if temperature == 1 else scores / temperature  # a copy of all logits less
+        return -F.cross_entropy(scores, targets, reduction="none")
 
+    def log_probs() -> torch.Tensor:
+        hidden = response_states(model, prompts, ids, mask)[mask]  # (R, T, H) -> (M, H)
         size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
-        chunks = zip(hidden.split(size), targets.split(size))
-        values = torch.cat([checkpoint(token_log_probs, h, y, use_reentrant=False) for h, y in chunks])
-    return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+        chunks = zip(hidden.split(size), ids[mask].split(size))
+        values = torch.cat([checkpoint(token_log_probs, h, y, use_reentrant=False) for h, y in chunks])  # (M,)
+        return torch.zeros(mask.shape, device=device).masked_scatter(mask, values)
+
+    with autocast(device):
+        return in_forward(model, log_probs)
 
 
 def response_states(
@@ -677,13 +759,14 @@ def response_states(
     """The last hidden state that predicts each response token: (R, T, H), of any value where mask (R, T) is false.
 
     Rows with the same prompt share one pass over it, as in `sample`, unless activations are to be recomputed, which
-    rules out a cache of keys and values, or it would save less than a tenth of the tokens.
+    rules out a cache of keys and values, or the model is sharded, when all processes must run its layers in the same
+    order, or it would save less than a tenth of the tokens.
     """
     device = ids.device
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     saved = sum(map(len, prompts)) - sum(map(len, place))
-    if recomputed or 10 * saved < sum(map(len, prompts)) + int(mask.sum()):
+    if recomputed or sharded(model) or 10 * saved < sum(map(len, prompts)) + int(mask.sum()):
         # Filler stands on the right, where causal attention never looks: no mask, the fast attention kernels apply.
         # The last token of a response predicts nothing and is left out.
         rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
@@ -737,9 +820,10 @@ def accumulate_gradient(
     advantages = advantages.flatten().to(policy.device, torch.float32)  # (B*n,)
     signal = advantages.nonzero()[:, 0].cpu()
     lengths = torch.tensor([len(prompt) for prompt in rollouts.prompts]).repeat_interleave(n) + mask.sum(-1).cpu()
-    total = 0.0
-    for batch in micro_batches(lengths[signal], budget):
-        rows = signal[batch]
+    total, batches = 0.0, [(signal[batch], 1.0) for batch in micro_batches(lengths[signal], budget)]
+    if sharded(policy.model):  # all processes must run it equally often
+        batches += [(torch.tensor([0]), 0.0)] * (max(from_all(len(batches))) - len(batches))
+    for rows, weight in batches:
         T = int(mask[rows].sum(-1).max())
         prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
         log_p = response_log_probs(policy, prompts, ids[rows, :T], mask[rows, :T], temperature)  # (R, T)
@@ -749,7 +833,7 @@ def accumulate_gradient(
         else:
             ratio = (log_p - old[rows, :T]).exp()
             objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) * mask[rows, :T]
-        loss = -objective.sum() / B
+        loss = -weight * objective.sum() / B
         loss.backward()
         total += loss.item()
     return total
@@ -780,6 +864,8 @@ def policy_gradient_step(
             except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU it is a plain one
                 if not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
                     raise
+                if sharded(policy.model):  # the other processes wait for this one's part of the same micro-batch
+                    raise BadInput("out of memory: lower --micro-batch-tokens, and --resume the run") from error
                 if args.micro_batch_tokens <= max(map(len, rollouts.prompts)) + rollouts.ids.shape[-1]:
                     raise BadInput("out of memory with one response at a time: use a smaller model, shorter responses "
                                    "(--max-new-tokens) or --gradient-checkpointing") from error  # fmt: skip
@@ -789,6 +875,7 @@ def policy_gradient_step(
                 torch.cuda.empty_cache()
         average_gradients(policy.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), args.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if norm.isfinite():
             optimizer.step()
         else:
@@ -808,9 +895,10 @@ def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts, args) -> t
     ids, mask = rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)
     lengths = torch.tensor([len(prompt) for prompt in rollouts.prompts]).repeat_interleave(n) + mask.sum(-1).cpu()
     ratios = rollouts.log_probs.flatten(0, 1).cpu().clone()  # (B*n, T)
-    for rows in micro_batches(lengths, args.micro_batch_tokens):
-        prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
-        ratios[rows] -= response_log_probs(reference, prompts, ids[rows], mask[rows], args.temperature).cpu()
+    with gathered(reference.model):
+        for rows in micro_batches(lengths, args.micro_batch_tokens):
+            prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
+            ratios[rows] -= response_log_probs(reference, prompts, ids[rows], mask[rows], args.temperature).cpu()
     return ratios.unflatten(0, (B, n))
 
 
@@ -906,6 +994,8 @@ def check_args(args) -> None:
         raise BadInput(
             f"--prompts-per-step must be a multiple of the {world()[1]} processes, not {args.prompts_per_step}"
         )
+    if args.fsdp and not dist.is_initialized():
+        raise BadInput("--fsdp spreads the policy over processes: start them by torchrun --nproc-per-node N -- ...")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -1029,11 +1119,12 @@ def evaluate(
     generator = torch.Generator(policy.device).manual_seed(rank)
     size = max(1, 4096 // args.eval_n)  # problems at a time
     verdicts, mine = [], share(problems)
-    for i in tqdm(range(0, len(mine), size), desc="evaluating", leave=False, disable=True if rank else None):
-        part = mine[i : i + size]
-        prompts = encode_prompts(policy, task, part, args.max_new_tokens)
-        rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, temperature, generator)
-        verdicts.append(judged(task, part, decode(policy, rollouts)))
+    with gathered(policy.model):  # the processes may differ in how often they sample
+        for i in tqdm(range(0, len(mine), size), desc="evaluating", leave=False, disable=True if rank else None):
+            part = mine[i : i + size]
+            prompts = encode_prompts(policy, task, part, args.max_new_tokens)
+            rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, temperature, generator)
+            verdicts.append(judged(task, part, decode(policy, rollouts)))
     verdict = concatenated([v for part in from_all(verdicts) for v in part])
     # From the order of ranks back to that of the problems.
     order = torch.tensor([i for r in range(processes) for i in range(r, len(problems), processes)]).argsort()
@@ -1219,6 +1310,7 @@ class Run:
         """
         folder = self.folder / "checkpoints"
         unfinished = folder / "unfinished"
+        states = {name: whole(x.state_dict()) for name, x in self.state.items()}
         if world()[0] > 0:
             return
         try:
@@ -1229,7 +1321,6 @@ class Run:
                     sizes[name] = file.tell()
             folder.mkdir(exist_ok=True)
             with open(unfinished, "wb") as file:
-                states = {name: x.state_dict() for name, x in self.state.items()}
                 torch.save({"progress": {**self.progress, "sizes": sizes}, "state": states}, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -1251,7 +1342,7 @@ class Run:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             self.progress = checkpoint["progress"]
             for name, x in self.state.items():
-                x.load_state_dict(checkpoint["state"][name])
+                load_whole(x, checkpoint["state"][name])
         for name in ("metrics.jsonl", "timings.jsonl"):
             if (self.folder / name).exists() and world()[0] == 0:
                 os.truncate(self.folder / name, self.progress.get("sizes", {}).get(name, 0))

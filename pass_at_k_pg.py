@@ -71,6 +71,8 @@ class Args:
     """recompute activations in the backward pass: less memory, more time"""
     device: str = "auto"
     """auto, cpu or cuda"""
+    fsdp: bool = False
+    """under torchrun: spread the policy over the processes (FSDP2), for models that do not fit one device"""
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
     show_samples: int = 0
@@ -149,7 +151,8 @@ def main(args: Args) -> None:
     args.max_new_tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
     test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
     train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
-    policy = common.load_policy(args.model, task, args.device, args.gradient_checkpointing)
+    device = "cpu" if args.fsdp else args.device  # common.shard moves it, layer by layer
+    policy = common.load_policy(args.model, task, device, args.gradient_checkpointing)
     if args.show_prompt:
         print(policy.tokenizer.decode(common.encode_prompts(policy, task, train_problems[:1], args.max_new_tokens)[0]))
         return
@@ -157,6 +160,8 @@ def main(args: Args) -> None:
         if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not at step 300
             common.encode_prompts(policy, task, problems, args.max_new_tokens)
     reference = copy.deepcopy(policy)  # for the KL
+    if args.fsdp:
+        common.shard(args.device, policy, reference)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     parts = [args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}"]
     run = common.Run(args, parts, policy=policy.model, optimizer=optimizer)

