@@ -9,8 +9,8 @@ results.json, table.md and figures to --out. Differences are paired by seed; ± 
 (Student's t). The seeds vary the order of prompts and the sampling; initial policy and held-out problems are the same.
 """
 
-import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import measure  # first: puts the repository on the path
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -108,8 +109,6 @@ class Claim:
     paper: str
     what: str
     value: Callable[["Results"], float]
-    main: bool = True
-    """in README's table"""
 
 
 def claims() -> list[Claim]:
@@ -262,12 +261,13 @@ class Results:
     """What the runs of one seed came to. Raises KeyError where a run is not done."""
 
     def __init__(self, runs: Runs, seed: int):
-        self.runs, self.seed = runs, seed
+        self.runs, self.seed, self.read = runs, seed, {}
+        """read: name -> commands of the runs that were looked at"""
 
-    @functools.lru_cache(maxsize=None)
     def log(self, name: str, part: int = 0) -> list[dict]:
         if name not in self.runs.commands or not self.runs.done(folder := self.runs.folder(name, self.seed, part)):
             raise KeyError(name)
+        self.read[name] = self.runs.commands[name]
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     def evaluations(self, name: str, temperature: float | None = None, part: int = 0) -> list[dict]:
@@ -287,21 +287,33 @@ class Results:
         return after["all"][metric][0] - before["all"][metric][0]
 
 
-def summary(values: list[float]) -> dict:
-    """Mean, 95% confidence half-width, and verdict of one number a seed; 2 seeds at least."""
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
-    ci = T_95[len(values)] * deviation / math.sqrt(len(values))
-    verdict = "holds" if mean > ci else "does not" if mean < -ci else "not decidable"
-    return {"mean": mean, "ci95": ci, "verdict": verdict, "values": values}
+def over_seeds(runs: Runs, value: Callable[[Results], float | list[float]]) -> tuple[np.ndarray, dict[str, tuple]]:
+    """`value` of each seed whose runs are done, (seeds,) or (seeds, m), and the runs that it read, by name."""
+    values, read = [], {}
+    for seed in range(runs.seeds):
+        result = Results(runs, seed)
+        try:
+            values.append(value(result))
+            read = result.read
+        except KeyError:
+            pass
+    return np.array(values), read
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds, the first dimension (2 at least), and half-width of its 95% confidence interval (Student)."""
+    n = len(values)
+    return values.mean(0), T_95[n] * values.std(0, ddof=1) / math.sqrt(n)
+
+
+def verdict(mean: float, ci: float) -> str:
+    return "holds" if mean > ci else "does not" if mean < -ci else "not decidable"
 
 
 def bandit_rows(out: Path) -> list[dict]:
     """B1-B3 by bandit.py, against both readings of its baseline."""
-    command = "bandit.py --json --figure bandit.png"
-    output = subprocess.run(
-        [sys.executable, str(ROOT / "bandit.py"), *command.split()[1:]], cwd=out, check=True, capture_output=True
-    ).stdout  # fmt: skip
+    script, *flags = (command := "bandit.py --json --figure bandit.png").split()
+    output = subprocess.run([sys.executable, ROOT / script, *flags], cwd=out, check=True, capture_output=True).stdout
     where = {"B1": "step 20", "B2": "KL 1.0", "B3": "step 400"}
     papers = {
         "B1": "bandit: the mean gradient raises the mean reward fastest (Fig. 1 left)",
@@ -313,34 +325,37 @@ def bandit_rows(out: Path) -> list[dict]:
         if row["estimator"] == "unbiased" and row["where"] == where[row["claim"]]:
             rows.append({
                 "claim": row["claim"], "paper": papers[row["claim"]], "mean": row["difference"], "ci95": row["ci95"],
-                "what": f"unbiased against {row['baseline']}, {row['where']}", "seeds": 1000, "command": command,
-                "verdict": {"does not hold": "does not", "undecided": "not decidable"}.get(row["verdict"], "holds"),
+                "what": f"unbiased against {row['baseline']}, {row['where']}", "seeds": 1000,
+                "verdict": verdict(row["difference"], row["ci95"]), "runs": {"bandit": command},
             })  # fmt: skip
     return sorted(rows, key=lambda row: (row["claim"], "mean x k" not in row["what"]))
 
 
 def claim_rows(runs: Runs) -> list[dict]:
     """The rows of all claims whose runs are done for two seeds or more."""
-    rows, results = [], [Results(runs, seed) for seed in range(runs.seeds)]
+    rows = []
     for claim in claims():
-        values = []
-        for result in results:
-            try:
-                values.append(claim.value(result))
-            except KeyError:
-                pass
+        values, read = over_seeds(runs, claim.value)
         if len(values) > 1:
-            rows.append({"claim": claim.claim, "paper": claim.paper, "what": claim.what, "seeds": len(values)}
-                        | summary(values))  # fmt: skip
+            mean, ci = map(float, interval(values))
+            rows.append({
+                "claim": claim.claim, "paper": claim.paper, "what": claim.what, "mean": mean, "ci95": ci,
+                "verdict": verdict(mean, ci), "seeds": len(values), "values": values.tolist(), "runs": read,
+            })  # fmt: skip
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
-    lines = ["| claim | what the papers saw | what is compared here | seen | verdict |", "|---|---|---|---|---|"]
-    for row in rows:
-        seen = f"{row['mean']:+.3f} ± {row['ci95']:.3f}"
-        lines.append(f"| {row['claim']} | {row['paper']} | {row['what']} | {seen} | {row['verdict']} |")
+    """Markdown: a row a claim, with a line for each comparison, and the names of the runs that it is made of."""
+    head = ("", "what the papers saw", "what is compared here", "mean ± 95%", "verdict", "runs")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for claim, group in itertools.groupby(rows, key=lambda row: row["claim"]):
+        group = list(group)
+        seen = [f"{row['mean']:+.3f} ± {row['ci95']:.3f}" for row in group]
+        runs = ", ".join(dict.fromkeys(name for row in group for name in row["runs"]))
+        columns = [[row["what"] for row in group], seen, [row["verdict"] for row in group]]
+        cells = [claim, group[0]["paper"], *("<br>".join(column) for column in columns), runs]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -349,75 +364,58 @@ def table(rows: list[dict]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ESTIMATORS = ("mean", "exact", "variational")
+PANELS = {  # figure -> its panels: metric, title, run -> label
+    "pass_at_k": [
+        ("pass", "trained for one try or for four", {"mean": "the mean reward", "k4": "pass@4"}),
+        ("pass", "trained for k tries", {"mean": "k = 1"} | {f"k{k}": f"k = {k}" for k in (2, 4, 8, 16)}),
+        ("pass", "programs", {"programs-mean": "the mean reward", "programs-k8": "pass@8"}),
+    ],
+    "best_of_n": [
+        ("pass", "the reward selects, N = 8", {f"bon-{x}": x for x in (*ESTIMATORS, "rlb-positive")}),
+        ("bon", "a learned verifier selects, N = 8", {f"learned-{x}": x for x in ESTIMATORS}),
+        ("maj", "majority, k = 8", {"vote-mean": "mean", "vote-biased": "biased"}),
+    ],
+}
+TRADEOFF = {"mean": "mean", "k4-biased": "biased, k = 4", "k4": "k = 4", "k16": "k = 16"}
+
+
 def save_figures(runs: Runs, out: Path) -> None:
     """pass_at_k.png, best_of_n.png and tradeoff.png, of the runs that are done for two seeds or more."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
-    results = [Results(runs, seed) for seed in range(runs.seeds)]
+    js = [1, 2, 4, 8, 16, 32]
 
-    def over_seeds(value: Callable[[Results], list[float]]):
-        """Mean and 95% confidence over the seeds that are done; None for fewer than two."""
-        rows = []
-        for result in results:
-            try:
-                rows.append(value(result))
-            except KeyError:
-                pass
-        if len(rows) < 2:
-            return None
-        rows = np.array(rows)
-        return rows.mean(0), T_95[len(rows)] * rows.std(0, ddof=1) / math.sqrt(len(rows))
+    def draw(axis, x, values: np.ndarray, label: str) -> None:
+        """A line with its 95% band; values: (seeds, points)."""
+        if len(values) > 1:
+            mean, ci = interval(values)
+            (line,) = axis.plot(x, mean, marker="o", markersize=3, label=label)
+            axis.fill_between(x, mean - ci, mean + ci, alpha=0.2, color=line.get_color())
+            axis.legend()
 
-    def band(axis, x, seen, label, colour=None):
-        if seen is not None:
-            (line,) = axis.plot(x, seen[0], marker="o", markersize=3, label=label, color=colour)
-            axis.fill_between(x, seen[0] - seen[1], seen[0] + seen[1], alpha=0.2, color=line.get_color())
-
-    def tries(axis, js, title):
-        axis.axhline(0, color="gray", linewidth=0.8)
-        axis.set(xscale="log", xlabel="tries j", title=title)
-        axis.set_xticks(js, map(str, js))
-        axis.minorticks_off()
-        axis.legend()
-
-    js, estimators = [1, 2, 4, 8, 16, 32], ("mean", "exact", "variational")
-    panels = {
-        "pass_at_k": [
-            ("pass", "trained for one try or for four", {"mean": "the mean reward", "k4": "pass@4"}),
-            ("pass", "trained for k tries", {"mean": "k = 1"} | {f"k{k}": f"k = {k}" for k in (2, 4, 8, 16)}),
-            ("pass", "programs", {"programs-mean": "the mean reward", "programs-k8": "pass@8"}),
-        ],
-        "best_of_n": [
-            ("pass", "the reward selects, N = 8", {f"bon-{x}": x for x in (*estimators, "rlb-positive")}),
-            ("bon", "a learned verifier selects, N = 8", {f"learned-{x}": x for x in estimators}),
-            ("maj", "majority, k = 8", {"vote-mean": "mean", "vote-biased": "biased"}),
-        ],
-    }  # fmt: skip
-    for name, axes_of in panels.items():
+    for name, panels in PANELS.items():
         figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-        for axis, (metric, title, lines) in zip(axes, axes_of):
+        for axis, (metric, title, lines) in zip(axes, panels):
+            axis.axhline(0, color="gray", linewidth=0.8)
+            axis.set(xscale="log", xlabel="tries j", ylabel=f"change of {metric}@j, held out", title=title)
+            axis.set_xticks(js, map(str, js))
+            axis.minorticks_off()
             for run, label in lines.items():
-                change = lambda r, run=run: [r.change(run, f"{metric}@{j}") for j in js]  # noqa: E731
-                band(axis, js, over_seeds(change), label)
-            tries(axis, js, title)
-            axis.set_ylabel(f"change of {metric}@j, held out")
+                changes, _ = over_seeds(runs, lambda r: [r.change(run, f"{metric}@{j}") for j in js])
+                draw(axis, js, changes, label)
         figure.savefig(out / f"{name}.png", dpi=120)
         plt.close(figure)
-
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for axis, j in zip(axes, (1, 4, 32)):
-        for run, label in {"mean": "mean", "k4-biased": "biased, k = 4", "k4": "k = 4", "k16": "k = 16"}.items():
-            level = over_seeds(lambda r: [x["all"][f"pass@{j}"][0] for x in r.evaluations(run)])
-            spent = over_seeds(lambda r: kl_at_evaluations(r.log(run)))
-            if level is not None:
-                (line,) = axis.plot(spent[0], level[0], marker="o", markersize=3, label=label)
-                axis.fill_between(spent[0], level[0] - level[1], level[0] + level[1], alpha=0.2, color=line.get_color())
         axis.set(xlabel="KL(policy, initial policy), nats", ylabel=f"pass@{j}", title=f"pass@{j} against KL")
-        axis.legend()
+        for run, label in TRADEOFF.items():
+            spent, _ = over_seeds(runs, lambda r: kl_at_evaluations(r.log(run)))
+            levels, _ = over_seeds(runs, lambda r: [x["all"][f"pass@{j}"][0] for x in r.evaluations(run)])
+            draw(axis, spent.mean(0) if len(spent) else [], levels, label)
     figure.savefig(out / "tradeoff.png", dpi=120)
     plt.close(figure)
 
