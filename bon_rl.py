@@ -336,6 +336,10 @@ def main(args: Args) -> None:
 
     def evaluate(step: int, temperature: float = args.temperature) -> dict[str, torch.Tensor]:
         verdict = common.evaluate(policy, task, test_problems, args, temperature)
+        if args.estimator.startswith("rlb") and set(verdict.rewards.unique().tolist()) - {0, 1}:
+            raise BadInput(
+                f"--estimator {args.estimator} is for rewards 0 and 1, task {args.task!r} has others: use exact"
+            )
         metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         if args.verifier == "learned":
             metrics |= {f"bon@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}

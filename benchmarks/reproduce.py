@@ -79,6 +79,7 @@ FIRST = {
 }
 QUICK = ("mean", "k2", "k4", "k16", "hard-mean", "hard-k8", "bon-mean", "bon-exact", "bon-rlb-positive")
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}  # a run's: one thread, and a log that can be read
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 
 
@@ -229,8 +230,8 @@ class Runs:
             log = self.args.out / "logs" / f"{folder.name}.txt"
             with open(log, "a") as file:
                 process = subprocess.Popen(
-                    [sys.executable, str(ROOT / script), *flags], cwd=self.args.out, stdout=file, stderr=file,
-                    stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+                    [sys.executable, ROOT / script, *flags], cwd=self.args.out, stdout=file, stderr=file,
+                    stdin=subprocess.DEVNULL, env=os.environ | ENVIRONMENT, start_new_session=True,
                 )  # fmt: skip
                 self.processes.add(process)
                 process.wait()

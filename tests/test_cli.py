@@ -3,6 +3,7 @@
 One run of each is a subprocess; the others run the script as __main__ in this process, which saves importing torch.
 """
 
+import dataclasses
 import json
 import re
 import runpy
@@ -265,3 +266,15 @@ def test_events_in_the_verifier_are_summed_over_an_evaluation(monkeypatch):
     args = SimpleNamespace(eval_n=4096, max_new_tokens=1, temperature=1.0)
     total = common.evaluate(SimpleNamespace(device=torch.device("cpu")), task, [None, None], args)
     assert total.counts == {"timeouts": 2} and total.rewards.shape == (2, 4096)
+
+
+@pytest.mark.parametrize(
+    "script, flags", [("bon_rl.py", ["--estimator", "rlb"]), ("bon_sft.py", ["--likelihood", "exact"])]
+)
+def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, model, monkeypatch):
+    judged = common.judged
+    monkeypatch.setattr(
+        common, "judged", lambda *args: dataclasses.replace(v := judged(*args), rewards=v.rewards + 0.5)
+    )
+    result = run(script, *SMALL, *flags, "--model", model)
+    assert result.returncode == 2 and "is for rewards 0 and 1, task 'arithmetic' has others" in result.stderr
