@@ -24,6 +24,7 @@ SHRUNK = {
     **dict.fromkeys(("pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"), TRAINING),
     "bandit.py": ["--steps", "20", "--seeds", "3"],
     "benchmarks/variance.py": ["--draws", "0"],
+    "benchmarks/vote.py": ["--steps", "20", "--seeds", "2"],
     "benchmarks/sample.py": ["--rounds", "1", "--tokens", "4"],
     "benchmarks/memory.py": ["--rounds", "1", "--vocabulary", "2000"],
     "benchmarks/step.py": ["--steps", "1"],
