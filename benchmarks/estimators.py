@@ -75,7 +75,7 @@ TABLE: dict[str, tuple[tuple, Callable, Callable, tuple[str, str], str]] = {
     "majority_pg biased": (
         VOTING, lambda d, k: majority_pg.advantages(d.votes, d.correct, k, "biased"), majority, VOTE, "biased",
     ),
-    "majority_at_k": (VOTING, lambda d, k: common.majority_at_k(d.votes, d.correct, k), majority, VOTE, "metric"),
+    "majority_at_k": (VOTING, lambda d, k: majority_pg.majority_at_k(d.votes, d.correct, k), majority, VOTE, "metric"),
 }  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def test_unbiased_with_n_equal_k_is_the_loss_of_leaving_one_out(script, group):
             return torch.zeros(len(rewards), dtype=torch.float64)
         if script == "pass_at_k_pg":
             return common.pass_at_k(rewards[:, keep], len(keep))
-        return common.majority_at_k(votes[:, keep], rewards[:, keep], len(keep))
+        return majority_pg.majority_at_k(votes[:, keep], rewards[:, keep], len(keep))
 
     left_out = [metric(list(range(n))) - metric([j for j in range(n) if j != i]) for i in range(n)]
     A = advantages(script, votes, rewards, n, "unbiased")
@@ -224,7 +224,7 @@ def test_metrics_of_odd_groups(group, dtype):
     r, answered = rewards.double(), votes >= 0
     blank = torch.full_like(votes, -1)
     for metric in [
-        common.pass_at_k(rewards, k), common.best_of_k(rewards, rewards, k), common.majority_at_k(votes, rewards, k)
+        common.pass_at_k(rewards, k), common.best_of_k(rewards, rewards, k), majority_pg.majority_at_k(votes, rewards, k)
     ]:  # fmt: skip
         assert metric.shape == (len(rewards),) and metric.dtype == torch.float64 and metric.isfinite().all()
         low, high = r.amin(-1).clamp(max=0), r.amax(-1).clamp(min=0)
@@ -233,11 +233,11 @@ def test_metrics_of_odd_groups(group, dtype):
     torch.testing.assert_close(common.pass_at_k(rewards, 1), r.mean(-1), **close)
     torch.testing.assert_close(common.pass_at_k(rewards, n), r.amax(-1), **close)
     torch.testing.assert_close(common.best_of_k(torch.full_like(r, 3), rewards, k), r.mean(-1), **close)
-    torch.testing.assert_close(common.majority_at_k(blank, rewards, k), 0 * r[:, 0], **close)
+    torch.testing.assert_close(majority_pg.majority_at_k(blank, rewards, k), 0 * r[:, 0], **close)
     if k == 1:
         per_answer = [[r[b][votes[b] == vote].mean() for vote in votes[b]] for b in range(len(r))]
         expected = torch.tensor(per_answer, dtype=torch.float64).masked_fill(~answered, 0).mean(-1)
-        torch.testing.assert_close(common.majority_at_k(votes, rewards, 1), expected, **close)
+        torch.testing.assert_close(majority_pg.majority_at_k(votes, rewards, 1), expected, **close)
 
 
 @examples(60)

@@ -1,4 +1,4 @@
-"""leave_one_out and the exact k-sample metrics of common.py, against enumeration of all subsets."""
+"""leave_one_out and the exact k-sample metrics, against enumeration of all subsets."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import common
+import majority_pg
 from enumeration import ANSWERS, GRADED, best_of_value, exact_gradient, expected_gradient, majority_value, subset_mean
 
 
@@ -24,7 +25,7 @@ SIZES = [(1, 1), (1, 4), (2, 2), (2, 3), (2, 7), (3, 7), (6, 7), (7, 7), (4, 8)]
 def test_metrics_are_the_averages_over_all_subsets(k, n):
     votes, rewards, scores = random_groups(40, n)
     for metric, first, value in [
-        (common.majority_at_k, votes, majority_value),
+        (majority_pg.majority_at_k, votes, majority_value),
         (common.best_of_k, scores, best_of_value),
         (lambda r, _, k: common.pass_at_k(r, k), rewards, lambda pairs: max(r for _, r in pairs)),
     ]:
@@ -36,7 +37,7 @@ def test_metrics_are_the_averages_over_all_subsets(k, n):
 @pytest.mark.parametrize("k, n", SIZES)
 def test_majorities_without_each_sample(k, n):
     votes, rewards, _ = random_groups(20, n, seed=1)
-    everyone, without = common.subset_majorities(votes, rewards, k, leave_out=True)
+    everyone, without = majority_pg.subset_majorities(votes, rewards, k, leave_out=True)
     for b, row in enumerate([list(zip(v, r)) for v, r in zip(votes.tolist(), rewards.tolist())]):
         assert everyone[b].tolist() == pytest.approx(
             [subset_mean(majority_value, row, j) for j in (k, k - 1)], abs=1e-12
@@ -76,24 +77,26 @@ def test_large_groups():
         votes = (torch.arange(n) >= c).long().unsqueeze(0)
         ways = [math.comb(c, t) * math.comb(n - c, k - t) for t in range(k + 1)]
         expected = (sum(ways[k // 2 + 1 :]) + ways[k // 2] / 2) / math.comb(n, k)
-        actual = common.majority_at_k(votes, (votes == 0).double(), k).item()
+        actual = majority_pg.majority_at_k(votes, (votes == 0).double(), k).item()
         assert actual == pytest.approx(expected, rel=1e-10)
     # All answers different: every one of a subset's k ties.
     votes = torch.arange(n).unsqueeze(0)
-    assert common.majority_at_k(votes, rewards[:1], k).item() == pytest.approx(rewards[0].mean().item(), rel=1e-11)
+    assert majority_pg.majority_at_k(votes, rewards[:1], k).item() == pytest.approx(rewards[0].mean().item(), rel=1e-11)
 
 
 def test_blank_responses_do_not_vote_together():
     votes, rewards = torch.tensor([[-1, -1, -1, 3], [-1, -1, -1, -1]]), torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0]])
-    assert common.majority_at_k(votes, rewards, 4).tolist() == pytest.approx([1, 0], abs=1e-14)
+    assert majority_pg.majority_at_k(votes, rewards, 4).tolist() == pytest.approx([1, 0], abs=1e-14)
 
 
 def test_a_reward_that_is_not_a_function_of_the_answer_counts_by_its_mean():
     votes, rewards = torch.tensor([[0, 0, 0, 1]]), torch.tensor([[1.0, 0.0, 0.5, 1.0]])
-    assert common.majority_at_k(votes, rewards, 3).item() == pytest.approx(0.5)
+    assert majority_pg.majority_at_k(votes, rewards, 3).item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("metric", [common.majority_at_k, common.best_of_k, lambda _, r, k: common.pass_at_k(r, k)])
+@pytest.mark.parametrize(
+    "metric", [majority_pg.majority_at_k, common.best_of_k, lambda _, r, k: common.pass_at_k(r, k)]
+)
 @pytest.mark.parametrize("k", [0, 5])
 def test_k_out_of_range_is_refused(metric, k):
     with pytest.raises(ValueError, match=f"k={k} with n=4"):
