@@ -119,6 +119,7 @@ def test_a_model_without_a_pad_token_runs(run, tmp_path):
         (["--k", "8", "--n", "8", "--eval-n", "4"], "--eval-n must be at least 8"),
         (["--k", "0"], "--k must be at least 1, not 0"),
         (["--steps", "-1"], "--steps must be at least 0"),
+        (["--fsdp"], "--fsdp spreads the policy over processes: start them by torchrun"),
         (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
         (["--lr", "nan"], "--lr must be a positive number, not nan"),
         (["--k", "1", "--n", "1", "--kl-coef", "1"], "--kl-coef needs --n 2 or more"),

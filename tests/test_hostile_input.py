@@ -224,7 +224,8 @@ def test_metrics_of_odd_groups(group, dtype):
     r, answered = rewards.double(), votes >= 0
     blank = torch.full_like(votes, -1)
     for metric in [
-        common.pass_at_k(rewards, k), common.best_of_k(rewards, rewards, k), majority_pg.majority_at_k(votes, rewards, k)
+        common.pass_at_k(rewards, k), common.best_of_k(rewards, rewards, k),
+        majority_pg.majority_at_k(votes, rewards, k),
     ]:  # fmt: skip
         assert metric.shape == (len(rewards),) and metric.dtype == torch.float64 and metric.isfinite().all()
         low, high = r.amin(-1).clamp(max=0), r.amax(-1).clamp(min=0)
