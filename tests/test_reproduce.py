@@ -56,6 +56,7 @@ def test_runs_are_made_once_and_a_failed_one_is_named(monkeypatch, capsys, tmp_p
     claims = [reproduce.Claim("X1", "what was seen", "pass@4", lambda r: 1 + r.seed + r.change("two", "pass@4"))]
     monkeypatch.setattr(reproduce, "claims", lambda: claims)
     monkeypatch.setattr(reproduce, "bandit_rows", lambda out: [])
+    monkeypatch.setattr(reproduce.measure, "describe_machine", lambda threads: {})  # it sets them for all tests behind
     args = reproduce.Args(seeds=2, jobs=2, out=tmp_path / "out")
     with pytest.raises(reproduce.BadInput, match=r"these runs failed.*\n.*one-s0-\w+: see .*txt\n.*one-s1"):
         reproduce.main(args)
