@@ -213,7 +213,7 @@ class Runs:
         while "{run:" in command:
             before, _, rest = command.partition("{run:")
             other, _, after = rest.partition("}")
-            command = f"{before}runs/{self.folder(other, seed).name}{after}"
+            command = f"{before}runs/{self.folder(other, 0 if other in FIRST else seed).name}{after}"
         return command
 
     def folder(self, name: str, seed: int, part: int = 0) -> Path:

@@ -43,6 +43,9 @@ def test_every_claim_is_about_runs_that_are_made():
 
     assert all(claim.value(Recorder(runs, 0)) == 0 for claim in reproduce.claims())
     assert set(reproduce.QUICK) <= set(reproduce.RUNS)
+    made = {runs.folder(name, 0) for name in reproduce.FIRST} | {runs.folder("sft", 1)}
+    read = [word.split("/")[1] for word in runs.command("sft", 1, part=1).split() if word.startswith("runs/")]
+    assert len(read) == 2 and set(read) <= {folder.name for folder in made}
 
 
 def test_runs_are_made_once_and_a_failed_one_is_named(monkeypatch, capsys, tmp_path):
