@@ -3,7 +3,7 @@
     python benchmarks/reproduce.py            # 5 seeds
     python benchmarks/reproduce.py --quick    # 3 seeds, a quarter of the steps, the claims on arithmetic alone
 
-Every number comes from RUNS, which are commands to be run by themselves, too; CLAIMS says what is made of them. Both
+Every number comes from RUNS, which are commands to be run by themselves, too; `claims` says what is made of them. Both
 were fixed before the seeds were run. A run that was stopped is resumed, one that is done is not made again. Writes
 results.json, table.md and figures to --out. Differences are paired by seed; ± is a 95% confidence interval over seeds
 (Student's t). The seeds vary the order of prompts and the sampling; initial policy and held-out problems are the same.
@@ -333,9 +333,10 @@ def bandit_rows(out: Path) -> list[dict]:
     rows = []
     for row in json.loads(output)["claims"]:
         if row["estimator"] == "unbiased" and row["where"] == where[row["claim"]]:
+            pair = (row["baseline"], "unbiased")
             rows.append({
                 "claim": row["claim"], "paper": papers[row["claim"]], "mean": row["difference"], "ci95": row["ci95"],
-                "what": f"unbiased against {row['baseline']}, {row['where']}", "seeds": 1000,
+                "what": f"{' less '.join(pair if row['claim'] == 'B1' else pair[::-1])}, {row['where']}", "seeds": 1000,
                 "verdict": verdict(row["difference"], row["ci95"]), "runs": {"bandit": command},
             })  # fmt: skip
     return sorted(rows, key=lambda row: (row["claim"], "mean x k" not in row["what"]))
