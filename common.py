@@ -223,7 +223,7 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
 
 
 def whole(state):
-    """A state dict with every sharded tensor gathered, on the CPU; all processes must call it."""
+    """A state dict in which every tensor that was sharded is gathered, on the CPU; all processes must call it."""
     if isinstance(state, dict):
         return {name: whole(value) for name, value in state.items()}
     return state.full_tensor().cpu() if isinstance(state, DTensor) else state
@@ -712,20 +712,20 @@ def accumulate_gradient(
     advantages = advantages.flatten().to(policy.device, torch.float32)  # (B*n,)
     signal = advantages.nonzero()[:, 0].cpu()
     lengths = torch.tensor([len(prompt) for prompt in rollouts.prompts]).repeat_interleave(n) + mask.sum(-1).cpu()
-    total, batches = 0.0, [(signal[batch], 1.0) for batch in micro_batches(lengths[signal], budget)]
-    if sharded(policy.model):  # all processes must run it equally often
-        batches += [(torch.tensor([0]), 0.0)] * (max(from_all(len(batches))) - len(batches))
+    total, batches = 0.0, [(signal[batch], 1) for batch in micro_batches(lengths[signal], budget)]
+    if sharded(policy.model):  # every pass is the work of all processes: who has fewer joins in with a row that is 0
+        batches += [(torch.tensor([0]), 0)] * (max(from_all(len(batches))) - len(batches))
     for rows, weight in batches:
         T = int(mask[rows].sum(-1).max())
         prompts = [rollouts.prompts[row // n] for row in rows.tolist()]
         log_p = response_log_probs(policy, prompts, ids[rows, :T], mask[rows, :T], temperature)  # (R, T)
-        A = advantages[rows].unsqueeze(-1)  # (R, 1)
+        A = weight * advantages[rows].unsqueeze(-1)  # (R, 1)
         if clip is None:
             objective = A * log_p
         else:
             ratio = (log_p - old[rows, :T]).exp()
             objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) * mask[rows, :T]
-        loss = -weight * objective.sum() / B
+        loss = -objective.sum() / B
         loss.backward()
         total += loss.item()
     return total

@@ -12,7 +12,6 @@ results.json, table.md and figures to --out. Differences are paired by seed; ± 
 import hashlib
 import itertools
 import json
-import math
 import os
 import shlex
 import signal
@@ -80,7 +79,6 @@ FIRST = {
 QUICK = ("mean", "k2", "k4", "k16", "hard-mean", "hard-k8", "bon-mean", "bon-exact", "bon-rlb-positive")
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}  # a run's: one thread, and a log that can be read
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 
 
 @dataclass
@@ -271,8 +269,8 @@ class Results:
     """What the runs of one seed came to. Raises KeyError where a run is not done."""
 
     def __init__(self, runs: Runs, seed: int):
-        self.runs, self.seed, self.read = runs, seed, {}
-        """read: name -> commands of the runs that were looked at"""
+        self.runs, self.seed = runs, seed
+        self.read = {}  # name -> commands of the runs that were looked at
 
     def log(self, name: str, part: int = 0) -> list[dict]:
         if name not in self.runs.commands or not self.runs.done(folder := self.runs.folder(name, self.seed, part)):
@@ -310,12 +308,6 @@ def over_seeds(runs: Runs, value: Callable[[Results], float | list[float]]) -> t
     return np.array(values), read
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds, the first dimension (2 at least), and half-width of its 95% confidence interval (Student)."""
-    n = len(values)
-    return values.mean(0), T_95[n] * values.std(0, ddof=1) / math.sqrt(n)
-
-
 def verdict(mean: float, ci: float) -> str:
     return "holds" if mean > ci else "does not" if mean < -ci else "not decidable"
 
@@ -348,7 +340,7 @@ def claim_rows(runs: Runs) -> list[dict]:
     for claim in claims():
         values, read = over_seeds(runs, claim.value)
         if len(values) > 1:
-            mean, ci = map(float, interval(values))
+            mean, ci = map(float, measure.interval(values))
             rows.append({
                 "claim": claim.claim, "paper": claim.paper, "what": claim.what, "mean": mean, "ci95": ci,
                 "verdict": verdict(mean, ci), "seeds": len(values), "values": values.tolist(), "runs": read,
@@ -403,7 +395,7 @@ def save_figures(runs: Runs, out: Path) -> None:
     def draw(axis, x, values: np.ndarray, label: str) -> None:
         """A line with its 95% band; values: (seeds, points)."""
         if len(values) > 1:
-            mean, ci = interval(values)
+            mean, ci = measure.interval(values)
             (line,) = axis.plot(x, mean, marker="o", markersize=3, label=label)
             axis.fill_between(x, mean - ci, mean + ci, alpha=0.2, color=line.get_color())
             axis.legend()

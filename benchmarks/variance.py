@@ -59,8 +59,9 @@ CASES = {"0/1, right .03": (0.03, (1, 0, 0, 0)), "0/1, right .1": (0.1, (1, 0, 0
 
 
 def bandit_moments(chance: float, rewards: tuple, n: int = 8) -> dict[str, tuple[float, float, float]]:
-    """Of each estimator of grad E[max of K], in its lengths: bias, bias along its direction alone left out (what a
-    learning rate could not mend), standard deviation."""
+    """Of each estimator of grad J_K (Tang: J_k = E[max_i r_i]): bias, in lengths of that gradient; the part of the
+    mean estimate across it, which no learning rate could mend, in lengths of the mean; standard deviation, as the bias.
+    """
     r = torch.tensor(rewards, dtype=torch.float64)
     rest = (1 - chance) * torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     theta = torch.cat([torch.tensor([chance], dtype=torch.float64), rest]).log().requires_grad_()
@@ -82,7 +83,7 @@ def bandit_moments(chance: float, rewards: tuple, n: int = 8) -> dict[str, tuple
             (across.norm() / mean.norm()).item(),
             deviation.item(),
         )
-    return moments  # fmt: skip
+    return moments
 
 
 def model_moments(draws: int) -> dict[str, tuple[float, float]]:

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 import tyro
 
-from reproduce import interval
-
 ANSWERS, FEATURES, PROMPTS = 3, 4, 100
 
 
@@ -36,7 +34,7 @@ def majority(p: torch.Tensor, k: int) -> torch.Tensor:
     """maj@k (B,) of answers' chances p (B, ANSWERS), the right one first; ties are split."""
     counts = [c for c in itertools.product(range(k + 1), repeat=ANSWERS) if sum(c) == k]
     orders = torch.tensor([math.factorial(k) / math.prod(map(math.factorial, c)) for c in counts])  # (C,)
-    share = torch.tensor([(c[0] == max(c)) / c.count(max(c)) for c in counts])  # (C,)
+    share = torch.tensor([(c[0] == max(c)) / c.count(max(c)) for c in counts], dtype=p.dtype)  # (C,)
     chance = (p.clamp(min=1e-12).log().unsqueeze(1) * torch.tensor(counts)).sum(-1).exp()  # (B, C)
     return (orders * share * chance).sum(-1)
 
@@ -69,7 +67,7 @@ def main(args: Args) -> None:
         equal_steps = [vote[t, :2] - mean[t, :2] for mean, vote in paths]
         equal_kl = [[vote[t, 1] - np.interp(vote[t, 2], np.maximum.accumulate(mean[:, 2]), mean[:, 1])]
                     for mean, vote in paths]  # fmt: skip
-        mean, ci = interval(np.concatenate([equal_steps, equal_kl], 1))
+        mean, ci = measure.interval(np.concatenate([equal_steps, equal_kl], 1))
         rows.append([t, *(f"{m:+.4f} ± {c:.4f}" for m, c in zip(mean, ci))])
     print(f"ascent on maj@{args.k} less ascent on the mean reward, ± 95% over {args.seeds} seeds\n")
     measure.print_table(["step", "mean reward", f"maj@{args.k}", f"maj@{args.k} at equal KL"], rows)

@@ -16,7 +16,7 @@ reproduce = importlib.import_module("reproduce")
 
 def test_the_interval_is_students():
     """For 1 .. 5: mean 3, deviation sqrt(2.5), half-width 2.776 sqrt(2.5 / 5) = 1.963 (any table of t)."""
-    mean, ci = reproduce.interval(np.array([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, -4.0], [5.0, -5.0]]))
+    mean, ci = reproduce.measure.interval(np.array([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, -4.0], [5.0, -5.0]]))
     assert mean.tolist() == [3, -3] and ci == pytest.approx([1.963, 1.963], abs=1e-3)
     assert [reproduce.verdict(x, 1.963) for x in (3, -3, 1, -1)] == ["holds", "does not", *["not decidable"] * 2]
 
