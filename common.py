@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import DynamicCache, logging as transformers_logging
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from verifiers import BadInput, Problem, Task, Verdict, learned
@@ -545,6 +546,36 @@ def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Ten
     return ids, mask
 
 
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values, written in place into room for half as many again. DynamicLayer copies all of them for
+    every token."""
+
+    room: tuple[torch.Tensor, torch.Tensor] | None = None  # each (R, heads, L, D), of which `keys` are the beginning
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, start = (key_states, value_states), self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            self.room = tuple(x.new_empty(*x.shape[:2], end + end // 2, x.shape[-1]) for x in new)
+            if start:
+                for room, old in zip(self.room, (self.keys, self.values)):
+                    room[:, :, :start] = old
+        for room, x in zip(self.room, new):
+            room[:, :, start:end] = x
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # copies the rows that stay: the room is a new one
+        self.room = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = None
+
+
 @contextlib.contextmanager
 def grouped_queries() -> Iterator[None]:
     """Inside, the query heads of one new token that share keys and values read these as they are (grouped-query
@@ -589,6 +620,7 @@ def sample(
     with autocast(device), gathered(model), grouped_queries():
         prompt_ids, prompt_mask = (x.to(device) for x in padded(prompts, left=True))  # (B, P)
         cache = DynamicCache(config=model.config)
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         position = prompt_mask.cumsum(-1) - 1  # (B, P)
         hidden = model.base_model(
             input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=position.clamp(min=0),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -104,6 +105,23 @@ def test_every_prompt_is_read_once(policy, monkeypatch):
     rows = [shape[0] for shape in shapes[1:]]
     assert all(shape[1] == 1 for shape in shapes[1:])
     assert rows[0] <= 16 * len(PROMPTS) and rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+
+
+def test_growing_layer_holds_what_the_librarys_holds_and_is_seldom_copied():
+    ours, peer, rooms = common.GrowingLayer(), DynamicLayer(), []
+    rows, generator = 3, torch.Generator().manual_seed(0)
+    for t in range(100):
+        keys, values = torch.randn(2, rows, 2, 5 if t == 0 else 1, 4, generator=generator)
+        for mine, theirs in zip(ours.update(keys, values), peer.update(keys, values), strict=True):
+            assert torch.equal(mine, theirs)
+        assert ours.get_seq_length() == peer.get_seq_length() == 5 + t
+        rooms.append(ours.room[0])  # kept, so that no other has its address
+        for layer in (ours, peer) if t in (0, 30) else ():
+            layer.batch_repeat_interleave(4)
+        for layer in (ours, peer) if t in (10, 50) else ():
+            layer.batch_select_indices(torch.arange(0, rows, 2))
+        rows = len(ours.keys)
+    assert len({room.data_ptr() for room in rooms}) <= 1 + 4 + 7  # one after each change of the rows, and growth by 1.5
 
 
 def test_keys_and_values_are_not_repeated_for_the_query_heads_that_share_them(monkeypatch):
