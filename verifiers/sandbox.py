@@ -74,13 +74,14 @@ WORKER = Path(__file__).with_name("sandbox_worker.py")
 class Limits:
     """Limits of one program. For standard input and output each case is a run of its own, with these limits.
 
-    wall: seconds; more in proportion where a pool has more than two workers per core, so that crowding changes no
-    verdict. cpu: whole seconds. memory: bytes of address space. output: bytes of standard output, or twice what is
+    cpu: whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. wall: seconds, enough for two programs per
+    core that use up their CPU time beside other work; more in proportion where a pool has more workers than that, so
+    that crowding changes no verdict. memory: bytes of address space. output: bytes of standard output, or twice what is
     expected if that is more. threads: of one program, itself included.
     """
 
-    wall: float = 10.0
-    cpu: int = 4
+    wall: float = 30.0
+    cpu: int = 8
     memory: int = 1 << 30
     output: int = 1 << 20
     open_files: int = 64
