@@ -54,6 +54,7 @@ def test_every_claim_is_about_runs_that_are_made():
     assert len(read) == 2 and set(read) <= {folder.name for folder in made}
 
 
+@pytest.mark.slow
 def test_runs_are_made_once_and_a_failed_one_is_named(monkeypatch, capsys, tmp_path):
     """Two seeds of a run that fails, and of one of two parts, of which the second reads what the first has made."""
     small = (

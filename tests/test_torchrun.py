@@ -83,8 +83,10 @@ def test_two_processes_take_the_step_of_one(fsdp, tmp_path):
         torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fsdp", [(), ("--fsdp",)])
-@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS[1:])])
+@pytest.mark.parametrize("script, fsdp", [
+    (SCRIPTS[0], ("--fsdp",)), pytest.param(SCRIPTS[0], (), marks=pytest.mark.slow),
+    *(pytest.param(name, flags, marks=pytest.mark.slow) for name in SCRIPTS[1:] for flags in ((), ("--fsdp",))),
+])
 def test_a_run_of_two_processes_killed_and_resumed(script, fsdp, model, tmp_path):  # noqa: F811
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves."""
     flags = [*fsdp, *FLAGS, "--save-every", "2", *EXTRA.get(script, []), "--model", model]

@@ -430,50 +430,10 @@ class _Worker:
         self.process.stderr.close()
 
 
-def benchmark(data: str | None) -> str:
-    """Programs per second on HumanEval's reference solutions, isolated and beside plain unprotected subprocesses, and
-    the CPU time that they need by themselves, in a process that runs already: a bound on what a sandbox can reach."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from . import load_task
-    from .code import program_of
-
-    problems = load_task("humaneval", data).test
-    programs = [program_of(problem, problem.solution) for problem in problems]
-    plain = [f"{program.source}\n{program.tests}" for program in programs]
-
-    def unprotected(source: str) -> bool:
-        return subprocess.run([sys.executable, "-c", source], capture_output=True).returncode == 0
-
-    start = time.process_time()
-    for source in plain:
-        exec(source, {"__name__": "program"})
-    alone = (time.process_time() - start) / len(plain)
-    with Sandbox() as sandbox, ThreadPoolExecutor(sandbox.count) as threads:
-        sandbox.run(programs)
-        rates: dict[str, list[float]] = {"isolated": [], "plain": []}
-        for _ in range(3):  # in turns, for whatever else the machine does meanwhile
-            for name, judge in (("isolated", lambda: [r.passed for r in sandbox.run(programs * 5)]),
-                                ("plain", lambda: list(threads.map(unprotected, plain)))):
-                start = time.perf_counter()
-                passed = judge()
-                rates[name].append(len(passed) / (time.perf_counter() - start))
-                if not all(passed):
-                    raise AssertionError(f"{name}: {passed.count(False)} of {len(passed)} reference solutions fail")
-        isolated, plain_rate = (sorted(rates[name])[1] for name in ("isolated", "plain"))
-        bound = len(sandbox._cores) / alone
-        return (f"{len(programs)} HumanEval reference solutions, {sandbox.count} at once: {isolated:.0f} programs/s at "
-                f"level {sandbox.level}, {plain_rate:.0f}/s plain and unprotected, ratio {isolated / plain_rate:.1f}; "
-                f"the programs' own work, {1000 * alone:.1f} ms each, bounds the ratio by {bound / plain_rate:.1f}")
-
-
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] == ["--benchmark"]:
-            print(benchmark(sys.argv[2] if len(sys.argv) > 2 else None))
-        else:
-            with Sandbox() as strongest:
-                print(strongest.level)
+        with Sandbox() as strongest:
+            print(strongest.level)
     except BadInput as error:
         print(error, file=sys.stderr)
         sys.exit(2)
