@@ -40,9 +40,7 @@ while ticket := os.read(tickets, 2):
     if child == 0:
         exec(compile(programs[int.from_bytes(ticket, "big")], "p", "exec"), {"__name__": "program"})
         os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit("a program failed")
-    os.write(1, b".")
+    os.write(1, b"1" if os.waitpid(child, 0)[1] else b"0")
 """
 
 
@@ -75,7 +73,7 @@ class ForkServers:
         left = len(indices)
         while left:
             answers = os.read(self.answers, left)
-            assert answers, "forked: a reference solution fails"
+            assert answers and b"1" not in answers, "forked: a reference solution fails"
             left -= len(answers)
 
 
