@@ -112,7 +112,7 @@ class Args:
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
     show_samples: int = 0
-    """responses to print with their rewards, escaped, whenever the policy is evaluated in training"""
+    """responses to held-out problems to print with their rewards, escaped, at each evaluation"""
     save_every: int = 50
     """steps between checkpoints; the last two are kept"""
     resume: str | None = None
@@ -362,8 +362,7 @@ def main(args: Args) -> None:
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = common.step_generator(policy.device, args.seed, step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-        responses = common.decode(policy, rollouts)
-        verdict = common.judged(task, problems, responses)
+        verdict = common.judged(task, problems, common.decode(policy, rollouts))
         best = common.best_of_k(verdict.scores, verdict.rewards, args.N)  # (B,): reward of the winner among N
         b = value(prompts).detach().cpu() if value else None  # (B,)
         A = advantages(verdict.rewards, verdict.scores, args.N, args.estimator, b)  # (B, n)
@@ -389,7 +388,6 @@ def main(args: Args) -> None:
         run.log(record, timings, ["reward", f"{selected}@{args.N}", "kl", "signal", *verdict.counts, "tokens_per_s"])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             run.progress["after"] = evaluate(step)
-            common.show_samples(problems, responses, verdict, args.show_samples)
 
     before, after = run.progress["before"], run.progress.get("after")
     if args.steps:
@@ -406,7 +404,7 @@ def main(args: Args) -> None:
         print(f"{key}, one try before and one after:\n{win_and_loss_table(before[key], after[key])}")
     names = ["pass", "bon"] if args.verifier == "learned" else ["pass"]
     common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], names, args.N)
-    print(f"{run.folder}: metrics.jsonl, curves.png, policy/")
+    print(f"{run.folder}: metrics.jsonl, curves.png{', policy/' if args.steps else ''}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Args:
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
     show_samples: int = 0
-    """responses to print with their rewards, escaped, whenever the policy is evaluated in training"""
+    """responses to held-out problems to print with their rewards, escaped, at each evaluation"""
     save_every: int = 50
     """steps between checkpoints; the last two are kept"""
     resume: str | None = None
@@ -240,8 +240,7 @@ def main(args: Args) -> None:
             generator = common.step_generator(policy.device, args.seed, step)
             samples = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
             rollouts = common.joined(experts, samples)  # (B, 1 + n, T)
-        responses = common.decode(policy, rollouts)
-        verdict = common.judged(task, problems, responses)
+        verdict = common.judged(task, problems, common.decode(policy, rollouts))
         A = coefficients(verdict.scores[:, 0], verdict.scores[:, 1:], args.N, args.likelihood)  # (B, 1 + n)
         stats = common.policy_gradient_step(policy, optimizer, rollouts, A, args)
         record = {
@@ -255,7 +254,6 @@ def main(args: Args) -> None:
         run.log(record, timings, [name for name in (*record, "tokens_per_s") if name not in ("step", "skipped")])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             run.progress["after"] = evaluate(step)
-            common.show_samples(problems, responses, verdict, args.show_samples)
 
     before, after = run.progress["before"], run.progress.get("after")
     if args.steps:
@@ -265,7 +263,7 @@ def main(args: Args) -> None:
     print(common.comparison_table(before, after, test_problems, columns))
     names = ["pass", "bon"] if args.verifier == "learned" else ["pass"]
     common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], names, args.eval_N)
-    print(f"{run.folder}: metrics.jsonl, curves.png, policy/")
+    print(f"{run.folder}: metrics.jsonl, curves.png{', policy/' if args.steps else ''}")
 
 
 if __name__ == "__main__":

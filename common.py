@@ -1046,31 +1046,37 @@ def step_timings(policy: Policy, rollouts: Rollouts, verdict: Verdict, start: fl
 
 
 def show_samples(problems: Sequence[Problem], responses: Sequence[Sequence[str]], verdict: Verdict, count: int) -> None:
-    """Print the first response to each of the first `count` problems with its reward, both escaped: a model's text must
-    not drive the terminal."""
-    for problem, row, rewards in list(zip(problems, responses, verdict.rewards))[:count]:
-        tqdm.write(f"{rewards[0].item():g}  {ascii(problem.prompt[-200:])} -> {ascii(row[0][:1000])}")
+    """Print the first response to each of `count` problems, evenly spaced, with its reward, both escaped: a model's text
+    must not drive the terminal."""
+    count = min(count, len(problems))
+    for i in (place * len(problems) // count for place in range(count)):
+        reward, response = verdict.rewards[i, 0].item(), responses[i][0]
+        tqdm.write(f"{reward:g}  {ascii(problems[i].prompt[-200:])} -> {ascii(response[:1000])}")
 
 
 def evaluate(
     policy: Policy, task: Task, problems: Sequence[Problem], args, temperature: float | None = None
 ) -> Verdict:
     """Rewards, votes and scores (P, eval_n) of fresh samples for each problem, always drawn with the same random
-    numbers, and the verifier's events over all of them.
+    numbers, and the verifier's events over all of them. Prints some, with their rewards.
 
-    args: eval_n, max_new_tokens, temperature (that of training, unless another is given).
+    args: eval_n, max_new_tokens, temperature (that of training, unless another is given), show_samples.
     """
     temperature = temperature or args.temperature
     rank, processes = world()
     generator = torch.Generator(policy.device).manual_seed(rank)
     size = max(1, 4096 // args.eval_n)  # problems at a time
-    verdicts, mine = [], share(problems)
+    verdicts, first, mine = [], [], share(problems)
     with gathered(policy.model):  # the processes may differ in how often they sample
         for i in tqdm(range(0, len(mine), size), desc="evaluating", leave=False, disable=True if rank else None):
             part = mine[i : i + size]
             prompts = encode_prompts(policy, task, part, args.max_new_tokens)
             rollouts = sample(policy, prompts, args.eval_n, args.max_new_tokens, temperature, generator)
-            verdicts.append(judged(task, part, decode(policy, rollouts)))
+            responses = decode(policy, rollouts)
+            verdicts.append(judged(task, part, responses))
+            first += [row[:1] for row in responses]
+    if rank == 0:
+        show_samples(mine, first, concatenated(verdicts), args.show_samples)
     verdict = concatenated([v for part in from_all(verdicts) for v in part])
     # From the order of ranks back to that of the problems.
     order = torch.tensor([i for r in range(processes) for i in range(r, len(problems), processes)]).argsort()

@@ -76,7 +76,7 @@ class Args:
     show_prompt: bool = False
     """print the first training prompt as the policy reads it, and stop"""
     show_samples: int = 0
-    """responses to print with their rewards, escaped, whenever the policy is evaluated in training"""
+    """responses to held-out problems to print with their rewards, escaped, at each evaluation"""
     save_every: int = 50
     """steps between checkpoints; the last two are kept"""
     resume: str | None = None
@@ -185,8 +185,7 @@ def main(args: Args) -> None:
         prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
         generator = common.step_generator(policy.device, args.seed, step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-        responses = common.decode(policy, rollouts)
-        verdict = common.judged(task, problems, responses)
+        verdict = common.judged(task, problems, common.decode(policy, rollouts))
         A = advantages(verdict.rewards, args.k, args.estimator)  # (B, n)
         ratios = common.log_ratios(policy, reference, rollouts if args.kl_coef else rollouts.first(), args)
         if args.kl_coef:
@@ -204,7 +203,6 @@ def main(args: Args) -> None:
         run.log(record, timings, ["reward", f"pass@{args.k}", "kl", "signal", *verdict.counts, "tokens_per_s"])
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             run.progress["after"] = evaluate(step)
-            common.show_samples(problems, responses, verdict, args.show_samples)
 
     before, after = run.progress["before"], run.progress.get("after")
     if args.steps:
@@ -212,7 +210,7 @@ def main(args: Args) -> None:
     columns = [f"pass@{j}" for j in sorted({1, args.k, args.eval_n})]
     print(common.comparison_table(before, after, test_problems, columns))
     common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], ["pass"], args.k)
-    print(f"{run.folder}: metrics.jsonl, curves.png, policy/")
+    print(f"{run.folder}: metrics.jsonl, curves.png{', policy/' if args.steps else ''}")
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def test_events_in_the_verifier_are_summed_over_an_evaluation(monkeypatch):
     monkeypatch.setattr(common, "decode", lambda *_: [[""] * 4096])
     verdict = Verdict(torch.zeros(1, 4096), torch.full((1, 4096), -1), {"timeouts": 1})
     task = SimpleNamespace(verify=lambda *_: verdict)
-    args = SimpleNamespace(eval_n=4096, max_new_tokens=1, temperature=1.0)
+    args = SimpleNamespace(eval_n=4096, max_new_tokens=1, temperature=1.0, show_samples=0)
     policy = SimpleNamespace(device=torch.device("cpu"), model=None)
     total = common.evaluate(policy, task, [None, None], args)
     assert total.counts == {"timeouts": 2} and total.rewards.shape == (2, 4096)

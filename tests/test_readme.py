@@ -62,7 +62,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    """A folder of two word problems in GSM8K's columns, and a file of three in those of one's own."""
+    """A folder of two word problems in GSM8K's columns, and in it a file of three in those of one's own, and a folder of
+    one in HumanEval's."""
     folder = tmp_path_factory.mktemp("problems")
     rows = [{"question": f"What is {i} + {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in (1, 2)]
     for split in ("train", "test"):
@@ -70,6 +71,8 @@ def problems(tmp_path_factory):
     own = [{"problem": f"What is {i}^2?", "answer": str(i * i), "level": i} for i in (3, 4, 5)]
     (folder / "mine").mkdir()
     (folder / "mine" / "my_problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    (folder / "humaneval").mkdir()
+    (folder / "humaneval" / "test.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     return folder
 
 
@@ -79,7 +82,8 @@ def small(words: list[str], model: str, problems) -> list[str]:
         if i and words[i - 1] == "--model":
             words[i] = model
         if i and words[i - 1] == "--data":
-            words[i] = str(problems / "mine" / word if word.endswith("jsonl") else problems)
+            own = f"mine/{word}" if word.endswith("jsonl") else "humaneval" if "humaneval" in words else ""
+            words[i] = str(problems / own)
     flags = SHRUNK[words[0]]
     if flags is TRAINING:
         flags = [*flags, "--model", model]
@@ -121,8 +125,7 @@ def test_a_command(command, run, model, skilled, problems, tmp_path):  # noqa: F
     elif words[0].startswith("benchmarks/"):
         if (needed := NEEDS.get(words[0])) and not importlib.util.find_spec(needed):
             pytest.skip(f"{needed} is not installed")
-        (tmp_path / "test.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
-        flags = [str(tmp_path) if word == "FOLDER" else word for word in words[1:]]
+        flags = [str(problems / "humaneval") if word == "FOLDER" else word for word in words[1:]]
         command = [sys.executable, str(ROOT / words[0]), *flags, *SHRUNK.get(words[0], [])]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

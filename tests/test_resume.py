@@ -287,8 +287,10 @@ def test_samples_are_shown_escaped(run, model, capsys):  # noqa: F811
     verdict = Verdict(torch.tensor([[1.0], [0.0]]), torch.zeros(2, 1).long())
     common.show_samples([Problem("1+1=", "2"), Problem("1+2=", "3")], [["\x1b[2J\u202e2\0"], ["5"]], verdict, 1)
     assert capsys.readouterr().out == "1  '1+1=' -> '\\x1b[2J\\u202e2\\x00'\n"
-    result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-samples", "2")
-    assert sum(" -> '" in line for line in result.stdout.splitlines()) == 2
+    for steps, evaluations in (("0", 1), ("2", 2)):
+        result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-samples", "2", "--steps", steps)
+        shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
+        assert len(shown) == 2 * evaluations and shown[0] != shown[1]
 
 
 def test_tensorboard_is_optional(run, model):  # noqa: F811
