@@ -1046,8 +1046,8 @@ def step_timings(policy: Policy, rollouts: Rollouts, verdict: Verdict, start: fl
 
 
 def show_samples(problems: Sequence[Problem], responses: Sequence[Sequence[str]], verdict: Verdict, count: int) -> None:
-    """Print the first response to each of `count` problems, evenly spaced, with its reward, both escaped: a model's text
-    must not drive the terminal."""
+    """Print the first response to each of `count` problems, evenly spaced, with its reward; all text is escaped: a
+    model's must not drive the terminal."""
     count = min(count, len(problems))
     for i in (place * len(problems) // count for place in range(count)):
         reward, response = verdict.rewards[i, 0].item(), responses[i][0]
