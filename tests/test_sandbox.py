@@ -49,7 +49,7 @@ def test_a_wrong_program_fails(pool):
 
 @pytest.mark.parametrize("tests", [
     "assert list(f(3)) == [0, 1, 4]", "it = iter(f(2)); assert next(it) == 0 and next(it) == 1",
-    "import math\nassert math.isclose(sum(f(3)), 5.0)",
+    "import math\nassert math.isclose(sum(f(3)), 5.0)", "assert 4 in f(3) and 5 not in f(3)",
 ])
 def test_values_that_are_not_plain_data_stay_usable(pool, tests):
     assert run(pool, "def f(n): return (i * i for i in range(n))", tests).passed
@@ -267,6 +267,10 @@ def test_forgery_does_not_pass(pool, name):
      "    def __hash__(s): return hash('a')\ndef f(x): return {E(): 1}", "assert f(2) == {'a': 1}"),
     ("a shadowed builtin of the tests", "sorted = abs = lambda *a: 0\ndef f(x): return [3]",
      "assert sorted(f(2)) == [1]"),
+    ("an object that contains everything", "class E:\n    def __contains__(s, o): return True\n"
+     "    def __iter__(s): return iter(E)\ndef f(x): return E()", f"assert {SECRET!r} in f(2)"),
+    ("items equal to everything, searched", FORGERIES["equal to everything"].replace("return E()", "return iter([E()])"),
+     f"assert {SECRET!r} in f(2)"),
     ("a length that lies", "class L:\n    def __len__(s): return -1\ndef f(x): return L()", "assert len(f(2)) == 3"),
     ("a float near everything", "def f(x): return float('nan')", "assert not abs(f(2) - 4) > 1e-6 and f(2) == 4"),
     ("a test that forgives exceptions", "import os\ndef f(x): os._exit(0)",
@@ -459,6 +463,24 @@ def test_no_privileges(pool, attack):
     """setuid, setgroups, unshare, io_uring, bpf, seccomp, prctl, keyctl, shmget, open_by_handle_at, rlimits."""
     result = run(pool, SYSCALL + f"def f(x):\n    {attack}\n    return 'done'", "assert f(2) == 'done'")
     assert result.status in ("refused", "failed"), result
+
+
+@pytest.mark.parametrize("code", [
+    "b802000000cd80c3",  # mov eax, 2 (i386's fork); int 0x80; ret
+    "b8390000400f05c3",  # mov eax, 0x40000039 (x32's fork); syscall; ret
+])
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code of x86-64")
+def test_no_other_way_into_the_kernel(pool, code):
+    source = f"""
+import ctypes, mmap, os
+def f(x):
+    page = mmap.mmap(-1, 4096, prot=7)
+    page.write(bytes.fromhex("{code}"))
+    if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))() == 0:
+        os._exit(0)
+    return "done"
+"""
+    assert run(pool, source, "assert f(2) == 'done'").status == "killed"
 
 
 def test_a_program_leaves_nothing_to_the_next(pool):

@@ -30,13 +30,16 @@ reaped before the next one starts. A worker that dies or does not answer in time
 **Not covered.**
 - Holes in the kernel, and side channels (timing, caches). Only a virtual machine is stronger; run one around the pool.
 - The files that can be read: the interpreter's library and site-packages, with whatever secrets somebody put there.
+- At level `landlock`, what a file's name tells: whether it exists, its size and times, where a link leads, and which
+  process numbers are taken. No file is opened for it.
 - The sum over workers: each may use its full memory limit at once. Set `Limits.memory` to what the machine can spare.
 - At level `landlock`, as an ordinary user: the limit on threads counts all that this user runs, so a program that makes
   threads without end can keep other programs of the same user from making theirs until it is killed.
 - The tests themselves are trusted with the judge's process, under the same lock: they come with the data set.
 - What only an object's own process can tell. Arguments and results are copied, so a test that looks at how an argument
   was changed in place, or at the identity of a result, does not see it. An object that is no plain data is equal only
-  to itself. Functions cannot be handed to the program.
+  to itself, and a test that asks whether it is true, or asks one of its methods, is told what the program likes.
+  Functions cannot be handed to the program.
 - Level `rlimits` keeps no program from reading, from the network, from signals, or from processes that outlive it.
 - Programs that ask for time, entropy or addresses may not behave the same twice; `random` and `hash` start the same.
 """

@@ -292,8 +292,8 @@ def serve(code: types.CodeType, namespace: dict) -> None:
 
 
 OPERATIONS = {
-    "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "contains": operator.contains,
-    "iter": iter, "next": next, "len": len, "str": str, "repr": repr, "bool": bool,
+    "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "iter": iter, "next": next, "len": len,
+    "str": str, "repr": repr, "bool": bool,
 }
 
 
@@ -346,7 +346,7 @@ class Remote:
         return self._run.call(["operation", "len"], (self,), {})
 
     def __contains__(self, item):
-        return self._run.call(["operation", "contains"], (self, item), {})
+        return any(each == item for each in self)  # compared here: the object's own method could say anything
 
     def __bool__(self):
         return self._run.call(["operation", "bool"], (self,), {})
