@@ -66,6 +66,19 @@ def test_sampled_log_probs_equal_those_of_training_and_of_the_plain_model(policy
     torch.testing.assert_close(naive_log_probs(policy, rollouts, temperature), rollouts.log_probs, rtol=0, atol=1e-4)
 
 
+def test_bfloat16_autocast_samples_and_trains_nearly_alike(policy, monkeypatch):
+    """What CUDA runs, on the CPU: log-probs and gradients are float32 and near those without autocast."""
+    A = torch.randn(len(PROMPTS), 5, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    rollouts = rollouts_of(policy)
+    half = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A, 1.0, 64, clip=0.2))
+    monkeypatch.undo()
+    whole = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A, 1.0, 64, clip=0.2))
+    assert rollouts.log_probs.dtype == half.dtype == torch.float32 and not torch.equal(half, whole)
+    torch.testing.assert_close(naive_log_probs(policy, rollouts, 1.0), rollouts.log_probs, rtol=0, atol=0.05)
+    assert (half - whole).norm() < 0.03 * whole.norm()
+
+
 def test_responses_end_at_a_stop_token_and_filler_is_masked(policy):
     rollouts, stop = rollouts_of(policy, n=16), torch.tensor(policy.stop_ids)
     length = rollouts.mask.sum(-1)
