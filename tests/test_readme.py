@@ -62,7 +62,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    """A folder of two word problems in GSM8K's columns, and in it a file of three in those of one's own, and a folder of
+    """A folder of two word problems in GSM8K's columns; in it a file of three in those of one's own, and a folder of
     one in HumanEval's."""
     folder = tmp_path_factory.mktemp("problems")
     rows = [{"question": f"What is {i} + {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in (1, 2)]

@@ -269,8 +269,8 @@ def test_forgery_does_not_pass(pool, name):
      "assert sorted(f(2)) == [1]"),
     ("an object that contains everything", "class E:\n    def __contains__(s, o): return True\n"
      "    def __iter__(s): return iter(E)\ndef f(x): return E()", f"assert {SECRET!r} in f(2)"),
-    ("items equal to everything, searched", FORGERIES["equal to everything"].replace("return E()", "return iter([E()])"),
-     f"assert {SECRET!r} in f(2)"),
+    ("items equal to everything, searched",
+     FORGERIES["equal to everything"].replace("return E()", "return iter([E()])"), f"assert {SECRET!r} in f(2)"),
     ("a length that lies", "class L:\n    def __len__(s): return -1\ndef f(x): return L()", "assert len(f(2)) == 3"),
     ("a float near everything", "def f(x): return float('nan')", "assert not abs(f(2) - 4) > 1e-6 and f(2) == 4"),
     ("a test that forgives exceptions", "import os\ndef f(x): os._exit(0)",
