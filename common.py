@@ -905,8 +905,9 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
         print(f"error: {error}" if world()[0] == 0 else f"error in rank {world()[0]}: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
+    finally:  # where all end together, or are stopped together; where one fails the others may be waiting for it
+        ended = sys.exc_info()[1]
+        if dist.is_initialized() and (ended is None or isinstance(ended, SystemExit) and not ended.code):
             dist.destroy_process_group()
 
 

@@ -47,6 +47,7 @@ with torch.no_grad(), common.gathered(anchor.model):
 torch.save(state, {data!r} + str(rank))
 record = {{"step": 3, "reward": float(rank), "timeouts": 1 + rank, "seconds": float(rank)}}
 print(common.global_record(record), flush=True)
+dist.destroy_process_group()  # or the interpreter may abort at its end, with gloo's threads still there
 """
 
 
