@@ -3,8 +3,9 @@
     python benchmarks/sandbox.py --data FOLDER
 
 In the same rounds: plain unprotected processes, one for each program, and a fork server that does nothing but fork: no
-lock, no limits, no judge, and its programs could forge any result. It bounds what one process for each program can
-reach. The rates are those of several times all programs, for the plain ones of all programs once.
+lock, no limits, no judge, and its programs could forge any result. It shows what a process for each program costs by
+itself; that none could be faster is not shown. The rates are those of `times` passes over all programs, for the plain
+ones of one: with few passes the slowest program, near the end, leaves a core idle.
 """
 
 import json

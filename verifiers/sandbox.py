@@ -38,8 +38,8 @@ reaped before the next one starts. A worker that dies or does not answer in time
 - The tests themselves are trusted with the judge's process, under the same lock: they come with the data set.
 - What only an object's own process can tell. Arguments and results are copied, so a test that looks at how an argument
   was changed in place, or at the identity of a result, does not see it. An object that is no plain data is equal only
-  to itself, and a test that asks whether it is true, or asks one of its methods, is told what the program likes.
-  Functions cannot be handed to the program.
+  to itself, and a test that asks whether it is true, or asks one of its methods, is told what the program likes. `in`
+  goes through its items, so that a class with `__contains__` alone fails. Functions cannot be handed to the program.
 - Level `rlimits` keeps no program from reading, from the network, from signals, or from processes that outlive it.
 - Programs that ask for time, entropy or addresses may not behave the same twice; `random` and `hash` start the same.
 """
