@@ -20,41 +20,40 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
+from harness.report import pyplot
+from harness.run import run_cli
 from verifiers import BadInput
+
+GROUPS = 20  # of seeds, for what is compared at equal KL
+CLAIMS = {
+    "B1": "the mean gradient raises the mean reward fastest",
+    "B2": "at equal KL from the start, the k-sample gradients have more mean reward",
+    "B3": "the k-sample gradients raise max@k much faster",
+}
 
 
 @dataclass
 class Args:
-    k: int = 4
-    """samples a step"""
-    arms: int = 100
-    """arms of the bandit"""
-    lr: float = 1.0
-    """learning rate (eta)"""
-    steps: int = 400
-    """gradient steps"""
-    seeds: int = 1000
-    """independent bandits, run side by side"""
-    seed: int = 0
-    """of the rewards and of sampling"""
-    json: bool = False
-    """print the results as JSON instead of the table"""
-    figure: Path | None = Path("runs/bandit.png")
-    """where the three panels go"""
+    k: int = 4  # samples a step
+    arms: int = 100  # arms of the bandit
+    lr: float = 1.0  # learning rate (eta)
+    steps: int = 400  # gradient steps
+    seeds: int = 1000  # independent bandits, run side by side
+    seed: int = 0  # of the rewards and of sampling
+    json: bool = False  # print the results as JSON instead of the table
+    figure: Path | None = Path("runs/bandit.png")  # where the three panels go
 
 
 def advantages(rewards: torch.Tensor, estimator: str) -> torch.Tensor:
     """Advantages (S, k) of one estimator for rewards (S, k), n = k; to be used as sum_i A_i grad log pi(y_i)."""
-    if estimator == "mean":
-        return common.leave_one_out(lambda r: r.mean(-1), rewards)
-    if estimator == "mean x k":
-        return rewards.shape[-1] * common.leave_one_out(lambda r: r.mean(-1), rewards)
-    A = common.leave_one_out(lambda r: r.amax(-1), rewards)
-    return A - A.mean(-1, keepdim=True) if estimator == "biased" else A
+    if estimator.startswith("mean"):
+        return common.mean_advantages(rewards) * (rewards.shape[-1] if estimator == "mean x k" else 1)
+    return common.k_sample_advantages(common.pass_at_k, rewards, k=rewards.shape[-1], estimator=estimator)
 
 
 def exact_metrics(log_pi: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
@@ -87,42 +86,26 @@ def trajectory(args: Args, estimator: str) -> torch.Tensor:
 
 
 def mean_at_kl(metrics: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Mean reward (G, S) at the point of training where the KL, averaged over seeds, reaches each value of `grid`.
-
-    nan where it never does. Linear between steps, of which one moves the average little; a single seed's KL jumps, so
-    that its first crossing would favour long steps. The mean over seeds is the average reward at that average KL; each
-    seed's deviation counts its KL's, too (the delta method), so that the spread of the values gives the right error.
+    """Mean reward (len(grid), G) at the point of training where the KL reaches each value of `grid`, nan where it never
+    does: of averages over G groups of seeds, for a single seed's KL jumps. Linear between steps.
     """
-    reward, kl = metrics[:, 0], metrics[:, 2]  # (steps + 1, S)
-    path = kl.mean(1).cummax(0).values
-    after = torch.searchsorted(path, grid.double()).clamp(min=1)  # (G,)
-    reached, after = after < len(path), after.clamp(max=len(path) - 1)
-    before, gap = after - 1, (path[after] - path[after - 1]).clamp(min=1e-12)
-    share = ((grid - path[before]) / gap).clamp(0, 1).unsqueeze(-1)  # (G, 1)
-    slope = (reward.mean(1)[after] - reward.mean(1)[before]) / gap  # (G,) of average reward over average KL
-    at = torch.lerp(reward[before], reward[after], share)  # (G, S)
-    deviation = torch.lerp(kl[before], kl[after], share) - grid.unsqueeze(-1)
-    return (at - slope.unsqueeze(-1) * deviation).where(reached.unsqueeze(-1), torch.nan)
-
-
-CLAIMS = {
-    "B1": "the mean gradient raises the mean reward fastest",
-    "B2": "at equal KL from the start, the k-sample gradients have more mean reward",
-    "B3": "the k-sample gradients raise max@k much faster",
-}
+    groups = torch.stack([part.mean(-1) for part in metrics.chunk(GROUPS, -1)], -1)  # (steps + 1, 3, S) -> (.., 3, G)
+    reward, kl = groups[:, 0].T.numpy(), groups[:, 2].cummax(0).values.T.numpy()  # (G, steps + 1)
+    at = [np.interp(grid, *path, right=np.nan) for path in zip(kl, reward)]
+    return torch.tensor(np.array(at)).T
 
 
 def mean_and_ci(values: torch.Tensor) -> tuple[float, float]:
-    """Mean over seeds and half-width of its 95% confidence interval; values (S,), S >= 2."""
+    """Mean over seeds (or groups of them) and half-width of its 95% confidence interval; values (S,), S >= 2."""
     return values.mean().item(), (1.96 * values.std() / math.sqrt(len(values))).item()
 
 
 def claims(runs: dict[str, torch.Tensor], grid: torch.Tensor) -> list[dict]:
     """B1-B3 of Figure 1 as paired differences over seeds, for both normalisations of the mean gradient.
 
-    B1: mean reward after some steps, baseline less k-sample; B3: max@k after some steps, and B2: mean reward at some
-    average KL, k-sample less baseline. A claim holds where its difference is
-    positive beyond its 95% confidence interval, and does not where it is negative beyond it.
+    B1 is the mean reward after some steps, baseline less k-sample; B2 the mean reward at some KL and B3 max@k after
+    some steps, k-sample less baseline. A claim holds where its difference is positive beyond its 95% confidence
+    interval, and does not where it is negative beyond it.
     """
     steps = len(next(iter(runs.values()))) - 1
     rows = []
@@ -144,11 +127,7 @@ def claims(runs: dict[str, torch.Tensor], grid: torch.Tensor) -> list[dict]:
 
 def save_figure(path: Path, runs: dict[str, torch.Tensor], grid: torch.Tensor, k: int) -> None:
     """The three panels of Figure 1, with 95% bands."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for name, metrics in runs.items():
         steps = torch.arange(len(metrics))
@@ -198,4 +177,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run_cli(main, Args)
+    run_cli(main, Args)

@@ -10,7 +10,7 @@ and its gradient estimates, sum_i A_i grad log pi(y_i), see `advantages`. The ve
 (BoN-RL-S; J is then pass@N) or a learned one, which selects in training as at test time (BoN-RL-V).
 
 What differs from pass_at_k_pg.py: the advantages below, which read a verifier's scores as well as rewards; a value
-network as a baseline; the KL, which is to a moving average of the policy, with a coefficient that falls; warm-up;
+network as a baseline; the KL, which is to a moving average of the policy, with a coefficient that may fall; warm-up;
 evaluation at several temperatures.
 
     python bon_rl.py --N 8                                           # exact gradient, the environment selects
@@ -21,15 +21,15 @@ evaluation at several temperatures.
 """
 
 import copy
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import common
-from verifiers import BadInput, learned, load_task
+from harness.parallel import average_gradients
+from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
+from verifiers import BadInput
 
 # Table 2 of the paper (Gemma 2 2B), for --preset paper
 PAPER = {
@@ -40,11 +40,10 @@ PAPER = {
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     preset: Literal["small", "paper"] = "small"
     """defaults: ours for small models, or those of the paper's Table 2; flags given beside it win"""
-    N: int = 8
-    """samples that the verifier chooses from"""
+    N: int = 8  # samples that the verifier chooses from
     n: int | None = None
     """samples per prompt, at least N; `variational` takes groups of N, 3 at least (2 with --baseline value); the others
     average over all N-subsets (default: 3 N)"""
@@ -55,85 +54,31 @@ class Args:
     """what selects: the reward itself (BoN-RL-S) or a reward model (BoN-RL-V)"""
     verifier_model: str | None = None
     """reward model for --verifier learned: hub id or folder (default: trained here on the policy's own samples)"""
-    verifier_problems: int = 8000
-    """training problems to sample 8 responses to each, for training it"""
-    verifier_lr: float = 1e-3
-    """learning rate of training it; 1e-5 suits pretrained models"""
+    verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
+    verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
     baseline: Literal["loo", "value"] = "loo"
     """b(x) of `mean` and `variational`: the other groups of the prompt, or a value network"""
-    value_lr: float = 1e-4
-    """learning rate of the value network's AdamW"""
-    model: str = "tiny"
-    """"tiny" (embedded, about 1M parameters), or a Hugging Face causal LM: hub id or folder"""
-    task: str = "arithmetic"
-    """which problems and verifier, see verifiers/"""
-    data: str | None = None
-    """a local file or folder with the task's problems, instead of its default source"""
-    sandbox: str = "auto"
-    """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
-    levels: tuple[int, ...] = ()
-    """difficulty levels to train on (default: all)"""
-    steps: int = 200
-    """optimisation steps; 0 only evaluates"""
-    prompts_per_step: int = 32
-    """prompts in a step; it samples n times as many responses"""
-    lr: float = 1e-4
-    """learning rate of AdamW"""
-    warm_up_steps: int = 0
-    """steps over which the learning rate rises linearly to lr"""
-    temperature: float = 1.0
-    """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
-    max_new_tokens: int | None = None
-    """longest response in tokens (default: the task's)"""
+    value_lr: float = 1e-4  # learning rate of the value network's AdamW
+    task: str = "arithmetic"  # which problems and verifier, see verifiers/
+    steps: int = 200  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 32  # prompts in a step; it samples n times as many responses
+    lr: float = 1e-4  # learning rate of AdamW
+    warm_up_steps: int = 0  # steps over which the learning rate rises linearly to lr
     kl_coef: float = 0.0
     """beta of -beta KL(policy || anchor), added to the objective; the anchor is a moving average of the policy"""
-    kl_coef_end: float = 0.0
-    """what beta falls to, linearly"""
-    kl_delay: int = 10
-    """steps before beta starts to fall"""
-    kl_anneal_steps: int | None = None
-    """steps over which it falls (default: all)"""
+    kl_coef_end: float | None = None  # what beta moves to, linearly (default: it stays)
+    kl_delay: int = 10  # steps before beta starts to move
+    kl_anneal_steps: int | None = None  # steps over which it moves (default: all)
+    log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     anchor_rate: float = 0.01
     """share of the policy in each step of the moving average; 0: the anchor stays the initial policy"""
-    epochs: int = 1
-    """optimiser steps on the same rollouts; PPO clipping applies from 2 on"""
-    clip: float = 0.2
-    """epsilon of PPO clipping"""
-    max_grad_norm: float = 1.0
-    """longest gradient that is not scaled down"""
-    micro_batch_tokens: int = 16384
-    """tokens in one forward and backward pass; lower it when memory runs out, the gradient stays the same"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    fsdp: bool = False
-    """under torchrun: spread the policy over the processes (FSDP2), for models that do not fit one device"""
-    show_prompt: bool = False
-    """print the first training prompt as the policy reads it, and stop"""
-    show_samples: int = 0
-    """responses to held-out problems to print with their rewards, escaped, at each evaluation"""
-    save_every: int = 50
-    """steps between checkpoints; the last two are kept"""
-    resume: str | None = None
-    """runs/<name>: go on with that run, from its last checkpoint and with its arguments"""
-    tensorboard: bool = False
-    """also write the metrics for TensorBoard (an optional dependency)"""
-    seed: int = 0
-    """of the order of problems and of sampling"""
-    eval_every: int = 100
-    """steps between evaluations on held-out problems; 0: only before and after"""
-    eval_n: int = 32
-    """samples per problem in evaluation; pass@1 to pass@eval_n are reported, and bon@1 to bon@eval_n"""
-    eval_problems: int = 100
-    """held-out problems per level"""
+    epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
+    clip: float = 0.2  # epsilon of PPO clipping
     eval_temperatures: tuple[float, ...] = (0.7, 1.3)
     """further temperatures at which the policy is evaluated before and after"""
-    run_name: str | None = None
-    """folder under runs/ (default: made from the arguments)"""
 
 
-# --- copy this, with common.win_shares, best_of_k_without and best_of_n_tilt -----------------------------------------
+# --- copy this, with what it calls in common.py: one page, from leave-one-out to best_of_n_tilt ----------------------
 
 
 def advantages(
@@ -165,28 +110,14 @@ def advantages(
     p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
     Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks.
     """
-    n, dtype = rewards.shape[-1], rewards.dtype if rewards.is_floating_point() else torch.float32
-    if not 1 <= N <= n:
-        raise ValueError(f"N must lie in 1..n, not N={N} with n={n} samples")
-    for name, values in (("rewards", rewards), ("scores", scores)):
-        if not values.isfinite().all():
-            where = (~values.isfinite()).nonzero()[0].tolist()
-            raise ValueError(f"{name} must be finite: see (prompt, sample) {where}")
+    rewards, scores = common.checked_rewards(rewards, N), common.checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")
-    r = rewards.double()
-    if estimator == "mean" or (N == 1 and estimator in ("exact", "variational")):
-        if baseline is not None:
-            A = (r - baseline.double().unsqueeze(-1)) / n
-        else:
-            r = r - r[:, :1] if n > 1 else r  # changes nothing, but makes equal rewards exact zeros, which cost nothing
-            A = (r - r.mean(-1, keepdim=True)) / (n - 1) if n > 1 else r
-    elif estimator == "exact":  # from the metric M_N of all samples and that without i, see README
-        A = common.best_of_k(scores, r, N).unsqueeze(-1) - N / n * common.best_of_k_without(scores, r, N - 1)
-        if N < n:
-            A = A - (1 - N / n) * common.best_of_k_without(scores, r, N)
-        # What rounding leaves of an exact zero (1e-15) is made zero, so that its row costs nothing.
-        A = A.masked_fill(A.abs() < 1e-12 * r.abs().amax(-1, keepdim=True).clamp(min=1e-300), 0)
+    r, n = rewards.double(), rewards.shape[-1]
+    if estimator == "mean" or (N == 1 and estimator == "variational"):
+        A = common.mean_advantages(r) if baseline is None else (r - baseline.double().unsqueeze(-1)) / n
+    elif estimator == "exact":
+        A = common.k_sample_advantages(common.best_of_k, scores, r, k=N)
     elif estimator == "variational":
         G = n // N
         if n % N or G < (3 if baseline is None else 2):
@@ -221,12 +152,21 @@ def advantages(
             A = N * p ** (N - 1) * (r - (1 - p)) / n
     else:
         raise ValueError(f"unknown estimator {estimator!r}: see advantages' docstring")
-    return A.to(dtype)
+    return A.to(rewards.dtype)
 
 
-def kl_coefficient(step: int, start: float, end: float, delay: int, anneal_steps: int) -> float:
-    """beta at a step, 1, 2, ...: `start` for `delay` steps, then linearly to `end` over `anneal_steps` (Table 2)."""
-    return start + (end - start) * min(max(step - delay, 0) / max(anneal_steps, 1), 1.0)
+def kl_coefficient(step: int, start: float, end: float | None, delay: int, anneal_steps: int) -> float:
+    """beta at a step, 1, 2, ...: `start` for `delay` steps, then linearly to `end` over `anneal_steps` (Table 2).
+
+    Without an end it stays."""
+    return start if end is None else start + (end - start) * min(max(step - delay, 0) / max(anneal_steps, 1), 1.0)
+
+
+@torch.no_grad()
+def move_towards(anchor: common.Policy, policy: common.Policy, rate: float) -> None:
+    """One step of an exponential moving average: anchor <- (1 - rate) anchor + rate policy, in place (Table 2)."""
+    for average, parameter in zip(anchor.model.parameters(), policy.model.parameters(), strict=True):
+        average.lerp_(parameter, rate)
 
 
 def warmed_up(step: int, lr: float, warm_up_steps: int) -> float:
@@ -257,7 +197,7 @@ class ValueNetwork(torch.nn.Module):
         loss = (self(prompts) - rewards.to(self.head.weight)).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        common.average_gradients(self.parameters())
+        average_gradients(self.parameters())
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         optimizer.step()
         return loss.item()
@@ -280,15 +220,12 @@ def win_and_loss_table(before: torch.Tensor, after: torch.Tensor) -> str:
 
 
 def check_args(args: Args) -> None:
-    """Raise BadInput for arguments out of range or that do not go together."""
-    common.check_args(args)
+    """Raise BadInput for arguments that do not go together, or out of range where only this script has them."""
     groups = 2 if args.baseline == "value" else 3
-    if args.estimator == "variational" and args.N > 1 and (args.n % args.N or args.n < groups * args.N):
+    if args.estimator == "variational" and 1 < args.N <= args.n and (args.n % args.N or args.n < groups * args.N):
         raise BadInput(f"--estimator variational needs --n {groups * args.N} or a larger multiple of --N, not {args.n}")
     if args.baseline == "value" and args.estimator not in ("mean", "variational"):
         raise BadInput(f"--baseline value is for --estimator mean and variational: {args.estimator} has no use for it")
-    if args.baseline == "value" and args.fsdp:
-        raise BadInput("--baseline value keeps the value network whole in every process: leave --fsdp out")
     if args.estimator.startswith("rlb") and args.verifier == "learned":
         raise BadInput(f"--estimator {args.estimator} is a closed form for --verifier environment")
     if not 0 <= args.anchor_rate <= 1:
@@ -301,111 +238,59 @@ def main(args: Args) -> None:
     args.n = 3 * args.N if args.n is None else args.n
     args.kl_anneal_steps = args.steps if args.kl_anneal_steps is None else args.kl_anneal_steps
     check_args(args)
-    task = load_task(args.task, args.data, args.sandbox)
-    args.max_new_tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
-    train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
-    device = "cpu" if args.fsdp else args.device  # common.shard moves it, layer by layer
-    policy = common.load_policy(args.model, task, device, args.gradient_checkpointing)
-    if args.show_prompt:
-        print(policy.tokenizer.decode(common.encode_prompts(policy, task, train_problems[:1], args.max_new_tokens)[0]))
-        return
-    for problems in (train_problems, test_problems):
-        if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not at step 300
-            common.encode_prompts(policy, task, problems, args.max_new_tokens)
-    reference = copy.deepcopy(policy)  # the anchor, for the KL
-    if args.fsdp:
-        common.shard(args.device, policy, reference)
-    verifier = None
-    if args.verifier == "learned":
-        verifier = common.load_learned_verifier(task, policy, test_problems, args)
-        task = learned.with_scores(task, verifier)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    value = ValueNetwork(policy) if args.baseline == "value" else None
-    value_optimizer = value and torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0, fused=True)
-    state = {"policy": policy.model, "optimizer": optimizer, "anchor": reference.model}
-    state |= {"value": value, "value_optimizer": value_optimizer} if value else {}
-    parts = [args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
-    run = common.Run(args, parts, **state)
-    if verifier and not args.verifier_model and common.world()[0] == 0:
-        verifier.save(run.folder / "verifier")
-
-    ks = common.powers_of_two(args.eval_n, args.N)
+    run = Run(args, args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
+    policy, ks = run.policy, sizes_up_to(args.eval_n, args.N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
-    temperatures = sorted({args.temperature, *args.eval_temperatures})
+    if args.verifier == "learned":
+        run.use_learned_verifier()
+    anchor = copy.deepcopy(policy) if args.kl_coef or args.kl_coef_end or args.log_kl else None
+    value = ValueNetwork(policy) if args.baseline == "value" else None
+    if anchor:
+        run.state["anchor"] = anchor.model
+    if value:
+        value_optimizer = torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0, fused=True)
+        run.state |= {"value": value, "value_optimizer": value_optimizer}
 
-    def evaluate(step: int, temperature: float = args.temperature) -> dict[str, torch.Tensor]:
-        verdict = common.evaluate(policy, task, test_problems, args, temperature)
+    def metrics(verdict):
         if args.estimator.startswith("rlb") and set(verdict.rewards.unique().tolist()) - {0, 1}:
             raise BadInput(
                 f"--estimator {args.estimator} is for rewards 0 and 1, task {args.task!r} has others: use exact"
             )
-        metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
-        if args.verifier == "learned":
-            metrics |= {f"bon@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
-        result = common.by_level(metrics, test_problems)
-        if temperature == args.temperature:
-            run.progress["history"].append((step, result))
-            run.log({"step": step, "eval": result, **verdict.counts})
-        else:
-            run.log({"step": step, "eval_at": temperature, "result": result, **verdict.counts})
-        if verdict.counts:
-            tqdm.write(f"evaluation at step {step}, events in the verifier: {verdict.counts}")
-        return metrics
+        passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
+        return passes | {f"{selected}@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
 
-    if "before" not in run.progress:
-        run.progress["before"] = evaluate(0)
-        run.progress["others_before"] = {T: evaluate(0, T) for T in temperatures if T != args.temperature}
-    for step in run.steps(f"{args.estimator} N={args.N}"):
-        start = time.perf_counter()
-        problems = common.share(common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed))
-        prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
-        generator = common.step_generator(policy.device, args.seed, step)
+    for step in run.steps(metrics, f"{args.estimator} N={args.N}", args.eval_temperatures):
+        problems, prompts, generator = run.batch(step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-        verdict = common.judged(task, problems, common.decode(policy, rollouts))
+        verdict = run.verdict(problems, common.decode(policy, rollouts))
         best = common.best_of_k(verdict.scores, verdict.rewards, args.N)  # (B,): reward of the winner among N
         b = value(prompts).detach().cpu() if value else None  # (B,)
         A = advantages(verdict.rewards, verdict.scores, args.N, args.estimator, b)  # (B, n)
-        ratios = common.log_ratios(policy, reference, rollouts if args.kl_coef else rollouts.first(), args)
-        if args.kl_coef:
+        record = {f"{selected}@{args.N}": best.mean().item()}
+        if anchor:
+            ratios = common.log_ratios(anchor, rollouts)  # (B, n, T)
+            record["kl"] = common.kl_estimate(ratios)
             beta = kl_coefficient(step, args.kl_coef, args.kl_coef_end, args.kl_delay, args.kl_anneal_steps)
-            A = A + beta * common.kl_advantages(ratios)
-        optimizer.param_groups[0]["lr"] = warmed_up(step, args.lr, args.warm_up_steps)
-        stats = common.policy_gradient_step(policy, optimizer, rollouts, A, args)
-        common.move_towards(reference, policy, args.anchor_rate)
+            A = A + beta * common.kl_advantages(ratios) if beta else A
+        record |= rollout_metrics(policy, rollouts, verdict, A)
+        run.optimizer.param_groups[0]["lr"] = warmed_up(step, args.lr, args.warm_up_steps)
+        record |= common.policy_gradient_step(
+            policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
+        )
+        if anchor:
+            move_towards(anchor, policy, args.anchor_rate)
         if value:
-            stats["value_loss"] = value.fit(value_optimizer, prompts, best if args.estimator == "variational" else
-                                            verdict.rewards.mean(-1))  # fmt: skip
-        record = {
-            "step": step,
-            **common.rollout_metrics(policy, rollouts, verdict, A),
-            f"{selected}@{args.N}": best.mean().item(),
-            "kl": common.kl_estimate(ratios),
-            **stats,
-            **verdict.counts,
-        }
-        timings = common.step_timings(policy, rollouts, verdict, start)
-        run.log(record, timings, ["reward", f"{selected}@{args.N}", "kl", "signal", *verdict.counts, "tokens_per_s"])
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            run.progress["after"] = evaluate(step)
-
-    before, after = run.progress["before"], run.progress.get("after")
-    if args.steps:
-        common.save_policy(policy, run.folder / "policy")
-    key = f"{selected}@{args.N}"
+            target = best if args.estimator == "variational" else verdict.rewards.mean(-1)  # (B,)
+            record["value_loss"] = value.fit(value_optimizer, prompts, target)
+        run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "signal", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
-    columns += [f"pass@{args.N}"] if args.verifier == "learned" else []
-    print(common.comparison_table(before, after, test_problems, columns))
-    for T, start in run.progress["others_before"].items():
-        end = evaluate(args.steps, T) if args.steps else None
-        header, overall = common.comparison_table(start, end, test_problems, columns).splitlines()[:2]
-        print(f"at temperature {T:g}:\n{header}\n{overall}")
+    columns += [f"pass@{args.N}"] if selected == "bon" else []
+    run.finish(columns, sorted({"pass", selected}, reverse=True), args.N)
     if args.steps:
-        print(f"{key}, one try before and one after:\n{win_and_loss_table(before[key], after[key])}")
-    names = ["pass", "bon"] if args.verifier == "learned" else ["pass"]
-    common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], names, args.N)
-    print(f"{run.folder}: metrics.jsonl, curves.png{', policy/' if args.steps else ''}")
+        key = f"{selected}@{args.N}"
+        table = win_and_loss_table(run.progress["before"][key], run.progress["after"][key])
+        print(f"{key}, one try before and one after:\n{table}")
 
 
 if __name__ == "__main__":
-    common.run_cli(main, Args, {"paper": PAPER})
+    run_cli(main, Args, {"paper": PAPER})

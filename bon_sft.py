@@ -16,88 +16,39 @@ What differs from bon_rl.py: the coefficients below; the expert stands beside th
     python bon_sft.py --N 1 --eval-N 8                 # plain SFT, the baseline
 """
 
-import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from tqdm import tqdm
+from torch.nn.functional import pad
 
 import common
-from verifiers import BadInput, learned, load_task
+from harness.parallel import average_gradients
+from harness.policy import expert_rollouts
+from harness.run import Run, RunArgs, run_cli, sizes_up_to
+from verifiers import BadInput
 from verifiers.rows import load_rows, require_columns
 
 
 @dataclass
-class Args:
-    N: int = 8
-    """samples that the verifier chooses from; 1 is plain SFT"""
+class Args(RunArgs):
+    N: int = 8  # samples that the verifier chooses from; 1 is plain SFT
     n: int | None = None
     """samples per prompt, more than N; all N-subsets are averaged over (default: 2 N; none for N = 1)"""
     likelihood: Literal["variational", "exact"] = "variational"
     """of Best-of-N: the paper's approximation, or the closed form for a verifier that is the 0/1 reward"""
     experts: str | None = None
     """JSONL or Parquet file with columns problem and response (default: the task's reference solutions)"""
-    verifier: Literal["environment", "learned"] = "environment"
-    """what selects: the reward itself or a reward model"""
+    verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
     verifier_model: str | None = None
     """reward model for --verifier learned: hub id or folder (default: trained here on the policy's own samples)"""
-    verifier_problems: int = 8000
-    """training problems to sample 8 responses to each, for training it"""
-    verifier_lr: float = 1e-3
-    """learning rate of training it; 1e-5 suits pretrained models"""
-    model: str = "tiny"
-    """"tiny" (embedded, about 1M parameters), or a Hugging Face causal LM: hub id or folder"""
-    task: str = "arithmetic"
-    """which problems and verifier, see verifiers/"""
-    data: str | None = None
-    """a local file or folder with the task's problems, instead of its default source"""
-    sandbox: str = "auto"
-    """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
-    levels: tuple[int, ...] = ()
-    """difficulty levels to train on (default: all)"""
-    steps: int = 200
-    """optimisation steps; 0 only evaluates"""
-    prompts_per_step: int = 32
-    """prompts, each with an expert response, in a step; it samples n times as many responses"""
-    lr: float = 1e-4
-    """learning rate of AdamW"""
-    temperature: float = 1.0
-    """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
-    max_new_tokens: int | None = None
-    """longest response in tokens (default: the task's)"""
-    max_grad_norm: float = 1.0
-    """longest gradient that is not scaled down"""
-    micro_batch_tokens: int = 16384
-    """tokens in one forward and backward pass; lower it when memory runs out, the gradient stays the same"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time"""
-    device: str = "auto"
-    """auto, cpu or cuda"""
-    fsdp: bool = False
-    """under torchrun: spread the policy over the processes (FSDP2), for models that do not fit one device"""
-    show_prompt: bool = False
-    """print the first training prompt as the policy reads it, and stop"""
-    show_samples: int = 0
-    """responses to held-out problems to print with their rewards, escaped, at each evaluation"""
-    save_every: int = 50
-    """steps between checkpoints; the last two are kept"""
-    resume: str | None = None
-    """runs/<name>: go on with that run, from its last checkpoint and with its arguments"""
-    tensorboard: bool = False
-    """also write the metrics for TensorBoard (an optional dependency)"""
-    seed: int = 0
-    """of the order of problems and of sampling"""
-    eval_every: int = 100
-    """steps between evaluations on held-out problems; 0: only before and after"""
-    eval_N: int | None = None
-    """the N of the table and the figure (default: --N)"""
-    eval_n: int = 32
-    """samples per problem in evaluation; pass@1 to pass@eval_n are reported, and bon@1 to bon@eval_n"""
-    eval_problems: int = 100
-    """held-out problems per level"""
-    run_name: str | None = None
-    """folder under runs/ (default: made from the arguments)"""
+    verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
+    verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
+    task: str = "arithmetic"  # which problems and verifier, see verifiers/
+    steps: int = 200  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 32  # prompts, each with an expert response, in a step; it samples n times as many responses
+    lr: float = 1e-4  # learning rate of AdamW
+    eval_N: int | None = None  # the N of the table and the figure (default: --N)
 
 
 # --- copy this, with common.win_shares, ranks, subset_weights and best_of_n_tilt --------------------------------------
@@ -134,7 +85,7 @@ def coefficients(
     if N == 1:
         A = torch.zeros_like(scores)
     elif likelihood == "variational":
-        inside = torch.nn.functional.pad(common.subset_weights(n - 1, N).cumsum(0), (1, 0))  # (n,): C(j, N) / C(n-1, N)
+        inside = pad(common.subset_weights(n - 1, N).cumsum(0), (1, 0))  # (n,): C(j, N) / C(n-1, N)
         below = inside.to(scores.device)[common.ranks(scores)[0]]  # (B, n): P(max of T < s_j | j not in T)
         tilt = common.best_of_n_tilt(N) / n * (below - (expert_scores.unsqueeze(-1) < scores).double())
         A = 1 / n - common.win_shares(scores, N) + tilt
@@ -149,6 +100,14 @@ def coefficients(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def joined(first: common.Rollouts, second: common.Rollouts) -> common.Rollouts:
+    """The responses of both to the same prompts: (B, n1, T1) and (B, n2, T2) -> (B, n1 + n2, T), T the longer."""
+    T = max(first.ids.shape[-1], second.ids.shape[-1])
+    pairs = (first.ids, second.ids), (first.mask, second.mask), (first.log_probs, second.log_probs)
+    tensors = (torch.cat([pad(x, (0, T - x.shape[-1])) for x in pair], 1) for pair in pairs)
+    return common.Rollouts(second.prompts, *tensors, second.temperature)
 
 
 def with_experts(problems: list, path: str) -> list:
@@ -168,103 +127,55 @@ def with_experts(problems: list, path: str) -> list:
     return result
 
 
-def check_args(args: Args) -> None:
-    """Raise BadInput for arguments out of range or that do not go together."""
-    common.check_args(replace(args, n=args.N if args.N == 1 else args.n))
-    if args.N > 1 and args.n <= args.N:
+def main(args: Args) -> None:
+    args.n = (1 if args.N == 1 else 2 * args.N) if args.n is None or args.N == 1 else args.n
+    args.eval_N = args.N if args.eval_N is None else args.eval_N
+    if 1 < args.N == args.n:
         raise BadInput(f"--n must be more than --N {args.N}, not {args.n}: a winner is compared with other samples")
-    if not 1 <= args.eval_N <= args.eval_n:
+    if args.eval_n >= args.N and not 1 <= args.eval_N <= args.eval_n:
         raise BadInput(f"--eval-N must lie between 1 and --eval-n {args.eval_n}, not {args.eval_N}")
     if args.likelihood == "exact" and args.verifier == "learned":
         raise BadInput("--likelihood exact is a closed form for --verifier environment")
-
-
-def main(args: Args) -> None:
-    args.n = 2 * args.N if args.n is None else args.n
-    args.eval_N = args.N if args.eval_N is None else args.eval_N
-    check_args(args)
-    task = load_task(args.task, args.data, args.sandbox)
-    args.max_new_tokens = task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    test_problems = common.evaluation_problems(common.problems_at(task.test, (), "held-out"), args.eval_problems)
-    train_problems = common.problems_at(task.train, args.levels, "training") if args.steps else test_problems
-    if args.steps:
-        train_problems = with_experts(train_problems, args.experts) if args.experts else train_problems
-        if not all(problem.solution for problem in train_problems):
-            raise BadInput(f"task {args.task!r} has problems without a solution: give responses to them by --experts")
-    device = "cpu" if args.fsdp else args.device  # common.shard moves it, layer by layer
-    policy = common.load_policy(args.model, task, device, args.gradient_checkpointing)
-    if args.show_prompt:
-        print(policy.tokenizer.decode(common.encode_prompts(policy, task, train_problems[:1], args.max_new_tokens)[0]))
-        return
-    for problems in (train_problems, test_problems):  # what is too long is refused now, not at step 300
-        prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
-        if problems is train_problems and args.steps:
-            common.expert_rollouts(policy, task, prompts, [problem.solution for problem in problems])
-    if args.fsdp:
-        common.shard(args.device, policy)
-    verifier = None
-    if args.verifier == "learned":
-        verifier = common.load_learned_verifier(task, policy, test_problems, args)
-        task = learned.with_scores(task, verifier)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    parts = [args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}"]
-    run = common.Run(args, parts, policy=policy.model, optimizer=optimizer)
-    if verifier and not args.verifier_model and common.world()[0] == 0:
-        verifier.save(run.folder / "verifier")
-
-    ks = common.powers_of_two(args.eval_n, args.eval_N)
+    run = Run(args, args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
+    policy, task, ks = run.policy, run.task, sizes_up_to(args.eval_n, args.eval_N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
 
-    def evaluate(step: int) -> dict[str, torch.Tensor]:
-        verdict = common.evaluate(policy, task, test_problems, args)
+    def experts(problems, prompts) -> common.Rollouts:
+        return expert_rollouts(policy, task, prompts, [problem.solution for problem in problems], args.temperature)
+
+    if args.steps:
+        run.train = with_experts(run.train, args.experts) if args.experts else run.train
+        if isinstance(run.train, list):  # what is missing or too long is found now, not at step 300
+            if not all(problem.solution for problem in run.train):
+                raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
+            experts(run.train, run.encoded(run.train))
+    if args.verifier == "learned":
+        run.use_learned_verifier()
+
+    def metrics(verdict):
         if args.likelihood == "exact" and set(verdict.rewards.unique().tolist()) - {0, 1}:
             raise BadInput(f"--likelihood exact is for rewards 0 and 1, task {args.task!r} has others: use variational")
-        metrics = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
-        if args.verifier == "learned":
-            metrics |= {f"bon@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
-        run.progress["history"].append((step, common.by_level(metrics, test_problems)))
-        run.log({"step": step, "eval": run.progress["history"][-1][1], **verdict.counts})
-        if verdict.counts:
-            tqdm.write(f"evaluation at step {step}, events in the verifier: {verdict.counts}")
-        return metrics
+        passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
+        return passes | {f"{selected}@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
 
-    if "before" not in run.progress:
-        run.progress["before"] = evaluate(0)
-    for step in run.steps(f"{args.likelihood} N={args.N}"):
-        start = time.perf_counter()
-        problems = common.share(common.training_batch(train_problems, step - 1, args.prompts_per_step, args.seed))
-        prompts = common.encode_prompts(policy, task, problems, args.max_new_tokens)
-        experts = common.expert_rollouts(policy, task, prompts, [problem.solution for problem in problems])  # (B, 1, T)
-        rollouts = experts
+    for step in run.steps(metrics, f"{args.likelihood} N={args.N}"):
+        problems, prompts, generator = run.batch(step)
+        samples, rollouts = None, experts(problems, prompts)  # (B, 1, T)
         if args.N > 1:
-            generator = common.step_generator(policy.device, args.seed, step)
             samples = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-            rollouts = common.joined(experts, samples)  # (B, 1 + n, T)
-        verdict = common.judged(task, problems, common.decode(policy, rollouts))
+            rollouts = joined(rollouts, samples)  # (B, 1 + n, T)
+        verdict = run.verdict(problems, common.decode(policy, rollouts))
         A = coefficients(verdict.scores[:, 0], verdict.scores[:, 1:], args.N, args.likelihood)  # (B, 1 + n)
-        stats = common.policy_gradient_step(policy, optimizer, rollouts, A, args)
-        record = {
-            "step": step,
-            "expert_reward": verdict.rewards[:, 0].mean().item(),
-            **({"reward": verdict.rewards[:, 1:].mean().item()} if args.N > 1 else {}),
-            **stats,
-            **verdict.counts,
-        }
-        timings = common.step_timings(policy, rollouts, verdict, start)
-        run.log(record, timings, [name for name in (*record, "tokens_per_s") if name not in ("step", "skipped")])
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            run.progress["after"] = evaluate(step)
-
-    before, after = run.progress["before"], run.progress.get("after")
-    if args.steps:
-        common.save_policy(policy, run.folder / "policy")
+        record = {"expert_reward": verdict.rewards[:, 0].mean().item()}
+        record |= {"reward": verdict.rewards[:, 1:].mean().item()} if samples else {}
+        record |= common.policy_gradient_step(
+            policy, run.optimizer, rollouts, A, args.max_grad_norm, average_gradients=average_gradients
+        )
+        run.log(step, samples, verdict, record, ("expert_reward", "reward", "loss", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.eval_N, args.eval_n})]
-    columns += [f"pass@{args.eval_N}"] if args.verifier == "learned" else []
-    print(common.comparison_table(before, after, test_problems, columns))
-    names = ["pass", "bon"] if args.verifier == "learned" else ["pass"]
-    common.save_figure(run.folder, run.progress["history"], run.progress["rewards"], names, args.eval_N)
-    print(f"{run.folder}: metrics.jsonl, curves.png{', policy/' if args.steps else ''}")
+    columns += [f"pass@{args.eval_N}"] if selected == "bon" else []
+    run.finish(columns, sorted({"pass", selected}, reverse=True), args.eval_N)
 
 
 if __name__ == "__main__":
-    common.run_cli(main, Args)
+    run_cli(main, Args)

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import measure  # first: puts the repository on the path
-
 import torch
 import tyro
 
-import common
 import bon_rl
+import common
 import majority_pg
 import pass_at_k_pg
 
@@ -66,7 +65,7 @@ TABLE: dict[str, tuple[tuple, Callable, Callable, tuple[str, str], str]] = {
     "pass_at_k_pg mean": (SORTING, lambda d, k: pass_at_k_pg.advantages(d.rewards, k, "mean"), best, MAX, "mean"),
     "pass_at_k_pg unbiased": (SORTING, lambda d, k: pass_at_k_pg.advantages(d.rewards, k), best, MAX, "unbiased"),
     "pass_at_k_pg biased": (SORTING, lambda d, k: pass_at_k_pg.advantages(d.rewards, k, "biased"), best, MAX, "biased"),
-    "bon_rl exact": (SORTING, lambda d, k: bon_rl.advantages(d.rewards, d.scores, k), best, BEST, "unbiased"),
+    "bon_rl exact": (SORTING[:4], lambda d, k: bon_rl.advantages(d.rewards, d.scores, k), best, BEST, "unbiased"),
     "pass_at_k": (SORTING, lambda d, k: common.pass_at_k(d.rewards, k), best, MAX, "metric"),
     "best_of_k": (SORTING, lambda d, k: common.best_of_k(d.scores, d.rewards, k), best, BEST, "metric"),
     "majority_pg unbiased": (
@@ -83,12 +82,13 @@ def brute_force(objective: Callable, samples: tuple[torch.Tensor, ...], k: int, 
     """(B,) for the metric, (B, n) for advantages, by enumeration of all k-subsets."""
     B, n = samples[0].shape
     if average == "mean":  # RLOO: each reward less the mean of the others
-        return common.leave_one_out(lambda reward: reward.mean(-1), samples[-1])
+        return (samples[-1] - (samples[-1].sum(-1, keepdim=True) - samples[-1]) / (n - 1)) / n
     subsets = torch.tensor(list(itertools.combinations(range(n), k)))  # (S, k)
     chosen = [s[:, subsets] for s in samples]  # (B, S, k)
     if average == "metric":
         return objective(*chosen).mean(-1)
-    A = common.leave_one_out(objective, *(s.flatten(0, 1) for s in chosen)).view(B, len(subsets), k)
+    without = [objective(*(s[..., [j for j in range(k) if j != i]] for s in chosen)) for i in range(k)]  # k of (B, S)
+    A = objective(*chosen).unsqueeze(-1) - torch.stack(without, -1)  # (B, S, k)
     if average == "biased":
         A = A - A.mean(-1, keepdim=True)
     everywhere = subsets.flatten().expand(B, -1)  # (B, S*k)

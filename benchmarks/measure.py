@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
+import harness.policy
 
 
 def describe_machine(threads: int, *packages: str) -> dict:
@@ -128,7 +129,7 @@ def tiny_policy(
     nothing does: the end token has an id just past the model's output layer, so that every response is of full length
     in any system, without a change to how it samples.
     """
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = harness.policy.tiny_tokenizer()
     size = vocabulary or len(tokenizer)
     if not stop:
         tokenizer.add_special_tokens({"eos_token": "<never>"})

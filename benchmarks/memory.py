@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import measure  # first: puts the repository on the path
-
 import torch
 import tyro
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import measure  # first: puts the repository on the path
-
 import numpy as np
 import tyro
 from tqdm import tqdm

@@ -13,7 +13,6 @@ import copy
 from dataclasses import dataclass
 
 import measure  # first: puts the repository on the path
-
 import torch
 import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import measure  # first: puts the repository on the path
-
 import tyro
 
 from verifiers import BadInput, load_task

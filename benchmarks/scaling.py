@@ -11,10 +11,9 @@ import functools
 from dataclasses import dataclass
 
 import measure  # first: puts the repository on the path
-
+import step
 import tyro
 
-import step
 from verifiers import load_task
 
 BASE = {"prompts": 8, "n": 8, "k": 4, "tokens": 16, "hidden": 192, "layers": 4, "case": "a"}

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import measure  # first: puts the repository on the path
-
 import torch
 import transformers
 import tyro
 
 import common
+import harness.policy
 import pass_at_k_pg
 from verifiers import load_task
 
@@ -78,7 +78,7 @@ class OurStep:
         generator = common.step_generator(self.policy.device, 0, step)
 
         def sample():
-            prompts = common.encode_prompts(self.policy, self.task, self.problems, self.tokens)
+            prompts = harness.policy.encode_prompts(self.policy, self.task, self.problems, self.tokens)
             self.rollouts = common.sample(self.policy, prompts, self.n, self.tokens, 1.0, generator)
 
         def verify():

@@ -11,12 +11,13 @@ import itertools
 from dataclasses import dataclass
 
 import measure  # first: puts the repository on the path
-
 import torch
 import tyro
 from tqdm import tqdm
 
 import common
+import harness.policy
+import harness.run
 from pass_at_k_pg import advantages
 from verifiers import load_task
 
@@ -89,9 +90,9 @@ def bandit_moments(chance: float, rewards: tuple, n: int = 8) -> dict[str, tuple
 def model_moments(draws: int) -> dict[str, tuple[float, float]]:
     """Of each estimator on the tiny policy: length of the mean gradient, and standard deviation of one draw's."""
     task = load_task("arithmetic")
-    policy = common.load_policy("tiny", task, "cpu")
-    problems = common.training_batch(task.train, 0, 32, 0)
-    prompts = common.encode_prompts(policy, task, problems, task.max_new_tokens)
+    policy = harness.policy.load_policy("tiny", task, "cpu")
+    problems = harness.run.training_batch(task.train, 0, 32, 0)
+    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
     parameters = list(policy.model.parameters())
     total = dict.fromkeys(ESTIMATORS, 0.0)  # sums of gradients, and of their squared lengths
     squares = dict.fromkeys(ESTIMATORS, 0.0)

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import measure  # first: puts the repository on the path
-
 import numpy as np
 import torch
 import tyro

@@ -43,15 +43,18 @@ def test_expected_advantages_are_the_gradient_of_the_stated_objective(estimator,
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_mean_at_kl_follows_the_averages_over_seeds():
-    """Two seeds; average KL 0, 1, 3 and average reward 0, 2, 3, whatever the single seeds do."""
+def test_mean_at_kl_follows_the_averages_over_groups_of_seeds(monkeypatch):
+    """Average KL 0, 1, 3 and average reward 0, 2, 3, whatever the single seeds do."""
     reward = torch.tensor([[0.0, 0.0], [1.0, 3.0], [4.0, 2.0]])
     kl = torch.tensor([[0.0, 0.0], [0.5, 1.5], [2.0, 4.0]])
     metrics = torch.stack([reward, torch.zeros(3, 2), kl], 1).double()  # (steps + 1, 3, S)
-    at = bandit.mean_at_kl(metrics, torch.tensor([0.0, 0.5, 1.0, 2.0, 5.0], dtype=torch.float64))
-    assert at.mean(1)[:4].tolist() == pytest.approx([0, 1, 2, 2.5]) and at[4].isnan().all()
-    # at KL 1 the seeds have 1 and 3 at KL 0.5 and 1.5, on a path of slope 2: both count as 2
-    assert at[2].tolist() == pytest.approx([2, 2])
+    grid = torch.tensor([0.0, 0.5, 1.0, 2.0, 5.0], dtype=torch.float64)
+    monkeypatch.setattr(bandit, "GROUPS", 1)
+    at = bandit.mean_at_kl(metrics, grid)
+    assert at[:4, 0].tolist() == pytest.approx([0, 1, 2, 2.5]) and at[4].isnan().all()
+    monkeypatch.setattr(bandit, "GROUPS", 2)
+    at = bandit.mean_at_kl(metrics, grid)
+    assert at[1].tolist() == pytest.approx([1, 1]) and at[3].tolist() == pytest.approx([4, 2.8]) and at[4].isnan().all()
 
 
 def test_trajectory_starts_uniform_and_is_a_function_of_its_seed():

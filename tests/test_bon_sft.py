@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-
-import common
-from bon_sft import Args, coefficients, with_experts
-from enumeration import BINARY, K, PROMPTS, THETA, all_tuples, log_policy
+from enumeration import BINARY, PROMPTS, THETA, K, all_tuples, log_policy
 from test_best_of_n import EXACT, SCORES, best_of_n_policy, failure_rates
+
+import bon_sft
+import common
+import harness.policy
+import harness.run
+from bon_sft import Args, coefficients, with_experts
 from verifiers import BadInput, Problem
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
@@ -80,17 +83,17 @@ def test_bad_input_is_refused():
 def test_n_1_is_plain_sft_to_the_bit(tmp_path, monkeypatch):
     """Three steps of the script against three written out: the weights are equal, not close."""
     from test_cli import save_untrained
-    import bon_sft
+
     from verifiers import load_task
 
     monkeypatch.chdir(tmp_path)
     model = save_untrained(tmp_path / "model")
     bon_sft.main(Args(N=1, eval_N=2, eval_n=2, eval_problems=1, model=model, steps=3, prompts_per_step=4, run_name="r"))
     task = load_task("arithmetic")
-    policy = common.load_policy(model, task)
+    policy = harness.policy.load_policy(model, task)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=Args.lr, weight_decay=0.0, fused=True)
     for step in range(3):
-        problems = common.training_batch(task.train, step, 4, seed=0)
+        problems = harness.run.training_batch(task.train, step, 4, seed=0)
         prompts = policy.tokenizer([problem.prompt for problem in problems]).input_ids
         rows = [policy.tokenizer(p.solution).input_ids + [policy.tokenizer.eos_token_id] for p in problems]
         order = sorted(
@@ -102,7 +105,7 @@ def test_n_1_is_plain_sft_to_the_bit(tmp_path, monkeypatch):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), Args.max_grad_norm)
         optimizer.step()
-    trained = common.load_policy("runs/r/policy", task).model.state_dict()
+    trained = harness.policy.load_policy("runs/r/policy", task).model.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in policy.model.state_dict().items())
 
 
@@ -120,14 +123,14 @@ def test_experts_from_a_file(tmp_path):
 
 
 def test_expert_rollouts_and_samples_are_joined():
-    policy = common.Policy(torch.nn.Linear(1, 1), common.tiny_tokenizer(), [1])
+    policy = common.Policy(torch.nn.Linear(1, 1), harness.policy.tiny_tokenizer(), [1])
     policy = common.Policy(type("Model", (), {"config": None, "device": "cpu"})(), policy.tokenizer, [1])
     task = type("Task", (), {"template": "{prompt}"})()
     ids = policy.tokenizer(["12", "7"]).input_ids
-    experts = common.expert_rollouts(policy, task, [[5], [6]], ["12", "7"])
+    experts = harness.policy.expert_rollouts(policy, task, [[5], [6]], ["12", "7"])
     assert experts.ids.tolist() == [[[*ids[0], 1]], [[*ids[1], 1, 0]]]
     assert experts.mask.tolist() == [[[True] * 3], [[True, True, False]]]
     samples = common.Rollouts([[5], [6]], torch.ones(2, K, 5).long(), torch.ones(2, K, 5).bool(), torch.ones(2, K, 5))
-    both = common.joined(experts, samples)
+    both = bon_sft.joined(experts, samples)
     assert both.ids.shape == (2, 1 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
     assert both.mask.sum(-1).tolist() == [[3, 5, 5, 5, 5], [2, 5, 5, 5, 5]] and both.log_probs[:, 0].abs().sum() == 0

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import harness.policy
+import harness.run
 from verifiers import BadInput, Problem, Task, load_task, votes_from_answers
 from verifiers.arithmetic import FACTORS, verify
 
@@ -72,7 +74,7 @@ def weights(folder) -> torch.Tensor:
 
 
 def test_the_tokenizer_is_one_token_a_character_and_loses_nothing(tmp_path):
-    tokenizer = common.tiny_tokenizer()
+    tokenizer = harness.policy.tiny_tokenizer()
     text = " 47*85=\n" + "".join(map(chr, range(32, 127))) + "  "
     assert len(tokenizer(text).input_ids) == len(text) and tokenizer.decode(tokenizer(text).input_ids) == text
     tokenizer.save_pretrained(tmp_path)
@@ -84,15 +86,15 @@ def test_the_tokenizer_is_one_token_a_character_and_loses_nothing(tmp_path):
 def test_warm_start_is_deterministic_cached_and_named_by_its_recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
     torch.manual_seed(1)
-    folder = common.tiny_policy_folder(small_task())
+    folder = harness.policy.tiny_policy_folder(small_task())
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
-    assert folder.is_relative_to(tmp_path / "a") and common.tiny_policy_folder(small_task()) == folder
+    assert folder.is_relative_to(tmp_path / "a") and harness.policy.tiny_policy_folder(small_task()) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
-    assert common.tiny_policy_folder(small_task(steps=4)) != folder
+    assert harness.policy.tiny_policy_folder(small_task(steps=4)) != folder
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     torch.manual_seed(2)  # the global state does not matter, and is left alone
     state = torch.get_rng_state()
-    assert torch.equal(weights(common.tiny_policy_folder(small_task())), weights(folder))
+    assert torch.equal(weights(harness.policy.tiny_policy_folder(small_task())), weights(folder))
     assert torch.equal(torch.get_rng_state(), state)
     assert 0.5e6 < len(weights(folder)) < 1.5e6
 
@@ -100,18 +102,19 @@ def test_warm_start_is_deterministic_cached_and_named_by_its_recipe(tmp_path, mo
 def test_warm_start_learns(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     task = small_task(steps=60)
-    policy = common.load_policy("tiny", task, "cpu")
-    prompts = common.encode_prompts(policy, task, task.test, 4)
+    policy = harness.policy.load_policy("tiny", task, "cpu")
+    prompts = harness.policy.encode_prompts(policy, task, task.test, 4)
     rollouts = common.sample(policy, prompts, 4, 4, generator=torch.Generator().manual_seed(0))
     assert task.verify(task.test, common.decode(policy, rollouts)).rewards.mean() > 0.5
 
 
 def test_a_race_for_the_cache_leaves_one_whole_policy(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    barrier, trained = threading.Barrier(2), common.warm_start
+    barrier, trained = threading.Barrier(2), harness.policy.warm_start
     monkeypatch.setattr(common, "warm_start", lambda task: (trained(task), barrier.wait())[0])  # both finish, then save
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(common.tiny_policy_folder(small_task()))) for _ in "ab"]
+    folder = harness.policy.tiny_policy_folder
+    threads = [threading.Thread(target=lambda: folders.append(folder(small_task()))) for _ in "ab"]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert len(folders) == 2 and folders[0] == folders[1]
     assert [path.name for path in (tmp_path / "inference-aware-rl").iterdir()] == [folders[0].name]
@@ -122,7 +125,7 @@ def test_a_warm_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(common, "save_policy", lambda policy, folder: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        common.tiny_policy_folder(small_task())
+        harness.policy.tiny_policy_folder(small_task())
     assert list((tmp_path / "inference-aware-rl").iterdir()) == []
 
 
@@ -131,14 +134,14 @@ def test_a_warm_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_training_batches_see_every_problem_once_a_pass():
     problems = list(range(10))
-    batches = [common.training_batch(problems, step, 4, seed=0) for step in range(5)]
+    batches = [harness.run.training_batch(problems, step, 4, seed=0) for step in range(5)]
     assert sorted(sum(batches, [])[:10]) == problems and sorted(sum(batches, [])[10:]) == problems
-    assert batches == [common.training_batch(problems, step, 4, seed=0) for step in range(5)]
-    assert batches != [common.training_batch(problems, step, 4, seed=1) for step in range(5)]
+    assert batches == [harness.run.training_batch(problems, step, 4, seed=0) for step in range(5)]
+    assert batches != [harness.run.training_batch(problems, step, 4, seed=1) for step in range(5)]
 
 
 def test_evaluation_problems_are_spread_over_levels():
     problems = [Problem(str(i), "", level=i % 3 or None) for i in range(30)]
-    chosen = common.evaluation_problems(problems, 4)
+    chosen = harness.run.evaluation_problems(problems, 4)
     assert [sum(p.level == level for p in chosen) for level in (1, 2, None)] == [4, 4, 4]
-    assert chosen == common.evaluation_problems(problems, 4)
+    assert chosen == harness.run.evaluation_problems(problems, 4)

@@ -17,11 +17,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_code import CONTEST, HUMANEVAL, MBPP, SANITIZED, TACO, TACO_FUNCTION
 
 import common
+import harness.policy
 import majority_pg
 import pass_at_k_pg
-from test_code import CONTEST, HUMANEVAL, MBPP, SANITIZED, TACO, TACO_FUNCTION
 from verifiers import BadInput, Problem, arithmetic, code, load_task, reasoning_gym, rows, votes_from_answers
 from verifiers import math as math_task
 from verifiers.sandbox import STATUSES, Program
@@ -209,7 +210,7 @@ def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script, group):
     votes, rewards, _ = group
     counted = rewards if script == "pass_at_k_pg" else rewards.masked_fill(votes < 0, 0)
     mean = advantages(script, votes, counted, 1, "mean")
-    assert torch.equal(advantages(script, votes, rewards, 1, "unbiased"), mean)
+    torch.testing.assert_close(advantages(script, votes, rewards, 1, "unbiased"), mean, rtol=1e-12, atol=1e-12)
     assert (advantages(script, votes, rewards, 1, "biased") == 0).all()
 
 
@@ -659,7 +660,7 @@ def test_paths_of_any_text_are_refused(path):
 
 # --- Prompts ---
 
-TOKENIZER = common.tiny_tokenizer()
+TOKENIZER = harness.policy.tiny_tokenizer()
 
 
 @examples(60)
@@ -676,7 +677,7 @@ def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
     policy = SimpleNamespace(tokenizer=TOKENIZER, model=model)
     try:
-        (ids,) = common.encode_prompts(policy, SimpleNamespace(template="{prompt}"), problems, 8)
+        (ids,) = harness.policy.encode_prompts(policy, SimpleNamespace(template="{prompt}"), problems, 8)
     except BadInput as refusal:
         assert "\n" not in str(refusal) and len(str(refusal)) < 700
         assert not problems[0].prompt or context

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-
 from test_cli import SMALL, model, run, save_untrained  # noqa: F401 (fixtures)
+
 from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned
 
 LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-
 from enumeration import ANSWERS, exact_gradient, expected_gradient, majority_value
+
 from majority_pg import advantages
 
 # Rewards that are a function of the answer: prompt 0 has an action without an answer, prompt 1 two with the same.
@@ -43,17 +43,20 @@ def test_mean_is_the_gradient_of_the_mean_reward(k, n):
 @pytest.mark.parametrize("centred", [False, True], ids=["unbiased", "biased"])
 @pytest.mark.parametrize("k, n", [(2, 2), (2, 7), (3, 7), (4, 7), (7, 7)])
 def test_counting_is_the_average_over_all_subsets(k, n, centred):
-    """(k/n) mean over k-subsets T containing i of A_i(T), by enumeration."""
+    """(k/n) mean over k-subsets T containing i of A_i(T), by enumeration. In the last ten rows the reward is not a
+    function of the answer, and an answer is worth the mean reward of its samples in T."""
     generator = torch.Generator().manual_seed(k * n)
     votes = torch.randint(-1, 4, (30, n), generator=generator)
     rewards = torch.randint(-2, 3, (30, 5), generator=generator).double().gather(1, votes + 1).masked_fill(votes < 0, 0)
+    rewards[20:] = torch.randint(-2, 3, (10, n), generator=generator).double()
     actual = advantages(votes, rewards, k, "biased" if centred else "unbiased")
     for b, row in enumerate(zip(votes.tolist(), rewards.tolist())):
         pairs = list(zip(*row))
         total = [0.0] * n
         subsets = list(itertools.combinations(range(n), k))
         for T in subsets:
-            A = {i: majority_value([pairs[j] for j in T]) - majority_value([pairs[j] for j in T if j != i]) for i in T}
+            value = majority_value([pairs[j] for j in T])
+            A = {i: value - majority_value([pairs[j] for j in T if j != i]) for i in T}
             for i in T:
                 total[i] += A[i] - (sum(A.values()) / k if centred else 0)
         expected = [x / len(subsets) for x in total]  # (k/n) / C(n-1, k-1) = 1 / C(n, k)
@@ -73,10 +76,10 @@ def test_only_votes_that_change_the_outcome_have_an_advantage():
 
 def test_exact_zeros_are_zero_and_large_groups_are_finite():
     votes = torch.randint(-1, 12, (8, 64), generator=torch.Generator().manual_seed(0))
-    same = advantages(votes, torch.ones(8, 64).masked_fill(votes < 0, 1), 1)
-    assert (advantages(votes.clamp(min=0), torch.ones(8, 64), 16) == 0).all() and same.isfinite().all()
+    assert (advantages(votes.clamp(min=0), torch.full((8, 64), 0.1), 16) == 0).all()
     A = advantages(votes, (votes == 3).float(), 16)
-    assert A.isfinite().all() and (A[votes == 3] >= 0).all() and (A[votes == 3] > 0).any() and (A <= 1).all()
+    assert A.dtype == torch.float32 and A.isfinite().all() and (A <= 1).all()
+    assert (A[votes == 3] >= 0).all() and (A[votes == 3] > 0).any()
 
 
 def test_rows_are_independent_and_the_names_and_order_of_answers_do_not_matter():

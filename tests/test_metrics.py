@@ -1,13 +1,15 @@
-"""leave_one_out and the exact k-sample metrics, against enumeration of all subsets."""
+"""The exact k-sample metrics, and the advantages that follow from a metric, against enumeration."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from enumeration import ANSWERS, GRADED, best_of_value, exact_gradient, expected_gradient, majority_value, subset_mean
 
 import common
 import majority_pg
-from enumeration import ANSWERS, GRADED, best_of_value, exact_gradient, expected_gradient, majority_value, subset_mean
+from common import k_sample_advantages
 
 
 def random_groups(B, n, seed=0):
@@ -34,20 +36,6 @@ def test_metrics_are_the_averages_over_all_subsets(k, n):
         torch.testing.assert_close(metric(first, rewards, k), expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("k, n", SIZES)
-def test_majorities_without_each_sample(k, n):
-    votes, rewards, _ = random_groups(20, n, seed=1)
-    everyone, without = majority_pg.subset_majorities(votes, rewards, k, leave_out=True)
-    for b, row in enumerate([list(zip(v, r)) for v, r in zip(votes.tolist(), rewards.tolist())]):
-        assert everyone[b].tolist() == pytest.approx(
-            [subset_mean(majority_value, row, j) for j in (k, k - 1)], abs=1e-12
-        )
-        for i in range(n):
-            others = row[:i] + row[i + 1 :]
-            expected = [subset_mean(majority_value, others, j) for j in (min(k, n - 1), k - 1)]
-            assert without[b, i].tolist() == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.mark.parametrize(
     "n, c, k, expected",
     [
@@ -72,16 +60,22 @@ def test_large_groups():
     assert (common.pass_at_k(rewards, k) > rewards.topk(20).values[:, -1]).all()
     assert torch.allclose(common.pass_at_k(rewards, n), rewards.amax(-1), rtol=1e-12)
     assert torch.allclose(common.pass_at_k(rewards, 1), rewards.mean(-1), rtol=1e-12)
-    # Two answers: a majority of k = 64 of c votes out of 256 is a hypergeometric tail, half of the tie counting.
-    for c in (100, 128, 150):
-        votes = (torch.arange(n) >= c).long().unsqueeze(0)
-        ways = [math.comb(c, t) * math.comb(n - c, k - t) for t in range(k + 1)]
-        expected = (sum(ways[k // 2 + 1 :]) + ways[k // 2] / 2) / math.comb(n, k)
-        actual = majority_pg.majority_at_k(votes, (votes == 0).double(), k).item()
-        assert actual == pytest.approx(expected, rel=1e-10)
     # All answers different: every one of a subset's k ties.
     votes = torch.arange(n).unsqueeze(0)
     assert majority_pg.majority_at_k(votes, rewards[:1], k).item() == pytest.approx(rewards[0].mean().item(), rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    "n, k, c", [(256, 64, 100), (256, 64, 128), (256, 63, 150), (1000, 64, 300), (1000, 1000, 500)]
+)
+def test_majority_of_two_answers_is_a_hypergeometric_tail(n, k, c):
+    """c of n samples are right, and all others agree: a tie counts half. No digit is lost where it is rare."""
+    votes = (torch.arange(n) >= c).long().unsqueeze(0)
+    ways = [math.comb(c, t) * math.comb(n - c, k - t) for t in range(k + 1)]
+    tie = ways[k // 2] if k % 2 == 0 else 0
+    expected = Fraction(2 * sum(ways[k // 2 + 1 :]) + tie, 2 * math.comb(n, k))
+    actual = majority_pg.majority_at_k(votes, (votes == 0).double(), k).item()
+    assert actual == pytest.approx(float(expected), rel=1e-13, abs=0)
 
 
 def test_blank_responses_do_not_vote_together():
@@ -104,7 +98,7 @@ def test_k_out_of_range_is_refused(metric, k):
 
 
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_leave_one_out_is_unbiased_for_all_four_objectives(k):
+def test_lemma_1_is_unbiased_for_all_four_objectives(k):
     """Lemma 1 of Tang et al. for the mean, pass@k, majority and Best-of-N, n = k."""
     scores = torch.tensor([[0.0, 1.0, 1.0, 2.0], [1.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
 
@@ -119,16 +113,82 @@ def test_leave_one_out_is_unbiased_for_all_four_objectives(k):
             return function([(first[b, a].item(), GRADED[b, a].item()) for a in y])
 
         def advantages(b, y):
-            def objective(actions):  # (..., m) int64 -> (...)
-                rows = actions.reshape(-1, actions.shape[-1]).tolist()
-                return torch.tensor([f(b, row) for row in rows], dtype=torch.float64).view(actions.shape[:-1])
+            def metric(actions, j):  # (rows, j) int64 -> (rows,): with n = k no subset is averaged over
+                assert actions.shape[-1] == j
+                return torch.tensor([f(b, row) for row in actions.tolist()], dtype=torch.float64)
 
-            return common.leave_one_out(objective, y)
+            return k_sample_advantages(metric, y, k=k)
 
         torch.testing.assert_close(expected_gradient(advantages, k), exact_gradient(f, k), rtol=1e-10, atol=1e-12)
 
 
-def test_leave_one_out_of_the_mean_is_rloo():
+def test_mean_advantages_are_rloo():
     rewards = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64)
-    expected = (rewards - (9 - rewards) / 2) / 3
-    torch.testing.assert_close(common.leave_one_out(lambda r: r.mean(-1), rewards), expected)
+    torch.testing.assert_close(common.mean_advantages(rewards), (rewards - (9 - rewards) / 2) / 3)
+    estimate = expected_gradient(lambda b, y: common.mean_advantages(GRADED[b][y]), 3)
+    exact = exact_gradient(lambda b, y: GRADED[b, y[0]].item(), 1)
+    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+
+
+# --- k_sample_advantages: any objective from its metric ---
+
+
+def pass_hat_k(rewards, k):
+    """pass^k, all of k right: README's example of an objective of one's own; min for graded rewards."""
+    return -common.pass_at_k(-rewards, k)
+
+
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 3), (2, 2), (4, 4), (2, 4), (3, 4), (3, 5)])
+def test_unbiased_is_the_gradient_of_an_objective_of_ones_own(k, n):
+    estimate = expected_gradient(lambda b, y: k_sample_advantages(pass_hat_k, GRADED[b][y], k=k), n)
+    exact = exact_gradient(lambda b, y: min(GRADED[b, a].item() for a in y), k)
+    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("k, n", [(2, 2), (4, 4), (3, 4), (3, 5)])
+def test_biased_is_the_gradient_of_one_sample_less(k, n):
+    estimate = expected_gradient(lambda b, y: k_sample_advantages(pass_hat_k, GRADED[b][y], k=k, estimator="biased"), n)
+    exact = exact_gradient(lambda b, y: min(GRADED[b, a].item() for a in y), k - 1)
+    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_the_example_of_the_docstring():
+    rewards = torch.tensor([[3.0, 1.0, 0.0]])
+    assert k_sample_advantages(common.pass_at_k, rewards, k=2)[0].tolist() == pytest.approx([5 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 2), (2, 2), (2, 3), (5, 5)])
+def test_the_metric_is_asked_for_nothing_that_it_does_not_have(k, n, estimator):
+    def metric(a, b, j):
+        assert a.shape == b.shape == (len(a), a.shape[-1]) and 1 <= j <= a.shape[-1]
+        return common.best_of_k(a, b, j)
+
+    samples = torch.rand(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = k_sample_advantages(metric, *samples, k=k, estimator=estimator)
+    assert A.shape == (3, n) and A.dtype == torch.float64
+
+
+def test_one_sample_is_its_own_worth_and_k_1_is_rloo():
+    rewards = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64)
+    assert k_sample_advantages(pass_hat_k, rewards[:, :1], k=1).tolist() == [[1.0]]
+    torch.testing.assert_close(k_sample_advantages(pass_hat_k, rewards, k=1), common.mean_advantages(rewards))
+    assert k_sample_advantages(pass_hat_k, rewards, k=1, estimator="biased").tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_what_rounding_leaves_of_a_zero_is_zero_at_any_scale(estimator):
+    scale = torch.tensor([[1e-200], [0.1], [1e200]], dtype=torch.float64)
+    A = k_sample_advantages(pass_hat_k, (scale * 0.7).expand(-1, 9), k=4, estimator=estimator)
+    assert (A == 0).all()
+    tiny = scale * torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0 + 1e-9]], dtype=torch.float64)  # small, but not rounding's
+    assert (k_sample_advantages(common.pass_at_k, tiny, k=2, estimator=estimator)[:, -1] > 0).all()
+
+
+def test_bad_arguments_are_refused():
+    for k in (0, 5):
+        for estimator in ("unbiased", "biased"):
+            with pytest.raises(ValueError, match=f"k={k} with n=4"):
+                k_sample_advantages(pass_hat_k, torch.zeros(2, 4), k=k, estimator=estimator)
+    with pytest.raises(ValueError, match="unknown estimator 'mean'"):
+        k_sample_advantages(pass_hat_k, torch.zeros(2, 4), k=2, estimator="mean")

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from enumeration import BINARY, GRADED, PROMPTS, exact_gradient, expected_gradient
 
 import common
-from enumeration import BINARY, GRADED, PROMPTS, exact_gradient, expected_gradient
 from pass_at_k_pg import advantages
 
 
@@ -65,26 +65,12 @@ def test_closed_form_is_the_average_over_all_subsets(k, n, centred):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("k, n", [(2, 6), (4, 6), (6, 6)])
-def test_both_estimators_follow_from_the_metric(k, n):
-    """With M_j the subset average of max over j-subsets and M_j(-i) the same without i:
-    unbiased = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i), and biased = M_{k-1} - M_{k-1}(-i)."""
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("k, n", [(1, 6), (2, 6), (4, 6), (6, 6), (8, 24)])
+def test_the_closed_form_is_what_follows_from_the_metric(k, n, estimator):
     rewards = torch.rand(20, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    M = common.pass_at_k
-    without_k = (
-        M(rewards, k)[:, None] - common.leave_one_out(lambda r: metric(r, min(k, n - 1)), rewards) if k < n else 0
-    )
-    biased = common.leave_one_out(lambda r: metric(r, k - 1), rewards)
-    without_less = M(rewards, k - 1)[:, None] - biased
-    unbiased = M(rewards, k)[:, None] - (1 - k / n) * without_k - k / n * without_less
-    torch.testing.assert_close(advantages(rewards, k, "unbiased"), unbiased, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(advantages(rewards, k, "biased"), biased, rtol=1e-9, atol=1e-12)
-
-
-def metric(rewards: torch.Tensor, k: int) -> torch.Tensor:
-    """pass_at_k over any number of leading dimensions; for a size between n - 1 and n, k is clipped to n."""
-    flat = rewards.reshape(-1, rewards.shape[-1])
-    return common.pass_at_k(flat, min(k, rewards.shape[-1])).view(rewards.shape[:-1])
+    expected = common.k_sample_advantages(common.pass_at_k, rewards, k=k, estimator=estimator)
+    torch.testing.assert_close(advantages(rewards, k, estimator), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_binary_rewards_signal_only_where_one_subset_has_a_single_success():

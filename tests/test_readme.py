@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import common
 from test_cli import ROOT, run  # noqa: F401 (a fixture)
 from test_code import HUMANEVAL
 from test_resume import model as skilled  # noqa: F401 (a fixture: it is right now and then)
 from test_torchrun import torchrun
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import common
+import harness.policy
 
 README = (ROOT / "README.md").read_text()
 TRAINING = "--steps 1 --prompts-per-step 2 --eval-problems 1 --eval-n 16 --max-new-tokens 8".split()
@@ -51,12 +52,12 @@ def commands() -> list:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """An untrained policy with room for a word problem, on characters."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), common.tiny_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("model"), harness.policy.tiny_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=1,
                          pad_token_id=0)  # fmt: skip
-    common.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
+    harness.policy.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
     return str(folder)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import harness.policy
 from pass_at_k_pg import advantages
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "recipes"))
@@ -76,7 +77,7 @@ def test_trl_step_has_our_gradient(name, tmp_path):
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-    tokenizer, k, tokens = common.tiny_tokenizer(), 2, 7
+    tokenizer, k, tokens = harness.policy.tiny_tokenizer(), 2, 7
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import tyro
-
 from test_cli import ROOT, save_untrained
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -1,14 +1,12 @@
 """Sampling and the training step, on random weights of three architectures, with ragged prompts."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations import sdpa_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import common
 
@@ -71,9 +69,9 @@ def test_bfloat16_autocast_samples_and_trains_nearly_alike(policy, monkeypatch):
     A = torch.randn(len(PROMPTS), 5, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
     rollouts = rollouts_of(policy)
-    half = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A, 1.0, 64, clip=0.2))
+    half = gradient(policy, lambda: gradient_of(policy, rollouts, A, 64, 0.2))
     monkeypatch.undo()
-    whole = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A, 1.0, 64, clip=0.2))
+    whole = gradient(policy, lambda: gradient_of(policy, rollouts, A, 64, 0.2))
     assert rollouts.log_probs.dtype == half.dtype == torch.float32 and not torch.equal(half, whole)
     torch.testing.assert_close(naive_log_probs(policy, rollouts, 1.0), rollouts.log_probs, rtol=0, atol=0.05)
     assert (half - whole).norm() < 0.03 * whole.norm()
@@ -106,7 +104,7 @@ def test_samples_follow_the_models_distribution():
 
 
 def test_every_prompt_is_read_once(policy, monkeypatch):
-    """The first forward pass has one row a prompt; later ones have one token a row, and fewer rows as they finish."""
+    """The first forward pass has one row a different prompt; later ones have one token a row, and fewer as they end."""
     shapes = []
     base = policy.model.base_model
     forward = base.forward
@@ -114,39 +112,10 @@ def test_every_prompt_is_read_once(policy, monkeypatch):
         base, "forward", lambda *a, **kw: (shapes.append(tuple(kw["input_ids"].shape)), forward(*a, **kw))[1]
     )
     rollouts_of(policy, n=16)
-    assert shapes[0] == (len(PROMPTS), 7)
+    assert shapes[0] == (3, 7)
     rows = [shape[0] for shape in shapes[1:]]
     assert all(shape[1] == 1 for shape in shapes[1:])
     assert rows[0] <= 16 * len(PROMPTS) and rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
-
-
-def test_growing_layer_holds_what_the_librarys_holds_and_is_seldom_copied():
-    ours, peer, rooms = common.GrowingLayer(), DynamicLayer(), []
-    rows, generator = 3, torch.Generator().manual_seed(0)
-    for t in range(100):
-        keys, values = torch.randn(2, rows, 2, 5 if t == 0 else 1, 4, generator=generator)
-        for mine, theirs in zip(ours.update(keys, values), peer.update(keys, values), strict=True):
-            assert torch.equal(mine, theirs)
-        assert ours.get_seq_length() == peer.get_seq_length() == 5 + t
-        rooms.append(ours.room[0])  # kept, so that no other has its address
-        for layer in (ours, peer) if t in (0, 30) else ():
-            layer.batch_repeat_interleave(4)
-        for layer in (ours, peer) if t in (10, 50) else ():
-            layer.batch_select_indices(torch.arange(0, rows, 2))
-        rows = len(ours.keys)
-    assert len({room.data_ptr() for room in rooms}) <= 1 + 4 + 7  # one after each change of the rows, and growth by 1.5
-
-
-def test_keys_and_values_are_not_repeated_for_the_query_heads_that_share_them(monkeypatch):
-    policy, lengths, repeat = random_policy("qwen2"), [], sdpa_attention.repeat_kv
-    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, n: (lengths.append(x.shape[2]), repeat(x, n))[1])
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    rollouts_of(policy)
-    assert set(lengths) == {7}  # the prompts alone
-    with pytest.raises(KeyboardInterrupt), common.grouped_queries():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not attention
-        raise KeyboardInterrupt
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
 
 
 def test_sampling_is_a_function_of_its_generator(policy):
@@ -161,6 +130,12 @@ def gradient(policy, backward) -> torch.Tensor:
     policy.model.zero_grad()
     backward()
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+
+def gradient_of(policy, rollouts, advantages, budget, clip=None) -> float:
+    """The loss of accumulate_gradient with this budget of tokens."""
+    policy.micro_batch_tokens = budget
+    return common.accumulate_gradient(policy, rollouts, advantages, clip)
 
 
 def naive_gradient(policy, rollouts, advantages, temperature):
@@ -185,7 +160,7 @@ def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, co
     torch.manual_seed(1)
     advantages = COMPOSITIONS[composition](rollouts.ids.shape[:2])
     expected = naive_gradient(policy, rollouts, advantages, 0.8)
-    actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 0.8, budget, None))
+    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, budget, None))
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -201,7 +176,7 @@ def test_gradient_with_a_chunked_output_layer(policy, monkeypatch):
     monkeypatch.setattr(
         common.F, "cross_entropy", lambda x, *a, **kw: (sizes.append(len(x)), cross_entropy(x, *a, **kw))[1]
     )
-    actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None))
+    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 100, None))
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
     assert max(sizes) == 3
 
@@ -214,7 +189,7 @@ def test_gradient_checkpointing_recomputes_layers_in_training_alone(policy):
     mlp = next(module for name, module in policy.model.named_modules() if name.endswith(".mlp"))
     hook = mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    actual = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, advantages, 1.0, 10**6, None))
+    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 10**6, None))
     assert len(calls) == 2
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
     assert not any(m.training for m in policy.model.modules() if isinstance(m, torch.nn.Dropout))
@@ -228,9 +203,9 @@ def test_rows_without_an_advantage_are_not_computed(policy, monkeypatch):
     log_probs = common.response_log_probs
     monkeypatch.setattr(common, "response_log_probs", lambda p, x, *a: (rows.extend(x), log_probs(p, x, *a))[1])
     advantages = torch.zeros(rollouts.ids.shape[:2])
-    assert common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None) == 0 and rows == []
+    assert gradient_of(policy, rollouts, advantages, 100, None) == 0 and rows == []
     advantages[2, 3] = 1.0
-    common.accumulate_gradient(policy, rollouts, advantages, 1.0, 100, None)
+    gradient_of(policy, rollouts, advantages, 100, None)
     assert rows == [PROMPTS[2]]
 
 
@@ -239,8 +214,8 @@ def test_clipped_objective_has_the_same_gradient_on_policy_and_none_where_clippe
     advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
 
     def with_clip(old, advantages, clip):
-        moved = common.Rollouts(rollouts.prompts, rollouts.ids, rollouts.mask, old)
-        return gradient(policy, lambda: common.accumulate_gradient(policy, moved, advantages, 1.0, 100, clip))
+        moved = dataclasses.replace(rollouts, log_probs=old)
+        return gradient(policy, lambda: gradient_of(policy, moved, advantages, 100, clip))
 
     plain = with_clip(rollouts.log_probs, advantages, None)
     clipped = with_clip(rollouts.log_probs, advantages, 0.2)
@@ -276,16 +251,16 @@ def test_kl_advantages_are_the_gradient_of_minus_kl():
 
 def test_kl_estimate_and_log_ratios(policy):
     """Zero against itself; against other weights, never negative and close to the plain mean of many samples."""
-    args = SimpleNamespace(temperature=1.0, micro_batch_tokens=200)
+    policy.micro_batch_tokens = 200
     rollouts = rollouts_of(policy, n=200, length=4)
-    assert common.kl_estimate(common.log_ratios(policy, policy, rollouts, args)) == pytest.approx(0, abs=1e-5)
+    assert common.kl_estimate(common.log_ratios(policy, rollouts)) == pytest.approx(0, abs=1e-5)
     other = random_policy(
         {"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(type(policy.model).__name__, "qwen2")
     )
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter, generator=None))
-    ratios = common.log_ratios(policy, other, rollouts, args)
+    ratios = common.log_ratios(other, rollouts)
     assert ratios.shape == rollouts.ids.shape and (ratios[~rollouts.mask] == 0).all()
     plain = ratios.sum(-1).flatten()
     error = 4 * plain.std() / math.sqrt(len(plain))

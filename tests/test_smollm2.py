@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from test_cli import ROOT, records, run  # noqa: F401 (a fixture)
 
 import common
-from test_cli import ROOT, records, run  # noqa: F401 (a fixture)
+import harness.policy
 from verifiers import load_task
 
 pytestmark = pytest.mark.slow
@@ -36,8 +37,8 @@ def data(tmp_path_factory):
 
 def test_it_speaks_and_training_sees_the_distribution_that_it_was_sampled_from(model, data):
     task = load_task("gsm8k", data)
-    policy = common.load_policy(model, task)
-    prompts = common.encode_prompts(policy, task, task.train, 48)
+    policy = harness.policy.load_policy(model, task)
+    prompts = harness.policy.encode_prompts(policy, task, task.train, 48)
     assert policy.tokenizer.decode(prompts[1]).endswith("<|im_end|>\n<|im_start|>assistant\n")
     rollouts = common.sample(policy, prompts, 4, 48, 0.7, torch.Generator().manual_seed(0))
     text = " ".join(text for row in common.decode(policy, rollouts) for text in row).lower()
@@ -58,5 +59,6 @@ def test_it_is_trained_and_loads_again(run, model, data, tmp_path):  # noqa: F81
     steps = [record for record in records(folder) if "loss" in record]
     assert len(steps) == 2 and any(record["grad_norm"] > 0 for record in steps)
     assert run("pass_at_k_pg.py", "--resume", str(folder)).returncode == 0
-    before, after = (common.load_policy(x, load_task("gsm8k", data)).model for x in (model, str(folder / "policy")))
+    task, folders = load_task("gsm8k", data), (model, str(folder / "policy"))
+    before, after = (harness.policy.load_policy(x, task).model for x in folders)
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from enumeration import majority_value
 from test_cli import ROOT
 

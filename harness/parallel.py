@@ -1,0 +1,83 @@
+"""Several processes (torchrun): each samples and trains on its share of the prompts, all hold the same weights."""
+
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = datetime.timedelta(hours=2)  # for what the first process does alone, such as a warm start
+SUMMED, HIGHEST = ("tokens_per_s",), ("step", "skipped", "seconds", "verify_s", "peak_memory_mib")
+
+
+def start(device: str) -> None:
+    """Join the other processes, if torchrun started more than one. device: "auto", "cpu" or "cuda"."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+
+
+def stop() -> None:
+    """Leave the other processes. For the end of a run, which all reach; where one fails, the others wait for it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of processes: (0, 1) unless torchrun started more."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(problems: Sequence) -> Sequence:
+    """This process's share: every `size`-th problem, from the `rank`-th on."""
+    rank, size = world()
+    return problems if size == 1 else problems[rank::size]
+
+
+def in_first_process(write: Callable[[], None]) -> None:
+    """Call write() in the first process alone; the others wait for it, here and nowhere else."""
+    rank, size = world()
+    if rank == 0:
+        write()
+    if size > 1:
+        dist.barrier()
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes: shares of equal size have the gradient of the whole."""
+    for parameter in parameters:
+        if world()[1] > 1:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()[1]
+
+
+def from_all(value) -> list:
+    """What each process has of this value, in the order of ranks; it is sent by pickle."""
+    values = [value] * world()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def global_record(record: dict[str, float]) -> dict[str, float]:
+    """One record of the records of all processes: means of floats and sums of integers (counts), but for the names in
+    SUMMED and HIGHEST."""
+    records, merged = from_all(record), {}
+    if len(records) == 1:
+        return record
+    for name in dict.fromkeys(name for each in records for name in each):
+        values = [each[name] for each in records if name in each]
+        if name in HIGHEST:
+            merged[name] = max(values)
+        elif name in SUMMED or isinstance(values[0], int):
+            merged[name] = sum(values)
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged

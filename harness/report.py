@@ -1,0 +1,146 @@
+"""What a run tells at its end: tables, figures, samples. To compare runs: python -m harness.report runs/a runs/b ..."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from verifiers import BadInput, Problem
+
+SEEDS_DIFFER_IN = ("seed", "run_name", "resume", "save_every", "show_samples", "tensorboard")
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of per-problem values (P,) and its standard error over problems (nan for one problem)."""
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+
+
+def by_level(
+    metrics: dict[str, torch.Tensor], problems: Sequence[Problem]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and standard error of each metric (P,) over all problems ("all") and over each level's ("1", "2", ...)."""
+    levels = sorted({problem.level for problem in problems if problem.level is not None})
+    groups = {"all": torch.arange(len(problems))}
+    groups |= {str(x): torch.tensor([i for i, p in enumerate(problems) if p.level == x]) for x in levels}
+    return {
+        level: {name: mean_and_error(values[rows]) for name, values in metrics.items()}
+        for level, rows in groups.items()
+    }
+
+
+def show_samples(
+    problems: Sequence[Problem], responses: Sequence[Sequence[str]], rewards: torch.Tensor, count: int
+) -> None:
+    """Print the first response to each of `count` problems, evenly spaced, with its reward; rewards: (P, n).
+
+    All text is escaped: a model's must not drive the terminal.
+    """
+    count = min(count, len(problems))
+    for i in (place * len(problems) // count for place in range(count)):
+        tqdm.write(f"{rewards[i, 0].item():g}  {ascii(problems[i].prompt[-200:])} -> {ascii(responses[i][0][:1000])}")
+
+
+def comparison_table(before: dict, after: dict | None, problems: Sequence[Problem], columns: Sequence[str]) -> str:
+    """Per-problem metrics, name -> (P,), by level: before -> after with the paired change and its standard error.
+
+    Without `after`: before alone, with its standard error.
+    """
+    start = by_level(before, problems)
+    if after is not None:
+        end = by_level(after, problems)
+        change = by_level({name: after[name] - before[name] for name in columns}, problems)
+    lines = [f"{'level':>5}  " + "  ".join(f"{name:^32}" for name in columns)]
+    for level in start:
+        cells = []
+        for name in columns:
+            mean, error = start[level][name]
+            if after is None:
+                cells.append(f"{mean:.3f} ± {error:.3f}")
+            else:
+                (now, _), (difference, error) = end[level][name], change[level][name]
+                cells.append(f"{mean:.3f} -> {now:.3f} ({difference:+.3f} ± {error:.3f})")
+        lines.append(f"{level:>5}  " + "  ".join(f"{cell:^32}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files alone; imported when there is something to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save_figure(folder: Path, evaluations: list[tuple[int, dict]], names: Sequence[str], k: int) -> None:
+    """curves.png: each metric family against j before and after, and along training.
+
+    evaluations: (step, result of `by_level`), the first before training and the last after it. names: metric families,
+    such as "pass" for pass@1, pass@2, ...
+    """
+    plt = pyplot()
+    both = [("before", "tab:gray", evaluations[0][1]), ("after", "tab:blue", evaluations[-1][1])]
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 3.6), layout="constrained")
+    for axis, name in zip(axes, names):
+        for label, colour, result in both:
+            js = [int(key.partition("@")[2]) for key in result["all"] if key.startswith(f"{name}@")]
+            mean, error = (np.array([result["all"][f"{name}@{j}"][i] for j in js]) for i in (0, 1))
+            axis.plot(js, mean, marker="o", markersize=3, color=colour, label=label)
+            axis.fill_between(js, mean - error, mean + error, color=colour, alpha=0.2)
+        axis.set(xscale="log", xlabel="j", ylabel=f"{name}@j", title=f"{name}@j, held out (± standard error)")
+        axis.set_xticks(js, map(str, js))
+        axis.minorticks_off()
+        axis.legend()
+    training = axes[-1]
+    for name in sorted({f"{name}@{j}" for name in names for j in (1, k)}):
+        mean, error = zip(*(result["all"][name] for _, result in evaluations))
+        training.errorbar([step for step, _ in evaluations], mean, error, marker="o", markersize=3, label=name)
+    training.set(xlabel="step", title="training")
+    training.legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+def comparison(folders: Sequence[str]) -> str:
+    """How runs changed their metrics, those that differ in nothing but the seed as mean ± standard error over seeds.
+
+    Raises BadInput for a folder that is not a finished run.
+    """
+    groups: dict[str, list[tuple[dict, dict]]] = {}
+    for folder in map(Path, folders):
+        try:
+            args = json.loads((folder / "args.json").read_text())
+            log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, json.JSONDecodeError) as error:
+            raise BadInput(f"{folder} is not a run folder: {error}") from error
+        evaluations = [record for record in log if "eval" in record]
+        if len(evaluations) < 2 or evaluations[-1]["step"] < args["steps"]:
+            raise BadInput(f"{folder} has not come to its end: leave it out")
+        settings = {name: value for name, value in args.items() if name not in SEEDS_DIFFER_IN}
+        first, last = (evaluations[i]["eval"]["all"] for i in (0, -1))
+        groups.setdefault(json.dumps(settings), []).append((first, last))
+    settings, lines = {key: json.loads(key) for key in groups}, []
+    varying = [name for name in next(iter(settings.values())) if len({str(s.get(name)) for s in settings.values()}) > 1]
+    for key, runs in groups.items():
+        label = " ".join(f"{name}={settings[key].get(name)}" for name in varying) or settings[key]["script"]
+        lines.append(f"{label}  ({len(runs)} seeds)")
+        for metric in runs[0][1]:
+            before, after = (np.array([run[i][metric][0] for run in runs]) for i in (0, 1))
+            change = after - before  # (seeds,)
+            error = change.std(ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
+            means = f"{before.mean():.3f} -> {after.mean():.3f}  {change.mean():+.3f} ± {error:.3f}"
+            lines.append(f"  {metric:8} {means}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        print(comparison(sys.argv[1:]) if sys.argv[1:] else "usage: python -m harness.report runs/a runs/b ...")
+    except BadInput as mistake:
+        sys.exit(f"error: {mistake}")

@@ -1,0 +1,496 @@
+"""A run: the flags that scripts share, the command line, batches, evaluation, logs, and checkpoints to resume from."""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from common import Policy, Rollouts, decode, sample
+from verifiers import BadInput, Problem, Verdict, learned, load_task
+
+from . import report
+from .parallel import from_all, global_record, in_first_process, share, start, stop, world
+from .policy import cached, encode_prompts, load_policy, save_policy, write_whole
+
+Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
+LOGS = ("metrics.jsonl", "timings.jsonl")
+
+
+@dataclasses.dataclass
+class RunArgs:
+    """The flags that all scripts share; each adds its algorithm's own."""
+
+    model: str = "tiny"
+    """"tiny" (embedded, about 1M parameters; "tiny-1" from another seed), or a Hugging Face causal LM: hub id or
+    folder"""
+    data: str | None = None  # a local file or folder with the task's problems, instead of its default source
+    sandbox: str = "auto"
+    """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
+    levels: tuple[int, ...] = ()  # difficulty levels to train on (default: all)
+    temperature: float = 1.0
+    """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
+    max_new_tokens: int | None = None  # longest response in tokens (default: the task's)
+    max_grad_norm: float = 1.0  # longest gradient that is not scaled down
+    sample_rows: int = 1024  # responses sampled at once; lower it when memory runs out, the tokens stay the same
+    micro_batch_tokens: int = 16384
+    """tokens in one forward and backward pass; lower it when memory runs out, the gradient stays the same"""
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    device: str = "auto"  # auto, cpu or cuda
+    show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
+    show_samples: int = 0  # responses to held-out problems to print with their rewards, escaped, at each evaluation
+    save_every: int = 50  # steps between checkpoints, of which the last is kept
+    resume: str | None = None  # runs/<name>: go on with that run, from its last checkpoint and with its arguments
+    tensorboard: bool = False  # also write the metrics for TensorBoard (an optional dependency)
+    seed: int = 0  # of the order of problems and of sampling
+    eval_every: int = 100  # steps between evaluations on held-out problems; 0: only before and after
+    eval_n: int = 32  # samples per problem in evaluation; the metrics of 1, 2, 4, ... of them are reported
+    eval_problems: int = 100  # held-out problems per level
+    run_name: str | None = None  # folder under runs/ (default: made from the arguments)
+
+
+def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
+    """Parse the command line into Args and run main(args); the user's mistakes end in one line and exit code 2.
+
+    presets: for a script with --preset, the defaults that each one changes, by name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--resume")
+    known = parser.parse_known_args()[0]
+    try:
+        saved = arguments_of(known.resume) if known.resume else presets.get(known.preset, {})
+        args = tyro.cli(Args, default=Args(**saved), description=sys.modules[main.__module__].__doc__)
+        changed = [f"--{x.replace('_', '-')}" for x in saved if x != "resume" and getattr(args, x) != saved[x]]
+        if known.resume and changed:
+            others = ", ".join(changed)
+            raise BadInput(f"{known.resume} has other arguments, and a run keeps its own: leave out {others}")
+        start(getattr(args, "device", "cpu"))
+        main(args)
+        stop()
+    except SystemExit:  # --show-prompt and signals end all processes together, at the same place
+        stop()
+        raise
+    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
+        print(f"error: {error}" if world()[0] == 0 else f"error in rank {world()[0]}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def arguments_of(folder: str) -> dict:
+    """The arguments of the run in this folder. Raises BadInput if it is none, or one that another command began."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder} is not a run folder: {error}") from error
+    script, processes = saved.pop("script"), saved.pop("processes")
+    if script != Path(sys.argv[0]).stem:
+        raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
+    if processes != int(os.environ.get("WORLD_SIZE", 1)):  # with another number the samples would be others
+        raise BadInput(f"{folder} is a run of {processes} processes: {resume_command(folder, processes)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+
+
+def resume_command(folder: str | Path, processes: int) -> str:
+    """What to type to go on with a run."""
+    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes} --"
+    return f"{launcher} {sys.argv[0]} --resume {folder}"
+
+
+def check_args(args) -> None:
+    """Raise BadInput for a value out of range among the arguments that several scripts have."""
+    k = "k" if hasattr(args, "k") else "N"
+    ones = (k, "prompts_per_step", "eval_problems", "epochs", "save_every", "verifier_problems", "micro_batch_tokens",
+            "sample_rows", "max_new_tokens")  # fmt: skip
+    zeros = ("steps", "eval_every", "show_samples", "kl_coef", "kl_coef_end", "kl_delay", "kl_anneal_steps",
+             "warm_up_steps")  # fmt: skip
+    least = dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0) | dict.fromkeys(("n", "eval_n"), getattr(args, k))
+    for name, bound in least.items():
+        value = getattr(args, name, None)
+        if value is not None and value < bound:
+            why = f" (--{k} {bound} takes that many samples)" if name in ("n", "eval_n") else ""
+            raise BadInput(f"--{name.replace('_', '-')} must be at least {bound}{why}, not {value}")
+    for name in ("lr", "temperature", "max_grad_norm", "clip", "value_lr", "verifier_lr"):
+        if not 0 < getattr(args, name, 1) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} must be a positive number, not {getattr(args, name)}")
+    if args.prompts_per_step % (size := world()[1]):
+        raise BadInput(f"--prompts-per-step must be a multiple of the {size} processes, not {args.prompts_per_step}")
+    if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
+        raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
+    if getattr(args, "kl_coef", 0) > 0 and args.n < 2:
+        raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
+
+
+# --- Problems and random numbers, all of them functions of the arguments alone ----------------------------------------
+
+
+def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> Sequence[Problem]:
+    """The problems of these levels (all, if none are named). Raises BadInput if there are none."""
+    if not problems:
+        raise BadInput(f"the task has no {what} problems here (--steps 0 only evaluates, on held-out ones)")
+    chosen = [problem for problem in problems if problem.level in levels] if levels else problems
+    if not chosen:
+        there = sorted({problem.level for problem in problems if problem.level is not None})
+        have = f"the task has levels {there}" if there else f"the task has {len(problems)} problems without a level"
+        raise BadInput(f"no {what} problems at --levels {' '.join(map(str, levels)) or '(all)'}: {have}")
+    return chosen
+
+
+def evaluation_problems(problems: Sequence[Problem], per_level: int) -> list[Problem]:
+    """At most per_level problems of each level, drawn once and for all: the same whatever the seed of the run."""
+    levels = sorted({problem.level for problem in problems}, key=lambda level: (level is None, level))
+    pools = [[problem for problem in problems if problem.level == level] for level in levels]
+    return [problem for pool in pools for problem in random.Random(0).sample(pool, min(per_level, len(pool)))]
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    """0..size-1 in the order of this pass over the data."""
+    return random.Random(f"{seed}/{epoch}").sample(range(size), size)
+
+
+def training_batch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
+    """The step-th batch: every problem once a pass, each pass in a new order."""
+    places = (divmod(i, len(problems)) for i in range(step * size, (step + 1) * size))
+    return [problems[shuffled(len(problems), seed, epoch)[i]] for epoch, i in places]
+
+
+def random_numbers(device: torch.device, *what) -> torch.Generator:
+    """A generator seeded by a hash of `what`, such as purpose, seed, step and rank: other values, other numbers.
+
+    The hash matters: on the CPU torch reads only the low 32 bits of a seed.
+    """
+    return torch.Generator(device).manual_seed(random.Random("/".join(map(str, what))).getrandbits(63))
+
+
+def sizes_up_to(n: int, *others: int) -> list[int]:
+    """1, 2, 4, ... and n, with the others: the sizes at which metrics are reported."""
+    return sorted({2**i for i in range(n.bit_length())} | {n, *others})
+
+
+# --- One run ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run: task, problems, policy and optimizer, and a folder under runs/ that can be resumed at its last checkpoint.
+
+    folder: args.json; metrics.jsonl, a line a step and a line an evaluation, the same for the same arguments (on the
+    CPU bit for bit, however often the run was stopped or killed); timings.jsonl, what depends on the machine;
+    checkpoint.pt. state: what training changes, by name: modules and optimizers; a script adds its own before it calls
+    `steps`. All else is a function of arguments and step. progress: plain values and tensors, saved beside the state.
+    """
+
+    def __init__(self, args, *parts):
+        """args: RunArgs and the script's own, `task`, `steps`, `prompts_per_step` and `lr` among them; defaults that
+        depend on the task are filled in. parts: what the folder's name begins with. Raises BadInput."""
+        check_args(args)
+        self.args, self.parts, self.stopping, self.writer = args, parts, False, None
+        self.task = load_task(args.task, args.data, args.sandbox)
+        args.max_new_tokens = self.task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+        self.test = evaluation_problems(problems_at(self.task.test, (), "held-out"), args.eval_problems)
+        self.train = problems_at(self.task.train, args.levels, "training") if args.steps else self.test
+        self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing)
+        self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
+        if args.show_prompt:
+            print(self.policy.tokenizer.decode(self.encoded(self.train[:1])[0]))
+            sys.exit(0)
+        for problems in (self.train, self.test):
+            if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not later
+                self.encoded(problems)
+        self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+        self.state = {"policy": self.policy.model, "optimizer": self.optimizer}
+        self.progress = {"step": 0, "history": [], "skipped_in_a_row": 0}
+        self.bar = tqdm(disable=True)
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise BadInput("--tensorboard needs that library: pip install tensorboard") from error
+            folder = self.folder  # made by all processes together
+            self.writer = SummaryWriter(folder) if world()[0] == 0 else None
+
+    def encoded(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """The problems' prompts as token ids; see `encode_prompts`."""
+        return encode_prompts(self.policy, self.task, problems, self.args.max_new_tokens)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The run's folder, made when it is first asked for."""
+        if self.args.resume:
+            return Path(self.args.resume)
+        return from_all(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
+
+    def use_learned_verifier(self) -> None:
+        """Select by a reward model: --verifier-model, or one trained here on the initial policy's own labelled samples
+        (once for `tiny`, in the cache; else kept with the run). Prints its quality on samples for held-out problems.
+
+        args: verifier_model, verifier_problems, verifier_lr.
+        """
+        args, policy, task = self.args, self.policy, self.task
+
+        def labelled_samples(problems: Sequence[Problem]):
+            """The problems, 8 responses to each, and their rewards."""
+            generator = random_numbers(policy.device, "verifier")
+            responses = decode(policy, sample(policy, self.encoded(problems), 8, args.max_new_tokens, 1.0, generator))
+            return problems, responses, task.verify(problems, responses).rewards
+
+        def train(folder: Path) -> None:
+            chosen = training_batch(self.train, 0, min(args.verifier_problems, len(self.train)), seed=0)
+            base, lr = policy.model.name_or_path, args.verifier_lr
+            learned.trained_verifier(base, task, *labelled_samples(chosen), policy.device, lr).save(folder)
+
+        if args.verifier_model:
+            folder = args.verifier_model
+        elif args.model.startswith("tiny"):
+            recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}"
+            folder = cached(f"{Path(policy.model.name_or_path).name}-verifier-{recipe}", train)
+        else:
+            folder = self.folder / "verifier"
+            in_first_process(lambda: write_whole(folder, train))
+        verifier = learned.load_verifier(str(folder), task, policy.device)
+        _, responses, rewards = labelled_samples(self.test)
+        print(learned.quality(verifier.score([problem.prompt for problem in self.test], responses), rewards))
+        self.task = learned.with_scores(task, verifier)
+
+    def steps(
+        self, metrics: Callable[[Verdict], Metrics], description: str, temperatures: Sequence[float] = ()
+    ) -> Iterator[int]:
+        """1, 2, ... args.steps, less those done before, with evaluations, a progress bar and checkpoints in between.
+
+        metrics: what an evaluation's verdict says of each problem. temperatures: others to evaluate at, at the start
+        and the end. On SIGINT or SIGTERM the step is finished and saved, and the script ends; at a second one at once.
+        """
+        self.metrics, self.temperatures = metrics, [T for T in temperatures if T != self.args.temperature]
+        doing, first, last = "writing to", 1, self.args.steps
+        if self.args.resume:
+            self.restore()
+            doing, first = f"resuming at step {self.progress['step']} in", self.progress["step"] + 1
+        print(f"{doing} {self.folder}")
+        self.evaluate_if_due()
+        hidden = first > last or world()[0] > 0
+        self.bar = tqdm(total=last, initial=first - 1, desc=description, unit="step", disable=hidden)
+        handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(first, last + 1):
+                self.began = time.perf_counter()
+                yield step
+                self.progress["step"] = step
+                self.evaluate_if_due()
+                self.bar.update()
+                self.stopping = any(from_all(self.stopping))  # all stop after the same step
+                if step == last or step % self.args.save_every == 0 or self.stopping:
+                    self.save()
+                if self.stopping and step < last:
+                    print(f"stopped after step {step}; to go on: {resume_command(self.folder, world()[1])}")
+                    sys.exit(0)
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def request_stop(self, number: int, frame) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        tqdm.write("stopping when this step is done (again: at once, losing it)")
+
+    def batch(self, step: int) -> tuple[Sequence[Problem], list[list[int]], torch.Generator]:
+        """This process's share of a step: B problems, their prompts as token ids, and the numbers to sample by."""
+        problems = share(training_batch(self.train, step - 1, self.args.prompts_per_step, self.args.seed))
+        generator = random_numbers(self.policy.device, "training", self.args.seed, step, world()[0])
+        return problems, self.encoded(problems), generator
+
+    def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+        """The verifier's verdict on n responses to each of B problems, with the seconds it took.
+
+        A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint.
+        """
+        began = time.perf_counter()
+        try:
+            verdict = self.task.verify(problems, responses)
+            for name in ("rewards", "scores"):
+                for b, i in (~getattr(verdict, name).isfinite()).nonzero().tolist():
+                    what = f"the verifier of {self.task.name} gave {name} that are not finite numbers, one of them to"
+                    raise BadInput(f"{what} {responses[b][i][:40]!a}: mend it, and --resume {self.folder}")
+        except Exception:
+            self.save()
+            raise
+        verdict.seconds = time.perf_counter() - began
+        return verdict
+
+    def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
+        """Append a step's line to metrics.jsonl and one to timings.jsonl; the names in `shown` go to the progress bar.
+
+        rollouts: what was sampled in it, for the speed. Raises BadInput when ten steps in a row were skipped because
+        their gradients were not finite.
+        """
+        seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
+        timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
+        timings = global_record(timings | {"peak_memory_mib": peak_memory_mib()})
+        record = global_record({"step": step, **record, **verdict.counts})
+        self.write("metrics.jsonl", record)
+        self.write("timings.jsonl", timings)
+        values = record | timings
+        self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
+        self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
+        if self.progress["skipped_in_a_row"] == 10:
+            raise BadInput(
+                "ten steps in a row had a loss or gradient that is not finite, and were skipped: lower --lr, raise "
+                f"--temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
+            )
+
+    def write(self, name: str, record: dict) -> None:
+        """Append a record to a log of the first process, and its numbers to TensorBoard's where they are wanted."""
+        if world()[0] == 0:
+            append_json(self.folder / name, record)
+        if self.writer:
+            scalars = {f"eval/{name}": mean for name, (mean, _) in record.get("eval", {"all": {}})["all"].items()}
+            for name, value in (record | scalars).items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, record["step"])
+            self.writer.flush()
+
+    def evaluate_if_due(self) -> None:
+        """Evaluate before the first step, after the last, and every args.eval_every, where that has not been done."""
+        step, done, every = self.progress["step"], self.progress["history"], self.args.eval_every
+        if (done and done[-1][0] == step) or not (step in (0, self.args.steps) or (every and step % every == 0)):
+            return
+        metrics = self.evaluate()
+        if step == 0:
+            self.progress["others_before"] = {T: self.evaluate(T) for T in self.temperatures}
+        self.progress["before" if step == 0 else "after"] = metrics
+        done.append((step, report.by_level(metrics, self.test)))
+
+    def evaluate(self, temperature: float | None = None) -> Metrics:
+        """The metrics of eval_n fresh samples for each held-out problem, at the temperature of training or another.
+
+        They are logged, and some samples printed. A run draws its samples by the same random numbers every time.
+        """
+        args, (rank, processes), problems = self.args, world(), share(self.test)
+        generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
+        prompts, T = self.encoded(problems), temperature or args.temperature
+        responses = decode(self.policy, sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator))
+        verdict = self.verdict(problems, responses)
+        if rank == 0:
+            report.show_samples(problems, responses, verdict.rewards, args.show_samples)
+        verdicts = from_all(verdict)
+        counts = dict(sum((Counter(v.counts) for v in verdicts), Counter()))
+        # From the order of ranks back to that of the problems.
+        order = torch.tensor([i for r in range(processes) for i in range(r, len(self.test), processes)]).argsort()
+        parts = ([getattr(v, name) for v in verdicts] for name in ("rewards", "votes", "scores"))
+        rewards, votes, scores = (torch.cat(part)[order] for part in parts)  # (P, eval_n) each
+        metrics = self.metrics(Verdict(rewards, votes, counts, scores))
+        result = report.by_level(metrics, self.test)
+        what = {"eval": result} if temperature is None else {"eval_at": temperature, "result": result}
+        self.write("metrics.jsonl", {"step": self.progress["step"], **what, **counts})
+        if counts:
+            tqdm.write(f"evaluation at step {self.progress['step']}, events in the verifier: {counts}")
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint, under a temporary name, synced and renamed, so that it is whole or not there. Raises
+        BadInput if it cannot be written; the one before it is then as it was."""
+        if world()[0] > 0:
+            return
+        path, unfinished = self.folder / "checkpoint.pt", self.folder / "checkpoint.unfinished"
+        states = {name: x.state_dict() for name, x in self.state.items()}
+        try:
+            for name in LOGS:
+                with open(self.folder / name, "a") as file:
+                    os.fsync(file.fileno())
+                    self.progress[name] = file.tell()
+            with open(unfinished, "wb") as file:
+                torch.save({"progress": self.progress, "state": states}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: how torch says that a file cannot be written
+            unfinished.unlink(missing_ok=True)
+            why = str(error).partition("\n")[0]
+            raise BadInput(f"cannot write a checkpoint of step {self.progress['step']} to {path}: {why}") from error
+
+    def restore(self) -> None:
+        """Load the checkpoint, if there is one, and cut the logs back to it."""
+        if (self.folder / "checkpoint.pt").exists():
+            checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            self.progress = checkpoint["progress"]
+            for name, x in self.state.items():
+                x.load_state_dict(checkpoint["state"][name])
+        for name in LOGS:
+            if (self.folder / name).exists() and world()[0] == 0:
+                os.truncate(self.folder / name, self.progress.get(name, 0))
+
+    def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
+        """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
+        `families` (such as "pass"). A finished run that is resumed comes here at once and writes what is missing."""
+        before, after = self.progress["before"], self.progress.get("after")
+        if self.args.steps and world()[0] == 0:
+            write_whole(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
+        print(report.comparison_table(before, after, self.test, columns))
+        for T, start_at in self.progress["others_before"].items():
+            end_at = self.evaluate(T) if self.args.steps else None
+            table = report.comparison_table(start_at, end_at, self.test, columns).splitlines()[:2]
+            print(f"at temperature {T:g}:", *table, sep="\n")
+        if world()[0] == 0:
+            report.save_figure(self.folder, self.progress["history"], families, k)
+        print(f"{self.folder}: metrics.jsonl, curves.png{', policy/' if self.args.steps else ''}")
+
+
+def new_run_folder(args, parts: Sequence) -> Path:
+    """Create runs/<name>/ with args.json and return it. The name is --run-name, or the script, `parts` and a hash of
+    all arguments; where it is taken a number is appended, so that no run overwrites another's."""
+    arguments = dataclasses.asdict(args)
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:6]
+    script = Path(sys.argv[0]).stem
+    name = args.run_name or "-".join(str(part).strip("/").replace("/", "_") for part in (script, *parts, digest))
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            break
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"script": script, "processes": world()[1], **arguments}, indent=2))
+    return folder
+
+
+def append_json(path: Path, record: dict) -> None:
+    """Append one JSON line; what is not a finite number becomes null, JSON's only word for it."""
+    finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    with open(path, "a") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+def peak_memory_mib() -> float:
+    """The process's peak memory so far in MiB: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def rollout_metrics(policy: Policy, rollouts: Rollouts, verdict: Verdict, advantages: torch.Tensor) -> dict[str, float]:
+    """What a step's rollouts (B, n) look like: the metrics that all scripts log, see README."""
+    length = rollouts.mask.sum(-1)  # (B, n)
+    last = rollouts.ids.gather(-1, (length - 1).unsqueeze(-1)).squeeze(-1)  # (B, n)
+    no_end = ~torch.isin(last, torch.tensor(policy.stop_ids, device=last.device))
+    return {
+        "reward": verdict.rewards.mean().item(),
+        "entropy": -(rollouts.log_probs.sum() / length.sum()).item(),
+        "length": length.float().mean().item(),
+        "no_end": no_end.float().mean().item(),
+        "no_answer": (verdict.votes < 0).float().mean().item(),
+        "no_signal": (advantages == 0).all(-1).float().mean().item(),
+    }
