@@ -14,6 +14,8 @@ import torch
 TASKS = {
     "arithmetic": "arithmetic",
     "chain": "arithmetic",
+    "lines": "lines",
+    "lines_uniform": "lines",
     "humaneval": "code",
     "mbpp": "code",
     "mbpp_sanitized": "code",
@@ -75,6 +77,9 @@ class Task:
     warm_start: for an embedded task, the recipe by which the `tiny` policy learns it from `solution`s: optimiser
     `steps`, problems per step (`batch`), peak learning rate (`lr`) and, optionally, `slips`: the share of digits in the
     solutions that are random ones. None where `tiny` cannot learn the task.
+    warm_start_problems: what `tiny` is warm-started on where that is not `train`.
+    best(problems, k): for each problem the best possible pass@k of any policy that reads only its prompt, as an
+    expectation over what the prompt leaves open: (P,) float64, exact. None where it is unknown.
     """
 
     name: str
@@ -85,6 +90,8 @@ class Task:
     instruction: str = ""
     max_new_tokens: int = 16
     warm_start: dict[str, float] | None = None
+    warm_start_problems: Sequence[Problem] = ()
+    best: Callable[[Sequence[Problem], int], torch.Tensor] | None = None
 
 
 def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task:
