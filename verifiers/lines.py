@@ -28,7 +28,7 @@ PRIOR = {"lines": {a: 1 / (a - 1) ** 2 for a in SLOPES}, "lines_uniform": {a: 1.
 TRAIN_PER_LEVEL = 4_000
 TEST_PER_LEVEL = 100
 INSTRUCTION = (
-    "A line y = a*x+b, with a whole number a from 2 to 9 and a whole number b from 0 to 99, goes through the point x>y. "
+    "A line y = a*x+b, with whole numbers a from 2 to 9 and b from 0 to 99, goes through the point x>y. "
     "Name one such line: answer with nothing but a*x+b, such as 3*x+24."
 )
 
@@ -60,15 +60,15 @@ def posterior(prompts: Sequence[str], name: str = "lines") -> torch.Tensor:
 
 
 def best_policy(q: torch.Tensor, k: int) -> torch.Tensor:
-    """The policy with the highest pass@k where candidate y is right with probability q_y: (P, 8) float64, rows sum to 1.
+    """The policy with the highest pass@k where candidate y is right with probability q_y: (P, 8) float64.
 
-    q: (P, 8) float64, rows sum to 1, zeros allowed. k = 1: the likeliest candidate (ties: equal shares). k >= 2: the
-    stationary point of sum_y q_y (1 - (1 - pi_y)^k) under sum_y pi_y = 1,
+    q: (P, 8) float64, zeros allowed; its rows and those returned add up to 1. k = 1: the likeliest candidate (equal
+    shares of a tie). k >= 2: the stationary point of sum_y q_y (1 - (1 - pi_y)^k) under sum_y pi_y = 1,
 
         pi_y = max(0, 1 - t w_y),    w_y = q_y^(-1/(k-1)),    t = (m-1) / (sum of the m smallest w)
 
-    with the largest m for which all m candidates have pi_y > 0. q = (.8, .2), k = 2: w = (1.25, 5), t = 1/6.25 = .16 and
-    pi = (.8, .2). Raises ValueError for k < 1.
+    with the largest m for which all m candidates have pi_y > 0. For q = (.8, .2) and k = 2, w = (1.25, 5), t = 1/6.25
+    and pi = (.8, .2). Raises ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
@@ -137,8 +137,8 @@ def training_problems(name: str) -> list[Problem]:
 def test_problems(name: str) -> list[Problem]:
     """As many problems of each level, evenly spread: every n-th part of a level's probability gives one.
 
-    They are ordered by the answer's place among the fitting lines, likeliest first, so that the shares of likely and unlikely answers
-    are those of the task, where random draws would move what any policy scores by a point or two.
+    They are ordered by the answer's place among the fitting lines, likeliest first, so that likely and unlikely answers
+    have the shares they have in the task, where random draws would move what any policy scores by a point or two.
     """
     chosen = []
     for pool in all_problems(held_out=True).values():

@@ -1,0 +1,349 @@
+"""The best that any policy can do on `lines`, exactly: what each objective tends to, before anything is run.
+
+    python benchmarks/optima.py                 # the tables
+    python benchmarks/optima.py --predictions   # writes predictions.json beside this file
+
+Everything is a function of q (P, 8) float64: q_y is the probability that candidate y of a prompt is the hidden answer,
+0 behind the last. A policy pi (P, 8) float64 has pi_y on each candidate; what is missing to 1 is elsewhere, and wrong.
+Tries are independent. Tang: arXiv 2503.19595; Chow: 2412.15287; MaxRL: 2602.02710.
+"""
+
+import measure  # first: puts the repository on the path
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from verifiers import Problem
+from verifiers.lines import PRIOR, all_problems, best_policy, fitting_slopes, posterior
+
+TRIES = (1, 2, 4, 8, 16, 32)
+PREDICTIONS = Path(__file__).with_name("predictions.json")
+
+
+@dataclass
+class Args:
+    predictions: bool = False
+    """write predictions.json instead of printing the tables"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prompts_once(held_out: bool = True) -> list[Problem]:
+    """One problem for each prompt on this side of the split, level by level; which answer it has means nothing."""
+    return list({p.prompt: p for pool in all_problems(held_out).values() for p in pool}.values())
+
+
+def prompt_weights(problems: Sequence[Problem], name: str = "lines") -> torch.Tensor:
+    """The share of each of `prompts_once` in the task's problems: levels alike, in a level prompts by probability.
+
+    Returns (P,) float64 that add up to 1. A mean with these weights is what sampling fresh problems tends to.
+    """
+    chance = torch.tensor([sum(PRIOR[name][a] for a in fitting_slopes(p.prompt)) for p in problems]).double()
+    levels = torch.tensor([p.level for p in problems])
+    total = torch.zeros(9, dtype=torch.float64).index_add(0, levels, chance)
+    return chance / total[levels] / len(levels.unique())
+
+
+@functools.cache
+def held_out_kinds() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (U, 8), weights (U,), levels (U,) of the held-out prompts, those with equal q taken together: U = 15 of 400."""
+    problems = prompts_once()
+    q, kind = posterior([p.prompt for p in problems]).unique(dim=0, return_inverse=True)
+    weights = torch.zeros(len(q), dtype=torch.float64).index_add(0, kind, prompt_weights(problems))
+    return q, weights, (q > 0).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics of a policy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pass_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
+    """pass@k = sum_y q_y (1 - (1 - pi_y)^k): (P,)."""
+    return (q * (1 - (1 - pi) ** k)).sum(-1)
+
+
+@functools.cache
+def vote_counts(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All ways in which k votes fall on 8 candidates and elsewhere: the counts (C, 9), elsewhere last; the logarithm
+    of their multinomial coefficients (C,); each candidate's share of the win (C, 8). C = binomial(k + 8, 8): 12 870 for
+    k = 8, and more than memory holds for k = 32.
+    """
+    bars = torch.tensor(list(itertools.combinations(range(k + 8), 8)))  # (C, 8): stars and bars
+    edges = torch.cat([torch.full_like(bars[:, :1], -1), bars, torch.full_like(bars[:, :1], k + 8)], 1)
+    counts = (edges.diff(dim=-1) - 1).double()  # (C, 9)
+    top = counts[:, :8].amax(-1, keepdim=True)  # (C, 1)
+    won = counts[:, :8] == top
+    tied = won.sum(-1, keepdim=True) + (top == 1) * counts[:, 8:]
+    orders = math.lgamma(k + 1) - torch.lgamma(counts + 1).sum(-1)
+    return counts, orders, won / tied * (top > 0)  # where no candidate has a vote, none wins
+
+
+def maj_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
+    """maj@k: the expected reward of the most voted answer of k, ties split: (P,), by enumeration of all vote counts.
+
+    Each response elsewhere is an answer of its own, which nobody else gives, and wrong.
+    """
+    counts, orders, share = vote_counts(k)
+    everywhere = torch.cat([pi, 1 - pi.sum(-1, keepdim=True)], -1).clamp(min=1e-300)  # (P, 9)
+    chance = (orders + everywhere.log() @ counts.T).exp()  # (P, C)
+    return (chance * (q @ share.T)).sum(-1)
+
+
+def best_of_n(q: torch.Tensor, pi: torch.Tensor, scores: torch.Tensor, N: int) -> torch.Tensor:
+    """Best-of-N under a verifier's scores (P, 8): the expected reward of the sample that scores highest, (P,).
+
+    Chow: a score level has mass F^N - F_-^N, and inside it pi_bon ~ pi, so that ties are split. Responses elsewhere
+    score lowest of all.
+    """
+    elsewhere = 1 - pi.sum(-1, keepdim=True)  # (P, 1)
+    below = elsewhere + (pi.unsqueeze(-2) * (scores.unsqueeze(-2) < scores.unsqueeze(-1))).sum(-1)  # (P, 8): F_-
+    level = (pi.unsqueeze(-2) * (scores.unsqueeze(-2) == scores.unsqueeze(-1))).sum(-1)  # (P, 8): F - F_-
+    pi_bon = pi * ((below + level) ** N - below**N) / level.clamp(min=1e-300)
+    return (q * pi_bon).sum(-1)
+
+
+def kl(pi: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """KL(pi || base) in nats, (P,), with everything elsewhere taken as one response: a lower bound on the true one."""
+    pi, base = (torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)], -1) for p in (pi, base))  # (P, 9)
+    return torch.special.xlogy(pi, pi / base.clamp(min=1e-300)).sum(-1)
+
+
+def at_temperature(pi: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The policy ~ pi^(1/T), (P, 8), of one with nothing elsewhere. It is what sampling tokens at T does to a policy
+    that leaves open only the first token, a: the rest of the line follows."""
+    pi = pi ** (1 / temperature)
+    return pi / pi.sum(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each objective tends to
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def uniform(q: torch.Tensor) -> torch.Tensor:
+    """The policy that prefers none of the candidates, which `tiny` comes near at its warm start."""
+    return (q > 0) / (q > 0).sum(-1, keepdim=True).double()
+
+
+def maximiser(q: torch.Tensor, slope: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The policy that maximises sum_y F_y(pi_y) under sum_y pi_y = 1, for concave F_y: (P, 8).
+
+    slope(pi) = F'(pi), (P, 8), falls as pi_y grows, is 0 where q is, and may be infinite at 0. For a multiplier mu,
+    pi_y is where F'_y = mu, or the end of [0, 1] nearest to it, and sum_y pi_y falls as mu grows: bisection of log mu,
+    and inside it of pi.
+    """
+    low, high = torch.full_like(q[:, :1], -100.0), torch.full_like(q[:, :1], 100.0)  # (P, 1)
+    for _ in range(60):
+        log_mu = (low + high) / 2
+        left, right = torch.zeros_like(q), torch.ones_like(q)  # (P, 8)
+        for _ in range(55):
+            pi = (left + right) / 2
+            steep = slope(pi) > log_mu.exp()
+            left, right = torch.where(steep, pi, left), torch.where(steep, right, pi)
+        pi = right * (q > 0)
+        many = pi.sum(-1, keepdim=True) > 1
+        low, high = torch.where(many, log_mu, low), torch.where(many, high, log_mu)
+    return pi / pi.sum(-1, keepdim=True)
+
+
+def bon_sft_policy(q: torch.Tensor, N: int) -> torch.Tensor:
+    """Maximises the exact likelihood of Best-of-N with a 0/1 verifier, sum_y q_y log(1 - (1 - pi_y)^N): (P, 8).
+
+    Chow, BoN-SFT on solutions drawn from q. Where y is right, the verifier fails p = 1 - pi_y of the samples, and
+    log pi_bon(y) = log pi_y + log((1 - p^N) / (1 - p)) = log(1 - p^N). N = 1 is SFT: pi = q.
+    """
+    return maximiser(q, lambda pi: q * N * (1 - pi) ** (N - 1) / (1 - (1 - pi) ** N))
+
+
+def maxrl_policy(q: torch.Tensor, n: int) -> torch.Tensor:
+    """Maximises sum_y q_y sum_{j<n} (1 - (1 - pi_y)^j) / j, the log-likelihood cut off at order n-1: (P, 8); n >= 3."""
+    return maximiser(q, lambda pi: q * (1 - (1 - pi) ** (n - 1)) / pi)
+
+
+def frontier_policy(q: torch.Tensor, weight: float, k: int) -> torch.Tensor:
+    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight < 1: (P, 8). No policy has more of both."""
+    return maximiser(q, lambda pi: q * (weight + (1 - weight) * k * (1 - pi) ** (k - 1)))
+
+
+def mean_kl_policy(q: torch.Tensor, beta: float, base: torch.Tensor) -> torch.Tensor:
+    """Maximises mean reward - beta KL(pi || base): pi ~ base exp(q / beta), (P, 8)."""
+    return (base.log() + q / beta).softmax(-1)
+
+
+def majority_kl_policy(q: torch.Tensor, beta: float, base: torch.Tensor, k: int = 8) -> torch.Tensor:
+    """Maximises maj@k - beta KL(pi || base): (P, 8), by ascent on the logits.
+
+    It is not concave: the better of two ascents, from the base policy and from the optimum of the mean reward.
+    """
+
+    log_base = base.clamp(min=1e-300).log()
+
+    def objective(logits: torch.Tensor) -> torch.Tensor:
+        log_pi = logits.where(q > 0, -700.0).log_softmax(-1)
+        pi = log_pi.exp()
+        return maj_at_k(q, pi, k) - beta * (pi * (log_pi - log_base)).sum(-1)
+
+    ends = []
+    for start in (base, mean_kl_policy(q, beta, base)):
+        logits = start.clamp(min=1e-300).log().requires_grad_()
+        ascent = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            ascent.zero_grad()
+            loss = -objective(logits).sum()
+            loss.backward()
+            return loss
+
+        ascent.step(closure)
+        ends.append(logits.detach())
+    better = objective(ends[1]) > objective(ends[0])  # (P,)
+    return torch.where(better.unsqueeze(-1), ends[1], ends[0]).where(q > 0, -torch.inf).softmax(-1)
+
+
+def frontier(q: torch.Tensor, weights: torch.Tensor, k: int, points: int = 101) -> torch.Tensor:
+    """(pass@1, pass@k) of the policies that no other beats in both, from the best for k tries to the best for one.
+
+    weights: (P,) of the prompts. Returns (points, 2) float64. All prompts share one trade-off: it maximises the mean.
+    """
+    policies = [frontier_policy(q, w, k) for w in torch.linspace(0, 1, points, dtype=torch.float64)[:-1].tolist()]
+    policies.append(best_policy(q, 1))
+    return torch.stack([torch.stack([weights @ pass_at_k(q, pi, j) for j in (1, k)]) for pi in policies])
+
+
+def mean_kl_policy_at(q: torch.Tensor, weights: torch.Tensor, base: torch.Tensor, distance: float) -> torch.Tensor:
+    """The policy (P, 8) with the highest mean reward among those whose mean KL to the base is `distance` nats."""
+    low, high = -10.0, 10.0  # log beta; the KL falls with it
+    for _ in range(60):
+        pi = mean_kl_policy(q, math.exp((low + high) / 2), base)
+        low, high = ((low + high) / 2, high) if weights @ kl(pi, base) > distance else (low, (low + high) / 2)
+    return pi
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and predictions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def optima(q: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each objective tends to, by name: (P, 8) each."""
+    return {
+        "base": uniform(q),
+        **{f"k{k}": best_policy(q, k) for k in (1, 2, 3, 4, 7, 8, 16, 32)},
+        "sft": q,
+        **{f"bon-sft-{N}": bon_sft_policy(q, N) for N in (8, 16, 32)},
+        "maxrl-16": maxrl_policy(q, 16),
+    }
+
+
+def predictions() -> dict:
+    """What exact theory says of every claim over the held-out prompts, before any run; None where it says nothing.
+
+    A number is a limit: what the optimum of the one objective scores less that of the other, or less the uniform base.
+    """
+    q, weights, levels = held_out_kinds()
+    policy = optima(q)
+    base = policy["base"]
+
+    def mean(values: torch.Tensor, only: Sequence[int] = ()) -> float:
+        """Over the prompts of these levels, or of all."""
+        some = torch.isin(levels, torch.tensor(only)) if only else torch.ones_like(levels, dtype=torch.bool)
+        return (weights[some] @ values[some] / weights[some].sum()).item()
+
+    def tries(name: str, k: int, only: Sequence[int] = (), temperature: float = 1.0) -> float:
+        return mean(pass_at_k(q, at_temperature(policy[name], temperature), k), only)
+
+    def gain(name: str, k: int, over: str = "base", only: Sequence[int] = (), temperature: float = 1.0) -> float:
+        return tries(name, k, only, temperature) - tries(over, k, only, temperature)
+
+    def selected(name: str, N: int) -> float:
+        """Best-of-N accuracy where the verifier's score is q itself."""
+        return mean(best_of_n(q, policy[name], q, N))
+
+    votes = {}
+    for beta in (0.3, 0.5, 0.8):
+        majority, average = majority_kl_policy(q, beta, base), mean_kl_policy(q, beta, base)
+        at_kl = mean_kl_policy_at(q, weights, base, mean(kl(majority, base)))
+        maj = [mean(maj_at_k(q, pi, 8)) for pi in (majority, average, at_kl)]
+        votes[beta] = maj[0] - maj[1], maj[0] - maj[2], mean(kl(majority, base)) - mean(kl(average, base))
+    hard = (6, 7, 8)
+    rows = [
+        *((claim, "bandit, not this task", None) for claim in ("B1", "B2", "B3")),
+        ("M1", "pass@4, k = 4 less mean", gain("k4", 4, "k1")),
+        *(("M1", f"the same, level {x}", gain("k4", 4, "k1", (x,))) for x in range(1, 9)),
+        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", k, "k1")) for k in (2, 4, 8, 16, 32)),
+        ("M2", "advantage at k = 16 less that at k = 2", gain("k16", 16, "k1") - gain("k2", 2, "k1")),
+        ("M3", "pass@1, mean less k = 8, levels 6 to 8", gain("k1", 1, "k8", hard)),
+        ("M3", "pass@8, k = 8 less mean, the same", gain("k8", 8, "k1", hard)),
+        ("M3", "pass@32, k = 8 less mean, the same", gain("k8", 32, "k1", hard)),
+        ("M4", "pass@1, mean less k = 8", gain("k1", 1, "k8")),
+        ("M4", "pass@8, k = 8 less mean", gain("k8", 8, "k1")),
+        ("M4", "pass@32, k = 8 less mean", gain("k8", 32, "k1")),
+        ("M4", "the same on programs", None),
+        *(("M5", f"maj@8, majority less mean, beta = {beta}", value) for beta, (value, _, _) in votes.items()),
+        *(("M5", f"KL, the same, beta = {beta}", value) for beta, (_, _, value) in votes.items()),
+        *(("M5", f"maj@8 at equal KL, beta = {beta}", value) for beta, (_, value, _) in votes.items()),
+        ("M5", "the same on chain", None),
+        *(("C1", f"bon@{N}, a verifier that knows q, base", selected("base", N)) for N in TRIES),
+        *(("C1", f"bon@{N}, the same, after less before", selected("k1", N) - selected("base", N)) for N in TRIES),
+        ("C1", "bon@8, BoN-RL-V less plain RL, a verifier that knows q", 0.0),
+        ("C1", "bon@8, BoN-RL-V less plain RL, the learned verifier", None),
+        *(("C2", f"pass@{k}, BoN-RL-S with N = 8, after less before", gain("k8", k)) for k in (8, 16, 32)),
+        ("C3", "pass@16, BoN-RLB(P) with N = 8, after less before", gain("k8", 16)),
+        ("C3", "pass@16, mean, before less after", -gain("k1", 16)),
+        ("C3", "pass@16, BoN-RLB(P) less mean", gain("k8", 16, "k1")),
+        ("C3", "pass@32, BoN-RLB(P) less mean", gain("k8", 32, "k1")),
+        *(("C4", f"bon@{N}, SFT, before less after", -gain("sft", N)) for N in (8, 16, 32)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8, after less before", gain("bon-sft-8", N)) for N in (8, 16, 32)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft-8", N, "sft")) for N in (8, 16, 32)),
+        ("C5", "N = 8: pass@2, after less before", gain("k8", 2)),
+        ("C5", "N = 8: pass@16", gain("k8", 16)),
+        ("C5", "N = 2: pass@16", gain("k2", 16)),
+        ("C5", "N = 16: pass@2", gain("k16", 2)),
+        *(("C5", f"N = 8: pass@8 at temperature {T}", gain("k8", 8, temperature=T)) for T in (0.7, 1.3)),
+        ("E1", "pass@4, k = 4: n = 16 less n = k at equal samples", 0.0),
+        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", k, f"k{k - 1}")) for k in (2, 4, 8)),
+        ("E3", "pass@32, k = 16 less k = 4", gain("k16", 32, "k4")),
+    ]  # fmt: skip
+    return {
+        "policies": {name: {f"pass@{k}": round(tries(name, k), 4) for k in TRIES} for name in policy},
+        "claims": [
+            {"claim": claim, "what": what, "predicted": value if value is None else round(value, 4)}
+            for claim, what, value in rows
+        ],
+    }
+
+
+def main(args: Args) -> None:
+    if args.predictions:
+        PREDICTIONS.write_text(json.dumps(predictions(), indent=2) + "\n")
+        print(PREDICTIONS)
+        return
+    q, weights, _ = held_out_kinds()
+    print("the optimum of each objective, over the held-out prompts\n")
+    rows = [[name, *(f"{weights @ pass_at_k(q, pi, k):.3f}" for k in TRIES)] for name, pi in optima(q).items()]
+    measure.print_table(["", *(f"pass@{k}" for k in TRIES)], rows)
+    print("maj@8 and KL to the uniform base of the optima of two objectives under a penalty beta KL\n")
+    base, rows = uniform(q), []
+    for beta in (0.2, 0.3, 0.5, 0.8):
+        policies = mean_kl_policy(q, beta, base), majority_kl_policy(q, beta, base)
+        values = [weights @ metric for pi in policies for metric in (maj_at_k(q, pi, 8), kl(pi, base))]
+        at_kl = weights @ maj_at_k(q, mean_kl_policy_at(q, weights, base, values[3].item()), 8)
+        rows.append([beta, *(f"{value:.3f}" for value in values), f"{values[2] - at_kl:+.4f}"])
+    head = ["beta", "mean: maj@8", "KL", "majority: maj@8", "KL", "majority less mean at its KL"]
+    measure.print_table(head, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
