@@ -31,9 +31,7 @@ from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
 @dataclass
 class Args(RunArgs):
     k: int = 4  # samples that the objective takes the best of
-    n: int | None = None
-    """samples per prompt, at least k; more than k lowers the variance, by averaging over all k-subsets (default: k or
-    16, whichever is more; the papers' setting is n = k)"""
+    n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
     estimator: Literal["mean", "unbiased", "biased"] = "unbiased"
     """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1)"""
     task: str = "arithmetic"  # which problems and verifier, see verifiers/

@@ -33,13 +33,9 @@ def by_level(
     }
 
 
-def show_samples(
-    problems: Sequence[Problem], responses: Sequence[Sequence[str]], rewards: torch.Tensor, count: int
-) -> None:
-    """Print the first response to each of `count` problems, evenly spaced, with its reward; rewards: (P, n).
-
-    All text is escaped: a model's must not drive the terminal.
-    """
+def show_samples(problems: Sequence[Problem], responses: list[list[str]], rewards: torch.Tensor, count: int) -> None:
+    """Print the first response to each of `count` problems, evenly spaced, with its reward; rewards: (P, n). All text
+    is escaped: a model's must not drive the terminal."""
     count = min(count, len(problems))
     for i in (place * len(problems) // count for place in range(count)):
         tqdm.write(f"{rewards[i, 0].item():g}  {ascii(problems[i].prompt[-200:])} -> {ascii(responses[i][0][:1000])}")
