@@ -41,9 +41,9 @@ class Args(RunArgs):
     """reward model for --verifier learned: hub id or folder (default: trained here on the policy's own samples)"""
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
-    task: str = "arithmetic"  # which problems and verifier, see verifiers/
-    steps: int = 200  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 32  # prompts, each with an expert response, in a step; it samples n times as many responses
+    task: str = "lines"  # which problems and verifier, see verifiers/
+    steps: int = 100  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 64  # prompts, each with an expert response, in a step; it samples n times as many responses
     lr: float = 1e-4  # learning rate of AdamW
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 

@@ -386,12 +386,15 @@ class Run:
     def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
         """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
         `families` (such as "pass"). A finished run that is resumed comes here at once and writes what is missing."""
-        before, after = self.progress["before"], self.progress.get("after")
+        before, after, best = self.progress["before"], self.progress.get("after"), {}
+        if self.task.best:
+            names = (name for name in before if name.startswith("pass@"))
+            best = {name: self.task.best(self.test, int(name.partition("@")[2])) for name in names}
         if self.args.steps and world()[0] == 0:
             write_whole(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
-        print(report.comparison_table(before, after, self.test, columns))
+        print(report.comparison_table(before, after, best, self.test, columns))
         if world()[0] == 0:
-            report.save_figure(self.folder, self.progress["history"], families, k)
+            report.save_figure(self.folder, self.progress["history"], best, families, k)
         print(f"{self.folder}: metrics.jsonl, curves.png{', policy/' if self.args.steps else ''}")
 
 
