@@ -43,6 +43,8 @@ def k_sample_advantages(
     unless 1 <= k <= n, and for an unknown estimator.
     """
     n = samples[0].shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased or biased")
     others = torch.arange(n).repeat(n, 1)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)  # row i: all but i
