@@ -148,7 +148,7 @@ def f(x): return 1
 """,
     "patched worker": """
 import sys
-w = sys.modules['__main__']
+w = sys.modules['verifiers.sandbox_program']
 w.error_of = lambda e: ['value', None]
 w.encode = lambda *a: {'status': 'passed'}
 def f(x): raise ValueError
@@ -600,17 +600,17 @@ def test_no_level_weaker_than_asked_for(monkeypatch):
     with pytest.raises(BadInput, match="bwrap is not installed.*--sandbox landlock or rlimits"):
         Sandbox("bubblewrap")
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
-    sandbox._filters.cache_clear()
+    sandbox.sandbox_lock.filters.cache_clear()
     for level in ("auto", "landlock"):
         with pytest.raises(BadInput, match="landlock: .*pyseccomp.*--sandbox rlimits"):
             Sandbox(level)
     with pytest.raises(BadInput, match="unknown sandbox 'docker'"):
         Sandbox("docker")
-    sandbox._filters.cache_clear()
+    sandbox.sandbox_lock.filters.cache_clear()
 
 
 def test_a_lock_that_does_not_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(sandbox, "_readable", lambda: ["/"])
+    monkeypatch.setattr(sandbox.sandbox_lock, "readable", lambda: ["/"])
     with pytest.raises(BadInput, match="the lock does not hold"):
         Sandbox("landlock", workers=1)
 

@@ -4,9 +4,11 @@ A response is run in the sandbox (`verifiers.sandbox`, which states what it hold
 when all tests pass and 0 otherwise. Tests run outside the program's process, and the program never holds them.
 
 **What counts as the program.** One rule for all tasks but `programs`:
-1. If the response holds code fences, the last block that defines the asked function (or, for programs that read
-   standard input, the last block) is taken; a fence that never closes ends with the response. Without fences, all is.
-2. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work.
+1. If the response holds code fences (backticks or tildes, indented under a list item or not), the last block that
+   defines the asked function (or, for programs that read standard input, the last block) is taken; a fence that never
+   closes ends with the response. Without fences, all is. `name = ...` defines it as well as `def name` does.
+2. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work; lines
+   `from __future__ import` go first.
 3. Text after the program is dropped: everything from the first line that does not parse.
 
 Sources, all read as rows of their Hugging Face data sets or of local files in the same schemas:
@@ -47,6 +49,7 @@ HUB = {
 }
 MAX_CASES = 20  # cases judged per problem, the first ones: some problems come with hundreds
 PYTHON3 = 3  # CodeContests' number of the language
+FENCE = re.compile(r"([ \t]*)(```|~~~)")
 LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  # of TACO
 
 
@@ -59,7 +62,11 @@ def load(name: str, data: str | None = None) -> Task:
     train = [] if name == "humaneval" else problems_of(name, load_rows(hub_id, "train", data, config), read, "train")
     test = problems_of(name, load_rows(hub_id, "test", data, config), read, "test")
     return Task(
-        name, train, test, verify, max_new_tokens=1024 if name in ("code_contests", "taco") else 512,
+        name,
+        train,
+        test,
+        verify,
+        max_new_tokens=1024 if name in ("code_contests", "taco") else 512,
         template="{prompt}" if name == "humaneval" else "{prompt}\n",
         instruction="Write the program in Python, in one code block.",
     )
@@ -82,6 +89,7 @@ def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | No
 
 
 # ------------------------------------------------------------------------------------------------ rows to problems
+
 
 def humaneval(row: dict) -> Problem:
     """A row with `prompt`, `entry_point`, `canonical_solution`, `test`; some tests use the prompt's own functions."""
@@ -147,8 +155,14 @@ for given, wanted in {pairs!r}:
 
 
 def problem_of(
-    prompt: str, solution: str, tests: str = "", names: Sequence[str] = (), setup: str = "", prefix: str = "",
-    cases: Sequence[tuple[str, str]] = (), level: int | None = None,
+    prompt: str,
+    solution: str,
+    tests: str = "",
+    names: Sequence[str] = (),
+    setup: str = "",
+    prefix: str = "",
+    cases: Sequence[tuple[str, str]] = (),
+    level: int | None = None,
 ) -> Problem:
     """A problem whose `answer` is JSON of what `program_of` needs to judge a response. Raises TypeError or ValueError
     for what is no text, an empty prompt, and half a character (UnicodeEncodeError), which no tokenizer reads."""
@@ -166,8 +180,12 @@ def names_of(solution: str, tests: str) -> list[str]:
     nodes = list(ast.walk(tree(tests)))
     own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
-            for alias in node.names}
+    own |= {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
     used = names_used(tests)
     return sorted((used & names_defined(solution)) | (used - own - names_defined(tests) - set(dir(builtins))))
 
@@ -201,32 +219,37 @@ def lines(text) -> str:
 
 # ---------------------------------------------------------------------------------------------- responses to rewards
 
+
 def program_of(problem: Problem, response: str) -> Program:
     """What the sandbox runs for a response; the rule is at the top of this file."""
     hidden = json.loads(problem.answer)
-    source = block_of(response, [f"{kind} {name}" for kind in ("def", "class") for name in hidden["names"]])
+    names = "|".join(map(re.escape, hidden["names"]))
+    defined = re.compile(rf"^\s*(?:(?:def|class)\s+(?:{names})\b|(?:{names})\s*(?::.*)?=(?!=))", re.MULTILINE)
+    source = block_of(response, defined)
     if hidden["prefix"]:
         first = source.lstrip("\n")
-        if first[:1] not in (" ", "\t") and f"def {hidden['names'][0]}" not in first:
+        if first[:1] not in (" ", "\t") and not defined.search(first):
             source = "    " + first  # a continuation whose first indentation was stripped
-        source = hidden["prefix"] + source
+        future = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
+        source = "".join(future.findall(source)) + hidden["prefix"] + future.sub("", source)
     cases = tuple((given, wanted) for given, wanted in hidden["cases"])
     return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], cases)
 
 
-def block_of(response: str, markers: Sequence[str]) -> str:
-    """The last fenced block that holds one of the markers, else the last block, else the whole response."""
-    blocks, inside = [], False
+def block_of(response: str, defined: re.Pattern) -> str:
+    """The last fenced block that matches, else the last block, else the whole response."""
+    blocks, fence = [], None
     for line in response.splitlines(keepends=True):
-        if line.lstrip().startswith("```"):
-            inside = not inside
-            if inside:
+        mark = FENCE.match(line)
+        if mark and fence in (None, mark[2]):
+            fence = None if fence else mark[2]
+            if fence:
                 blocks.append([])
-        elif inside:
-            blocks[-1].append(line)
+                indentation = re.compile(rf"[ \t]{{0,{len(mark[1])}}}")
+        elif fence:
+            blocks[-1].append(indentation.sub("", line, count=1))
     blocks = ["".join(block) for block in blocks]
-    marked = [block for block in blocks if any(marker in block for marker in markers)]
-    return (marked or blocks or [response])[-1]
+    return ([block for block in blocks if defined.search(block)] or blocks or [response])[-1]
 
 
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
@@ -250,6 +273,7 @@ INPUTS = tuple(range(-3, 13))  # where the hidden tests look; the prompt shows t
 SHOWN = range(1, 10)
 TRAIN_PER_LEVEL = 12_000
 TEST_PER_LEVEL = 500
+LARGEST = 1 << 63  # of the values that are kept, and a bound on them: an expression makes larger ones in no time
 LONGEST = 32  # characters of an expression; solutions have at most 9
 # level -> expressions in x, a from 2 to 9 and b from 1 to 9
 FORMS = {
@@ -275,6 +299,7 @@ VALUES = f"""
 value = values({list(INPUTS)})
 assert type(value) is list and len(value) == {{}}
 assert all(row is None or type(row) is list and len(row) == {len(INPUTS)} for row in value)
+value = [row if row and all(type(y) is int and abs(y) < {LARGEST} for y in row) else None for row in value]
 """
 
 
@@ -324,7 +349,7 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
 
 
 def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers.
+    """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers below LARGEST.
 
     Results are kept for later calls: a policy repeats itself, from group to group and from step to step.
     Expressions of arithmetic alone share programs, 32 to one, since they cannot touch each other; should such a program
@@ -333,25 +358,20 @@ def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...
     if len(_values) > 100_000:
         _values.clear()
     new = [expression for expression in expressions if expression not in _values]
-    _values.update(dict.fromkeys(new, ("failed", None)))
+    found = dict.fromkeys(new, ("failed", None))
     new = sorted(expression for expression in new if 0 < len(expression) <= LONGEST)
     plain = [expression for expression in new if ARITHMETIC.fullmatch(expression)]
-    batches, failed = [plain[i:i + 32] for i in range(0, len(plain), 32)], []
-    for alone in (False, True):
-        if alone:
-            batches = [[expression] for expression in new if expression not in plain]
-            batches += [[expression] for expression in failed]
+    alone = [[expression] for expression in new if expression not in plain]
+    for batches in ([plain[i : i + 32] for i in range(0, len(plain), 32)], alone):
         sources = [(PROGRAM.format(expressions=batch), VALUES.format(len(batch))) for batch in batches]
         programs = [Program(source, tests, ("values",), wall=0.5) for source, tests in sources]
-        failed = []
         for batch, result in zip(batches, shared().run(programs)):
-            if not result.passed and not alone:
-                failed += batch
+            if not result.passed and batches is not alone:
+                alone += [[expression] for expression in batch]
                 continue
-            rows = result.value if result.passed else [None]
-            for expression, row in zip(batch, rows, strict=True):
-                integers = row is not None and all(type(value) is int for value in row)
-                _values[expression] = result.status, tuple(row) if integers else None
+            for expression, row in zip(batch, result.value or [None], strict=True):
+                found[expression] = result.status, row and tuple(row)
+    _values.update(found)  # only now: the sandbox may have raised
     return _values
 
 

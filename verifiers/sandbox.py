@@ -45,18 +45,13 @@ reaped before the next one starts. A worker that dies or does not answer in time
 """
 
 import atexit
-import errno
-import functools
 import json
 import math
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
 from collections import deque
@@ -65,12 +60,14 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from . import BadInput
-from .sandbox_worker import decode, receive, send
+from . import BadInput, sandbox_lock
+from .sandbox_codec import receive, send
 
 LEVELS = ("bubblewrap", "landlock", "rlimits")  # strongest first
 STATUSES = ("passed", "failed", "timed out", "out of memory", "killed", "refused", "output truncated")
 WORKER = Path(__file__).with_name("sandbox_worker.py")
+LATE = 3  # exit code of a worker whose judge did not end in time; as in the worker
+ATTEMPTS = 3  # to replace a worker, a second apart
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ class Program:
 
     source: the untrusted Python.
     tests: Python that the judge runs, outside the program's process, and that must reach its end; `names` stand for
-    the program's objects of these names in it, and what it leaves in a variable `value` (plain data) is `Result.value`.
+    the program's objects of these names in it, and what it leaves in a variable `value` is `Result.value`, by way of
+    JSON: integers of up to 4300 digits, lists for tuples.
     setup: Python that the judge runs before.
     cases: pairs of standard input and expected standard output, compared token by token; all must agree.
     wall: seconds, where they are fewer than the pool's `Limits.wall`.
@@ -155,47 +153,55 @@ class Sandbox:
         else:
             raise BadInput(
                 f"no sandbox {level!r} here ({'; '.join(reasons)}). Ask for a weaker one by name, "
-                f"--sandbox {' or '.join(LEVELS[LEVELS.index(self.level) + 1:]) or 'on another system'}, or repair it"
+                f"--sandbox {' or '.join(LEVELS[LEVELS.index(self.level) + 1 :]) or 'on another system'}, or repair it"
             )
-        self._workers += [self._start() for _ in range(self.count - 1)]
+        self._workers += [self._replacement() for _ in range(self.count - 1)]
         atexit.register(self.close)
 
     def run(self, programs: Sequence[Program]) -> list[Result]:
-        """The result of each program, in order. Safe to call from several threads, which then take turns."""
+        """The result of each program, in order. Safe to call from several threads, which then take turns. Raises
+        BadInput where no program is to blame: a worker cannot be replaced, tests need a module that is missing."""
         results: list[Result | None] = [None] * len(programs)
         pending = deque(enumerate(programs))
         lost: set[int] = set()  # programs whose worker died under them once
+        busy: dict[_Worker, int] = {}
         with self._lock:
-            while len(self._workers) < self.count:
-                self._workers.append(self._start())
-            idle, busy = list(self._workers), {}
-            while pending or busy:
-                while pending and idle:
-                    worker, (index, program) = idle.pop(), pending.popleft()
-                    worker.submit(program, self.limits)
-                    busy[worker] = index
-                first = min(worker.deadline for worker in busy) - time.monotonic()
-                ready = wait([worker.jobs for worker in busy], max(first, 0))
-                for worker, index in list(busy.items()):
-                    late = time.monotonic() > worker.deadline
-                    if worker.jobs not in ready and not late:
-                        continue
-                    del busy[worker]
-                    result = worker.result() if worker.jobs in ready else None
-                    if result is None:
-                        self._workers.remove(worker)
-                        worker.stop()
-                        worker = self._start()
-                        self._workers.append(worker)
-                        if late:
-                            result = Result("timed out", "the judge did not answer in time")
-                        elif index in lost:
-                            result = Result("killed", "the judge died twice")
-                        else:
-                            lost.add(index)
-                            pending.appendleft((index, programs[index]))
-                    results[index] = result
-                    idle.append(worker)
+            try:
+                while len(self._workers) < self.count:
+                    self._workers.append(self._replacement())
+                idle = list(self._workers)
+                while pending or busy:
+                    while pending and idle:
+                        worker, (index, program) = idle.pop(), pending.popleft()
+                        worker.submit(program, self.limits)
+                        busy[worker] = index
+                    first = min(worker.deadline for worker in busy) - time.monotonic()
+                    ready = wait([worker.jobs for worker in busy], max(first, 0))
+                    for worker, index in list(busy.items()):
+                        late = time.monotonic() > worker.deadline
+                        if worker.jobs not in ready and not late:
+                            continue
+                        result = worker.result() if worker.jobs in ready else None
+                        del busy[worker]
+                        if result is None:
+                            self._workers.remove(worker)
+                            if worker.stop() == LATE or late:
+                                result = Result("timed out", "the tests did not end in time")
+                            elif index in lost:
+                                result = Result("killed", "the judge died twice")
+                            else:
+                                lost.add(index)
+                                pending.appendleft((index, programs[index]))
+                            worker = self._replacement()
+                            self._workers.append(worker)
+                        elif result.status == "no module":
+                            raise BadInput(f"the tests of a problem need a module: {result.detail}. Install it")
+                        results[index] = result
+                        idle.append(worker)
+            finally:  # of an error or Ctrl-C: answers that nobody waits for must not meet the next question
+                for worker in busy:
+                    self._workers.remove(worker)
+                    worker.stop()
         return results
 
     def close(self) -> None:
@@ -220,8 +226,19 @@ class Sandbox:
             result = worker.result()
             if result is None or not result.passed:
                 worker.stop()
-                raise OSError(f"the lock does not hold: {result and result.detail}")
+                raise OSError(f"the lock does not hold: {result.detail}" if result else "its judge ended")
         return worker
+
+    def _replacement(self) -> "_Worker":
+        """A worker at the level that is in force. Raises BadInput, which says why there is none."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self._start()
+            except (OSError, ImportError, RuntimeError) as error:
+                if attempt == ATTEMPTS:
+                    why = "a worker ended and cannot be replaced" if self._workers else "no worker can be started"
+                    raise BadInput(f"sandbox {self.level!r}: {why}: {error}") from error
+                time.sleep(1)
 
 
 _pool: Sandbox | None = None
@@ -248,7 +265,7 @@ def attempts():
     for attempt in (
         lambda: os.listdir("/"), lambda: open("/proc/self/environ"), lambda: open("/etc/passwd"),
         lambda: open("/tmp/probe", "w"), lambda: socket.socket(), lambda: os.kill(os.getppid(), 0), os.fork,
-        lambda: os.execv("/bin/true", ["true"]),
+        lambda: os.execv("/bin/true", ["true"]), lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM),
     ):
         try:
             done.append(attempt())
@@ -261,129 +278,30 @@ def attempts():
 )
 
 
-# What CPython, NumPy and threads need. Everything else fails with ENOSYS: new processes, exec, sockets, signals to
-# others, ptrace, reading another process's memory, mounts, namespaces, keys, io_uring, shared memory, memfd, links.
-SYSTEM_CALLS = """
-read write readv writev pread64 pwrite64 lseek close close_range fstat stat lstat newfstatat statx statfs fstatfs access
-faccessat faccessat2 readlink readlinkat getdents getdents64 getcwd chdir flock dup dup2 dup3 pipe pipe2 poll
-ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 fsync fdatasync umask
-sendto recvfrom sendmsg recvmsg shutdown getsockopt getsockname getpeername
-mmap munmap mremap mprotect madvise brk msync mincore membarrier mlock munlock
-rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack pause alarm
-setitimer getitimer timer_create timer_settime timer_gettime timer_delete restart_syscall
-futex set_robust_list get_robust_list rseq set_tid_address arch_prctl sched_yield sched_getaffinity sched_getparam
-sched_getscheduler exit exit_group wait4 waitid
-getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid getpriority
-uname sysinfo time times gettimeofday clock_gettime clock_getres clock_nanosleep nanosleep getrusage getrlimit getrandom
-getcpu
-""".split()
-OF_THE_FORK_SERVER = "clone kill setpgid memfd_create prctl seccomp setrlimit".split()
-CLONE_THREAD = 0x00010000
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
-FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # DUPFD, GETFD to SETFL, locks, DUPFD_CLOEXEC; SETOWN would send signals
-
-
-@functools.cache
-def _filters() -> dict[str, str]:
-    """Two seccomp filters as hexadecimal arrays of struct sock_filter. `worker_filter` allows SYSTEM_CALLS and what the
-    fork server needs, and files for reading only; `program_filter` takes the latter away."""
-    import pyseccomp as seccomp
-
-    worker = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
-    for name in SYSTEM_CALLS + OF_THE_FORK_SERVER:
-        try:
-            worker.add_rule(seccomp.ALLOW, name)
-        except OSError:  # not a system call of this architecture
-            pass
-    for name, position in (("open", 1), ("openat", 2)):
-        worker.add_rule(seccomp.ALLOW, name, seccomp.Arg(position, seccomp.MASKED_EQ, WRITING, 0))
-        for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC):
-            worker.add_rule(seccomp.ERRNO(errno.EACCES), name, seccomp.Arg(position, seccomp.MASKED_EQ, flag, flag))
-    for name in ("prlimit64", "sched_setaffinity"):  # of oneself
-        worker.add_rule(seccomp.ALLOW, name, seccomp.Arg(0, seccomp.EQ, 0))
-    for name, commands in (("ioctl", IOCTLS), ("fcntl", FCNTLS)):
-        for command in commands:
-            worker.add_rule(seccomp.ALLOW, name, seccomp.Arg(1, seccomp.EQ, command))
-    worker.add_rule(seccomp.ALLOW, "socketpair", seccomp.Arg(0, seccomp.EQ, socket.AF_UNIX))
-    worker.set_attr(seccomp.Attr.CTL_OPTIMIZE, 2)  # look a call up in a tree
-
-    program = seccomp.SyscallFilter(seccomp.ALLOW)
-    for name in OF_THE_FORK_SERVER:
-        if name != "clone":
-            program.add_rule(seccomp.ERRNO(errno.EPERM), name)
-    program.add_rule(seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
-
-    filters = {}
-    for name, rules in {"worker_filter": worker, "program_filter": program}.items():
-        with tempfile.TemporaryFile() as file:
-            rules.export_bpf(file)
-            file.seek(0)
-            filters[name] = file.read().hex()
-    return filters
-
-
-def _packages() -> list[str]:
-    """The folders of installed packages."""
-    return [path for path in sys.path if path.endswith("-packages") and os.path.isdir(path)]
-
-
-def _readable() -> list[str]:
-    """What a program may read: the interpreter, its libraries, installed packages, and three devices."""
-    library = os.path.join(sys.base_prefix, "lib")
-    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
-    devices = ["/dev/null", "/dev/zero", "/dev/urandom"]
-    paths = [library, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_packages(), *system, *devices]
-    return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
-
-
-def _ruleset(readable: list[str]):
-    """A Landlock ruleset, for a worker to bind itself by: nothing but these paths can be opened, for reading; no TCP,
-    no signals outside. Made here: with landlockpy in it, a worker would have a quarter more to copy at each fork."""
-    from landlockpy import AccessFS, Ruleset, Scope
-
-    ruleset = Ruleset(scoped=Scope.ABSTRACT_UNIX_SOCKET | Scope.SIGNAL)
-    for path in readable:
-        ruleset.allow_path(path, AccessFS.READ_FILE | (AccessFS.READ_DIR if os.path.isdir(path) else AccessFS.NONE))
-    return ruleset
-
-
-def _bubblewrap(readable: list[str]) -> list[str]:
-    """The command that starts a worker in namespaces of its own, where nothing but its interpreter exists."""
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise OSError("bwrap is not installed")
-    mounts = [*readable, sys.prefix, sys.base_prefix, str(WORKER)]
-    command = [bwrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--die-with-parent", "--dev", "/dev", "--chdir", "/"]
-    if os.geteuid() == 0:  # no user namespace, for the worker to become another user
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user"]
-    for path in dict.fromkeys(path for path in mounts if not path.startswith("/dev/")):
-        command += ["--ro-bind", path, path]
-    return command
-
-
 class _Worker:
     """One worker process of the pool and the socket to its judge."""
 
     def __init__(self, level: str, limits: Limits, crowd: float, core: int) -> None:
         self.crowd, self.core = crowd, core
         self.jobs, theirs = socket.socketpair()
-        readable = _readable()
+        readable = sandbox_lock.readable()
         isolated = level != "rlimits"
-        descriptors = {"jobs": theirs} | ({"ruleset": _ruleset(readable)} if isolated else {})
-        settings = {"isolated": isolated, "packages": _packages(), "core": core}
+        descriptors = {"jobs": theirs} | ({"ruleset": sandbox_lock.ruleset(readable)} if isolated else {})
+        settings = {"isolated": isolated, "packages": sandbox_lock.packages(), "core": core}
         settings |= {name: end.fileno() for name, end in descriptors.items()}
-        settings |= vars(limits) | (_filters() if isolated else {})
+        settings |= vars(limits) | (sandbox_lock.filters() if isolated else {})
         command = [sys.executable, "-B", "-s", str(WORKER), json.dumps(settings)]
         if level == "bubblewrap":
-            command = _bubblewrap(readable) + command
+            command = sandbox_lock.bubblewrap(readable) + command
         environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"}  # the whole of it
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=environment, pass_fds=[end.fileno() for end in descriptors.values()], cwd="/",
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            pass_fds=[end.fileno() for end in descriptors.values()],
+            cwd="/",
         )
         for end in descriptors.values():
             end.close()
@@ -393,7 +311,7 @@ class _Worker:
         except (EOFError, OSError, ValueError):
             hello = {"error": "the worker did not start"}
         if "error" in hello:
-            self.process.stdin.close()
+            self.process.kill()  # if it hangs; else it has ended, or is about to
             said = self.process.stderr.read().decode(errors="replace").strip().splitlines()
             self.stop()
             raise OSError(said[-1] if said else hello["error"])
@@ -403,7 +321,7 @@ class _Worker:
         self.nonce = secrets.token_hex(16)  # an answer without it is not to this question
         wall = min(limits.wall, program.wall * self.crowd)
         job = {**vars(program), "cpu": limits.cpu, "output": limits.output, "wall": wall, "nonce": self.nonce}
-        self.deadline = time.monotonic() + limits.wall * max(1, len(program.cases)) + 10
+        self.deadline = time.monotonic() + wall * max(1, len(program.cases)) + 10  # the judge keeps its own for each
         try:
             self.jobs.settimeout(60)
             send(self.jobs, job)
@@ -416,21 +334,20 @@ class _Worker:
             answer = receive(self.jobs, self.deadline, loads=json.loads)
             if not secrets.compare_digest(answer.pop("nonce"), self.nonce):
                 return None
-            answer["value"] = decode(answer["value"], None)
             return Result(**answer)
         except (EOFError, OSError, ValueError, TypeError):
             return None
 
-    def stop(self) -> None:
-        """End the worker: it kills and reaps its own children when its standard input closes."""
+    def stop(self) -> int:
+        """End the worker: it kills and reaps its own children when its standard input closes. Its exit code."""
         self.jobs.close()
         self.process.stdin.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
         self.process.stderr.close()
+        return self.process.wait()
 
 
 if __name__ == "__main__":
