@@ -1,6 +1,6 @@
 """Messages between pool, judge and programs, and values as JSON. `decode` reads what hostile programs wrote.
 
-A message is its length, four bytes, and its bytes. A value is a JSON scalar or [kind, content]; `encode` lists the kinds.
+A message is its length, four bytes, and its bytes. A value is a JSON scalar or [kind, content]; `encode` lists kinds.
 """
 
 import functools
@@ -47,31 +47,27 @@ def from_json(data: bytes):
 
 
 def receive(channel: socket.socket, deadline: float = math.inf, limit: int = 1 << 31, loads=marshal.loads):
-    """The next message; two ends take turns, so nothing follows it. Raises EOFError, TimeoutError after `deadline`
-    (of time.monotonic), OverflowError beyond `limit` bytes, and what `loads` raises."""
+    """The next message, and no byte more. Raises EOFError, TimeoutError after `deadline` (of time.monotonic),
+    OverflowError beyond `limit` bytes, and what `loads` raises."""
 
-    def more() -> bytes:
-        if deadline < math.inf:  # for each part: one that drips in must not start the clock again
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            channel.settimeout(left)
-        part = channel.recv(1 << 16)
-        if not part:
-            raise EOFError("the other end is closed")
-        return part
+    def read(count: int) -> bytes:
+        parts = []
+        while count:
+            if deadline < math.inf:  # for each part: one that drips in must not start the clock again
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                channel.settimeout(left)
+            parts.append(channel.recv(min(count, 1 << 16)))
+            if not parts[-1]:
+                raise EOFError("the other end is closed")
+            count -= len(parts[-1])
+        return b"".join(parts)
 
-    data = more()
-    while len(data) < 4:
-        data += more()
-    size = 4 + int.from_bytes(data[:4], "big")
+    size = int.from_bytes(read(4), "big")
     if size > limit:
         raise OverflowError(f"a message of {size} bytes")
-    parts, received = [data[4:]], len(data)
-    while received < size:
-        parts.append(more())
-        received += len(parts[-1])
-    return loads(b"".join(parts))
+    return loads(read(size))
 
 
 def encode(value, reference):

@@ -109,12 +109,15 @@ class Run:
         if kind == "value":
             return self.guard(decode, content, lambda number: Remote(self, int(number)), self.deadline)
         text, name = names
-        self.detail = f"{name}: {text}"[:200]
+        detail = f"{name}: {text}"[:200]
         if content in TROUBLES:
-            self.trouble = TROUBLES[content]
+            self.trouble, self.detail = TROUBLES[content], detail
             raise Ended
         kind = getattr(builtins, content, None)
-        raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(text)
+        kind = kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
+        error = kind.__new__(kind, text)  # not initialised: UnicodeDecodeError would ask for five arguments
+        error.of_program = detail
+        raise error
 
     def call(self, target, args, kwargs):
         """Have the program call `target`, a name of its own or an operation, and return the result."""
@@ -202,11 +205,11 @@ def outcome(run: Run, case: tuple[str, str] | None) -> tuple[str, str, object]:
         except Ended:  # the way every program ends
             return "failed" if detail else "passed", detail, None
     except ModuleNotFoundError as error:
-        return "failed" if run.detail else "no module", str(error), None
+        return "failed" if hasattr(error, "of_program") else "no module", str(error), None
     except MemoryError:
         return "out of memory", "the tests", None
     except Exception as error:
-        return "failed", f"{type(error).__name__}: {error}"[:200], None
+        return "failed", getattr(error, "of_program", "") or f"{type(error).__name__}: {error}"[:200], None
 
 
 def run_tests(run: Run):

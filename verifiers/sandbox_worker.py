@@ -5,16 +5,20 @@ program finds one in its memory. The *judge* (`sandbox_judge`), its first child,
 *program* (`sandbox_program`) is a fresh child of the fork server, forked ahead; it waits for its source, then answers
 the judge's requests one at a time, in plain data:
 
-    judge -> program    {"source", "stdin"}                         what to run
+    judge -> program    {"source", "stdin"}                             what to run
     program -> judge    ["value", null] | ["error", class, text, name]  loaded (or, with stdin, ended)
-    judge -> program    [target, args, kwargs]                      call this
+    judge -> program    [target, args, kwargs]                          call this
     program -> judge    ["value", encoded] | ["error", class, text, name]
 """
 
+import os
 import sys
 import types
 
 if __name__ == "__main__":
+    # Hooks that `threading` and `random` leave for each new child cost more than the rest of it; a process with one
+    # thread has no use for the one, and programs shall share one random state.
+    os.register_at_fork = lambda **_: None
     folder = sys.path.pop(0)  # its code.py would hide the standard library's `code`
     sys.modules["verifiers"] = types.ModuleType("verifiers")  # the package without its __init__, which imports torch
     sys.modules["verifiers"].__path__ = [folder]
@@ -24,7 +28,6 @@ import contextlib
 import gc
 import json
 import math
-import os
 import resource
 import select
 import signal
@@ -111,9 +114,6 @@ def main() -> None:
     jobs = socket.socket(fileno=settings["jobs"])
     sys.path += [path for path in settings["packages"] if path not in sys.path]
     os.environ.clear()
-    # Hooks that `threading` and `random` leave for each new child cost more than the rest of it; a process with one
-    # thread has no use for the one, and programs shall share one random state.
-    os.register_at_fork = lambda **_: None
     sys.argv[:] = sys.orig_argv[:] = ["program.py"]
     builtins.open = sandbox_program.open_for_programs
     try:
