@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from verifiers import BadInput, Problem, code, load_task
 from verifiers.sandbox import shared
+from verifiers.sandbox_judge import difference
 
 REAL_DATA = os.environ.get("REAL_DATA")
 real_data = pytest.mark.skipif(not REAL_DATA, reason="needs data sets: set REAL_DATA to their folder")
@@ -120,14 +122,17 @@ def test_rows_of_another_schema_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("output, expected, same", [
-    ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("1e3", "1000", True),
-    ("1000001", "1000000", False), ("YES", "yes", False), ("1 2", "1 2 3", False), ("", "", True),
-    ("nan", "nan", True), ("nan", "1.0", False), ("inf", "1e999", True),
-])
+    ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("1000001", "1000000", False),
+    ("YES", "yes", False), ("1 2", "1 2 3", False), ("1 2 3", "1 2", False), ("", "", True), ("1e3", "1000.0", True),
+    ("1000", "1e3", True), ("-.5", "-0.5", True), ("5.", "5.0", True), ("1e-9", "0.0", True), ("nan", "nan", True),
+    # a tolerance only for what is expected as a float
+    ("1e3", "1000", False), ("1000000.5", "1000000", False), ("3.0", "3", False), ("3.0", "3.", True),
+    # digits as everybody writes them
+    ("1_0.0", "10.0", False), ("\uff11.0", "1.0", False), ("\u0661.5", "1.5", False), ("nan", "1.0", False),
+    ("inf", "1e999", False), ("1\u00a02", "1 2", False), ("0x1p0", "1.0", False), ("1" * 70 + ".0", "1" * 70, False),
+])  # fmt: skip
 def test_outputs_are_compared_token_by_token(output, expected, same):
-    from verifiers.sandbox_worker import same_output
-
-    assert same_output(output, expected) == same
+    assert (difference(output.encode(), expected.encode()) == "") == same
 
 
 # ------------------------------------------------------------------------------------------------------- extraction
@@ -147,6 +152,16 @@ FULL = 'def double(x):\n    return 2 * x\n'
     f"The code:\n```\n{FULL}",
     "```python\n    return 2 * x\n```",
     "import math\n\n" + FULL,
+    f"from __future__ import annotations\n\n{FULL}",
+    f"```python\nfrom __future__ import annotations\nfrom __future__ import division\n{FULL}```",
+    f"~~~python\n{FULL}~~~\nand\n~~~\nprint(double(2))\n~~~",
+    f"~~~\n{FULL}a = '\\\n```\n'\n~~~",
+    "1. So:\n\n   ```python\n" + textwrap.indent(FULL, "   ") + "   ```\n\n2. Done.",
+    "- So:\n\n\t~~~\n" + textwrap.indent(FULL, "\t") + "\t~~~",
+    "double = lambda x: 2 * x",
+    "```python\ndouble = lambda x: 2 * x\n```\nFor example:\n```python\nprint(double(2))\n```",
+    "```python\ndouble: object = lambda x: 2 * x\n```\nso that\n```python\ndouble == 3\ndoubled = 4\n```",
+    f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
 ])
 def test_forms_of_a_right_response(tmp_path, response):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
@@ -156,7 +171,7 @@ def test_forms_of_a_right_response(tmp_path, response):
 @pytest.mark.parametrize("response", [
     "", "   ", "```", "def double(x):", "Two times x.", "    return x", "\0", "\ud800", "return 2 * x" * 2,
     "(" * 5000, "-" * 5000 + "1", "```\n" * 5000,
-    FULL.replace("double", "triple"),
+    FULL.replace("double", "triple"), "double == lambda x: 2 * x", "from __future__ import braces\n" + FULL,
 ])
 def test_forms_of_a_wrong_response(tmp_path, response):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
@@ -240,6 +255,27 @@ def test_programs_hostile_expressions_are_contained(programs):
     problem = next(p for p in [*programs.train, *programs.test] if p.solution == "2*x+1")
     verdict = programs.verify([problem], [row])
     assert verdict.rewards.tolist() == [[0] * 7 + [1, 0]] and verdict.counts["timed out"] == 3
+
+
+def test_programs_keeps_no_huge_integers(programs):
+    row = ["9**99999*x", f"{2**63 - 1}", f"-{2**63}", "x**19", "2**62"]
+    verdict = programs.verify(programs.test[:1], [row])
+    assert verdict.votes.tolist() == [[-1, 1, -1, -1, 4]] and verdict.rewards.sum() == 0
+    assert [code._values[expression][1] is None for expression in row] == [True, False, True, True, False]
+
+
+def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypatch):
+    task, pool = task_of(tmp_path, "humaneval", HUMANEVAL), shared()
+
+    def broken(programs):
+        raise BadInput("a worker ended and cannot be replaced")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "run", broken)
+        for task, response in ((task, FULL), (programs, "x*x-77"), (programs, "x*x-77")):
+            with pytest.raises(BadInput, match="cannot be replaced"):
+                rewards(task, task.test[0], response)
+    assert code.values_of(["x*x-77"])["x*x-77"][1][0] == 9 - 77  # nothing was kept of the failure
 
 
 def test_programs_takes_no_data():

@@ -39,8 +39,11 @@ def run(pool: Sandbox, source: str, tests: str = f"assert f(2) == {SECRET!r}", n
 # ------------------------------------------------------------------------------------------------ honest programs
 
 def test_a_right_program_passes_and_its_value_comes_back(pool):
-    result = run(pool, "def f(x):\n    return [x, (x, {'a': 10**30}), {1, 2}]", "value = f(2)\nassert value[0] == 2")
-    assert result.passed and result.value == [2, (2, {"a": 10**30}), {1, 2}] and result.cpu > 0
+    source, tests = "def f(x):\n    return [x, (x, {'a': 10**30})]", "value = f(2)\nassert value[1] == (2, {'a': 10**30})"
+    result = run(pool, source, tests)
+    assert result.passed and result.value == [2, [2, {"a": 10**30}]] and result.cpu > 0  # as JSON holds it
+    for huge in ("{1, 2}", "10**5000", "'x' * (17 << 20)"):
+        assert run(pool, f"def f(x): return {huge}", "value = f(2)").status in ("failed", "output truncated")
 
 
 def test_a_wrong_program_fails(pool):
@@ -247,7 +250,7 @@ def f(x):
 import os
 def f(x):
     os.close(3)
-    while True: pass
+    os._exit(0)
 """,
 }
 
@@ -503,6 +506,8 @@ def f(x): return [sum(x), math.sqrt(4), json.dumps(1), hasattr(builtins, "mark")
 MIXED = [
     (Program("def f(x): return x * x", "assert f(3) == 9", ("f",)), "passed"),
     (Program("import random\ndef f(x): return random.random()", "value = f(3)", ("f",)), "passed"),
+    (Program("def f(x): return x", "import random\nvalue = f(random.random())", ("f",)), "passed"),
+    (Program("def f(x): return x + 1", "import random\nvalue = f(random.random())", ("f",)), "passed"),
     (Program("def f(x): return {str(i) for i in range(x)}", "value = list(f(9))", ("f",)), "passed"),
     (Program("def f(x): return x", "assert f(3) == 9", ("f",)), "failed"),
     (Program("import socket\ndef f(x): return socket.socket()", "assert f(3) == 9", ("f",)), "refused"),
@@ -512,12 +517,20 @@ MIXED = [
 ]
 
 
-def test_one_worker_and_sixteen_give_the_same_results():
-    programs = [program for program, _ in MIXED] + [program for program, status in MIXED if status != "timed out"] * 4
-    with Sandbox(LEVEL, workers=1, limits=LIMITS) as one, Sandbox(LEVEL, workers=16, limits=LIMITS) as sixteen:
-        first, second = ([(r.status, r.value) for r in pool.run(programs)] for pool in (one, sixteen))
-    assert first == second
-    assert [status for status, _ in first[:len(MIXED)]] == [status for _, status in MIXED]
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_verdict_depends_on_its_program_alone(count):
+    """Whatever the number of workers and the order of programs, and a second time."""
+    expected, found = {program: status for program, status in MIXED}, {}
+    with Sandbox(LEVEL, workers=count, limits=LIMITS) as pool:
+        for programs in ([*expected], [*reversed(expected)]):
+            for program, result in zip(programs, pool.run(programs)):
+                assert result.status == expected[program]
+                assert found.setdefault(program, result.value) == result.value
+    drawn = {found[program] for program in expected if "random" in program.source + program.tests}
+    assert drawn == DRAWN.setdefault(0, drawn) and len(drawn) == 3
+
+
+DRAWN = {}
 
 
 def children() -> list[str]:

@@ -165,7 +165,8 @@ def test_tests_that_do_not_end_cost_one_response(pool):
     """What is slow in one step of the judge, here a set of colliding numbers, ends it: in one program's time."""
     source = "def f(x): return [(2**61 - 1) * i for i in range(10**5)]"
     results = pool.run([Program(source, "assert len(set(f(2))) == 1", ("f",), wall=0.5), *[RIGHT] * 10])
-    assert results[0].status == "timed out" and all(result.passed for result in results[1:])
+    assert (results[0].status, results[0].detail) == ("timed out", "the tests did not end in time")
+    assert all(result.passed for result in results[1:])
 
 
 def test_late_answers_one_after_the_other_do_not_add_up(pool, no_worker_ends):

@@ -29,6 +29,7 @@ import json
 import random
 import re
 import sys
+import textwrap
 import warnings
 import zlib
 from collections import Counter
@@ -49,7 +50,7 @@ HUB = {
 }
 MAX_CASES = 20  # cases judged per problem, the first ones: some problems come with hundreds
 PYTHON3 = 3  # CodeContests' number of the language
-FENCE = re.compile(r"([ \t]*)(```|~~~)")
+FUTURE = r"(?m)^from __future__ import .*\n"
 LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  # of TACO
 
 
@@ -224,32 +225,35 @@ def program_of(problem: Problem, response: str) -> Program:
     """What the sandbox runs for a response; the rule is at the top of this file."""
     hidden = json.loads(problem.answer)
     names = "|".join(map(re.escape, hidden["names"]))
-    defined = re.compile(rf"^\s*(?:(?:def|class)\s+(?:{names})\b|(?:{names})\s*(?::.*)?=(?!=))", re.MULTILINE)
-    source = block_of(response, defined)
+    defined = rf"(?m)^[ \t]*((def|class)[ \t]+({names})\b|({names})[ \t]*(:[^=\n]*)?=(?!=))"
+    source = block_of(response, [defined] if names else [])
+    defines, start = re.search(defined, source), source.lstrip("\n")[:1]
+    if start in (" ", "\t") and (defines or not hidden["prefix"]):
+        source = textwrap.dedent(source)  # as under a list item
     if hidden["prefix"]:
-        first = source.lstrip("\n")
-        if first[:1] not in (" ", "\t") and not defined.search(first):
-            source = "    " + first  # a continuation whose first indentation was stripped
-        future = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
-        source = "".join(future.findall(source)) + hidden["prefix"] + future.sub("", source)
+        if start not in (" ", "\t") and not defines:
+            source = "    " + source.lstrip("\n")  # a continuation whose first indentation was stripped
+        futures = "".join(re.findall(FUTURE, source))
+        source = futures + hidden["prefix"] + re.sub(FUTURE, "", source)
     cases = tuple((given, wanted) for given, wanted in hidden["cases"])
     return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], cases)
 
 
-def block_of(response: str, defined: re.Pattern) -> str:
-    """The last fenced block that matches, else the last block, else the whole response."""
+def block_of(response: str, markers: Sequence[str]) -> str:
+    """The last fenced block in which one of the markers (regular expressions) is found, else the last block, else the
+    whole response."""
     blocks, fence = [], None
     for line in response.splitlines(keepends=True):
-        mark = FENCE.match(line)
-        if mark and fence in (None, mark[2]):
-            fence = None if fence else mark[2]
+        start = line.lstrip()[:3]
+        if start == fence or fence is None and start in ("```", "~~~"):
+            fence = None if fence else start
             if fence:
                 blocks.append([])
-                indentation = re.compile(rf"[ \t]{{0,{len(mark[1])}}}")
         elif fence:
-            blocks[-1].append(indentation.sub("", line, count=1))
+            blocks[-1].append(line)
     blocks = ["".join(block) for block in blocks]
-    return ([block for block in blocks if defined.search(block)] or blocks or [response])[-1]
+    marked = [block for block in blocks if any(re.search(marker, block) for marker in markers)]
+    return (marked or blocks or [response])[-1]
 
 
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
