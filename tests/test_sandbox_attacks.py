@@ -180,6 +180,7 @@ def test_threads_of_one_program_end_no_worker(pool, no_worker_ends):
 import threading, time
 def f(x):
     stop = threading.Event()
+    threading.stack_size(1 << 16)
     try:
         for _ in range(2000): threading.Thread(target=stop.wait, daemon=True).start()
     except RuntimeError: pass
