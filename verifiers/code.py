@@ -62,15 +62,9 @@ def load(name: str, data: str | None = None) -> Task:
     read = {"humaneval": humaneval, "code_contests": code_contest, "taco": taco}.get(name, mbpp)
     train = [] if name == "humaneval" else problems_of(name, load_rows(hub_id, "train", data, config), read, "train")
     test = problems_of(name, load_rows(hub_id, "test", data, config), read, "test")
-    return Task(
-        name,
-        train,
-        test,
-        verify,
-        max_new_tokens=1024 if name in ("code_contests", "taco") else 512,
-        template="{prompt}" if name == "humaneval" else "{prompt}\n",
-        instruction="Write the program in Python, in one code block.",
-    )
+    long, prompt = name in ("code_contests", "taco"), "{prompt}" if name == "humaneval" else "{prompt}\n"
+    instruction = "Write the program in Python, in one code block."
+    return Task(name, train, test, verify, prompt, instruction, max_new_tokens=1024 if long else 512)
 
 
 def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | None], split: str) -> list[Problem]:
@@ -87,9 +81,6 @@ def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | No
         why = "no tests, or named files for input and output"
         print(f"{name}: {left_out} of {len(rows)} rows of split {split!r} left out: {why}", file=sys.stderr)
     return [problem for problem in problems if problem is not None]
-
-
-# ------------------------------------------------------------------------------------------------ rows to problems
 
 
 def humaneval(row: dict) -> Problem:
@@ -138,8 +129,10 @@ def taco(row: dict) -> Problem | None:
         return None
     name = tests.get("fn_name")
     if name is None:
-        cases = [(lines(given), lines(wanted)) for given, wanted in pairs]
-        return problem_of(prompt, solution, cases=cases, level=level)
+        pairs = [
+            ["\n".join(map(str, text)) if isinstance(text, list) else str(text) for text in pair] for pair in pairs
+        ]
+        return problem_of(prompt, solution, cases=pairs, level=level)
     in_class = "class Solution" in (row.get("starter_code") or solution)
     tests = FUNCTION_TESTS.format(pairs=pairs, call=f"Solution().{name}" if in_class else name)
     return problem_of(prompt, solution, tests, ["Solution" if in_class else name], level=level)
@@ -156,14 +149,7 @@ for given, wanted in {pairs!r}:
 
 
 def problem_of(
-    prompt: str,
-    solution: str,
-    tests: str = "",
-    names: Sequence[str] = (),
-    setup: str = "",
-    prefix: str = "",
-    cases: Sequence[tuple[str, str]] = (),
-    level: int | None = None,
+    prompt: str, solution: str, tests: str = "", names=(), setup="", prefix="", cases=(), level=None
 ) -> Problem:
     """A problem whose `answer` is JSON of what `program_of` needs to judge a response. Raises TypeError or ValueError
     for what is no text, an empty prompt, and half a character (UnicodeEncodeError), which no tokenizer reads."""
@@ -181,12 +167,7 @@ def names_of(solution: str, tests: str) -> list[str]:
     nodes = list(ast.walk(tree(tests)))
     own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {
-        alias.asname or alias.name
-        for node in nodes
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    }
+    own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
     used = names_used(tests)
     return sorted((used & names_defined(solution)) | (used - own - names_defined(tests) - set(dir(builtins))))
 
@@ -211,14 +192,6 @@ def tree(source: str) -> ast.Module:
 def parsed(text):
     """JSON, or what it already was."""
     return json.loads(text) if isinstance(text, str) and text.strip() else text
-
-
-def lines(text) -> str:
-    """A text, or the text of a list of lines."""
-    return "\n".join(map(str, text)) if isinstance(text, list) else str(text)
-
-
-# ---------------------------------------------------------------------------------------------- responses to rewards
 
 
 def program_of(problem: Problem, response: str) -> Program:
@@ -270,8 +243,6 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> V
     counts = {status: count for status, count in statuses.items() if status not in ("passed", "failed")}
     return Verdict(rewards, torch.full(rewards.shape, -1), counts)
 
-
-# ------------------------------------------------------------------------------------------ embedded task `programs`
 
 INPUTS = tuple(range(-3, 13))  # where the hidden tests look; the prompt shows two or three of SHOWN
 SHOWN = range(1, 10)

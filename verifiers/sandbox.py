@@ -7,8 +7,9 @@
 **The verdict cannot be forged.** The tests never enter the process that runs the program. They run in a *judge*, for
 which the program's names stand for objects over there: a call goes out, plain data comes back, and the judge compares
 exact built-in types in its own memory. So exit codes, printed words, patched built-ins, an `__eq__` that is always
-true, and a search for the expected values in memory or on disk get nowhere. The judge reports to the pool over a socket
-that the program does not have, with a secret drawn anew for each program. `sandbox_worker` describes the processes.
+true, and a search for the expected values in memory or on disk get nowhere. What tests draw at random is seeded by the
+tests and the program, which does not know the tests. The judge reports to the pool over a socket that the program does
+not have, with a secret drawn anew for each program. `sandbox_worker` describes the processes.
 
 **Levels**, strongest first. A level is in force or refused, never replaced by a weaker one, and each worker proves its
 lock with a program that tries it. `auto` is the strongest of the first two.
@@ -16,35 +17,41 @@ lock with a program that tries it. `auto` is the strongest of the first two.
 - `bubblewrap`. Needs the program `bwrap`, and all that `landlock` needs. What holds there, in mount, PID, network, IPC
   and UTS namespaces of its own (and a user namespace, but for root): other files and processes do not even exist.
 - `landlock`. Needs Linux 5.13 with Landlock, libseccomp, and the packages landlockpy and pyseccomp. Files: the
-  interpreter's library and installed packages can be read; nothing can be written, not even a temporary file. seccomp
-  lets through a list of system calls: no sockets, no new processes or programs, no signals, no access to other
-  processes, no shared memory, no io_uring; calls that later kernels add are shut out. As root, a worker first becomes a
-  user of its own, without capabilities but that of reading the interpreter.
+  interpreter's library and installed packages can be read; nothing can be written or locked. seccomp lets through a
+  list of system calls: no sockets but connected pairs, no descriptors sent, no new processes or programs, no signals,
+  no access to other processes, no shared memory, no io_uring; calls that later kernels add are shut out. As root, a
+  worker first becomes a user of its own, without capabilities but that of reading the interpreter.
 - `rlimits`. Any Unix, and the only one on macOS, by name only. The limits, an empty environment, a process of its own:
   for programs that you would run yourself.
 
 Limits at every level, on each program: wall and CPU time, address space, threads and processes (root at level
-`rlimits`: no), bytes written to files (none), open files, bytes printed. The program's process group is killed and
-reaped before the next one starts. A worker that dies or does not answer in time is replaced and the others go on.
+`rlimits`: no), bytes written to files (none), open files, bytes printed, one core. The judge has the same address space
+and wall time, and a second more; answers are bounded before values are built. The program's process group is killed and
+reaped before the next one starts, which finds none of its flags on shared descriptors. A worker that dies or does not
+answer in time costs the program that it judged, and is replaced; a pool that cannot do so raises BadInput.
 
 **Not covered.**
 - Holes in the kernel, and side channels (timing, caches). Only a virtual machine is stronger; run one around the pool.
 - The files that can be read: the interpreter's library and site-packages, with whatever secrets somebody put there.
 - At level `landlock`, what a file's name tells: whether it exists, its size and times, where a link leads, and which
   process numbers are taken. No file is opened for it.
-- The sum over workers: each may use its full memory limit at once. Set `Limits.memory` to what the machine can spare.
+- The sum over workers: each may use its memory limit twice (judge, program). Set `Limits.memory` accordingly.
 - At level `landlock`, as an ordinary user: the limit on threads counts all that this user runs, so a program that makes
   threads without end can keep other programs of the same user from making theirs until it is killed.
 - The tests themselves are trusted with the judge's process, under the same lock: they come with the data set.
 - What only an object's own process can tell. Arguments and results are copied, so a test that looks at how an argument
-  was changed in place, or at the identity of a result, does not see it. An object that is no plain data is equal only
-  to itself, and a test that asks whether it is true, or asks one of its methods, is told what the program likes. `in`
-  goes through its items, so that a class with `__contains__` alone fails. Functions cannot be handed to the program.
+  was changed in place, or at the identity of a result, does not see it. An object that is no plain data (plain are also
+  the standard library's numbers, ranges, naive dates, and named tuples, without methods of their own) equals only
+  itself or, if both are dataclasses, one with equal fields, whatever its `__eq__`; a test that asks whether it is true,
+  or asks one of its methods, is told what the program likes, and so is one that has the program make what it expects.
+  `in` goes through its items, so that a class with `__contains__` alone fails. Functions cannot be handed over.
+- Programs that ask for time, entropy or addresses, NumPy's `default_rng()` among them, may not behave the same twice;
+  `random`, `numpy.random` and `hash` start the same.
 - Level `rlimits` keeps no program from reading, from the network, from signals, or from processes that outlive it.
-- Programs that ask for time, entropy or addresses may not behave the same twice; `random` and `hash` start the same.
 """
 
 import atexit
+import contextlib
 import json
 import math
 import os
@@ -62,12 +69,11 @@ from pathlib import Path
 
 from . import BadInput, sandbox_lock
 from .sandbox_codec import receive, send
+from .sandbox_worker import LATE
 
 LEVELS = ("bubblewrap", "landlock", "rlimits")  # strongest first
 STATUSES = ("passed", "failed", "timed out", "out of memory", "killed", "refused", "output truncated")
 WORKER = Path(__file__).with_name("sandbox_worker.py")
-LATE = 3  # exit code of a worker whose judge did not end in time; as in the worker
-ATTEMPTS = 3  # to replace a worker, a second apart
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Result:
         return self.status == "passed"
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers at one level of isolation.
 
     level: "auto", the strongest of bubblewrap and landlock that works here, or one of LEVELS, which is then in force or
@@ -148,51 +154,46 @@ class Sandbox:
             try:
                 self._workers.append(self._start())
                 break
-            except (OSError, ImportError, RuntimeError) as error:  # a library that is missing is not an OSError
-                reasons.append(f"{self.level}: {error}")
+            except BadInput as error:
+                reasons.append(str(error))
         else:
             raise BadInput(
                 f"no sandbox {level!r} here ({'; '.join(reasons)}). Ask for a weaker one by name, "
                 f"--sandbox {' or '.join(LEVELS[LEVELS.index(self.level) + 1 :]) or 'on another system'}, or repair it"
             )
-        self._workers += [self._replacement() for _ in range(self.count - 1)]
+        self._workers += [self._start() for _ in range(self.count - 1)]
         atexit.register(self.close)
 
     def run(self, programs: Sequence[Program]) -> list[Result]:
         """The result of each program, in order. Safe to call from several threads, which then take turns. Raises
         BadInput where no program is to blame: a worker cannot be replaced, tests need a module that is missing."""
         results: list[Result | None] = [None] * len(programs)
-        pending = deque(enumerate(programs))
+        pending = deque(range(len(programs)))
         lost: set[int] = set()  # programs whose worker died under them once
         busy: dict[_Worker, int] = {}
         with self._lock:
             try:
-                while len(self._workers) < self.count:
-                    self._workers.append(self._replacement())
+                self._workers += [self._start() for _ in range(self.count - len(self._workers))]
                 idle = list(self._workers)
                 while pending or busy:
                     while pending and idle:
-                        worker, (index, program) = idle.pop(), pending.popleft()
-                        worker.submit(program, self.limits)
+                        worker, index = idle.pop(), pending.popleft()
+                        worker.submit(programs[index], self.limits)
                         busy[worker] = index
                     first = min(worker.deadline for worker in busy) - time.monotonic()
-                    ready = wait([worker.jobs for worker in busy], max(first, 0))
-                    for worker, index in list(busy.items()):
-                        late = time.monotonic() > worker.deadline
-                        if worker.jobs not in ready and not late:
-                            continue
-                        result = worker.result() if worker.jobs in ready else None
-                        del busy[worker]
+                    ready = wait(list(busy), max(first, 0))
+                    for worker in ready or [worker for worker in busy if worker.deadline < time.monotonic()]:
+                        index, result = busy.pop(worker), worker.result()
                         if result is None:
                             self._workers.remove(worker)
-                            if worker.stop() == LATE or late:
+                            if worker.stop() == LATE or not ready:
                                 result = Result("timed out", "the tests did not end in time")
                             elif index in lost:
                                 result = Result("killed", "the judge died twice")
                             else:
                                 lost.add(index)
-                                pending.appendleft((index, programs[index]))
-                            worker = self._replacement()
+                                pending.appendleft(index)
+                            worker = self._start()
                             self._workers.append(worker)
                         elif result.status == "no module":
                             raise BadInput(f"the tests of a problem need a module: {result.detail}. Install it")
@@ -211,34 +212,23 @@ class Sandbox:
         self._workers = []
         atexit.unregister(self.close)
 
-    def __enter__(self) -> "Sandbox":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
     def _start(self) -> "_Worker":
-        """A worker that has locked itself in, proven by a program that tries the lock. Raises OSError."""
+        """A worker that has locked itself in, proven by a program that tries the lock. Raises BadInput: why not."""
         core = min(self._cores, key=[worker.core for worker in self._workers].count)
-        worker = _Worker(self.level, self.limits, self._crowd, core)
+        try:
+            worker = _Worker(self.level, self.limits, self._crowd, core)
+        except (OSError, ImportError, RuntimeError) as error:  # a library that is missing is not an OSError
+            raise BadInput(f"no sandbox worker at level {self.level}: {error}") from error
         if self.level != "rlimits":
             worker.submit(PROBE, self.limits)
             result = worker.result()
             if result is None or not result.passed:
                 worker.stop()
-                raise OSError(f"the lock does not hold: {result.detail}" if result else "its judge ended")
+                raise BadInput(f"no sandbox worker at level {self.level}: the lock does not hold: {result}")
         return worker
-
-    def _replacement(self) -> "_Worker":
-        """A worker at the level that is in force. Raises BadInput, which says why there is none."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return self._start()
-            except (OSError, ImportError, RuntimeError) as error:
-                if attempt == ATTEMPTS:
-                    why = "a worker ended and cannot be replaced" if self._workers else "no worker can be started"
-                    raise BadInput(f"sandbox {self.level!r}: {why}: {error}") from error
-                time.sleep(1)
 
 
 _pool: Sandbox | None = None
@@ -256,25 +246,22 @@ def shared(level: str | None = None) -> Sandbox:
     return _pool
 
 
-# Before a worker is used: every one of these must fail in it.
-PROBE = Program(
-    source="""
+PROBE = Program(  # before a worker is used: every one of these must fail in it
+    """
 import os, socket
 def attempts():
-    done = []
     for attempt in (
         lambda: os.listdir("/"), lambda: open("/proc/self/environ"), lambda: open("/etc/passwd"),
         lambda: open("/tmp/probe", "w"), lambda: socket.socket(), lambda: os.kill(os.getppid(), 0), os.fork,
         lambda: os.execv("/bin/true", ["true"]), lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM),
     ):
         try:
-            done.append(attempt())
+            return [attempt()]
         except OSError:
             pass
-    return done
 """,
-    tests="assert attempts() == []",
-    names=("attempts",),
+    "assert attempts() is None",
+    ("attempts",),
 )
 
 
@@ -284,37 +271,32 @@ class _Worker:
     def __init__(self, level: str, limits: Limits, crowd: float, core: int) -> None:
         self.crowd, self.core = crowd, core
         self.jobs, theirs = socket.socketpair()
-        readable = sandbox_lock.readable()
-        isolated = level != "rlimits"
-        descriptors = {"jobs": theirs} | ({"ruleset": sandbox_lock.ruleset(readable)} if isolated else {})
-        settings = {"isolated": isolated, "packages": sandbox_lock.packages(), "core": core}
-        settings |= {name: end.fileno() for name, end in descriptors.items()}
-        settings |= vars(limits) | (sandbox_lock.filters() if isolated else {})
+        readable, isolated, files = sandbox_lock.readable(), level != "rlimits", {"jobs": theirs}
+        settings = {"isolated": isolated, "packages": sandbox_lock.packages(), "core": core, **vars(limits)}
+        if isolated:
+            files["ruleset"] = sandbox_lock.ruleset(readable)
+            settings |= sandbox_lock.filters()
+        settings |= {name: end.fileno() for name, end in files.items()}
         command = [sys.executable, "-B", "-s", str(WORKER), json.dumps(settings)]
         if level == "bubblewrap":
             command = sandbox_lock.bubblewrap(readable) + command
         environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"}  # the whole of it
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=environment,
-            pass_fds=[end.fileno() for end in descriptors.values()],
-            cwd="/",
-        )
-        for end in descriptors.values():
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        passed = [end.fileno() for end in files.values()]
+        self.process = subprocess.Popen(command, env=environment, pass_fds=passed, cwd="/", **pipes)
+        for end in files.values():
             end.close()
-        self.deadline = time.monotonic() + 60
         try:
-            hello = receive(self.jobs, self.deadline, loads=json.loads)
-        except (EOFError, OSError, ValueError):
-            hello = {"error": "the worker did not start"}
-        if "error" in hello:
+            receive(self.jobs, time.monotonic() + 60, loads=json.loads)  # its judge says hello
+        except (EOFError, OSError):
             self.process.kill()  # if it hangs; else it has ended, or is about to
             said = self.process.stderr.read().decode(errors="replace").strip().splitlines()
             self.stop()
-            raise OSError(said[-1] if said else hello["error"])
+            raise OSError(said[-1] if said else "it did not start") from None
+
+    def fileno(self) -> int:
+        """What tells that there is an answer."""
+        return self.jobs.fileno()
 
     def submit(self, program: Program, limits: Limits) -> None:
         """Hand the worker a program; `deadline` is when it must have answered."""
@@ -322,11 +304,9 @@ class _Worker:
         wall = min(limits.wall, program.wall * self.crowd)
         job = {**vars(program), "cpu": limits.cpu, "output": limits.output, "wall": wall, "nonce": self.nonce}
         self.deadline = time.monotonic() + wall * max(1, len(program.cases)) + 10  # the judge keeps its own for each
-        try:
+        with contextlib.suppress(OSError):  # `result` finds it dead
             self.jobs.settimeout(60)
             send(self.jobs, job)
-        except OSError:
-            pass  # `result` finds it dead
 
     def result(self) -> Result | None:
         """The worker's answer, or None if it is dead or late."""

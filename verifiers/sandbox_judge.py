@@ -1,7 +1,7 @@
 """The judge: the process that holds a program's tests, has the program called, and decides.
 
-It is told what a call returned, never whether a test passed; it compares exact built-in types in its own memory. A value
-that is no plain data stays in the program, and the judge holds a `Remote` reference to it.
+It is told what a call returned, never whether a test passed; it compares exact built-in types in its own memory. A
+value that is no plain data stays in the program, and the judge holds a `Remote` reference to it.
 """
 
 import builtins
@@ -139,23 +139,22 @@ class Run:
 
     def output(self, limit: int) -> bytes:
         """All that the program prints, read until it ends."""
-        parts = []
-        while True:
+        parts = [b"-"]
+        while parts[-1]:
             left = self.deadline - time.monotonic()
             if left <= 0 or not select.select([self.stdout], [], [], left)[0]:
                 self.trouble, self.detail = "timed out", "wall time"
                 raise Ended
             parts.append(os.read(self.stdout, 1 << 16))
             limit -= len(parts[-1])
-            if not parts[-1]:
-                return b"".join(parts)
             if limit < 0:
                 self.trouble = "output truncated"
                 raise Ended
+        return b"".join(parts[1:])
 
     def end(self) -> tuple[int, float]:
-        """The program's exit code (negative: the signal) and CPU seconds, once it has ended: one that hung up does so by
-        itself, within its time, so that its exit code does not depend on who was faster; the others are killed."""
+        """The program's exit code (negative: the signal) and CPU seconds, once it has ended: one that hung up by itself,
+        within its time, so that the code does not depend on who was faster; the others are killed."""
         late = self.deadline - time.monotonic() if self.trouble == "ended" else 0
         self.control.send(PATIENCE.pack(max(late, 0)))
         status, cpu = ENDED.unpack(self.control.recv(ENDED.size))

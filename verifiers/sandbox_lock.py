@@ -11,21 +11,19 @@ import signal
 import socket
 import sys
 
+libc = ctypes.CDLL(None, use_errno=True)
 # What CPython, NumPy and threads need. Everything else fails with ENOSYS: new processes, exec, sockets, signals to
 # others, ptrace, reading another process's memory, mounts, namespaces, keys, io_uring, shared memory, memfd, links.
 SYSTEM_CALLS = """
 read write open openat readv writev pread64 pwrite64 lseek close close_range fstat stat lstat newfstatat statx statfs
 fstatfs access faccessat faccessat2 readlink readlinkat getdents getdents64 getcwd chdir dup dup2 dup3 pipe pipe2 poll
 ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 fsync fdatasync umask
-recvfrom recvmsg shutdown getsockopt getsockname getpeername
-mmap munmap mremap mprotect madvise brk msync mincore membarrier mlock munlock
-rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack pause alarm
-setitimer getitimer restart_syscall
-futex set_robust_list get_robust_list rseq set_tid_address arch_prctl sched_yield sched_getaffinity sched_getparam
-sched_getscheduler exit exit_group wait4 waitid
-getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid getpriority
-uname sysinfo time times gettimeofday clock_gettime clock_getres clock_nanosleep nanosleep getrusage getrlimit getrandom
-getcpu
+recvfrom recvmsg shutdown getsockopt getsockname getpeername mmap munmap mremap mprotect madvise brk msync mincore
+membarrier mlock munlock rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend
+sigaltstack pause alarm setitimer getitimer restart_syscall futex set_robust_list get_robust_list rseq set_tid_address
+arch_prctl sched_yield sched_getaffinity sched_getparam sched_getscheduler exit exit_group wait4 waitid getpid getppid
+gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid getpriority uname sysinfo
+time times gettimeofday clock_gettime clock_getres clock_nanosleep nanosleep getrusage getrlimit getrandom getcpu
 """.split()
 OF_THE_FORK_SERVER = "clone kill setpgid memfd_create prctl seccomp setrlimit sendmsg".split()
 CLONE_THREAD = 0x00010000
@@ -131,7 +129,6 @@ def unprivileged_user() -> None:
 
     Kept: the capability to read, under Landlock's rules, an interpreter installed in root's home.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their high words
     libc.capget(header, sets)
@@ -151,25 +148,23 @@ def unprivileged_user() -> None:
 
 def restrict_files(ruleset: int) -> None:
     """From here on a Landlock ruleset, given as a descriptor, binds this process and its children; see `sandbox`."""
-    libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(446, ruleset, 0):  # PR_SET_NO_NEW_PRIVS, landlock_restrict_self
         raise OSError(ctypes.get_errno(), "landlock")
     os.close(ruleset)
 
 
 def filter_loader(instructions: bytes):
-    """A function that makes this process subject to a seccomp filter, given as an array of struct sock_filter, and sends
-    it a signal when its parent ends."""
+    """A function that makes this process subject to a seccomp filter, an array of struct sock_filter, and sends it a
+    signal when its parent ends."""
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
     filter_program = ctypes.byref(Program(len(instructions) // 8, instructions))
 
     def load(at_parents_end: int = signal.SIGKILL) -> None:
-        prctl(1, at_parents_end, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if prctl(22, 2, filter_program, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        libc.prctl(1, at_parents_end, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if libc.prctl(22, 2, filter_program, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
             raise OSError(ctypes.get_errno(), "seccomp")
 
     return load

@@ -4,6 +4,7 @@ Whatever is called or read for the first time costs a page, from here to the end
 """
 
 import atexit
+import contextlib
 import errno
 import gc
 import marshal
@@ -19,7 +20,7 @@ CHANNEL = 3  # the descriptor of the socket to the judge
 
 
 def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, stdout: int) -> None:
-    """Run one program in this process, the freshly forked child, and end it. `channel` and `stdout` lead to the judge."""
+    """Run one program in this process, a freshly forked child, and end it. `channel` and `stdout` lead to the judge."""
     os.setpgid(0, 0)
     os.dup2(stdout, 1)
     os.dup2(channel, CHANNEL)
@@ -31,7 +32,13 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
         os.dup2(2, 0)
         os.dup2(2, 1)
     else:
-        file = file_of(stdin.encode(errors="replace"))
+        # An unnamed file, not a pipe: programs ask standard input for its size.
+        file = (
+            os.memfd_create("stdin")
+            if hasattr(os, "memfd_create")
+            else os.dup(__import__("tempfile").TemporaryFile().fileno())
+        )
+        os.pwrite(file, stdin.encode(errors="replace"), 0)
         os.dup2(file, 0)
         os.close(file)
     for what, limit in limits:
@@ -39,10 +46,8 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
     load_filter()
 
     if "numpy" in job["source"]:
-        try:
+        with contextlib.suppress(ImportError):
             __import__("numpy").random.seed(0)  # as `random` is before the fork: the same verdict each time
-        except ImportError:
-            pass
     code = compiled(job["source"])
     module = types.ModuleType("program" if stdin is None else "__main__")
     sys.modules[module.__name__] = module
@@ -89,18 +94,6 @@ def write_message(message) -> None:
     data = len(data).to_bytes(4, "big") + data
     while data:
         data = data[os.write(CHANNEL, data) :]
-
-
-def file_of(content: bytes) -> int:
-    """A descriptor of an unnamed file with this content, at its start: programs ask standard input for its size."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("stdin")
-    else:
-        fd = os.dup(__import__("tempfile").TemporaryFile().fileno())
-    at = 0
-    while at < len(content):
-        at += os.pwrite(fd, content[at:], at)
-    return fd
 
 
 _open = open

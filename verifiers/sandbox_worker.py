@@ -5,10 +5,8 @@ program finds one in its memory. The *judge* (`sandbox_judge`), its first child,
 *program* (`sandbox_program`) is a fresh child of the fork server, forked ahead; it waits for its source, then answers
 the judge's requests one at a time, in plain data:
 
-    judge -> program    {"source", "stdin"}                             what to run
-    program -> judge    ["value", null] | ["error", class, text, name]  loaded (or, with stdin, ended)
-    judge -> program    [target, args, kwargs]                          call this
-    program -> judge    ["value", encoded] | ["error", class, text, name]
+    judge -> program    {"source", "stdin"}, later [target, args, kwargs]     what to run, what to call
+    program -> judge    ["value", encoded] or ["error", class, text, name]     once loaded (or ended), and to each call
 """
 
 import os
@@ -109,34 +107,30 @@ def tasks_of_user() -> int:
 
 
 def main() -> None:
-    """sys.argv[1]: JSON of the limits and {"jobs": descriptor of the pool's socket, ...}: see `sandbox._Worker`."""
+    """sys.argv[1]: JSON of the limits and {"jobs": descriptor of the pool's socket, ...}: see `sandbox._Worker`. What
+    goes wrong before the judge says hello is the last line on stderr."""
     settings = json.loads(sys.argv[1])
     jobs = socket.socket(fileno=settings["jobs"])
     sys.path += [path for path in settings["packages"] if path not in sys.path]
     os.environ.clear()
     sys.argv[:] = sys.orig_argv[:] = ["program.py"]
     builtins.open = sandbox_program.open_for_programs
-    try:
-        if hasattr(os, "sched_setaffinity"):  # judge and program take turns: on one core, neither has to wake another
-            os.sched_setaffinity(0, {settings["core"]})
-        for name in PRELOAD:
-            __import__(name)
-        sys.modules["random"].seed(0)  # for all programs: the same verdict each time
-        os.setsid()  # away from the terminal and its signals
-        os.chdir("/")
-        null = os.open(os.devnull, os.O_RDWR)
-        tasks = tasks_of_user()
-        load_filter = lambda: None  # noqa: E731
-        if settings["isolated"]:
-            if os.geteuid() == 0:
-                unprivileged_user()
-                tasks = 0
-            load_filter = filter_loader(bytes.fromhex(settings["program_filter"]))
-            restrict_files(settings["ruleset"])
-            filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
-    except Exception as error:
-        send(jobs, {"error": f"{type(error).__name__}: {error}"}, as_json)
-        return
+    if hasattr(os, "sched_setaffinity"):  # judge and program take turns: on one core, neither has to wake another
+        os.sched_setaffinity(0, {settings["core"]})
+    for name in PRELOAD:
+        __import__(name)
+    sys.modules["random"].seed(0)  # for all programs: the same verdict each time
+    os.setsid()  # away from the terminal and its signals
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    tasks, load_filter = tasks_of_user(), lambda: None
+    if settings["isolated"]:
+        if os.geteuid() == 0:
+            unprivileged_user()
+            tasks = 0
+        load_filter = filter_loader(bytes.fromhex(settings["program_filter"]))
+        restrict_files(settings["ruleset"])
+        filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
     os.dup2(null, 1)
     os.dup2(null, 2)
     for _ in range(20):  # what every program does, until the interpreter has nothing left to adapt in these pages
@@ -160,12 +154,10 @@ def main() -> None:
     try:
         resource.setrlimit(*lowered(resource.RLIMIT_AS, settings["memory"]))
         resource.setrlimit(*lowered(resource.RLIMIT_CORE, 0))
-        limits = [  # of programs only: what counts for a user's processes together must not end the fork server
-            lowered(resource.RLIMIT_NOFILE, settings["open_files"]),
-            lowered(resource.RLIMIT_NPROC, settings["threads"] + tasks),
-            lowered(resource.RLIMIT_CPU, settings["cpu"], settings["cpu"] + 1),
-            lowered(resource.RLIMIT_FSIZE, 0),
-        ]
+        # Of programs only: what counts for all of a user's processes must not end the fork server.
+        limits = [lowered(resource.RLIMIT_CPU, settings["cpu"], settings["cpu"] + 1)]
+        own = {"NOFILE": settings["open_files"], "NPROC": settings["threads"] + tasks, "FSIZE": 0}
+        limits += [lowered(getattr(resource, f"RLIMIT_{name}"), limit) for name, limit in own.items()]
         fork_server(ours, load_filter, limits)
     finally:
         os.kill(pid, signal.SIGKILL)
