@@ -4,6 +4,7 @@ An attack "passes" only if it got what it was after, so every verdict here is an
 and aim at nothing but what a test made for them. SANDBOX=<level> runs the suite at a level other than the strongest.
 """
 
+import math
 import os
 import signal
 import socket
@@ -41,7 +42,7 @@ def run(pool: Sandbox, source: str, tests: str = f"assert f(2) == {SECRET!r}", n
 def test_a_right_program_passes_and_its_value_comes_back(pool):
     source, tests = "def f(x):\n    return [x, (x, {'a': 10**30})]", "value = f(2)\nassert value[1] == (2, {'a': 10**30})"
     result = run(pool, source, tests)
-    assert result.passed and result.value == [2, [2, {"a": 10**30}]] and result.cpu > 0  # as JSON holds it
+    assert result.passed and result.value == [2, [2, {"a": 10**30}]]  # as JSON holds it
     for huge in ("{1, 2}", "10**5000", "'x' * (17 << 20)"):
         assert run(pool, f"def f(x): return {huge}", "value = f(2)").status in ("failed", "output truncated")
 
@@ -96,7 +97,8 @@ def test_ways_to_read_and_print(pool, source):
     ("x = [0] * 10**9", "out of memory"), ("import socket\nsocket.socket()", "refused"),
 ])
 def test_verdicts_of_programs_that_print(pool, source, status):
-    assert run(pool, source, "", cases=(("", "3\n"),)).status == status
+    wall = 0.7 if "sleep" in source else math.inf
+    assert run(pool, source, "", cases=(("", "3\n"),), wall=wall).status == status
 
 
 # ------------------------------------------------------------------------------------------- attacks on the verdict
@@ -314,7 +316,8 @@ def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
 def test_time_and_memory_are_bounded(pool, source, status):
     start = time.monotonic()
     tests = f"assert list(f(2)) == {SECRET!r}" if "__next__" in source else f"assert f(2) == {SECRET!r}"
-    assert run(pool, source, tests).status in status
+    waits = any(word in source for word in ("sleep(600)", "pause()", "l.acquire()", "__next__"))
+    assert run(pool, source, tests, wall=0.7 if waits else math.inf).status in status
     assert time.monotonic() - start < 60
     assert run(pool, "def f(x): return x", "assert f(2) == 2").passed  # and the next one is served
 

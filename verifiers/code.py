@@ -4,23 +4,14 @@ A response is run in the sandbox (`verifiers.sandbox`, which states what it hold
 when all tests pass and 0 otherwise. Tests run outside the program's process, and the program never holds them.
 
 **What counts as the program.** One rule for all tasks but `programs`:
-1. If the response holds code fences (backticks or tildes, indented under a list item or not), the last block that
-   defines the asked function (or, for programs that read standard input, the last block) is taken; a fence that never
-   closes ends with the response. Without fences, all is. `name = ...` defines it as well as `def name` does.
+1. If the response holds code fences (backticks or tildes, indented or not), the last block that defines the asked
+   function, by `def name` or `name =`, or else the last block is taken; a fence that never closes ends with the
+   response. Without fences, all is.
 2. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work; lines
    `from __future__ import` go first.
 3. Text after the program is dropped: everything from the first line that does not parse.
 
-Sources, all read as rows of their Hugging Face data sets or of local files in the same schemas:
-
-| task | rows | style |
-|---|---|---|
-| humaneval | openai/openai_humaneval (a test split only, so nothing to train on) | `check(candidate)` |
-| mbpp | google-research-datasets/mbpp, full: `text`, `test_setup_code` | asserts |
-| mbpp_sanitized | the same, sanitized: `prompt`, `test_imports` | asserts |
-| code_contests | deepmind/code_contests: `public_tests`, `private_tests`, `generated_tests` | standard input |
-| taco | BAAI/TACO: `input_output` is a string of JSON; with `fn_name` it asks for a function | both |
-"""
+The rows are those of Hugging Face data sets, or of local files in the same schemas."""
 
 import ast
 import builtins
@@ -42,15 +33,14 @@ from .rows import first_line, load_rows
 from .sandbox import Program, shared
 
 HUB = {
-    "humaneval": ("openai/openai_humaneval", None),
-    "mbpp": ("google-research-datasets/mbpp", "full"),
-    "mbpp_sanitized": ("google-research-datasets/mbpp", "sanitized"),
-    "code_contests": ("deepmind/code_contests", None),
-    "taco": ("BAAI/TACO", None),
+    "humaneval": ("openai/openai_humaneval", None),  # `check(candidate)`; a test split only, so nothing to train on
+    "mbpp": ("google-research-datasets/mbpp", "full"),  # asserts; `text`, `test_setup_code`
+    "mbpp_sanitized": ("google-research-datasets/mbpp", "sanitized"),  # asserts; `prompt`, `test_imports`
+    "code_contests": ("deepmind/code_contests", None),  # standard input; public, private and generated tests
+    "taco": ("BAAI/TACO", None),  # standard input, or with `fn_name` a function; `input_output` is a string of JSON
 }
 MAX_CASES = 20  # cases judged per problem, the first ones: some problems come with hundreds
 PYTHON3 = 3  # CodeContests' number of the language
-FUTURE = r"(?m)^from __future__ import .*\n"
 LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  # of TACO
 
 
@@ -76,8 +66,7 @@ def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | No
         except Exception as error:  # rows of another shape raise many types
             why = f"{first_line(error)}; the schema is that of {HUB[name][0]}"
             raise BadInput(f"{name}, split {split!r}, row {number}: {why}") from error
-    left_out = problems.count(None)
-    if left_out:
+    if left_out := problems.count(None):
         why = "no tests, or named files for input and output"
         print(f"{name}: {left_out} of {len(rows)} rows of split {split!r} left out: {why}", file=sys.stderr)
     return [problem for problem in problems if problem is not None]
@@ -92,10 +81,8 @@ def humaneval(row: dict) -> Problem:
 
 
 def mbpp(row: dict) -> Problem:
-    """A row of the full (`text`, `test_setup_code`) or sanitized (`prompt`, `test_imports`) schema.
-
-    The first assert is part of the prompt, since it tells the function's name; the others stay hidden.
-    """
+    """A row of the full (`text`, `test_setup_code`) or sanitized (`prompt`, `test_imports`) schema. The first assert is
+    part of the prompt, since it tells the function's name; the others stay hidden."""
     text = row["text"] if "text" in row else row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     asserts = row["test_list"]
@@ -119,9 +106,9 @@ def code_contest(row: dict) -> Problem | None:
 
 def taco(row: dict) -> Problem | None:
     """A row of TACO, whose fields are strings of JSON; None if it has no test."""
-    tests = parsed(row["input_output"]) or {}
-    solutions = parsed(row.get("solutions") or "[]")
-    solution = solutions[0] if solutions else ""
+    texts = (row["input_output"], row.get("solutions"))
+    tests, solutions = (json.loads(text) if isinstance(text, str) and text.strip() else text for text in texts)
+    tests, solution = tests or {}, solutions[0] if solutions else ""
     prompt = "\n".join(part for part in (row["question"], row.get("starter_code")) if part)
     pairs = list(zip(tests.get("inputs", []), tests.get("outputs", [])))[:MAX_CASES]
     level = LEVELS.get(row.get("difficulty"))
@@ -129,9 +116,7 @@ def taco(row: dict) -> Problem | None:
         return None
     name = tests.get("fn_name")
     if name is None:
-        pairs = [
-            ["\n".join(map(str, text)) if isinstance(text, list) else str(text) for text in pair] for pair in pairs
-        ]
+        pairs = [["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair] for pair in pairs]
         return problem_of(prompt, solution, cases=pairs, level=level)
     in_class = "class Solution" in (row.get("starter_code") or solution)
     tests = FUNCTION_TESTS.format(pairs=pairs, call=f"Solution().{name}" if in_class else name)
@@ -189,11 +174,6 @@ def tree(source: str) -> ast.Module:
         return ast.parse(source)
 
 
-def parsed(text):
-    """JSON, or what it already was."""
-    return json.loads(text) if isinstance(text, str) and text.strip() else text
-
-
 def program_of(problem: Problem, response: str) -> Program:
     """What the sandbox runs for a response; the rule is at the top of this file."""
     hidden = json.loads(problem.answer)
@@ -206,8 +186,8 @@ def program_of(problem: Problem, response: str) -> Program:
     if hidden["prefix"]:
         if start not in (" ", "\t") and not defines:
             source = "    " + source.lstrip("\n")  # a continuation whose first indentation was stripped
-        futures = "".join(re.findall(FUTURE, source))
-        source = futures + hidden["prefix"] + re.sub(FUTURE, "", source)
+        future = r"(?m)^from __future__ import .*\n"
+        source = "".join([*re.findall(future, source), hidden["prefix"], re.sub(future, "", source)])
     cases = tuple((given, wanted) for given, wanted in hidden["cases"])
     return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], cases)
 
@@ -231,9 +211,8 @@ def block_of(response: str, markers: Sequence[str]) -> str:
 
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
     """1 where all hidden tests pass; see `Task.verify`. Programs have no final answer to vote with: all votes are -1.
-
-    counts: programs that timed out, ran out of memory, were killed or refused, or printed too much.
-    """
+    counts: programs that timed out, ran out of memory, were killed or refused, or printed too much. Raises BadInput
+    where the sandbox is to blame, not the programs."""
     pairs = [(problem, response) for problem, row in zip(problems, responses) for response in row]
     runs = {(problem.answer, response): (problem, response) for problem, response in pairs}
     results = dict(zip(runs, shared().run([program_of(*run) for run in runs.values()])))
@@ -246,8 +225,7 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> V
 
 INPUTS = tuple(range(-3, 13))  # where the hidden tests look; the prompt shows two or three of SHOWN
 SHOWN = range(1, 10)
-TRAIN_PER_LEVEL = 12_000
-TEST_PER_LEVEL = 500
+TRAIN_PER_LEVEL, TEST_PER_LEVEL = 12_000, 500
 LARGEST = 1 << 63  # of the values that are kept, and a bound on them: an expression makes larger ones in no time
 LONGEST = 32  # characters of an expression; solutions have at most 9
 # level -> expressions in x, a from 2 to 9 and b from 1 to 9
@@ -280,12 +258,10 @@ value = [row if row and all(type(y) is int and abs(y) < {LARGEST} for y in row) 
 
 def load_programs(name: str, data: str | None = None) -> Task:
     """The task `programs`: from points of a small integer function, such as "1>3 5>11:", to a Python expression in x,
-    such as "2*x+1"; always the same problems in the same order.
-
-    The prompt shows two or three points, and usually more than one short expression fits them; the hidden tests, on
-    INPUTS, tell which one was meant. A function, that is its values on INPUTS, belongs to train or to test, not both.
-    Votes: expressions with equal values on INPUTS are equal answers; one that fails to give integers is no answer.
-    """
+    such as "2*x+1"; always the same problems in the same order. The prompt shows two or three points, and usually more
+    than one short expression fits them; the hidden tests, on INPUTS, tell which one was meant. A function, that is its
+    values on INPUTS, belongs to train or to test, not both. Votes: expressions with equal values on INPUTS are equal
+    answers; one that fails to give integers, none of 2**63 or more in size, is no answer."""
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     rng = random.Random(0)
@@ -325,11 +301,9 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
 
 def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers below LARGEST.
-
-    Results are kept for later calls: a policy repeats itself, from group to group and from step to step.
-    Expressions of arithmetic alone share programs, 32 to one, since they cannot touch each other; should such a program
-    run out of time or memory, and for all other expressions, each gets a program of its own.
-    """
+    Results are kept for later calls: a policy repeats itself. Expressions of arithmetic alone share programs, by 32,
+    since they cannot touch each other; should such a program run out of time or memory, and for all other expressions,
+    each gets a program of its own."""
     if len(_values) > 100_000:
         _values.clear()
     new = [expression for expression in expressions if expression not in _values]

@@ -13,7 +13,6 @@ not have, with a secret drawn anew for each program. `sandbox_worker` describes 
 
 **Levels**, strongest first. A level is in force or refused, never replaced by a weaker one, and each worker proves its
 lock with a program that tries it. `auto` is the strongest of the first two.
-
 - `bubblewrap`. Needs the program `bwrap`, and all that `landlock` needs. What holds there, in mount, PID, network, IPC
   and UTS namespaces of its own (and a user namespace, but for root): other files and processes do not even exist.
 - `landlock`. Needs Linux 5.13 with Landlock, libseccomp, and the packages landlockpy and pyseccomp. Files: the
@@ -23,28 +22,26 @@ lock with a program that tries it. `auto` is the strongest of the first two.
   worker first becomes a user of its own, without capabilities but that of reading the interpreter.
 - `rlimits`. Any Unix, and the only one on macOS, by name only. The limits, an empty environment, a process of its own:
   for programs that you would run yourself.
-
 Limits at every level, on each program: wall and CPU time, address space, threads and processes (root at level
 `rlimits`: no), bytes written to files (none), open files, bytes printed, one core. The judge has the same address space
-and wall time, and a second more; answers are bounded before values are built. The program's process group is killed and
-reaped before the next one starts, which finds none of its flags on shared descriptors. A worker that dies or does not
-answer in time costs the program that it judged, and is replaced; a pool that cannot do so raises BadInput.
+and a second more of wall time; answers are bounded before values are built. The program's process group is killed and
+reaped before the next one starts, which finds none of its flags on descriptors. A worker that dies or does not answer
+in time costs the program that it judged and is replaced; BadInput is raised where that fails.
 
 **Not covered.**
 - Holes in the kernel, and side channels (timing, caches). Only a virtual machine is stronger; run one around the pool.
-- The files that can be read: the interpreter's library and site-packages, with whatever secrets somebody put there.
-- At level `landlock`, what a file's name tells: whether it exists, its size and times, where a link leads, and which
-  process numbers are taken. No file is opened for it.
+- The files that can be read: the interpreter's library and site-packages, with whatever secrets somebody put there. At
+  level `landlock`, what other names tell: whether a file exists, its size and times, which process numbers are taken.
 - The sum over workers: each may use its memory limit twice (judge, program). Set `Limits.memory` accordingly.
-- At level `landlock`, as an ordinary user: the limit on threads counts all that this user runs, so a program that makes
-  threads without end can keep other programs of the same user from making theirs until it is killed.
+- At level `landlock`, as an ordinary user: the limit on threads counts all that this user runs, so a program with very
+  many threads can keep other programs of the same user from making theirs until it is killed.
 - The tests themselves are trusted with the judge's process, under the same lock: they come with the data set.
 - What only an object's own process can tell. Arguments and results are copied, so a test that looks at how an argument
-  was changed in place, or at the identity of a result, does not see it. An object that is no plain data (plain are also
-  the standard library's numbers, ranges, naive dates, and named tuples, without methods of their own) equals only
-  itself or, if both are dataclasses, one with equal fields, whatever its `__eq__`; a test that asks whether it is true,
-  or asks one of its methods, is told what the program likes, and so is one that has the program make what it expects.
-  `in` goes through its items, so that a class with `__contains__` alone fails. Functions cannot be handed over.
+  was changed in place, or at the identity of a result, does not see it. An object that is no plain data (plain are the
+  built-in types, Decimal, Fraction, naive dates, named tuples) equals only itself or, if both are dataclasses, one with
+  equal fields, whatever its `__eq__`; a test that asks whether it is true, calls its methods, or has the program make
+  what it expects is told what the program likes. `in` goes through its items, so that a class with `__contains__` alone
+  fails. Functions cannot be handed over.
 - Programs that ask for time, entropy or addresses, NumPy's `default_rng()` among them, may not behave the same twice;
   `random`, `numpy.random` and `hash` start the same.
 - Level `rlimits` keeps no program from reading, from the network, from signals, or from processes that outlive it.
@@ -78,13 +75,12 @@ WORKER = Path(__file__).with_name("sandbox_worker.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program. For standard input and output each case is a run of its own, with these limits.
+    """Limits of one program; each case of standard input and output is a run of its own, with these limits.
 
     cpu: whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. wall: seconds, enough for two programs per
     core that use up their CPU time beside other work; more in proportion where a pool has more workers than that, so
     that crowding changes no verdict. memory: bytes of address space. output: bytes of standard output, or twice what is
-    expected if that is more. threads: of one program, itself included.
-    """
+    expected if that is more. threads: of one program, itself included."""
 
     wall: float = 30.0
     cpu: int = 8
@@ -98,14 +94,11 @@ class Limits:
 class Program:
     """A program and what decides about it: either tests or cases.
 
-    source: the untrusted Python.
-    tests: Python that the judge runs, outside the program's process, and that must reach its end; `names` stand for
-    the program's objects of these names in it, and what it leaves in a variable `value` is `Result.value`, by way of
-    JSON: integers of up to 4300 digits, lists for tuples.
-    setup: Python that the judge runs before.
-    cases: pairs of standard input and expected standard output, compared token by token; all must agree.
-    wall: seconds, where they are fewer than the pool's `Limits.wall`.
-    """
+    source: the untrusted Python. tests: Python that the judge runs, outside the program's process, and that must reach
+    its end; `names` stand for the program's objects of these names in it, and what it leaves in a variable `value` is
+    `Result.value`, by way of JSON: integers of up to 4300 digits, lists for tuples. setup: Python that the judge runs
+    before. cases: pairs of standard input and expected standard output, compared token by token; all must agree. wall:
+    seconds, where they are fewer than the pool's `Limits.wall`."""
 
     source: str
     tests: str = ""
@@ -118,13 +111,11 @@ class Program:
 @dataclass(frozen=True)
 class Result:
     """What became of a program. status: one of STATUSES; detail: one line of why, written by the program in part, so
-    not to be trusted; seconds, cpu: wall and CPU time of all its runs; value: see `Program.tests`."""
+    not to be trusted; value: see `Program.tests`."""
 
     status: str
     detail: str = ""
     value: object = None
-    seconds: float = 0.0
-    cpu: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -157,11 +148,10 @@ class Sandbox(contextlib.AbstractContextManager):
             except BadInput as error:
                 reasons.append(str(error))
         else:
-            raise BadInput(
-                f"no sandbox {level!r} here ({'; '.join(reasons)}). Ask for a weaker one by name, "
-                f"--sandbox {' or '.join(LEVELS[LEVELS.index(self.level) + 1 :]) or 'on another system'}, or repair it"
-            )
-        self._workers += [self._start() for _ in range(self.count - 1)]
+            weaker = " or ".join(LEVELS[LEVELS.index(self.level) + 1 :]) or "on another system"
+            why = f"no sandbox {level!r} here ({'; '.join(reasons)})"
+            raise BadInput(f"{why}. Ask for a weaker one by name, --sandbox {weaker}, or repair it")
+        self._fill()
         atexit.register(self.close)
 
     def run(self, programs: Sequence[Program]) -> list[Result]:
@@ -173,7 +163,7 @@ class Sandbox(contextlib.AbstractContextManager):
         busy: dict[_Worker, int] = {}
         with self._lock:
             try:
-                self._workers += [self._start() for _ in range(self.count - len(self._workers))]
+                self._fill()
                 idle = list(self._workers)
                 while pending or busy:
                     while pending and idle:
@@ -193,8 +183,8 @@ class Sandbox(contextlib.AbstractContextManager):
                             else:
                                 lost.add(index)
                                 pending.appendleft(index)
-                            worker = self._start()
-                            self._workers.append(worker)
+                            self._fill()
+                            worker = self._workers[-1]
                         elif result.status == "no module":
                             raise BadInput(f"the tests of a problem need a module: {result.detail}. Install it")
                         results[index] = result
@@ -214,6 +204,11 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _fill(self) -> None:
+        """Start what workers are missing. Raises BadInput."""
+        while len(self._workers) < self.count:
+            self._workers.append(self._start())
 
     def _start(self) -> "_Worker":
         """A worker that has locked itself in, proven by a program that tries the lock. Raises BadInput: why not."""
@@ -238,10 +233,9 @@ def shared(level: str | None = None) -> Sandbox:
     """The one pool of this process that the tasks use. The first call starts it, at the level named or else "auto"; a
     later call with another level replaces it. Raises BadInput."""
     global _pool
-    if _pool is not None and level not in (None, _pool.level):
-        _pool.close()
-        _pool = None
-    if _pool is None:
+    if _pool is None or level not in (None, _pool.level):
+        if _pool is not None:
+            _pool.close()
         _pool = Sandbox(level or "auto")
     return _pool
 
@@ -255,10 +249,8 @@ def attempts():
         lambda: open("/tmp/probe", "w"), lambda: socket.socket(), lambda: os.kill(os.getppid(), 0), os.fork,
         lambda: os.execv("/bin/true", ["true"]), lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM),
     ):
-        try:
-            return [attempt()]
-        except OSError:
-            pass
+        try: return [attempt()]
+        except OSError: pass
 """,
     "assert attempts() is None",
     ("attempts",),

@@ -18,14 +18,12 @@ COLLECTIONS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deq
 KEYS, ITEMS = type({}.keys()), type({}.items())
 # class -> the arguments, all numbers, by which it is made, and the names of its attributes that hold them
 NUMBERS = {
-    "builtins.complex": "real imag",
-    "builtins.range": "start stop step",
-    "fractions.Fraction": "numerator denominator",
-    "datetime.date": "year month day",
-    "datetime.time": "hour minute second microsecond",
+    "builtins.complex": "real imag", "builtins.range": "start stop step", "fractions.Fraction": "numerator denominator",
+    "datetime.date": "year month day", "datetime.time": "hour minute second microsecond",
     "datetime.datetime": "year month day hour minute second microsecond",
     "datetime.timedelta": "days seconds microseconds",
-}
+}  # fmt: skip
+_named = functools.lru_cache(256)(namedtuple)
 _decoder = json.JSONDecoder(object_pairs_hook=list)
 
 
@@ -78,10 +76,8 @@ def encode(value, reference):
     if isinstance(value, int):
         value = int(value)
         return value if abs(value) < 1 << 63 else ["int", hex(value)]
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
+    if isinstance(value, (str, float)):
+        return str.__str__(value) if isinstance(value, str) else float.__float__(value)
     if isinstance(value, tuple) and hasattr(type(value), "_fields"):
         return ["namedtuple", [type(value).__name__, [*value._fields], [encode(item, reference) for item in value]]]
     for kind, of in COLLECTIONS.items():
@@ -106,12 +102,10 @@ def encode(value, reference):
 
 
 def decode(data, dereference, deadline: float = math.inf):
-    """The value that `encode` was given. dereference(number): the object behind a reference.
-
-    Whatever the data says, only built-in types are made here, nothing that takes much more memory than the data, and
-    nothing that goes on for long after `deadline` (of time.monotonic). Raises TimeoutError; RecursionError; ValueError,
-    TypeError, OverflowError or ZeroDivisionError for what encodes no value.
-    """
+    """The value that `encode` was given. dereference(number): the object behind a reference. Whatever the data says,
+    only built-in types are made here, nothing much larger than the data, and nothing that goes on for long after
+    `deadline` (of time.monotonic). Raises TimeoutError; RecursionError; ValueError, TypeError, OverflowError or
+    ZeroDivisionError for what encodes no value."""
     if time.monotonic() > deadline:  # also between the items of a set, which may be chosen to collide
         raise TimeoutError
     if not isinstance(data, list):
@@ -147,16 +141,10 @@ def decode(data, dereference, deadline: float = math.inf):
         name, fields, items = content
         if len(name) + sum(map(len, fields)) > NAMES:
             raise ValueError("names too long")
-        return _named(name, *fields)._make(all_of(items))
+        return _named(name, tuple(fields))._make(all_of(items))
     if kind in NUMBERS:
         numbers = [*all_of(content)]
         if all(type(number) in (int, float) for number in numbers):
             module, _, name = kind.partition(".")
             return getattr(importlib.import_module(module), name)(*numbers)
     raise ValueError(f"unknown kind {kind!r}")
-
-
-@functools.lru_cache(256)
-def _named(name: str, *fields: str) -> type:
-    """The class of named tuples with these fields."""
-    return namedtuple(name, fields)

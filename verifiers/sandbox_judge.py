@@ -1,10 +1,9 @@
-"""The judge: the process that holds a program's tests, has the program called, and decides.
-
-It is told what a call returned, never whether a test passed; it compares exact built-in types in its own memory. A
-value that is no plain data stays in the program, and the judge holds a `Remote` reference to it.
-"""
+"""The judge: the process that holds a program's tests, has the program called, and decides. It is told what a call
+returned, never whether a test passed; it compares exact built-in types in its own memory. A value that is no plain data
+stays in the program, and the judge holds a `Remote` reference to it."""
 
 import builtins
+import contextlib
 import functools
 import gc
 import itertools
@@ -26,8 +25,7 @@ GRACE = 1.0  # seconds after a program's deadline in which the judge must be don
 ENDED = struct.Struct("id")  # from the fork server: wait status, CPU seconds
 PATIENCE = struct.Struct("d")  # to the fork server: how many seconds a program has to end by itself
 TROUBLES = {"MemoryError": "out of memory", "PermissionError": "refused"}
-INTEGER = re.compile(rb"[+-]?\d+")
-FLOAT = re.compile(rb"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d{1,9})?")
+NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?")
 
 
 class Ended(BaseException):
@@ -36,7 +34,7 @@ class Ended(BaseException):
 
 class Remote:
     """An object of the program, seen from the judge; `target` is its name or number there. Two are equal if they are
-    the same object, or dataclasses with equal fields. See below for what else it can do."""
+    the same object, or dataclasses with equal fields."""
 
     def __init__(self, run: "Run", target) -> None:
         object.__setattr__(self, "_run", run)
@@ -62,12 +60,9 @@ class Remote:
     __hash__ = object.__hash__
 
 
-def _operation(name: str):
-    return lambda self, *args: self._run.call(["operation", name], (self, *args), {})
-
-
 for _name in "setattr getitem iter next len bool str repr".split():
-    setattr(Remote, f"__{_name}__", _operation(_name))
+    _ask = lambda self, *args, name=_name: self._run.call(["operation", name], (self, *args), {})  # noqa: E731
+    setattr(Remote, f"__{_name}__", _ask)
 
 
 class Run:
@@ -80,13 +75,9 @@ class Run:
         self.deadline = time.monotonic() + job["wall"]
         signal.setitimer(signal.ITIMER_REAL, job["wall"] + GRACE)  # unhandled: the end of this process
 
-    def send(self, message) -> None:
-        """Send the program a message."""
-        self.channel.settimeout(max(self.deadline - time.monotonic(), 1e-3))
-        self.guard(send, self.channel, message)
-
     def guard(self, function, *args):
         """function(*args); a program that is late, gone, too large or not speaking the protocol ends the run."""
+        self.channel.settimeout(max(self.deadline - time.monotonic(), 1e-3))
         try:
             return function(*args)
         except (TimeoutError, BlockingIOError):
@@ -129,7 +120,8 @@ class Run:
                 return ["reference", value._target]
             raise TypeError(f"cannot hand a {type(value).__name__} to the program")
 
-        self.send([target, [encode(a, reference) for a in args], {k: encode(v, reference) for k, v in kwargs.items()}])
+        kwargs = {name: encode(value, reference) for name, value in kwargs.items()}
+        self.guard(send, self.channel, [target, [encode(value, reference) for value in args], kwargs])
         try:
             return self.reply()
         except StopIteration as error:  # the program's own would end the test's `all(...)` early, as if all was well
@@ -153,8 +145,8 @@ class Run:
         return b"".join(parts[1:])
 
     def end(self) -> tuple[int, float]:
-        """The program's exit code (negative: the signal) and CPU seconds, once it has ended: one that hung up by itself,
-        within its time, so that the code does not depend on who was faster; the others are killed."""
+        """The program's exit code (negative: the signal) and CPU seconds, once it has ended. One that hung up does so
+        by itself, in its time, so that the code does not depend on who was faster; others are killed."""
         late = self.deadline - time.monotonic() if self.trouble == "ended" else 0
         self.control.send(PATIENCE.pack(max(late, 0)))
         status, cpu = ENDED.unpack(self.control.recv(ENDED.size))
@@ -165,30 +157,27 @@ class Run:
 
 def judged(control: socket.socket, job: dict) -> dict:
     """The result of one job: a program with tests, or with cases of standard input and output."""
-    start, total = time.monotonic(), 0.0
     for case in job["cases"] or [None]:
         run = Run(control, job)
         try:
-            run.send({"source": job["source"], "stdin": case and case[0]})
+            run.guard(send, run.channel, {"source": job["source"], "stdin": case and case[0]})
             status, detail, value = outcome(run, case)
         except BaseException:  # Ended, or an exception whose text is the program's to tell
             status, detail, value = "failed", "", None
         code, cpu = run.end()
-        total += cpu
-        if run.trouble == "ended":
-            if case is None or code != 0:
-                late = cpu >= job["cpu"] or time.monotonic() >= run.deadline
-                timed_out = code == -signal.SIGXCPU or code == -signal.SIGKILL and late
-                status, detail = "timed out" if timed_out else "killed" if code < 0 else "failed", run.detail
-        elif run.trouble:
+        if run.trouble == "ended" and (case is None or code != 0):
+            late = cpu >= job["cpu"] or time.monotonic() >= run.deadline
+            timed_out = code == -signal.SIGXCPU or code == -signal.SIGKILL and late
+            status, detail = "timed out" if timed_out else "killed" if code < 0 else "failed", run.detail
+        elif run.trouble not in (None, "ended"):
             status, detail = run.trouble, run.detail
         if status != "passed":
             break
     signal.setitimer(signal.ITIMER_REAL, 0)
     if status == "out of memory":
         gc.collect()  # the next program has all the memory again
-    result = {"status": status, "detail": detail, "value": value if status == "passed" else None, "cpu": total}
-    return {**result, "seconds": time.monotonic() - start, "nonce": job["nonce"]}
+    value = value if status == "passed" else None
+    return {"status": status, "detail": detail, "value": value, "nonce": job["nonce"]}
 
 
 def outcome(run: Run, case: tuple[str, str] | None) -> tuple[str, str, object]:
@@ -241,11 +230,10 @@ def code_of(tests: str) -> types.CodeType:
 
 def difference(output: bytes, expected: bytes) -> str:
     """Where two outputs first differ, token by token; "" if nowhere. A number may differ by 1e-6, relative or absolute,
-    from an expected one with a point or an exponent, the tolerance of most contests: 2.5 from 2.500001, not 3.0 from 3.
-    """
+    from an expected one with a point or exponent, the tolerance of most contests: 2.5 from 2.500001, not 3.0 from 3."""
     for ours, theirs in itertools.zip_longest(output.split(), expected.split(), fillvalue=b""):
-        numbers = FLOAT.fullmatch(theirs) and len(ours) <= 64 and (FLOAT.fullmatch(ours) or INTEGER.fullmatch(ours))
-        if ours != theirs and not (numbers and math.isclose(float(ours), float(theirs), rel_tol=1e-6, abs_tol=1e-6)):
+        near = re.search(rb"[.eE]", theirs) and len(ours) <= 64 and all(map(NUMBER.fullmatch, (ours, theirs)))
+        if ours != theirs and not (near and math.isclose(float(ours), float(theirs), rel_tol=1e-6, abs_tol=1e-6)):
             ours, theirs = (repr(token[:40].decode(errors="replace"))[1:-1] or "nothing" for token in (ours, theirs))
             return f"printed {ours}, expected {theirs}"
     return ""
@@ -254,9 +242,7 @@ def difference(output: bytes, expected: bytes) -> str:
 def judge(jobs: socket.socket, control: socket.socket) -> None:
     """Judge jobs until the pool hangs up."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    while True:
-        try:
+    with contextlib.suppress(EOFError):
+        while True:
             job = receive(jobs)
-        except EOFError:
-            return
-        send(jobs, judged(control, job), as_json)
+            send(jobs, judged(control, job), as_json)

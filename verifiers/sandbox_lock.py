@@ -1,8 +1,7 @@
-"""The lock on a worker: the rules, made by the pool, and how a worker puts itself under them. See `sandbox`.
+"""The lock on a worker: its rules, made by the pool, and how a worker puts itself under them. See `sandbox`. Imports
+that only the pool needs stand in its functions: what the workers hold, every fork copies."""
 
-Imports that only one side needs stand in its functions: what the workers hold, every fork copies.
-"""
-
+import contextlib
 import ctypes
 import errno
 import functools
@@ -26,8 +25,6 @@ gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpg
 time times gettimeofday clock_gettime clock_getres clock_nanosleep nanosleep getrusage getrlimit getrandom getcpu
 """.split()
 OF_THE_FORK_SERVER = "clone kill setpgid memfd_create prctl seccomp setrlimit sendmsg".split()
-CLONE_THREAD = 0x00010000
-WRITING = (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)
 IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 FCNTLS = (0, 1, 2, 3, 4, 1030)  # DUPFD, GETFD to SETFL, DUPFD_CLOEXEC; SETOWN would send signals
 
@@ -42,10 +39,8 @@ def filters() -> dict[str, str]:
 
     worker = seccomp.SyscallFilter(seccomp.ERRNO(errno.ENOSYS))
     for name in SYSTEM_CALLS + OF_THE_FORK_SERVER:
-        try:
+        with contextlib.suppress(OSError):  # not a system call of this architecture
             worker.add_rule(seccomp.ALLOW, name)
-        except OSError:  # not a system call of this architecture
-            pass
     worker.add_rule(seccomp.ALLOW, "prlimit64", seccomp.Arg(0, seccomp.EQ, 0))  # of oneself
     worker.add_rule(seccomp.ALLOW, "sendto", seccomp.Arg(4, seccomp.EQ, 0))  # without an address
     for name, commands in (("ioctl", IOCTLS), ("fcntl", FCNTLS)):
@@ -60,9 +55,9 @@ def filters() -> dict[str, str]:
         if name != "clone":
             program.add_rule(seccomp.ERRNO(errno.EPERM), name)
     for name, position in (("open", 1), ("openat", 2)):
-        for flag in WRITING:
+        for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC):
             program.add_rule(seccomp.ERRNO(errno.EACCES), name, seccomp.Arg(position, seccomp.MASKED_EQ, flag, flag))
-    program.add_rule(seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, 0))
+    program.add_rule(seccomp.ERRNO(errno.EPERM), "clone", seccomp.Arg(0, seccomp.MASKED_EQ, 1 << 16, 0))  # CLONE_THREAD
 
     filters = {}
     for name, rules in {"worker_filter": worker, "program_filter": program}.items():
@@ -82,10 +77,9 @@ def readable() -> list[str]:
     """What a program may read: the interpreter, its libraries, installed packages, and three devices."""
     import sysconfig
 
-    library = os.path.join(sys.base_prefix, "lib")
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
-    devices = ["/dev/null", "/dev/zero", "/dev/urandom"]
-    paths = [library, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *packages(), *system, *devices]
+    system += [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/dev/null", "/dev/zero", "/dev/urandom"]
+    paths = [os.path.join(sys.base_prefix, "lib"), *packages(), *system]
     return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
@@ -96,52 +90,44 @@ def ruleset(readable: list[str]):
 
     ruleset = Ruleset(scoped=Scope.ABSTRACT_UNIX_SOCKET | Scope.SIGNAL)
     for path in readable:
-        more = AccessFS.READ_DIR if os.path.isdir(path) else AccessFS.NONE
+        access = AccessFS.READ_FILE | (AccessFS.READ_DIR if os.path.isdir(path) else AccessFS.NONE)
         if path == os.devnull:  # which the fork server opens; programs open nothing for writing
-            more = AccessFS.WRITE_FILE
-        ruleset.allow_path(path, AccessFS.READ_FILE | more)
+            access |= AccessFS.WRITE_FILE
+        ruleset.allow_path(path, access)
     return ruleset
 
 
 def bubblewrap(readable: list[str]) -> list[str]:
     """The command that starts a worker in namespaces of its own, where nothing but its interpreter exists."""
-    import glob
     import shutil
 
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise OSError("bwrap is not installed")
-    own = glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.abspath(__file__))), "sandbox_*.py"))
-    mounts = [*readable, sys.prefix, sys.base_prefix, *own]
+    mounts = [*readable, sys.prefix, sys.base_prefix, os.path.dirname(os.path.abspath(__file__))]
     command = [bwrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     command += ["--die-with-parent", "--dev", "/dev", "--chdir", "/"]
-    if os.geteuid() == 0:  # no user namespace, for the worker to become another user
-        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user"]
+    # For root no user namespace, for the worker to become another user.
+    command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.geteuid() == 0 else ["--unshare-user"]
     for path in dict.fromkeys(path for path in mounts if not path.startswith("/dev/")):
         command += ["--ro-bind", path, path]
     return command
 
 
 def unprivileged_user() -> None:
-    """As root, become a user of our own, who owns nothing: limits on processes do not bind root.
-
-    Kept: the capability to read, under Landlock's rules, an interpreter installed in root's home.
-    """
+    """As root, become a user of our own, who owns nothing: limits on processes do not bind root. Kept is the capability
+    to read, under Landlock's rules, an interpreter installed in root's home."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their high words
     libc.capget(header, sets)
     kept = sets[1] & 1 << 2 or sets[1] & 1 << 1  # CAP_DAC_READ_SEARCH, else CAP_DAC_OVERRIDE
     libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
     for user in (1_500_000_000 + os.getpid(), 65534):  # a container may know only the first 65536
-        try:
+        with contextlib.suppress(OSError):
             os.setgroups([])
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
             break
-        except OSError:
-            pass
     if libc.capset(header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)):
         raise OSError(ctypes.get_errno(), "capset")
 
@@ -154,8 +140,7 @@ def restrict_files(ruleset: int) -> None:
 
 
 def filter_loader(instructions: bytes):
-    """A function that makes this process subject to a seccomp filter, an array of struct sock_filter, and sends it a
-    signal when its parent ends."""
+    """A function that puts this process under a seccomp filter (sock_filter[]) and, at its parent's end, ends it."""
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]

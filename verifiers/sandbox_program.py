@@ -1,7 +1,5 @@
-"""The process of one program: a fresh child of the fork server, which runs the program and answers its judge.
-
-Whatever is called or read for the first time costs a page, from here to the end: so plainly, and in few words.
-"""
+"""The process of one program: a fresh child of the fork server, which runs the program and answers its judge. Whatever
+is called or read for the first time costs a page: so plainly, and in few words."""
 
 import atexit
 import contextlib
@@ -12,6 +10,7 @@ import operator
 import os
 import resource
 import sys
+import threading
 import types
 
 from verifiers.sandbox_codec import as_json, decode, encode
@@ -33,11 +32,8 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
         os.dup2(2, 1)
     else:
         # An unnamed file, not a pipe: programs ask standard input for its size.
-        file = (
-            os.memfd_create("stdin")
-            if hasattr(os, "memfd_create")
-            else os.dup(__import__("tempfile").TemporaryFile().fileno())
-        )
+        new = getattr(os, "memfd_create", lambda _: os.dup(__import__("tempfile").TemporaryFile().fileno()))
+        file = new("stdin")
         os.pwrite(file, stdin.encode(errors="replace"), 0)
         os.dup2(file, 0)
         os.close(file)
@@ -57,7 +53,6 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
     exit_code = 0
     try:
         exec(code, module.__dict__)
-        threading = sys.modules["threading"]
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
@@ -94,15 +89,6 @@ def write_message(message) -> None:
     data = len(data).to_bytes(4, "big") + data
     while data:
         data = data[os.write(CHANNEL, data) :]
-
-
-_open = open
-
-
-def open_for_programs(file, mode="r", *args, **kwargs):
-    """In place of the built-in `open`: it gives the null device to programs that discard output, though no file, and
-    so no device, may be opened for writing."""
-    return _open(os.dup(2) if mode != "r" and file == os.devnull else file, mode, *args, **kwargs)
 
 
 def compiled(source: str) -> types.CodeType:
@@ -172,8 +158,7 @@ def error_of(error: BaseException) -> list[str]:
     kind = next((kind for kind in type(error).__mro__ if kind.__module__ == "builtins"), Exception)
     if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
         kind = PermissionError
-    try:
+    text = ""
+    with contextlib.suppress(BaseException):
         text = str(error)[:200]
-    except BaseException:
-        text = ""
     return ["error", kind.__name__, text, str(type(error).__name__)]

@@ -2,8 +2,7 @@
 
 Three processes. The *fork server* imports the usual modules, locks itself in and forks; it never sees a test, so no
 program finds one in its memory. The *judge* (`sandbox_judge`), its first child, holds the tests and decides. Each
-*program* (`sandbox_program`) is a fresh child of the fork server, forked ahead; it waits for its source, then answers
-the judge's requests one at a time, in plain data:
+*program* (`sandbox_program`) is a fresh child of the fork server, forked ahead; it waits, then answers in plain data:
 
     judge -> program    {"source", "stdin"}, later [target, args, kwargs]     what to run, what to call
     program -> judge    ["value", encoded] or ["error", class, text, name]     once loaded (or ended), and to each call
@@ -25,7 +24,6 @@ import builtins
 import contextlib
 import gc
 import json
-import math
 import resource
 import select
 import signal
@@ -89,11 +87,16 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
         control.send(ENDED.pack(status, usage.ru_utime + usage.ru_stime))
 
 
+def open_for_programs(file, mode="r", *args, _open=open, **kwargs):
+    """The built-in `open`; for programs that discard output also the null device, though nothing is open to writing."""
+    return _open(os.dup(2) if mode != "r" and file == os.devnull else file, mode, *args, **kwargs)
+
+
 def lowered(what: int, soft: int, hard: int | None = None) -> tuple[int, tuple[int, int]]:
     """Arguments of resource.setrlimit that lower a limit, never raising one that is lower already."""
-    now = resource.getrlimit(what)[1]
-    most = math.inf if now == resource.RLIM_INFINITY else now
-    return what, (min(soft, most), min(hard or soft, most))
+    now, hard = resource.getrlimit(what)[1], hard or soft
+    most = hard if now == resource.RLIM_INFINITY else now
+    return what, (min(soft, most), min(hard, most))
 
 
 def tasks_of_user() -> int:
@@ -114,7 +117,7 @@ def main() -> None:
     sys.path += [path for path in settings["packages"] if path not in sys.path]
     os.environ.clear()
     sys.argv[:] = sys.orig_argv[:] = ["program.py"]
-    builtins.open = sandbox_program.open_for_programs
+    builtins.open = open_for_programs
     if hasattr(os, "sched_setaffinity"):  # judge and program take turns: on one core, neither has to wake another
         os.sched_setaffinity(0, {settings["core"]})
     for name in PRELOAD:
@@ -122,7 +125,6 @@ def main() -> None:
     sys.modules["random"].seed(0)  # for all programs: the same verdict each time
     os.setsid()  # away from the terminal and its signals
     os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
     tasks, load_filter = tasks_of_user(), lambda: None
     if settings["isolated"]:
         if os.geteuid() == 0:
@@ -131,8 +133,7 @@ def main() -> None:
         load_filter = filter_loader(bytes.fromhex(settings["program_filter"]))
         restrict_files(settings["ruleset"])
         filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+    os.dup2(1, 2)  # the null device: the pool has heard enough
     for _ in range(20):  # what every program does, until the interpreter has nothing left to adapt in these pages
         exec(sandbox_program.compiled("from typing import List\ndef f(x: List[int]): return [x]"), {})
         decode(from_json(as_json(encode([1, "a", (2.0, {"b": None})], None))), None)
