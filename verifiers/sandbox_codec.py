@@ -44,28 +44,31 @@ def from_json(data: bytes):
     return _decoder.decode(data.decode())
 
 
-def receive(channel: socket.socket, deadline: float = math.inf, limit: int = 1 << 31, loads=marshal.loads):
-    """The next message, and no byte more. Raises EOFError, TimeoutError after `deadline` (of time.monotonic),
-    OverflowError beyond `limit` bytes, and what `loads` raises."""
+def receive(channel: socket.socket, deadline=math.inf, limit: int = 1 << 31, loads=marshal.loads, rest=None):
+    """The next message. Raises EOFError, TimeoutError after `deadline` (of time.monotonic), OverflowError beyond `limit`
+    bytes, and what `loads` raises. rest: a bytearray that keeps what came after the message, for the next call."""
+    rest = bytearray() if rest is None else rest
 
-    def read(count: int) -> bytes:
-        parts = []
-        while count:
+    def read_to(size: int) -> None:
+        while len(rest) < size:
             if deadline < math.inf:  # for each part: one that drips in must not start the clock again
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError
                 channel.settimeout(left)
-            parts.append(channel.recv(min(count, 1 << 16)))
-            if not parts[-1]:
+            part = channel.recv(1 << 16)
+            if not part:
                 raise EOFError("the other end is closed")
-            count -= len(parts[-1])
-        return b"".join(parts)
+            rest.extend(part)
 
-    size = int.from_bytes(read(4), "big")
+    read_to(4)
+    size = 4 + int.from_bytes(rest[:4], "big")
     if size > limit:
         raise OverflowError(f"a message of {size} bytes")
-    return loads(read(size))
+    read_to(size)
+    message = bytes(rest[4:size])
+    del rest[:size]
+    return loads(message)
 
 
 def encode(value, reference):

@@ -69,7 +69,7 @@ class Run:
     """One program under judgement: from its source to its end. `trouble`: None, a status, or "ended"."""
 
     def __init__(self, control: socket.socket, job: dict) -> None:
-        self.control, self.job, self.trouble, self.detail = control, job, None, ""
+        self.control, self.job, self.trouble, self.detail, self.rest = control, job, None, "", bytearray()
         _, (channel, self.stdout), _, _ = socket.recv_fds(control, 1, 2)
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, channel)
         self.deadline = time.monotonic() + job["wall"]
@@ -77,7 +77,8 @@ class Run:
 
     def guard(self, function, *args):
         """function(*args); a program that is late, gone, too large or not speaking the protocol ends the run."""
-        self.channel.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+        if function is send:
+            self.channel.settimeout(max(self.deadline - time.monotonic(), 1e-3))
         try:
             return function(*args)
         except (TimeoutError, BlockingIOError):
@@ -96,7 +97,7 @@ class Run:
         """What the program answers. Raises the exception that it met, under its built-in name."""
         if self.trouble:
             raise Ended
-        kind, content, *names = self.guard(receive, self.channel, self.deadline, REPLY_BYTES, from_json)
+        kind, content, *names = self.guard(receive, self.channel, self.deadline, REPLY_BYTES, from_json, self.rest)
         if kind == "value":
             return self.guard(decode, content, lambda number: Remote(self, int(number)), self.deadline)
         text, name = names
