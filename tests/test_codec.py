@@ -1,4 +1,4 @@
-"""What a program answers is read by `decode` in the judge: every value survives, and no bytes hang or fill the judge."""
+"""What a program answers is read by `decode` in the judge: every value survives, no bytes hang or fill the judge."""
 
 import datetime
 import json

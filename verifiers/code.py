@@ -40,7 +40,6 @@ HUB = {
     "taco": ("BAAI/TACO", None),  # standard input, or with `fn_name` a function; `input_output` is a string of JSON
 }
 MAX_CASES = 20  # cases judged per problem, the first ones: some problems come with hundreds
-PYTHON3 = 3  # CodeContests' number of the language
 LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  # of TACO
 
 
@@ -53,8 +52,8 @@ def load(name: str, data: str | None = None) -> Task:
     train = [] if name == "humaneval" else problems_of(name, load_rows(hub_id, "train", data, config), read, "train")
     test = problems_of(name, load_rows(hub_id, "test", data, config), read, "test")
     long, prompt = name in ("code_contests", "taco"), "{prompt}" if name == "humaneval" else "{prompt}\n"
-    instruction = "Write the program in Python, in one code block."
-    return Task(name, train, test, verify, prompt, instruction, max_new_tokens=1024 if long else 512)
+    ask, tokens = "Write the program in Python, in one code block.", 1024 if long else 512
+    return Task(name, train, test, verify, prompt, ask, tokens)
 
 
 def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | None], split: str) -> list[Problem]:
@@ -64,8 +63,8 @@ def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | No
         try:
             problems.append(read(row))
         except Exception as error:  # rows of another shape raise many types
-            why = f"{first_line(error)}; the schema is that of {HUB[name][0]}"
-            raise BadInput(f"{name}, split {split!r}, row {number}: {why}") from error
+            why = f"row {number}: {first_line(error)}; the schema is that of {HUB[name][0]}"
+            raise BadInput(f"{name}, split {split!r}, {why}") from error
     if left_out := problems.count(None):
         why = "no tests, or named files for input and output"
         print(f"{name}: {left_out} of {len(rows)} rows of split {split!r} left out: {why}", file=sys.stderr)
@@ -100,7 +99,7 @@ def code_contest(row: dict) -> Problem | None:
         return None
     solutions = row.get("solutions") or {}
     languages, texts = solutions.get("language", []), solutions.get("solution", [])
-    solution = next((text for language, text in zip(languages, texts) if language == PYTHON3), "")
+    solution = next((text for language, text in zip(languages, texts) if language == 3), "")  # Python 3
     return problem_of(row["description"], solution, cases=cases[:MAX_CASES])
 
 
@@ -213,8 +212,8 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> V
     """1 where all hidden tests pass; see `Task.verify`. Programs have no final answer to vote with: all votes are -1.
     counts: programs that timed out, ran out of memory, were killed or refused, or printed too much. Raises BadInput
     where the sandbox is to blame, not the programs."""
-    pairs = [(problem, response) for problem, row in zip(problems, responses) for response in row]
-    runs = {(problem.answer, response): (problem, response) for problem, response in pairs}
+    pairs = zip(problems, responses)
+    runs = {(problem.answer, response): (problem, response) for problem, row in pairs for response in row}
     results = dict(zip(runs, shared().run([program_of(*run) for run in runs.values()])))
     of_rows = [[results[problem.answer, response] for response in row] for problem, row in zip(problems, responses)]
     statuses = Counter(result.status for row in of_rows for result in row)

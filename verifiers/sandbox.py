@@ -13,6 +13,7 @@ not have, with a secret drawn anew for each program. `sandbox_worker` describes 
 
 **Levels**, strongest first. A level is in force or refused, never replaced by a weaker one, and each worker proves its
 lock with a program that tries it. `auto` is the strongest of the first two.
+
 - `bubblewrap`. Needs the program `bwrap`, and all that `landlock` needs. What holds there, in mount, PID, network, IPC
   and UTS namespaces of its own (and a user namespace, but for root): other files and processes do not even exist.
 - `landlock`. Needs Linux 5.13 with Landlock, libseccomp, and the packages landlockpy and pyseccomp. Files: the
@@ -139,8 +140,7 @@ class Sandbox(contextlib.AbstractContextManager):
         self._crowd = max(1.0, self.count / (2 * len(self._cores)))
         self.limits = replace(limits, wall=limits.wall * self._crowd)
         self._workers: list[_Worker] = []
-        self._lock = threading.Lock()
-        reasons = []
+        self._lock, reasons = threading.Lock(), []
         for self.level in ("bubblewrap", "landlock") if level == "auto" else (level,):
             try:
                 self._workers.append(self._start())

@@ -45,8 +45,8 @@ def from_json(data: bytes):
 
 
 def receive(channel: socket.socket, deadline=math.inf, limit: int = 1 << 31, loads=marshal.loads, rest=None):
-    """The next message. Raises EOFError, TimeoutError after `deadline` (of time.monotonic), OverflowError beyond `limit`
-    bytes, and what `loads` raises. rest: a bytearray that keeps what came after the message, for the next call."""
+    """The next message. Raises EOFError, TimeoutError after `deadline` (of time.monotonic), OverflowError beyond
+    `limit` bytes, and what `loads` raises. rest: a bytearray that keeps what came after it, for the next call."""
     rest = bytearray() if rest is None else rest
 
     def read_to(size: int) -> None:

@@ -39,7 +39,6 @@ from verifiers.sandbox_lock import filter_loader, restrict_files, unprivileged_u
 # Imported before the fork. Few: each shared library and each page makes every fork dearer.
 PRELOAD = "bisect collections copy functools heapq itertools math operator random re string threading typing".split()
 LATE = 3  # exit code of a worker whose judge did not end in time
-DESCRIPTORS = struct.Struct("ii")  # as SCM_RIGHTS takes them
 
 
 def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tuple[int, int]]]) -> None:
@@ -51,8 +50,10 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
 
     def kill(*_) -> None:
         for send_signal in (os.killpg, os.kill):
-            with contextlib.suppress(OSError):
+            try:
                 send_signal(pid, signal.SIGKILL)
+            except OSError:
+                pass
 
     signal.signal(signal.SIGALRM, kill)
     while True:
@@ -66,9 +67,9 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
                 os._exit(1)
         theirs.close()
         os.close(stdout_write)
-        command = b""
+        command, patience = b"", 0
         try:
-            fds = DESCRIPTORS.pack(ours.fileno(), stdout_read)
+            fds = struct.pack("ii", ours.fileno(), stdout_read)
             control.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
             ours.close()
             os.close(stdout_read)
@@ -81,7 +82,8 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
         else:
             kill()
         _, status, usage = os.wait4(pid, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if patience:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if not command:
             return
         control.send(ENDED.pack(status, usage.ru_utime + usage.ru_stime))
@@ -110,8 +112,7 @@ def tasks_of_user() -> int:
 
 
 def main() -> None:
-    """sys.argv[1]: JSON of the limits and {"jobs": descriptor of the pool's socket, ...}: see `sandbox._Worker`. What
-    goes wrong before the judge says hello is the last line on stderr."""
+    """sys.argv[1]: JSON of the settings that `sandbox._Worker` makes. What goes wrong is the last line on stderr."""
     settings = json.loads(sys.argv[1])
     jobs = socket.socket(fileno=settings["jobs"])
     sys.path += [path for path in settings["packages"] if path not in sys.path]
@@ -134,10 +135,10 @@ def main() -> None:
         restrict_files(settings["ruleset"])
         filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
     os.dup2(1, 2)  # the null device: the pool has heard enough
+    gc.collect()  # before what fills the free lists again
     for _ in range(20):  # what every program does, until the interpreter has nothing left to adapt in these pages
         exec(sandbox_program.compiled("from typing import List\ndef f(x: List[int]): return [x]"), {})
         decode(from_json(as_json(encode([1, "a", (2.0, {"b": None})], None))), None)
-    gc.collect()
     gc.freeze()
     ours, theirs = socket.socketpair()
     pid = os.fork()
