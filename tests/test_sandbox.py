@@ -94,8 +94,8 @@ def test_text_after_the_program_is_dropped(pool):
         "import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))",
         "import sys, atexit, io\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\n"
         "out.write(str(sum(map(int, sys.stdin.read().split()))))",
-        "import sys, threading\ndef main(): print(sum(map(int, sys.stdin.read().split())))\nthreading.stack_size(2**26)\n"
-        "threading.Thread(target=main).start()",
+        "import sys, threading\ndef main(): print(sum(map(int, sys.stdin.read().split())))\n"
+        "threading.stack_size(2**26)\nthreading.Thread(target=main).start()",
     ],
 )
 def test_ways_to_read_and_print(pool, source):

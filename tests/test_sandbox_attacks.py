@@ -200,7 +200,8 @@ def f(x):
 @pytest.mark.parametrize("source, status", [
     ("import os\nos.close(3)\nos._exit(0)", "failed"), ("import os\nos.close(3)\nos.abort()", "killed"),
     ("import os, time\nos.close(3)\ntime.sleep(0.01)\nos._exit(0)", "failed"),
-    ("import os, time\nos.close(3)\ntime.sleep(60)", "timed out"), ("import os\nos.close(3)\nwhile True: pass", "timed out"),
+    ("import os, time\nos.close(3)\ntime.sleep(60)", "timed out"),
+    ("import os\nos.close(3)\nwhile True: pass", "timed out"),
 ])  # fmt: skip
 def test_a_program_that_hangs_up_has_one_status(pool, no_worker_ends, source, status):
     wall, count = (0.7 if "sleep(60)" in source else 3.0), 1 if status == "timed out" else 10
