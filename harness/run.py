@@ -124,7 +124,7 @@ def check_args(args) -> None:
         raise BadInput(f"--prompts-per-step must be a multiple of the {size} processes, not {args.prompts_per_step}")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
-    if getattr(args, "kl_coef", 0) > 0 and args.n < 2:
+    if (getattr(args, "kl_coef", 0) or getattr(args, "kl_coef_end", None)) and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
 
 
