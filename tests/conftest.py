@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from runs import EXTRA, FLAGS, in_process, save_untrained, steps_of  # noqa: E40
 
 import common  # noqa: E402
 import harness.policy  # noqa: E402
-from verifiers import load_task  # noqa: E402
+from verifiers import arithmetic, load_task  # noqa: E402
 
 
 def pytest_configure(config):
@@ -30,6 +32,15 @@ def the_number_of_threads_stays():
     after = torch.get_num_threads()
     torch.set_num_threads(before)
     assert after == before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def arithmetic_is_made_once():
+    """Its problems are the same for every run, and making them takes as long as a small run's steps."""
+    load = functools.cache(arithmetic.load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "load", lambda *args: dataclasses.replace(load(*args), verify=arithmetic.verify))
+        yield
 
 
 @pytest.fixture(scope="session")
