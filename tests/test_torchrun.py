@@ -109,9 +109,8 @@ def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skill
     returncode, _, err = ended(torchrun(broken, *flags, "--run-name", "killed", cwd=tmp_path))
     assert returncode != 0 and "SIGKILL" in err and not (killed / "policy").exists()
     result = run(script, "--resume", "runs/killed")  # by one process
-    assert (
-        result.returncode == 2 and f"is a run of 2 processes: torchrun --nproc-per-node 2 -- {script}" in result.stderr
-    )
+    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/killed"
+    assert result.returncode == 2 and f"is a run of 2 processes: {command}\n" in result.stderr
 
     returncode, out, err = ended(torchrun(broken, "--resume", "runs/killed", cwd=tmp_path))
     assert returncode == 0 and "resuming at step 4" in out, err
@@ -128,7 +127,7 @@ def test_a_run_of_one_process_is_not_resumed_by_two(uninterrupted, run, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run(SCRIPTS[0], "--resume", str(folder))
     assert result.returncode == 2
-    assert f"is a run of 1 processes: python {SCRIPTS[0]} --resume {folder}" in result.stderr
+    assert f"is a run of 1 processes: python {ROOT / SCRIPTS[0]} --resume {folder}\n" in result.stderr
 
 
 # A verifier that an untrained policy is right by now and then, and a warm start of two steps.
