@@ -50,11 +50,27 @@ def test_a_command_of_its_own_process(untrained, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
     """24 and 3 are no powers of two."""
-    flags = ["--steps", "0", "--k", "3", "--n", "9", "--eval-n", "24", "--eval-problems", "1", "--model", untrained]
+    flags = [
+        "--task",
+        "arithmetic",
+        "--steps",
+        "0",
+        "--k",
+        "3",
+        "--n",
+        "9",
+        "--eval-n",
+        "24",
+        "--eval-problems",
+        "1",
+        "--model",
+        untrained,
+    ]
     result = run(script, *flags)
     assert result.returncode == 0, result.stderr
     metric = "maj" if script.startswith("maj") else "pass"
-    assert f"{metric}@3 " in result.stdout and "pass@24 " in result.stdout
+    (head,) = [line.split() for line in result.stdout.splitlines() if line.startswith("level")]
+    assert {f"{metric}@3", "pass@24"} <= {*head}
 
 
 def test_equal_arguments_give_equal_metrics_and_another_folder(run, skilled, tmp_path):
@@ -65,7 +81,7 @@ def test_equal_arguments_give_equal_metrics_and_another_folder(run, skilled, tmp
     assert outcome(first) == outcome(second) and any(r["signal"] > 0 for r in steps_of(first))
 
 
-TRAINS = ["--steps", "3", "--levels", "1", "--eval-n", "2", "--eval-problems", "1", "--n", "6"]
+TRAINS = ["--steps", "3", "--levels", "1", "--eval-n", "3", "--eval-problems", "1", "--n", "6"]
 RL, SFT = "bon_rl.py", "bon_sft.py"
 
 
@@ -81,12 +97,19 @@ def trained(skilled, tmp_path_factory):
                 ended = in_process(script, *SMALL, *TRAINS, "--model", skilled, "--run-name", "a", *flags)
                 assert ended.returncode == 0, ended.stderr
                 log, policy = steps_of(Path("runs/a")), Path("runs/a/policy/model.safetensors")
-                assert all(r["signal"] > 0 and r["grad_norm"] > 0 for r in log), "no gradient: no flag could be seen"
-                weights = torch.cat([x.flatten() for _, x in sorted(load_file(policy).items())]) if log else None
+                learnt = any(r["signal"] > 0 and r["grad_norm"] > 0 for r in log)
+                assert learnt or not log, "no gradient: no flag could be seen"
+                weights = flat(policy) if log else None
                 made[script, flags] = weights, log, ended.stdout
         return made[script, flags]
 
+    result.start = flat(Path(skilled) / "model.safetensors")
     return result
+
+
+def flat(file: Path) -> torch.Tensor:
+    """All weights as one vector."""
+    return torch.cat([x.flatten() for _, x in sorted(load_file(file).items())])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +119,7 @@ def trained(skilled, tmp_path_factory):
         ("pass_at_k_pg.py", [], ["--epochs", "2"]),
         ("pass_at_k_pg.py", ["--epochs", "2"], ["--clip", "1e-4"]),
         ("pass_at_k_pg.py", [], ["--estimator", "mean"]),
-        ("pass_at_k_pg.py", [], ["--estimator", "biased"]),
+        ("pass_at_k_pg.py", ["--k", "3"], ["--estimator", "biased"]),
         ("pass_at_k_pg.py", ["--estimator", "mean"], ["--estimator", "maxrl"]),
         ("pass_at_k_pg.py", [], ["--levels", "1", "2"]),
         ("pass_at_k_pg.py", [], ["--temperature", "0.7"]),
@@ -104,8 +127,8 @@ def trained(skilled, tmp_path_factory):
         ("pass_at_k_pg.py", [], ["--max-new-tokens", "3"]),
         ("pass_at_k_pg.py", [], ["--seed", "1"]),
         ("majority_pg.py", [], ["--kl-coef", "0.1"]),
-        ("majority_pg.py", [], ["--estimator", "mean"]),
-        ("majority_pg.py", [], ["--estimator", "biased", "--k", "3"]),
+        ("majority_pg.py", ["--k", "3"], ["--estimator", "mean"]),
+        ("majority_pg.py", ["--k", "3"], ["--estimator", "unbiased"]),
         (RL, [], ["--estimator", "mean"]),
         (RL, [], ["--estimator", "variational"]),
         (RL, ["--estimator", "variational"], ["--baseline", "value"]),
@@ -123,7 +146,9 @@ def trained(skilled, tmp_path_factory):
 )  # fmt: skip
 def test_a_flag_of_training_changes_what_is_learnt(trained, script, base, flags):
     (without, _, _), (weights, _, _) = trained(script, *base), trained(script, *base, *flags)
-    assert (weights - without).norm() > 1e-3 * without.norm()  # rounding alone makes 1e-7 of it
+    assert (weights - without).norm() > 0.02 * (
+        without - trained.start
+    ).norm()  # of the way that training went; rounding makes 1e-6
 
 
 @pytest.mark.parametrize(
@@ -131,7 +156,7 @@ def test_a_flag_of_training_changes_what_is_learnt(trained, script, base, flags)
 )
 def test_a_flag_of_memory_changes_nothing_but_rounding(trained, flags):
     (without, before, _), (weights, log, _) = trained("pass_at_k_pg.py"), trained("pass_at_k_pg.py", *flags)
-    assert (weights - without).norm() < 1e-4 * without.norm()
+    assert (weights - without).norm() < 1e-4 * (without - trained.start).norm()
     assert [r["reward"] for r in log] == [r["reward"] for r in before]
 
 

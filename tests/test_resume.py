@@ -387,12 +387,11 @@ def test_votes_and_rewards_reach_the_script_as_the_verifier_gave_them(model, mon
 
 
 SAVE = """
-import json
 from verifiers import learned
 save = learned.LearnedVerifier.save
 def half(self, folder):
     save(self, folder)
-    (Path(folder) / "model.safetensors").write_bytes(b"half of it")
+    open(os.path.join(folder, "model.safetensors"), "wb").close()
     os.kill(os.getpid(), signal.SIGKILL)
 learned.LearnedVerifier.save = half
 """

@@ -180,8 +180,9 @@ def test_beta_is_constant_unless_an_end_is_given(name, spied):
     ends = [({"kl_coef": 0.25}, [0.25, 0.25, 0.25])]
     if name == "bon_rl":
         moves = {"kl_delay": 0, "kl_anneal_steps": 4}
-        ends += [({"kl_coef": 0.5, "kl_coef_end": 0.1, **moves}, [0.4, 0.3, 0.2]),
-                 ({"kl_coef": 0.0, "kl_coef_end": 0.1, **moves}, [0.025, 0.05, 0.075])]  # fmt: skip
+        ends = [({"kl_coef": 0.25, **moves}, [0.25, 0.25, 0.25]),
+                ({"kl_coef": 0.5, "kl_coef_end": 0.1, **moves}, [0.4, 0.3, 0.2]),
+                ({"kl_coef": 0.0, "kl_coef_end": 0.1, **moves}, [0.025, 0.05, 0.075])]  # fmt: skip
     for flags, betas in ends:
         with pytest.MonkeyPatch.context() as patch:
             plain, advantages = [], MODULES[name].advantages

@@ -114,7 +114,6 @@ def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skill
 
     returncode, out, err = ended(torchrun(broken, "--resume", "runs/killed", cwd=tmp_path))
     assert returncode == 0 and "resuming at step 4" in out, err
-    command = f"torchrun --nproc-per-node 2 -- {broken} --resume runs/killed"
     assert f"stopped after step 5; to go on: {command}\n" in out and not (killed / "policy").exists()
 
     returncode, out, err = ended(torchrun(ROOT / script, "--resume", "runs/killed", cwd=tmp_path))
