@@ -26,16 +26,18 @@ from pathlib import Path
 
 import measure  # first: puts the repository on the path
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
+import bandit
 from verifiers import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PASS = "pass_at_k_pg.py --steps 150 --eval-every 30"  # 64 prompts x 16 samples a step
+PASS = "pass_at_k_pg.py --log-kl --steps 150 --eval-every 30"  # 64 prompts x 16 samples a step
 PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
-MAJORITY = "majority_pg.py --k 8 --steps 100 --eval-every 25"
+MAJORITY = "majority_pg.py --k 8 --log-kl --steps 100 --eval-every 25"
 BON = "bon_rl.py --steps 150 --eval-every 0"  # 32 prompts x 24 samples a step
 LEARNED = f"{BON} --verifier learned --N 8"
 SFT = "bon_sft.py --steps 150 --eval-every 0 --eval-N 8"
@@ -111,7 +113,7 @@ class Claim:
 
 
 def claims() -> list[Claim]:
-    """What the papers saw (PAPERS.md, section 3) and what is compared here, as positive numbers where it holds."""
+    """What the papers saw and what is compared here, as positive numbers where it holds."""
 
     def less(metric, run, other, level="all"):
         return lambda r: r.change(run, metric, level) - r.change(other, metric, level)
@@ -276,7 +278,10 @@ class Results:
     def evaluations(self, name: str, temperature: float | None = None, part: int = 0) -> list[dict]:
         """Each: level -> metric -> [mean, standard error over problems], in the order of steps."""
         key, what = ("eval", None) if temperature is None else ("result", temperature)
-        return [record[key] for record in self.log(name, part) if key in record and record.get("eval_at") == what]
+        found = [record[key] for record in self.log(name, part) if key in record and record.get("eval_at") == what]
+        if not found:  # other temperatures are not evaluated by the run itself any more
+            raise KeyError(name)
+        return found
 
     def change(self, name: str, metric: str, level="all", temperature: float | None = None) -> float:
         """After less before; level: one, or several whose mean counts."""
@@ -309,8 +314,10 @@ def verdict(mean: float, ci: float) -> str:
 
 def bandit_rows(out: Path) -> list[dict]:
     """B1-B3 by bandit.py, against both readings of its baseline."""
-    script, *flags = (command := "bandit.py --json --figure bandit.png").split()
-    output = subprocess.run([sys.executable, ROOT / script, *flags], cwd=out, check=True, capture_output=True).stdout
+    args = bandit.Args(figure=out / "bandit.png")
+    paths = {name: bandit.trajectory(args, name) for name in ("mean", "mean x k", "unbiased", "biased")}
+    grid = torch.linspace(0, 3, 61, dtype=torch.float64)  # of KL, in nats
+    bandit.save_figure(args.figure, paths, grid, args.k)
     where = {"B1": "step 20", "B2": "KL 1.0", "B3": "step 400"}
     papers = {
         "B1": "bandit: the mean gradient raises the mean reward fastest (Fig. 1 left)",
@@ -318,13 +325,13 @@ def bandit_rows(out: Path) -> list[dict]:
         "B3": "pass@k rises much faster with the k-sample gradients (Fig. 1 right)",
     }
     rows = []
-    for row in json.loads(output)["claims"]:
+    for row in bandit.claims(paths, grid):
         if row["estimator"] == "unbiased" and row["where"] == where[row["claim"]]:
             pair = (row["baseline"], "unbiased")
             rows.append({
                 "claim": row["claim"], "paper": papers[row["claim"]], "mean": row["difference"], "ci95": row["ci95"],
                 "what": f"{' less '.join(pair if row['claim'] == 'B1' else pair[::-1])}, {row['where']}", "seeds": 1000,
-                "verdict": verdict(row["difference"], row["ci95"]), "runs": {"bandit": command},
+                "verdict": verdict(row["difference"], row["ci95"]), "runs": {"bandit": "bandit.py"},
             })  # fmt: skip
     return sorted(rows, key=lambda row: (row["claim"], "mean x k" not in row["what"]))
 
