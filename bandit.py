@@ -14,9 +14,7 @@ The paper does not say which of the first two is its baseline, and claim B1 depe
 """
 
 import itertools
-import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +43,6 @@ class Args:
     steps: int = 400  # gradient steps
     seeds: int = 1000  # independent bandits, run side by side
     seed: int = 0  # of the rewards and of sampling
-    json: bool = False  # print the results as JSON instead of the table
     figure: Path | None = Path("runs/bandit.png")  # where the three panels go
 
 
@@ -75,7 +72,7 @@ def trajectory(args: Args, estimator: str) -> torch.Tensor:
     rewards = torch.randn(args.seeds, args.arms, generator=generator, dtype=torch.float64).sort(-1).values
     theta = torch.zeros_like(rewards)
     metrics = [exact_metrics(theta.log_softmax(-1), rewards, args.k)]
-    for _ in tqdm(range(args.steps), desc=estimator, unit="step", disable=args.json):
+    for _ in tqdm(range(args.steps), desc=estimator, unit="step"):
         pi = theta.softmax(-1)
         y = torch.multinomial(pi, args.k, replacement=True, generator=generator)  # (S, k)
         A = advantages(rewards.gather(-1, y), estimator)  # (S, k)
@@ -120,8 +117,8 @@ def claims(runs: dict[str, torch.Tensor], grid: torch.Tensor) -> list[dict]:
                 continue
             mean, ci = mean_and_ci(values)
             verdict = "holds" if mean > ci else "does not hold" if mean < -ci else "undecided"
-            rows.append(dict(claim=claim, baseline=baseline, estimator=estimator, where=where)
-                        | dict(difference=mean, ci95=ci, verdict=verdict))  # fmt: skip
+            row = {"claim": claim, "baseline": baseline, "estimator": estimator, "where": where}
+            rows.append(row | {"difference": mean, "ci95": ci, "verdict": verdict})
     return rows
 
 
@@ -151,28 +148,19 @@ def main(args: Args) -> None:
             raise BadInput(f"--{name} must be at least {least}, not {getattr(args, name)}")
     runs = {name: trajectory(args, name) for name in ("mean", "mean x k", "unbiased", "biased")}
     grid = torch.linspace(0, 3, 61, dtype=torch.float64)
-    final = {
-        name: {what: mean_and_ci(metrics[-1, i]) for i, what in enumerate(("mean reward", f"max@{args.k}", "KL"))}
-        for name, metrics in runs.items()
-    }
-    rows = claims(runs, grid)
-    if args.figure:
-        save_figure(args.figure, runs, grid, args.k)
-    if args.json:
-        json.dump({"args": vars(args) | {"figure": str(args.figure)}, "final": final, "claims": rows}, sys.stdout)
-        return
     print(f"\nafter {args.steps} steps, {args.seeds} seeds (± 95% confidence)")
-    for name, result in final.items():
-        print(f"  {name:9}" + "".join(f"   {what} {mean:.3f} ± {ci:.3f}" for what, (mean, ci) in result.items()))
+    for name, metrics in runs.items():
+        cells = zip(("mean reward", f"max@{args.k}", "KL"), map(mean_and_ci, metrics[-1]))
+        print(f"  {name:9}" + "".join(f"   {what} {mean:.3f} ± {ci:.3f}" for what, (mean, ci) in cells))
     print("\nclaims of Figure 1, as paired differences (± 95% confidence)")
+    rows = claims(runs, grid)
     for claim, text in CLAIMS.items():
         print(f"{claim}: {text}")
-        for (baseline, estimator), cells in itertools.groupby(
-            [row for row in rows if row["claim"] == claim], key=lambda row: (row["baseline"], row["estimator"])
-        ):
-            cells = [f"{c['where']}: {c['difference']:+.3f} ± {c['ci95']:.3f} {c['verdict']}" for c in cells]
-            print(f"  {estimator + ' against ' + baseline:26}" + "".join(f"{cell:41}" for cell in cells).rstrip())
+        for c in (row for row in rows if row["claim"] == claim):
+            where = f"{c['estimator']} against {c['baseline']}, {c['where']}:"
+            print(f"  {where:38} {c['difference']:+.3f} ± {c['ci95']:.3f} {c['verdict']}")
     if args.figure:
+        save_figure(args.figure, runs, grid, args.k)
         print(f"\nfigure: {args.figure}")
 
 

@@ -10,8 +10,7 @@ and its gradient estimates, sum_i A_i grad log pi(y_i), see `advantages`. The ve
 (BoN-RL-S; J is then pass@N) or a learned one, which selects in training as at test time (BoN-RL-V).
 
 What differs from pass_at_k_pg.py: the advantages below, which read a verifier's scores as well as rewards; a value
-network as a baseline; the KL, which is to a moving average of the policy, with a coefficient that may fall; warm-up;
-evaluation at several temperatures.
+network as a baseline; the KL, which is to a moving average of the policy, with a coefficient that may fall; warm-up.
 
     python bon_rl.py --N 8                                           # exact gradient, the environment selects
     python bon_rl.py --N 8 --estimator variational                   # BoN-RL as in the paper
@@ -41,41 +40,31 @@ PAPER = {
 
 @dataclass
 class Args(RunArgs):
-    preset: Literal["small", "paper"] = "small"
-    """defaults: ours for small models, or those of the paper's Table 2; flags given beside it win"""
+    preset: Literal["small", "paper"] = "small"  # defaults: ours, or the paper's Table 2; flags given beside it win
     N: int = 8  # samples that the verifier chooses from
-    n: int | None = None
-    """samples per prompt, at least N; `variational` takes groups of N, 3 at least (2 with --baseline value); the others
-    average over all N-subsets (default: 3 N)"""
+    n: int | None = None  # samples per prompt; `variational` takes 3 groups of N or more, 2 with a value network (3 N)
     estimator: Literal["mean", "exact", "variational", "rlb", "rlb-positive", "rlb-all"] = "exact"
     """mean reward (RLOO, the baseline); Best-of-N by leave-one-out; the paper's BoN-RL; its closed forms for a verifier
     that is the 0/1 reward: BoN-RLB, BoN-RLB(P), and the same gradient by all samples"""
-    verifier: Literal["environment", "learned"] = "environment"
-    """what selects: the reward itself (BoN-RL-S) or a reward model (BoN-RL-V)"""
-    verifier_model: str | None = None
-    """reward model for --verifier learned: hub id or folder (default: trained here on the policy's own samples)"""
+    verifier: Literal["environment", "learned"] = "environment"  # what selects: BoN-RL-S, or BoN-RL-V (a reward model)
+    verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
-    baseline: Literal["loo", "value"] = "loo"
-    """b(x) of `mean` and `variational`: the other groups of the prompt, or a value network"""
+    baseline: Literal["loo", "value"] = "loo"  # of mean and variational: the prompt's others, or a value network
     value_lr: float = 1e-4  # learning rate of the value network's AdamW
-    task: str = "arithmetic"  # which problems and verifier, see verifiers/
-    steps: int = 200  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 32  # prompts in a step; it samples n times as many responses
+    task: str = "lines"  # which problems and verifier, see verifiers/
+    steps: int = 100  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
     lr: float = 1e-4  # learning rate of AdamW
     warm_up_steps: int = 0  # steps over which the learning rate rises linearly to lr
-    kl_coef: float = 0.0
-    """beta of -beta KL(policy || anchor), added to the objective; the anchor is a moving average of the policy"""
+    kl_coef: float = 0.0  # beta of -beta KL(policy || anchor) in the objective; the anchor is a moving average
     kl_coef_end: float | None = None  # what beta moves to, linearly (default: it stays)
     kl_delay: int = 10  # steps before beta starts to move
     kl_anneal_steps: int | None = None  # steps over which it moves (default: all)
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
-    anchor_rate: float = 0.01
-    """share of the policy in each step of the moving average; 0: the anchor stays the initial policy"""
+    anchor_rate: float = 0.01  # share of the policy in each step of the average; 0: it stays the initial policy
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
     clip: float = 0.2  # epsilon of PPO clipping
-    eval_temperatures: tuple[float, ...] = (0.7, 1.3)
-    """further temperatures at which the policy is evaluated before and after"""
 
 
 # --- copy this, with what it calls in common.py: one page, from leave-one-out to best_of_n_tilt ----------------------
@@ -203,19 +192,6 @@ class ValueNetwork(torch.nn.Module):
         return loss.item()
 
 
-def win_and_loss_table(before: torch.Tensor, after: torch.Tensor) -> str:
-    """Chow's win/lose table: chances, averaged over problems, that independent tries before and after are right.
-
-    before, after: (P,) chances of a right Best-of-N answer to each problem.
-    """
-    won, lost = ((1 - before) * after).mean(), (before * (1 - after)).mean()
-    both, neither = (before * after).mean(), ((1 - before) * (1 - after)).mean()
-    return (
-        f"            after: right  wrong\nbefore: right  {both:9.3f}  {lost:.3f} (lost)\n"
-        f"        wrong  {won:9.3f}  {neither:.3f}   (won at the left)"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -230,8 +206,6 @@ def check_args(args: Args) -> None:
         raise BadInput(f"--estimator {args.estimator} is a closed form for --verifier environment")
     if not 0 <= args.anchor_rate <= 1:
         raise BadInput(f"--anchor-rate must lie between 0 and 1, not {args.anchor_rate}")
-    if not all(0 < temperature < float("inf") for temperature in args.eval_temperatures):
-        raise BadInput(f"--eval-temperatures must be positive numbers, not {args.eval_temperatures}")
 
 
 def main(args: Args) -> None:
@@ -259,7 +233,7 @@ def main(args: Args) -> None:
         passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         return passes | {f"{selected}@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
 
-    for step in run.steps(metrics, f"{args.estimator} N={args.N}", args.eval_temperatures):
+    for step in run.steps(metrics, f"{args.estimator} N={args.N}"):
         problems, prompts, generator = run.batch(step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
         verdict = run.verdict(problems, common.decode(policy, rollouts))
@@ -286,10 +260,6 @@ def main(args: Args) -> None:
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
     columns += [f"pass@{args.N}"] if selected == "bon" else []
     run.finish(columns, sorted({"pass", selected}, reverse=True), args.N)
-    if args.steps:
-        key = f"{selected}@{args.N}"
-        table = win_and_loss_table(run.progress["before"][key], run.progress["after"][key])
-        print(f"{key}, one try before and one after:\n{table}")
 
 
 if __name__ == "__main__":

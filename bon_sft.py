@@ -33,20 +33,17 @@ from verifiers.rows import load_rows, require_columns
 @dataclass
 class Args(RunArgs):
     N: int = 8  # samples that the verifier chooses from; 1 is plain SFT
-    n: int | None = None
-    """samples per prompt, more than N; all N-subsets are averaged over (default: 2 N; none for N = 1)"""
-    likelihood: Literal["variational", "exact"] = "variational"
-    """of Best-of-N: the paper's approximation, or the closed form for a verifier that is the 0/1 reward"""
-    experts: str | None = None
-    """JSONL or Parquet file with columns problem and response (default: the task's reference solutions)"""
+    n: int | None = None  # samples per prompt, more than N; all N-subsets are averaged over (2 N; none if N = 1)
+    likelihood: Literal["variational", "exact"] = "variational"  # the paper's, or a 0/1 verifier's closed form
+    experts: str | None = None  # JSONL or Parquet with columns problem and response (default: the task's solutions)
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
     verifier_model: str | None = None
     """reward model for --verifier learned: hub id or folder (default: trained here on the policy's own samples)"""
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
-    task: str = "arithmetic"  # which problems and verifier, see verifiers/
-    steps: int = 200  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 32  # prompts, each with an expert response, in a step; it samples n times as many responses
+    task: str = "lines"  # which problems and verifier, see verifiers/
+    steps: int = 100  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 64  # prompts, each with an expert response, in a step; it samples n times as many responses
     lr: float = 1e-4  # learning rate of AdamW
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 

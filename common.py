@@ -260,9 +260,9 @@ def sample(
 ) -> Rollouts:  # fmt: skip
     """n responses to each prompt by pure temperature sampling, each up to and including its end token.
 
-    A random number belongs to a response and a position, so that the tokens do not depend on `policy.sample_rows`, the
-    number of responses in the batch. Prompts may differ in length. Runs on the policy's device and returns there.
-    Raises BadInput when memory runs out with a single response.
+    A random number belongs to a response and a position, so that the tokens do not depend on `policy.sample_rows`.
+    Prompts may differ in length. Runs on the policy's device and returns there. Raises BadInput when memory runs out
+    with a single response.
     """
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
@@ -392,8 +392,8 @@ def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Te
         loss = -(1/B) sum_b sum_i A_bi log pi(y_bi)        a sum over a prompt's samples, a mean over prompts
 
     advantages: (B, n). clip: None, or PPO's epsilon: log pi(y) is then replaced, token by token, by the clipped ratio
-    to the log-probs that the rollouts were sampled with; the gradients are the same where the ratio is 1.
-    Rows whose advantage is zero are left out: the gradient is the same and their cost is gone.
+    to the log-probs of sampling; the gradients are the same where the ratio is 1. Rows whose advantage is zero are left
+    out: the gradient is the same and their cost is gone.
     """
     prompts, ids, mask, old = rollouts.flat()
     advantages = advantages.flatten().to(policy.device, torch.float32)  # (B, n) -> (R,)

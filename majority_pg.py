@@ -32,9 +32,7 @@ from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
 @dataclass
 class Args(RunArgs):
     k: int = 8  # votes that the objective counts
-    n: int | None = None
-    """samples per prompt, at least k; more than k lowers the variance, by averaging over all k-subsets (default: k or
-    16, whichever is more; the papers' setting is n = k)"""
+    n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
     estimator: Literal["mean", "unbiased", "biased"] = "biased"
     """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
     task: str = "chain"  # which problems and verifier, see verifiers/

@@ -14,6 +14,7 @@ broken up; (2) the advantages below; (3) nothing is divided by a standard deviat
 
     python pass_at_k_pg.py --k 4                      # unbiased; pass@4 rises
     python pass_at_k_pg.py --k 4 --estimator mean     # the baseline: pass@1 rises, pass@32 falls
+    python pass_at_k_pg.py --k 4 --estimator maxrl    # all k at once (arXiv 2602.02710); --k names the column shown
 """
 
 import copy
@@ -31,13 +32,11 @@ from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
 @dataclass
 class Args(RunArgs):
     k: int = 4  # samples that the objective takes the best of
-    n: int | None = None
-    """samples per prompt, at least k; more than k lowers the variance, by averaging over all k-subsets (default: k or
-    16, whichever is more; the papers' setting is n = k)"""
-    estimator: Literal["mean", "unbiased", "biased"] = "unbiased"
-    """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1)"""
-    task: str = "arithmetic"  # which problems and verifier, see verifiers/
-    steps: int = 300  # optimisation steps; 0 only evaluates
+    n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
+    estimator: Literal["mean", "unbiased", "biased", "maxrl"] = "unbiased"
+    """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL"""
+    task: str = "lines"  # which problems and verifier, see verifiers/
+    steps: int = 100  # optimisation steps; 0 only evaluates
     prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
     lr: float = 1e-4  # learning rate of AdamW
     kl_coef: float = 0.0  # beta of -beta KL(policy || initial policy), added to the objective
@@ -56,6 +55,8 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
       biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of pass@(k-1)
+      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k: the gradient of sum_{j<n} pass@j / j, the log-likelihood of
+                a right response cut off at order n-1. With c of n rewards 1, the others 0: (r_i - c/n) / c    (MaxRL)
     With k = 1 pass@k is the mean reward: unbiased is mean, and biased is zero. With n = 1, mean has no baseline.
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
 
@@ -71,8 +72,10 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     rewards, n = common.checked_rewards(rewards, k), rewards.shape[-1]
     if estimator == "mean" or (estimator == "unbiased" and k == 1):
         return common.mean_advantages(rewards)
+    if estimator == "maxrl":
+        return sum((advantages(rewards, j, "biased") / (j - 1) for j in range(2, n + 1)), torch.zeros_like(rewards))
     if estimator not in ("unbiased", "biased"):
-        raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased or biased")
+        raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased, biased or maxrl")
     r, order = rewards.double().sort(dim=-1)
     l = torch.arange(1, n, dtype=torch.float64, device=rewards.device)  # (n-1,): 1 .. n-1
     # p_l in product form: p_{n-1} = 1 and p_{l-1} = p_l (l-k+1)/l; it neither overflows nor cancels

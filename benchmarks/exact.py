@@ -11,16 +11,15 @@ The weighted mean over all held-out prompts is what sampling fresh problems, ans
     python benchmarks/exact.py --model runs/NAME/policy         # after training
 """
 
-import measure  # first: puts the repository on the path
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import measure  # first: puts the repository on the path
+import optima
 import torch
 import tyro
 
 import common
-import optima
 from verifiers import Problem, Task, load_task
 from verifiers.lines import fitting_lines, posterior
 

@@ -8,8 +8,6 @@ Everything is a function of q (P, 8) float64: q_y is the probability that candid
 Tries are independent. Tang: arXiv 2503.19595; Chow: 2412.15287; MaxRL: 2602.02710.
 """
 
-import measure  # first: puts the repository on the path
-
 import functools
 import itertools
 import json
@@ -18,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import measure  # first: puts the repository on the path
 import torch
 import tyro
 

@@ -3,13 +3,13 @@
 import datetime
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
 PATIENCE = datetime.timedelta(hours=2)  # for what the first process does alone, such as a warm start
-SUMMED, HIGHEST = ("tokens_per_s",), ("step", "skipped", "seconds", "verify_s", "peak_memory_mib")
 
 
 def start(device: str) -> None:
@@ -66,18 +66,8 @@ def from_all(value) -> list:
     return values
 
 
-def global_record(record: dict[str, float]) -> dict[str, float]:
-    """One record of the records of all processes: means of floats and sums of integers (counts), but for the names in
-    SUMMED and HIGHEST."""
-    records, merged = from_all(record), {}
-    if len(records) == 1:
-        return record
-    for name in dict.fromkeys(name for each in records for name in each):
-        values = [each[name] for each in records if name in each]
-        if name in HIGHEST:
-            merged[name] = max(values)
-        elif name in SUMMED or isinstance(values[0], int):
-            merged[name] = sum(values)
-        else:
-            merged[name] = sum(values) / len(values)
-    return merged
+def merged(record: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
+    """One record of those of all processes: the means of its values, and the sums of the counts."""
+    everyone = from_all((record, counts))
+    means = {name: sum(values[name] for values, _ in everyone) / len(everyone) for name in record}
+    return means | dict(sum((Counter(events) for _, events in everyone), Counter()))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,9 +32,7 @@ def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpoint
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.disable_progress_bar()  # ours say more
-    kind, _, seed = name.partition("-")
-    is_tiny = kind == "tiny" and (seed or "0").isdigit() and not name.endswith("-")
-    folder = tiny_policy_folder(task, int(seed or 0)) if is_tiny else name
+    folder = name if tiny_seed(name) is None else tiny_policy_folder(task, tiny_seed(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
@@ -81,17 +80,16 @@ def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_
     for problem, ids in zip(problems, prompts):
         if not ids:
             raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
-        if len(ids) + max_new_tokens > context_of(policy):
-            raise BadInput(
-                f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of "
-                f"{context_of(policy)}: {problem.prompt[:40]!r} (shorten the response or remove this problem)"
-            )
+        what = f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens}"
+        refuse_too_long(policy, len(ids) + max_new_tokens, what, problem.prompt)
     return prompts
 
 
-def context_of(policy: Policy) -> float:
-    """Tokens that the model can read at most, infinite if it does not say."""
-    return getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
+    """Raise BadInput if what is so many tokens long exceeds the model's context."""
+    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
+    if length > context:
+        raise BadInput(f"{what} exceed the model's context of {context}: {text[:40]!r} (shorten it or remove it)")
 
 
 def end_of_response(policy: Policy, task: Task) -> int:
@@ -115,14 +113,10 @@ def expert_rollouts(
     """
     space = " " if task.template.endswith(":") and not policy.tokenizer.chat_template else ""
     rows = policy.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
-    end = end_of_response(policy, task)
-    rows = [[*row, end] for row in rows]
+    rows = [[*row, end_of_response(policy, task)] for row in rows]
     for prompt, row, response in zip(prompts, rows, responses):
-        if len(prompt) + len(row) > context_of(policy):
-            raise BadInput(
-                f"a prompt and its expert response have {len(prompt) + len(row)} tokens, the model's context is "
-                f"{context_of(policy)}: {response[:40]!r} (remove or shorten it)"
-            )
+        length = len(prompt) + len(row)
+        refuse_too_long(policy, length, f"a prompt and its expert response, {length} tokens,", response)
     ids, mask = (x.unsqueeze(1).to(policy.device) for x in padded(rows))  # (B, T) -> (B, 1, T)
     return Rollouts(prompts, ids, mask, torch.zeros(ids.shape, device=policy.device), temperature)
 
@@ -136,6 +130,12 @@ TINY = {
     "intermediate_size": 384,
     "initializer_range": 0.08,  # about 1/sqrt(hidden): with the usual 0.02 so narrow a model learns half as fast
 }
+
+
+def tiny_seed(name: str) -> int | None:
+    """S where the name of a model is tiny-S, 0 where it is tiny; None for other models."""
+    match = re.fullmatch(r"tiny(?:-(\d+))?", name)
+    return match and int(match[1] or 0)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -153,7 +153,7 @@ def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
     """Where the warm-started `tiny` policy for this task lies, named by a hash of its recipe; see `cached`."""
     if task.warm_start is None:
         raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
-    problems = [(problem.prompt, problem.solution) for problem in task.train]
+    problems = [(problem.prompt, problem.solution) for problem in task.warm_start_problems or task.train]
     key = hashlib.sha256(json.dumps([TINY, seed, task.warm_start, problems]).encode()).hexdigest()[:12]
     name = f"tiny-{task.name.replace('/', '-')}-{key}"
     return cached(name, lambda folder: save_policy(warm_start(task, seed), folder))
@@ -199,7 +199,7 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=recipe["steps"])
     bar = tqdm(range(recipe["steps"]), desc=f"warm-starting tiny on {task.name} (once)", unit="step")
     for _ in bar:
-        problems = rng.choices(task.train, k=recipe["batch"])
+        problems = rng.choices(task.warm_start_problems or task.train, k=recipe["batch"])
         prompts = tokenizer([problem.prompt for problem in problems]).input_ids
         solutions = [with_slips(problem.solution, recipe.get("slips", 0.0), rng) for problem in problems]
         ids, mask = padded(tokenizer([solution + tokenizer.eos_token for solution in solutions]).input_ids)

@@ -33,39 +33,35 @@ def by_level(
     }
 
 
-def show_samples(
-    problems: Sequence[Problem], responses: Sequence[Sequence[str]], rewards: torch.Tensor, count: int
-) -> None:
-    """Print the first response to each of `count` problems, evenly spaced, with its reward; rewards: (P, n).
-
-    All text is escaped: a model's must not drive the terminal.
-    """
+def show_samples(problems: Sequence[Problem], responses: list[list[str]], rewards: torch.Tensor, count: int) -> None:
+    """Print the first response to each of `count` problems, evenly spaced, with its reward; rewards: (P, n). All text
+    is escaped: a model's must not drive the terminal."""
     count = min(count, len(problems))
     for i in (place * len(problems) // count for place in range(count)):
         tqdm.write(f"{rewards[i, 0].item():g}  {ascii(problems[i].prompt[-200:])} -> {ascii(responses[i][0][:1000])}")
 
 
-def comparison_table(before: dict, after: dict | None, problems: Sequence[Problem], columns: Sequence[str]) -> str:
-    """Per-problem metrics, name -> (P,), by level: before -> after with the paired change and its standard error.
-
-    Without `after`: before alone, with its standard error.
-    """
-    start = by_level(before, problems)
+def comparison_table(
+    before: dict, after: dict | None, best: dict, problems: Sequence[Problem], columns: Sequence[str]
+) -> str:
+    """Per-problem metrics, name -> (P,), by level: before -> after, the paired change with its standard error, and the
+    best that any policy could have, where that is known. Without `after`: before alone, with its standard error."""
+    start, bests = by_level(before, problems), by_level(best, problems)
     if after is not None:
         end = by_level(after, problems)
         change = by_level({name: after[name] - before[name] for name in columns}, problems)
-    lines = [f"{'level':>5}  " + "  ".join(f"{name:^32}" for name in columns)]
+    rows = [["level", *columns]]
     for level in start:
-        cells = []
+        rows.append([level])
         for name in columns:
             mean, error = start[level][name]
-            if after is None:
-                cells.append(f"{mean:.3f} ± {error:.3f}")
-            else:
-                (now, _), (difference, error) = end[level][name], change[level][name]
-                cells.append(f"{mean:.3f} -> {now:.3f} ({difference:+.3f} ± {error:.3f})")
-        lines.append(f"{level:>5}  " + "  ".join(f"{cell:^32}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
+            cell = f"{mean:.3f} ± {error:.3f}"
+            if after is not None:
+                difference, error = change[level][name]
+                cell = f"{mean:.3f} -> {end[level][name][0]:.3f} ({difference:+.3f} ± {error:.3f})"
+            rows[-1].append(cell + (f" best {bests[level][name][0]:.3f}" if name in best else ""))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:^{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def pyplot():
@@ -78,11 +74,11 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def save_figure(folder: Path, evaluations: list[tuple[int, dict]], names: Sequence[str], k: int) -> None:
+def save_figure(folder: Path, evaluations: list[tuple[int, dict]], best: dict, names: Sequence[str], k: int) -> None:
     """curves.png: each metric family against j before and after, and along training.
 
-    evaluations: (step, result of `by_level`), the first before training and the last after it. names: metric families,
-    such as "pass" for pass@1, pass@2, ...
+    evaluations: (step, result of `by_level`), the first before training and the last after it. best: the best possible
+    values of metrics, name -> (P,), where they are known. names: metric families, such as "pass" for pass@1, pass@2.
     """
     plt = pyplot()
     both = [("before", "tab:gray", evaluations[0][1]), ("after", "tab:blue", evaluations[-1][1])]
@@ -93,6 +89,9 @@ def save_figure(folder: Path, evaluations: list[tuple[int, dict]], names: Sequen
             mean, error = (np.array([result["all"][f"{name}@{j}"][i] for j in js]) for i in (0, 1))
             axis.plot(js, mean, marker="o", markersize=3, color=colour, label=label)
             axis.fill_between(js, mean - error, mean + error, color=colour, alpha=0.2)
+        if f"{name}@1" in best:
+            possible = [best[f"{name}@{j}"].mean().item() for j in js]
+            axis.plot(js, possible, linestyle=":", color="black", label="best possible at each j")
         axis.set(xscale="log", xlabel="j", ylabel=f"{name}@j", title=f"{name}@j, held out (± standard error)")
         axis.set_xticks(js, map(str, js))
         axis.minorticks_off()

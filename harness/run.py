@@ -14,7 +14,6 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,10 +23,11 @@ from tqdm import tqdm
 
 from common import Policy, Rollouts, decode, sample
 from verifiers import BadInput, Problem, Verdict, learned, load_task
+from verifiers.problems import evaluation_problems, problems_at, training_batch
 
 from . import report
-from .parallel import from_all, global_record, in_first_process, share, start, stop, world
-from .policy import cached, encode_prompts, load_policy, save_policy, write_whole
+from .parallel import from_all, in_first_process, merged, share, start, stop, world
+from .policy import cached, encode_prompts, load_policy, save_policy, tiny_seed, write_whole
 
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl")
@@ -37,20 +37,15 @@ LOGS = ("metrics.jsonl", "timings.jsonl")
 class RunArgs:
     """The flags that all scripts share; each adds its algorithm's own."""
 
-    model: str = "tiny"
-    """"tiny" (embedded, about 1M parameters; "tiny-1" from another seed), or a Hugging Face causal LM: hub id or
-    folder"""
+    model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems, instead of its default source
-    sandbox: str = "auto"
-    """for tasks that run programs: auto, bubblewrap, landlock or rlimits, see verifiers/sandbox.py"""
+    sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
     levels: tuple[int, ...] = ()  # difficulty levels to train on (default: all)
-    temperature: float = 1.0
-    """sampling temperature, in training (of the differentiated log-probs, too) and in evaluation"""
+    temperature: float = 1.0  # of sampling and of the log-probs that are differentiated, also in evaluation
     max_new_tokens: int | None = None  # longest response in tokens (default: the task's)
     max_grad_norm: float = 1.0  # longest gradient that is not scaled down
     sample_rows: int = 1024  # responses sampled at once; lower it when memory runs out, the tokens stay the same
-    micro_batch_tokens: int = 16384
-    """tokens in one forward and backward pass; lower it when memory runs out, the gradient stays the same"""
+    micro_batch_tokens: int = 16384  # tokens in one pass; lower it when memory runs out, the gradient stays the same
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu or cuda
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
@@ -107,7 +102,6 @@ def arguments_of(folder: str) -> dict:
 
 
 def resume_command(folder: str | Path, processes: int) -> str:
-    """What to type to go on with a run."""
     launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes} --"
     return f"{launcher} {sys.argv[0]} --resume {folder}"
 
@@ -115,11 +109,10 @@ def resume_command(folder: str | Path, processes: int) -> str:
 def check_args(args) -> None:
     """Raise BadInput for a value out of range among the arguments that several scripts have."""
     k = "k" if hasattr(args, "k") else "N"
-    ones = (k, "prompts_per_step", "eval_problems", "epochs", "save_every", "verifier_problems", "micro_batch_tokens",
-            "sample_rows", "max_new_tokens")  # fmt: skip
-    zeros = ("steps", "eval_every", "show_samples", "kl_coef", "kl_coef_end", "kl_delay", "kl_anneal_steps",
-             "warm_up_steps")  # fmt: skip
-    least = dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0) | dict.fromkeys(("n", "eval_n"), getattr(args, k))
+    zeros = "steps eval_every show_samples kl_coef kl_coef_end kl_delay kl_anneal_steps warm_up_steps"
+    ones = "prompts_per_step eval_problems epochs save_every verifier_problems micro_batch_tokens sample_rows"
+    least = dict.fromkeys(zeros.split(), 0) | dict.fromkeys([k, *ones.split(), "max_new_tokens"], 1)
+    least |= dict.fromkeys(("n", "eval_n"), getattr(args, k))
     for name, bound in least.items():
         value = getattr(args, name, None)
         if value is not None and value < bound:
@@ -136,40 +129,6 @@ def check_args(args) -> None:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
 
 
-# --- Problems and random numbers, all of them functions of the arguments alone ----------------------------------------
-
-
-def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> Sequence[Problem]:
-    """The problems of these levels (all, if none are named). Raises BadInput if there are none."""
-    if not problems:
-        raise BadInput(f"the task has no {what} problems here (--steps 0 only evaluates, on held-out ones)")
-    chosen = [problem for problem in problems if problem.level in levels] if levels else problems
-    if not chosen:
-        there = sorted({problem.level for problem in problems if problem.level is not None})
-        have = f"the task has levels {there}" if there else f"the task has {len(problems)} problems without a level"
-        raise BadInput(f"no {what} problems at --levels {' '.join(map(str, levels)) or '(all)'}: {have}")
-    return chosen
-
-
-def evaluation_problems(problems: Sequence[Problem], per_level: int) -> list[Problem]:
-    """At most per_level problems of each level, drawn once and for all: the same whatever the seed of the run."""
-    levels = sorted({problem.level for problem in problems}, key=lambda level: (level is None, level))
-    pools = [[problem for problem in problems if problem.level == level] for level in levels]
-    return [problem for pool in pools for problem in random.Random(0).sample(pool, min(per_level, len(pool)))]
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(size: int, seed: int, epoch: int) -> list[int]:
-    """0..size-1 in the order of this pass over the data."""
-    return random.Random(f"{seed}/{epoch}").sample(range(size), size)
-
-
-def training_batch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
-    """The step-th batch: every problem once a pass, each pass in a new order."""
-    places = (divmod(i, len(problems)) for i in range(step * size, (step + 1) * size))
-    return [problems[shuffled(len(problems), seed, epoch)[i]] for epoch, i in places]
-
-
 def random_numbers(device: torch.device, *what) -> torch.Generator:
     """A generator seeded by a hash of `what`, such as purpose, seed, step and rank: other values, other numbers.
 
@@ -181,9 +140,6 @@ def random_numbers(device: torch.device, *what) -> torch.Generator:
 def sizes_up_to(n: int, *others: int) -> list[int]:
     """1, 2, 4, ... and n, with the others: the sizes at which metrics are reported."""
     return sorted({2**i for i in range(n.bit_length())} | {n, *others})
-
-
-# --- One run ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -256,7 +212,7 @@ class Run:
 
         if args.verifier_model:
             folder = args.verifier_model
-        elif args.model.startswith("tiny"):
+        elif tiny_seed(args.model) is not None:
             recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}"
             folder = cached(f"{Path(policy.model.name_or_path).name}-verifier-{recipe}", train)
         else:
@@ -267,16 +223,13 @@ class Run:
         print(learned.quality(verifier.score([problem.prompt for problem in self.test], responses), rewards))
         self.task = learned.with_scores(task, verifier)
 
-    def steps(
-        self, metrics: Callable[[Verdict], Metrics], description: str, temperatures: Sequence[float] = ()
-    ) -> Iterator[int]:
+    def steps(self, metrics: Callable[[Verdict], Metrics], description: str) -> Iterator[int]:
         """1, 2, ... args.steps, less those done before, with evaluations, a progress bar and checkpoints in between.
 
-        metrics: what an evaluation's verdict says of each problem. temperatures: others to evaluate at, at the start
-        and the end. On SIGINT or SIGTERM the step is finished and saved, and the script ends; at a second one at once.
+        metrics: what an evaluation's verdict says of each problem. On SIGINT or SIGTERM the step is finished and saved,
+        and the script ends; at a second one it ends at once.
         """
-        self.metrics, self.temperatures = metrics, [T for T in temperatures if T != self.args.temperature]
-        doing, first, last = "writing to", 1, self.args.steps
+        self.metrics, doing, first, last = metrics, "writing to", 1, self.args.steps
         if self.args.resume:
             self.restore()
             doing, first = f"resuming at step {self.progress['step']} in", self.progress["step"] + 1
@@ -341,8 +294,8 @@ class Run:
         """
         seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
         timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
-        timings = global_record(timings | {"peak_memory_mib": peak_memory_mib()})
-        record = global_record({"step": step, **record, **verdict.counts})
+        timings["peak_memory_mib"] = peak_memory_mib()  # these are the first process's own
+        record = {"step": step, **merged(record, verdict.counts)}
         self.write("metrics.jsonl", record)
         self.write("timings.jsonl", timings)
         values = record | timings
@@ -370,36 +323,31 @@ class Run:
         step, done, every = self.progress["step"], self.progress["history"], self.args.eval_every
         if (done and done[-1][0] == step) or not (step in (0, self.args.steps) or (every and step % every == 0)):
             return
-        metrics = self.evaluate()
-        if step == 0:
-            self.progress["others_before"] = {T: self.evaluate(T) for T in self.temperatures}
-        self.progress["before" if step == 0 else "after"] = metrics
-        done.append((step, report.by_level(metrics, self.test)))
+        self.progress["before" if step == 0 else "after"] = self.evaluate()
 
-    def evaluate(self, temperature: float | None = None) -> Metrics:
-        """The metrics of eval_n fresh samples for each held-out problem, at the temperature of training or another.
+    def evaluate(self) -> Metrics:
+        """The metrics of eval_n fresh samples for each held-out problem, drawn by the same random numbers every time.
 
-        They are logged, and some samples printed. A run draws its samples by the same random numbers every time.
+        They are logged, and some samples printed.
         """
         args, (rank, processes), problems = self.args, world(), share(self.test)
         generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
-        prompts, T = self.encoded(problems), temperature or args.temperature
+        prompts, T = self.encoded(problems), args.temperature
         responses = decode(self.policy, sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator))
         verdict = self.verdict(problems, responses)
         if rank == 0:
             report.show_samples(problems, responses, verdict.rewards, args.show_samples)
-        verdicts = from_all(verdict)
-        counts = dict(sum((Counter(v.counts) for v in verdicts), Counter()))
+        verdicts, counts = from_all(verdict), merged({}, verdict.counts)
         # From the order of ranks back to that of the problems.
         order = torch.tensor([i for r in range(processes) for i in range(r, len(self.test), processes)]).argsort()
         parts = ([getattr(v, name) for v in verdicts] for name in ("rewards", "votes", "scores"))
         rewards, votes, scores = (torch.cat(part)[order] for part in parts)  # (P, eval_n) each
         metrics = self.metrics(Verdict(rewards, votes, counts, scores))
-        result = report.by_level(metrics, self.test)
-        what = {"eval": result} if temperature is None else {"eval_at": temperature, "result": result}
-        self.write("metrics.jsonl", {"step": self.progress["step"], **what, **counts})
+        step, result = self.progress["step"], report.by_level(metrics, self.test)
+        self.progress["history"].append((step, result))
+        self.write("metrics.jsonl", {"step": step, "eval": result, **counts})
         if counts:
-            tqdm.write(f"evaluation at step {self.progress['step']}, events in the verifier: {counts}")
+            tqdm.write(f"evaluation at step {step}, events in the verifier: {counts}")
         return metrics
 
     def save(self) -> None:
@@ -438,16 +386,15 @@ class Run:
     def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
         """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
         `families` (such as "pass"). A finished run that is resumed comes here at once and writes what is missing."""
-        before, after = self.progress["before"], self.progress.get("after")
+        before, after, best = self.progress["before"], self.progress.get("after"), {}
+        if self.task.best:
+            names = (name for name in before if name.startswith("pass@"))
+            best = {name: self.task.best(self.test, int(name.partition("@")[2])) for name in names}
         if self.args.steps and world()[0] == 0:
             write_whole(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
-        print(report.comparison_table(before, after, self.test, columns))
-        for T, start_at in self.progress["others_before"].items():
-            end_at = self.evaluate(T) if self.args.steps else None
-            table = report.comparison_table(start_at, end_at, self.test, columns).splitlines()[:2]
-            print(f"at temperature {T:g}:", *table, sep="\n")
+        print(report.comparison_table(before, after, best, self.test, columns))
         if world()[0] == 0:
-            report.save_figure(self.folder, self.progress["history"], families, k)
+            report.save_figure(self.folder, self.progress["history"], best, families, k)
         print(f"{self.folder}: metrics.jsonl, curves.png{', policy/' if self.args.steps else ''}")
 
 

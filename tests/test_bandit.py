@@ -58,7 +58,7 @@ def test_mean_at_kl_follows_the_averages_over_groups_of_seeds(monkeypatch):
 
 
 def test_trajectory_starts_uniform_and_is_a_function_of_its_seed():
-    args = bandit.Args(seeds=4, steps=3, json=True)
+    args = bandit.Args(seeds=4, steps=3)
     first, again = bandit.trajectory(args, "unbiased"), bandit.trajectory(args, "unbiased")
     assert torch.equal(first, again) and first.shape == (4, 3, 4)
     assert first[0, 2].abs().max() < 1e-12 and (first[1:, 2] > 0).all()

@@ -222,9 +222,6 @@ def test_bandit(run, tmp_path):
     result = run("bandit.py", "--seeds", "20", "--steps", "40")
     assert result.returncode == 0, result.stderr
     assert "B1: the mean gradient" in result.stdout and (tmp_path / "runs/bandit.png").stat().st_size > 10_000
-    result = run("bandit.py", "--seeds", "20", "--steps", "40", "--json", "--figure", "None")
-    out = json.loads(result.stdout)
-    assert {row["claim"] for row in out["claims"]} == {"B1", "B2", "B3"} and set(out["final"]) >= {"mean", "unbiased"}
     result = run("bandit.py", "--k", "1")
     assert result.returncode == 2 and result.stderr.strip() == "error: --k must be at least 2, not 1"
 

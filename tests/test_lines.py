@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-
-import common
 from enumeration import best_of_value, majority_value
 from test_cli import ROOT
+
+import common
 from verifiers import BadInput, Problem, Task, lines, load_task
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

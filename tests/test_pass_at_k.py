@@ -116,3 +116,33 @@ def test_bad_input_is_refused_with_its_position():
         advantages(rewards, 2)
     with pytest.raises(ValueError, match="unknown estimator 'max'"):
         advantages(torch.zeros(2, 4), 2, "max")
+
+
+# --- MaxRL, the whole family at once ---
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_maxrl_is_the_gradient_of_the_truncated_log_likelihood(n):
+    """sum_{j<n} pass@j / j (max@j for these graded rewards, with ties), magnitude included."""
+    exact = sum(exact_gradient(lambda b, y: max(GRADED[b, a].item() for a in y), j) / j for j in range(1, n))
+    estimate = expected_gradient(lambda b, y: advantages(GRADED[b][y], 1, "maxrl"), n)
+    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_maxrl_of_rewards_0_and_1_divides_by_the_number_of_successes(n):
+    """Both sums over k: uncentred r_i / c, with A^(1) = r_i / n; centred, as used, (r_i - c/n) / c; 0 without any."""
+    for c in range(n + 1):
+        r = torch.zeros(1, n, dtype=torch.float64)
+        r[0, :c] = 1
+        uncentred = r / n + sum(advantages(r, k, "unbiased") / k for k in range(2, n + 1))
+        centred = advantages(r, 1, "maxrl")
+        torch.testing.assert_close(uncentred, r / max(c, 1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(centred, (r - c / n) / max(c, 1) if c else r, rtol=1e-12, atol=1e-12)
+
+
+def test_maxrl_of_graded_rewards_is_the_sum_over_k_not_r_over_their_sum():
+    r = torch.tensor([[1.0, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    uncentred = r / 4 + sum(advantages(r, k, "unbiased") / k for k in range(2, 5))
+    torch.testing.assert_close(uncentred, torch.tensor([[0.75, 0.25, 0, 0]], dtype=torch.float64))
+    assert advantages(r, 1, "maxrl").sum().abs() < 1e-12 and advantages(r[:, :1], 1, "maxrl").tolist() == [[0.0]]
