@@ -35,13 +35,16 @@ from verifiers import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PASS = "pass_at_k_pg.py --log-kl --steps 150 --eval-every 30"  # 64 prompts x 16 samples a step
+PASS = "pass_at_k_pg.py --task arithmetic --log-kl --steps 150 --eval-every 30"  # 64 prompts x 16 samples a step
 PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
 MAJORITY = "majority_pg.py --k 8 --log-kl --steps 100 --eval-every 25"
-BON = "bon_rl.py --steps 150 --eval-every 0"  # 32 prompts x 24 samples a step
+BON = "bon_rl.py --task arithmetic --prompts-per-step 32 --steps 150 --eval-every 0"  # 32 prompts x 24 samples a step
 LEARNED = f"{BON} --verifier learned --N 8"
-SFT = "bon_sft.py --steps 150 --eval-every 0 --eval-N 8"
-SCORED = "bon_rl.py --N 8 --steps 0 --verifier learned --verifier-model {run:verifier}/verifier --model {run:%s}/policy"
+SFT = "bon_sft.py --task arithmetic --prompts-per-step 32 --steps 150 --eval-every 0 --eval-N 8"
+SCORED = (
+    "bon_rl.py --task arithmetic --N 8 --steps 0 --verifier learned --verifier-model {run:verifier}/verifier "
+    "--model {run:%s}/policy"
+)
 
 # Each is run for every seed, those of one tuple one after the other. {run:NAME}: the folder of that run.
 RUNS = {
@@ -74,9 +77,9 @@ RUNS = {
 # Run once, before: they leave the warm-started policies and the learned verifier in the cache, or in their folder.
 FIRST = {
     "chain": "majority_pg.py --steps 0 --eval-problems 1",
-    "arithmetic": "pass_at_k_pg.py --steps 0 --eval-problems 1",
+    "arithmetic": "pass_at_k_pg.py --task arithmetic --steps 0 --eval-problems 1",
     "programs": "pass_at_k_pg.py --task programs --steps 0 --eval-problems 1",
-    "verifier": "bon_rl.py --N 8 --steps 0 --verifier learned",
+    "verifier": "bon_rl.py --task arithmetic --N 8 --steps 0 --verifier learned",
 }
 QUICK = ("mean", "k16", "bon-exact")  # chosen when all seeds had been seen, for what they decide in ten minutes
 
