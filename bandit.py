@@ -8,12 +8,12 @@ learning rate 1. All three metrics are computed exactly from the policy, over ma
     unbiased     A_i = max_j r_j - max_{j != i} r_j             gradient of max@k (Lemma 1)
     biased       the unbiased one less its mean over i          gradient of max@(k-1)
 
-The paper does not say which of the first two is its baseline, and claim B1 depends on it: both are shown.
+The paper does not say which of the first two is its baseline, and its first claim depends on it: both are shown. The
+claims of the figure are compared, with intervals, by benchmarks/reproduce.py.
 
     python bandit.py
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,6 @@ from harness.run import run_cli
 from verifiers import BadInput
 
 GROUPS = 20  # of seeds, for what is compared at equal KL
-CLAIMS = {
-    "B1": "the mean gradient raises the mean reward fastest",
-    "B2": "at equal KL from the start, the k-sample gradients have more mean reward",
-    "B3": "the k-sample gradients raise max@k much faster",
-}
 
 
 @dataclass
@@ -97,31 +92,6 @@ def mean_and_ci(values: torch.Tensor) -> tuple[float, float]:
     return values.mean().item(), (1.96 * values.std() / math.sqrt(len(values))).item()
 
 
-def claims(runs: dict[str, torch.Tensor], grid: torch.Tensor) -> list[dict]:
-    """B1-B3 of Figure 1 as paired differences over seeds, for both normalisations of the mean gradient.
-
-    B1 is the mean reward after some steps, baseline less k-sample; B2 the mean reward at some KL and B3 max@k after
-    some steps, k-sample less baseline. A claim holds where its difference is positive beyond its 95% confidence
-    interval, and does not where it is negative beyond it.
-    """
-    steps = len(next(iter(runs.values()))) - 1
-    rows = []
-    for baseline, estimator in itertools.product(("mean", "mean x k"), ("unbiased", "biased")):
-        a, b = runs[baseline], runs[estimator]
-        at_kl = mean_at_kl(b, grid) - mean_at_kl(a, grid)  # (G, S)
-        cells = [("B1", f"step {t}", (a - b)[t, 0]) for t in (steps // 20, steps // 4, steps)]
-        cells += [("B2", f"KL {grid[g]:.1f}", at_kl[g]) for g in (len(grid) // 6, len(grid) // 3, len(grid) - 1)]
-        cells += [("B3", f"step {t}", (b - a)[t, 1]) for t in (steps // 20, steps // 4, steps)]
-        for claim, where, values in cells:
-            if values.isnan().any():  # a KL that one of the two never reached
-                continue
-            mean, ci = mean_and_ci(values)
-            verdict = "holds" if mean > ci else "does not hold" if mean < -ci else "undecided"
-            row = {"claim": claim, "baseline": baseline, "estimator": estimator, "where": where}
-            rows.append(row | {"difference": mean, "ci95": ci, "verdict": verdict})
-    return rows
-
-
 def save_figure(path: Path, runs: dict[str, torch.Tensor], grid: torch.Tensor, k: int) -> None:
     """The three panels of Figure 1, with 95% bands."""
     plt = pyplot()
@@ -152,13 +122,6 @@ def main(args: Args) -> None:
     for name, metrics in runs.items():
         cells = zip(("mean reward", f"max@{args.k}", "KL"), map(mean_and_ci, metrics[-1]))
         print(f"  {name:9}" + "".join(f"   {what} {mean:.3f} ± {ci:.3f}" for what, (mean, ci) in cells))
-    print("\nclaims of Figure 1, as paired differences (± 95% confidence)")
-    rows = claims(runs, grid)
-    for claim, text in CLAIMS.items():
-        print(f"{claim}: {text}")
-        for c in (row for row in rows if row["claim"] == claim):
-            where = f"{c['estimator']} against {c['baseline']}, {c['where']}:"
-            print(f"  {where:38} {c['difference']:+.3f} ± {c['ci95']:.3f} {c['verdict']}")
     if args.figure:
         save_figure(args.figure, runs, grid, args.k)
         print(f"\nfigure: {args.figure}")

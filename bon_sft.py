@@ -129,7 +129,7 @@ def main(args: Args) -> None:
     args.eval_N = args.N if args.eval_N is None else args.eval_N
     if 1 < args.N == args.n:
         raise BadInput(f"--n must be more than --N {args.N}, not {args.n}: a winner is compared with other samples")
-    if args.eval_n >= args.N and not 1 <= args.eval_N <= args.eval_n:
+    if args.eval_n >= args.N >= 1 and not 1 <= args.eval_N <= args.eval_n:
         raise BadInput(f"--eval-N must lie between 1 and --eval-n {args.eval_n}, not {args.eval_N}")
     if args.likelihood == "exact" and args.verifier == "learned":
         raise BadInput("--likelihood exact is a closed form for --verifier environment")

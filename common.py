@@ -38,12 +38,13 @@ def k_sample_advantages(
 
     Example: the maximum (pass_at_k) of k = 2 from three rewards 3, 1, 0. The pairs have the maxima 3, 3, 1, so that
     M_2 = 7/3; without the first sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = (1 + 0) / 2. A_1 = 7/3 - 1/3 - 1/3 = 5/3,
-    as by definition: (2/3) mean(3 - max(1), 3 - max(0)). An objective of your own is one line; for pass^k, the chance
-    that all of k responses are right: k_sample_advantages(lambda r, k: -pass_at_k(-r, k), rewards, k=4).
-
-    Memory grows as B n^2. Raises ValueError unless 1 <= k <= n, and for an unknown estimator.
+    as by definition: (2/3) mean(3 - max(1), 3 - max(0)). An objective of your own is one line; for pass^k, all of k
+    right: k_sample_advantages(lambda r, k: -pass_at_k(-r, k), rewards, k=4). Memory grows as B n^2. Raises ValueError
+    unless 1 <= k <= n, and for an unknown estimator.
     """
     n = samples[0].shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased or biased")
     others = torch.arange(n).repeat(n, 1)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)  # row i: all but i
@@ -70,8 +71,7 @@ def k_sample_advantages(
 def mean_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Advantages of the mean reward, the baseline of every script: A_i = (1/n) (r_i - mean_{j != i} r_j)  (RLOO).
 
-    rewards: (B, n) of floating point. Returns (B, n), to be used as a sum over samples. With n = 1 there is no other
-    sample to compare with, and A = r.
+    rewards: (B, n) of floating point. Returns (B, n), to be used as a sum over samples. With n = 1 A = r.
     """
     n = rewards.shape[-1]
     if n == 1:
@@ -192,15 +192,15 @@ class Rollouts:
     log_probs: torch.Tensor
     temperature: float = 1.0
 
-    def flat(self) -> tuple[list[list[int]], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One row a response: R = B n prompts, then ids, mask and log_probs, each (R, T)."""
+    def flat(self) -> tuple:
+        """One row a response: R = B n prompts, a list, then ids, mask and log_probs, each (R, T)."""
         prompts = [prompt for prompt in self.prompts for _ in range(self.ids.shape[1])]
         return prompts, *(x.flatten(0, 1) for x in (self.ids, self.mask, self.log_probs))  # (B, n, T) -> (R, T)
 
     def lengths(self) -> torch.Tensor:
         """Tokens of each prompt and response together, (R,) int64 on the CPU."""
-        prompts, _, mask, _ = self.flat()
-        return torch.tensor([len(prompt) for prompt in prompts]) + mask.sum(-1).cpu()
+        prompts = torch.tensor([len(prompt) for prompt in self.prompts]).unsqueeze(-1)  # (B, 1)
+        return (prompts + self.mask.sum(-1).cpu()).flatten()  # (B, n) -> (R,)
 
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,10 +221,8 @@ def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def recompute_activations(model: torch.nn.Module, on: bool) -> None:
-    """Turn gradient checkpointing, where it was enabled, on for a training pass or off for sampling.
-
-    Transformers ties it to training mode, and so to dropout: only checkpointed modules change mode, not their dropout.
-    """
+    """Turn gradient checkpointing, where it was enabled, on for a training pass or off for sampling. Transformers ties
+    it to training mode, and so to dropout: only checkpointed modules change mode, not the dropout modules in them."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = on
@@ -240,11 +238,10 @@ def halved(amount: int, least: int, error: RuntimeError, what: str) -> int:
     if not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):  # the latter: on the CPU
         raise error
     if amount <= least:
-        raise BadInput("out of memory with one response at a time: use a smaller model, shorter responses "
-                       "(--max-new-tokens) or --gradient-checkpointing") from error  # fmt: skip
+        mend = "use a smaller model, shorter responses (--max-new-tokens) or --gradient-checkpointing"
+        raise BadInput(f"out of memory with one response at a time: {mend}") from error
     tqdm.write(f"out of memory: going on with {what} {amount // 2}")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing elsewhere
     return amount // 2
 
 
@@ -294,22 +291,27 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
     mask, log_probs = torch.zeros(R, T, dtype=torch.bool, device=device), torch.zeros(R, T, device=device)
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)  # (R,): among G prompts
+    cache = new_cache(model)
+
+    def next_scores(tokens: torch.Tensor, seen: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, V) behind the last of these tokens, whose keys and values join the cache."""
+        inputs = {"input_ids": tokens, "attention_mask": seen.long(), "position_ids": position.clamp(min=0)}
+        hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        return logits(model, hidden[:, -1])
+
     with autocast(device):
         prompt_ids, seen = (x.to(device) for x in padded(list(place), left=True))  # (G, P)
-        position, cache = seen.cumsum(-1) - 1, new_cache(model)
-        hidden = model.base_model(
-            input_ids=prompt_ids, attention_mask=seen.long(), position_ids=position.clamp(min=0),
-            past_key_values=cache, use_cache=True,
-        ).last_hidden_state[:, -1]  # fmt: skip
+        position = seen.cumsum(-1) - 1
+        scores = next_scores(prompt_ids, seen, position)[of_row]  # (G, V) -> (R, V)
         cache.batch_select_indices(of_row)
-        scores = logits(model, hidden)[of_row]  # (G, V) -> (R, V)
-        seen, position = seen.long()[of_row], position[of_row, -1:]  # (R, P): the attention mask; (R, 1)
+        seen, position = seen[of_row], position[of_row, -1:]  # (R, P): the attention mask; (R, 1)
         rows = torch.arange(R, device=device)  # those still in the batch
         alive = torch.ones(R, dtype=torch.bool, device=device)  # among these
         for t in range(T):
             log_p = (scores / temperature).log_softmax(-1)
             total = log_p.exp().cumsum(-1)  # (rows, V): the distribution function, up to rounding of its end
             token = torch.searchsorted(total, uniform[rows, t].unsqueeze(-1) * total[:, -1:], right=True)  # (rows, 1)
+            token = token.clamp(max=total.shape[-1] - 1)  # where the scores are not numbers
             live = rows[alive]
             ids[live, t] = token[alive, 0]
             mask[live, t] = True
@@ -322,20 +324,15 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
                 cache.batch_select_indices(alive.nonzero()[:, 0])
                 rows, token, seen, position = rows[alive], token[alive], seen[alive], position[alive]
                 alive = alive[alive]
-            seen, position = F.pad(seen, (0, 1), value=1), position + 1
-            hidden = model.base_model(
-                input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            scores = logits(model, hidden)
+            seen, position = F.pad(seen, (0, 1), value=True), position + 1
+            scores = next_scores(token, seen, position)
     return ids, mask, log_probs
 
 
 def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
     """The responses as text, special tokens left out: B lists of n strings."""
-    _, ids, mask, _ = rollouts.flat()
-    rows = [row[:end] for row, end in zip(ids.tolist(), mask.sum(-1).tolist())]
-    texts, n = policy.tokenizer.batch_decode(rows, skip_special_tokens=True), rollouts.ids.shape[1]
-    return [texts[i : i + n] for i in range(0, len(texts), n)]
+    rows = [[ids[keep].tolist() for ids, keep in zip(*group)] for group in zip(rollouts.ids.cpu(), rollouts.mask.cpu())]
+    return [policy.tokenizer.batch_decode(row, skip_special_tokens=True) for row in rows]
 
 
 # --- Training step ----------------------------------------------------------------------------------------------------
@@ -351,9 +348,8 @@ def response_log_probs(
     prompts: R lists of ids. ids, mask: (R, T), as in `Rollouts`. Differentiable. The output layer is applied to the
     response positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists.
     """
-    model, device = policy.model, policy.device
+    model, device, ids, mask = policy.model, policy.device, ids.to(policy.device), mask.to(policy.device)
     recompute_activations(model, torch.is_grad_enabled())
-    ids, mask = ids.to(device), mask.to(device)
 
     def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         scores = logits(model, hidden)
@@ -375,10 +371,8 @@ def response_log_probs(
 
 
 def micro_batches(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
-    """Indices of rows, longest first, in groups whose padded size (rows times longest row) is at most `budget` tokens.
-
-    A row longer than the budget is a group of its own. lengths: (R,) int64.
-    """
+    """Indices of rows, longest first, in groups whose padded size (rows times longest row) is at most `budget` tokens,
+    or that are one row. lengths: (R,) int64."""
     order = lengths.argsort(descending=True, stable=True)
     while len(order):
         rows = max(1, budget // int(lengths[order[0]]))
@@ -436,24 +430,20 @@ def policy_gradient_step(
             try:
                 loss = accumulate_gradient(policy, rollouts, advantages, clip if epochs > 1 else None)
             except RuntimeError as error:
-                tokens = policy.micro_batch_tokens
-                policy.micro_batch_tokens = halved(tokens, longest, error, "--micro-batch-tokens")
+                policy.micro_batch_tokens = halved(policy.micro_batch_tokens, longest, error, "--micro-batch-tokens")
         average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if norm.isfinite():
             optimizer.step()
-        else:
-            skipped = 1
+        skipped |= not norm.isfinite()
     signal = (advantages != 0).float().mean().item()
     return {"loss": loss, "grad_norm": norm.item(), "signal": signal, "skipped": skipped}
 
 
 @torch.no_grad()
 def log_ratios(reference: Policy, rollouts: Rollouts) -> torch.Tensor:
-    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler.
-
-    The log-probs of pi are those of sampling. The sum over T is a response's log ratio.
-    """
+    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler; the log-probs of pi
+    are those of sampling. The sum over T is a response's log ratio."""
     prompts, ids, mask, log_probs = rollouts.flat()
     ratios = log_probs.cpu().clone()  # (R, T)
     for rows in micro_batches(rollouts.lengths(), reference.micro_batch_tokens):
@@ -472,8 +462,6 @@ def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
 
 
 def kl_estimate(ratios: torch.Tensor) -> float:
-    """KL(pi || pi_ref) in nats a response, from (B, n, T) log ratios of tokens: E[1/w - 1 + log w] summed over tokens.
-
-    It is unbiased, and never negative, unlike the mean of log w (Schulman's k3).
-    """
+    """KL(pi || pi_ref) in nats a response, from (B, n, T) log ratios of tokens: E[1/w - 1 + log w] summed over tokens,
+    which is unbiased and, unlike the mean of log w, never negative (Schulman's k3)."""
     return ((-ratios).exp() - 1 + ratios).sum(-1).mean().item()

@@ -74,8 +74,7 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
         args = tyro.cli(Args, default=Args(**saved), description=sys.modules[main.__module__].__doc__)
         changed = [f"--{x.replace('_', '-')}" for x in saved if x != "resume" and getattr(args, x) != saved[x]]
         if known.resume and changed:
-            others = ", ".join(changed)
-            raise BadInput(f"{known.resume} has other arguments, and a run keeps its own: leave out {others}")
+            raise BadInput(f"{known.resume} keeps its own arguments: leave out {', '.join(changed)}")
         start(getattr(args, "device", "cpu"))
         main(args)
         stop()
@@ -152,8 +151,8 @@ class Run:
     """
 
     def __init__(self, args, *parts):
-        """args: RunArgs and the script's own, `task`, `steps`, `prompts_per_step` and `lr` among them; defaults that
-        depend on the task are filled in. parts: what the folder's name begins with. Raises BadInput."""
+        """args: RunArgs and the script's own, `task`, `steps`, `prompts_per_step` and `lr` among them. parts: what the
+        folder's name begins with. Raises BadInput."""
         check_args(args)
         self.args, self.parts, self.stopping, self.writer = args, parts, False, None
         self.task = load_task(args.task, args.data, args.sandbox)
@@ -197,29 +196,29 @@ class Run:
 
         args: verifier_model, verifier_problems, verifier_lr.
         """
-        args, policy, task = self.args, self.policy, self.task
+        args, policy, task, base = self.args, self.policy, self.task, self.policy.model.name_or_path
 
         def labelled_samples(problems: Sequence[Problem]):
-            """The problems, 8 responses to each, and their rewards."""
+            """8 responses to each problem, and their rewards."""
             generator = random_numbers(policy.device, "verifier")
             responses = decode(policy, sample(policy, self.encoded(problems), 8, args.max_new_tokens, 1.0, generator))
-            return problems, responses, task.verify(problems, responses).rewards
+            return responses, task.verify(problems, responses).rewards
 
         def train(folder: Path) -> None:
             chosen = training_batch(self.train, 0, min(args.verifier_problems, len(self.train)), seed=0)
-            base, lr = policy.model.name_or_path, args.verifier_lr
-            learned.trained_verifier(base, task, *labelled_samples(chosen), policy.device, lr).save(folder)
+            samples, lr = labelled_samples(chosen), args.verifier_lr
+            learned.trained_verifier(base, task, chosen, *samples, policy.device, lr).save(folder)
 
         if args.verifier_model:
             folder = args.verifier_model
         elif tiny_seed(args.model) is not None:
             recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}"
-            folder = cached(f"{Path(policy.model.name_or_path).name}-verifier-{recipe}", train)
+            folder = cached(f"{Path(base).name}-verifier-{recipe}", train)
         else:
             folder = self.folder / "verifier"
             in_first_process(lambda: write_whole(folder, train))
         verifier = learned.load_verifier(str(folder), task, policy.device)
-        _, responses, rewards = labelled_samples(self.test)
+        responses, rewards = labelled_samples(self.test)
         print(learned.quality(verifier.score([problem.prompt for problem in self.test], responses), rewards))
         self.task = learned.with_scores(task, verifier)
 
@@ -289,8 +288,7 @@ class Run:
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
         """Append a step's line to metrics.jsonl and one to timings.jsonl; the names in `shown` go to the progress bar.
 
-        rollouts: what was sampled in it, for the speed. Raises BadInput when ten steps in a row were skipped because
-        their gradients were not finite.
+        rollouts: what was sampled in it, for the speed. Raises BadInput when ten steps in a row were skipped.
         """
         seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
         timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
@@ -302,10 +300,8 @@ class Run:
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
-            raise BadInput(
-                "ten steps in a row had a loss or gradient that is not finite, and were skipped: lower --lr, raise "
-                f"--temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
-            )
+            mend = f"raise --temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
+            raise BadInput(f"ten steps in a row had a gradient that is not finite and were skipped: lower --lr, {mend}")
 
     def write(self, name: str, record: dict) -> None:
         """Append a record to a log of the first process, and its numbers to TensorBoard's where they are wanted."""
