@@ -163,6 +163,7 @@ def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):  # n
             assert result.returncode == 0, result.stderr.decode()
         else:  # in this process, which saves importing torch, and leaves it as it was
             monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+            monkeypatch.setattr(harness.policy, "tiny_policy_folder", lambda task, seed: skilled)  # no warm start
             monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
             dtype = torch.get_default_dtype()
             result = run(words[0], *flags)
