@@ -58,7 +58,7 @@ def make(args: Args, prompts: int) -> tuple[common.Policy, common.Rollouts, torc
 
 
 def ours(policy: common.Policy, rollouts: common.Rollouts, advantages: torch.Tensor) -> None:
-    common.accumulate_gradient(policy, rollouts, advantages, 1.0, budget=16384, clip=None)
+    common.accumulate_gradient(policy, rollouts, advantages)
 
 
 def naive(policy: common.Policy, rollouts: common.Rollouts, advantages: torch.Tensor) -> None:

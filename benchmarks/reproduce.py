@@ -26,20 +26,25 @@ from pathlib import Path
 
 import measure  # first: puts the repository on the path
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
+import bandit
 from verifiers import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PASS = "pass_at_k_pg.py --steps 150 --eval-every 30"  # 64 prompts x 16 samples a step
+PASS = "pass_at_k_pg.py --task arithmetic --log-kl --steps 150 --eval-every 30"  # 64 prompts x 16 samples a step
 PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
-MAJORITY = "majority_pg.py --k 8 --steps 100 --eval-every 25"
-BON = "bon_rl.py --steps 150 --eval-every 0"  # 32 prompts x 24 samples a step
+MAJORITY = "majority_pg.py --k 8 --log-kl --steps 100 --eval-every 25"
+BON = "bon_rl.py --task arithmetic --prompts-per-step 32 --steps 150 --eval-every 0"  # 32 prompts x 24 samples a step
 LEARNED = f"{BON} --verifier learned --N 8"
-SFT = "bon_sft.py --steps 150 --eval-every 0 --eval-N 8"
-SCORED = "bon_rl.py --N 8 --steps 0 --verifier learned --verifier-model {run:verifier}/verifier --model {run:%s}/policy"
+SFT = "bon_sft.py --task arithmetic --prompts-per-step 32 --steps 150 --eval-every 0 --eval-N 8"
+SCORED = (
+    "bon_rl.py --task arithmetic --N 8 --steps 0 --verifier learned --verifier-model {run:verifier}/verifier "
+    "--model {run:%s}/policy"
+)
 
 # Each is run for every seed, those of one tuple one after the other. {run:NAME}: the folder of that run.
 RUNS = {
@@ -72,9 +77,9 @@ RUNS = {
 # Run once, before: they leave the warm-started policies and the learned verifier in the cache, or in their folder.
 FIRST = {
     "chain": "majority_pg.py --steps 0 --eval-problems 1",
-    "arithmetic": "pass_at_k_pg.py --steps 0 --eval-problems 1",
+    "arithmetic": "pass_at_k_pg.py --task arithmetic --steps 0 --eval-problems 1",
     "programs": "pass_at_k_pg.py --task programs --steps 0 --eval-problems 1",
-    "verifier": "bon_rl.py --N 8 --steps 0 --verifier learned",
+    "verifier": "bon_rl.py --task arithmetic --N 8 --steps 0 --verifier learned",
 }
 QUICK = ("mean", "k16", "bon-exact")  # chosen when all seeds had been seen, for what they decide in ten minutes
 
@@ -111,7 +116,7 @@ class Claim:
 
 
 def claims() -> list[Claim]:
-    """What the papers saw (PAPERS.md, section 3) and what is compared here, as positive numbers where it holds."""
+    """What the papers saw and what is compared here, as positive numbers where it holds."""
 
     def less(metric, run, other, level="all"):
         return lambda r: r.change(run, metric, level) - r.change(other, metric, level)
@@ -276,7 +281,10 @@ class Results:
     def evaluations(self, name: str, temperature: float | None = None, part: int = 0) -> list[dict]:
         """Each: level -> metric -> [mean, standard error over problems], in the order of steps."""
         key, what = ("eval", None) if temperature is None else ("result", temperature)
-        return [record[key] for record in self.log(name, part) if key in record and record.get("eval_at") == what]
+        found = [record[key] for record in self.log(name, part) if key in record and record.get("eval_at") == what]
+        if not found:  # other temperatures are not evaluated by the run itself any more
+            raise KeyError(name)
+        return found
 
     def change(self, name: str, metric: str, level="all", temperature: float | None = None) -> float:
         """After less before; level: one, or several whose mean counts."""
@@ -308,25 +316,29 @@ def verdict(mean: float, ci: float) -> str:
 
 
 def bandit_rows(out: Path) -> list[dict]:
-    """B1-B3 by bandit.py, against both readings of its baseline."""
-    script, *flags = (command := "bandit.py --json --figure bandit.png").split()
-    output = subprocess.run([sys.executable, ROOT / script, *flags], cwd=out, check=True, capture_output=True).stdout
-    where = {"B1": "step 20", "B2": "KL 1.0", "B3": "step 400"}
-    papers = {
-        "B1": "bandit: the mean gradient raises the mean reward fastest (Fig. 1 left)",
-        "B2": "per unit of KL the k-sample gradients have more mean reward (Fig. 1 middle)",
-        "B3": "pass@k rises much faster with the k-sample gradients (Fig. 1 right)",
-    }
+    """B1-B3 on the bandit of Figure 1, against both readings of its baseline, and its figure."""
+    args = bandit.Args(figure=out / "bandit.png")
+    runs = {name: bandit.trajectory(args, name) for name in ("mean x k", "mean", "unbiased", "biased")}
+    bandit.save_figure(args.figure, runs, torch.linspace(0, 3, 61, dtype=torch.float64), args.k)
+    ours, one_nat = runs["unbiased"], torch.tensor([1.0], dtype=torch.float64)
     rows = []
-    for row in json.loads(output)["claims"]:
-        if row["estimator"] == "unbiased" and row["where"] == where[row["claim"]]:
-            pair = (row["baseline"], "unbiased")
+    for baseline in ("mean x k", "mean"):
+        less, theirs = f"unbiased less {baseline}", runs[baseline]
+        at_kl = bandit.mean_at_kl(ours, one_nat) - bandit.mean_at_kl(theirs, one_nat)  # (1, groups of seeds)
+        for claim, paper, what, values in (
+            ("B1", "bandit: the mean gradient raises the mean reward fastest (Fig. 1 left)",
+             f"{baseline} less unbiased, step 20", (theirs - ours)[20, 0]),
+            ("B2", "per unit of KL the k-sample gradients have more mean reward (Fig. 1 middle)",
+             f"{less}, KL 1.0", at_kl[0]),
+            ("B3", "pass@k rises much faster with the k-sample gradients (Fig. 1 right)",
+             f"{less}, step 400", (ours - theirs)[400, 1]),
+        ):  # fmt: skip
+            mean, ci = bandit.mean_and_ci(values)
             rows.append({
-                "claim": row["claim"], "paper": papers[row["claim"]], "mean": row["difference"], "ci95": row["ci95"],
-                "what": f"{' less '.join(pair if row['claim'] == 'B1' else pair[::-1])}, {row['where']}", "seeds": 1000,
-                "verdict": verdict(row["difference"], row["ci95"]), "runs": {"bandit": command},
+                "claim": claim, "paper": paper, "what": what, "mean": mean, "ci95": ci, "verdict": verdict(mean, ci),
+                "seeds": args.seeds, "runs": {"bandit": "bandit.py"},
             })  # fmt: skip
-    return sorted(rows, key=lambda row: (row["claim"], "mean x k" not in row["what"]))
+    return sorted(rows, key=lambda row: row["claim"])
 
 
 def claim_rows(runs: Runs) -> list[dict]:

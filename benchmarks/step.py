@@ -3,8 +3,8 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/step.py
 
-Ours is the step of pass_at_k_pg.py: sample, decode and verify, advantages, policy_gradient_step (its KL metric, which
-needs the initial policy, is left out; TRL with beta = 0 has none either). TRL runs its own `train()`; a callback
+Ours is the step of pass_at_k_pg.py: sample, decode and verify, advantages, policy_gradient_step (without a KL, which
+needs a copy of the policy; TRL with beta = 0 has none either). TRL runs its own `train()`; a callback
 reads the clock at on_step_begin and on_step_end and, after each of its steps, runs one of ours. Both have the
 same random weights, prompts, samples a prompt, response length (no response ends early), verifier, AdamW and
 gradient clipping. The reward is the same seeded draw, whatever the text says:
@@ -21,7 +21,6 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import measure  # first: puts the repository on the path
 import torch
@@ -30,6 +29,7 @@ import tyro
 
 import common
 import harness.policy
+import harness.run
 import pass_at_k_pg
 from verifiers import load_task
 
@@ -71,11 +71,10 @@ class OurStep:
         self.policy, self.task, self.problems, self.case = policy, task, problems, case
         self.n, self.k, self.tokens = n, k, tokens
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        self.args = SimpleNamespace(temperature=1.0, micro_batch_tokens=16384, epochs=1, clip=0.2, max_grad_norm=1.0)
         self.parts = []
 
     def __call__(self, step: int) -> None:
-        generator = common.step_generator(self.policy.device, 0, step)
+        generator = harness.run.random_numbers(self.policy.device, "step", step)
 
         def sample():
             prompts = harness.policy.encode_prompts(self.policy, self.task, self.problems, self.tokens)
@@ -88,9 +87,7 @@ class OurStep:
             self.advantages = pass_at_k_pg.advantages(rewards, k, estimator)
 
         def train():
-            self.stats = common.policy_gradient_step(
-                self.policy, self.optimizer, self.rollouts, self.advantages, self.args
-            )
+            self.stats = common.policy_gradient_step(self.policy, self.optimizer, self.rollouts, self.advantages)
 
         part = {"sample": measure.seconds(sample), "verify": measure.seconds(verify), "train": measure.seconds(train)}
         part["total"] = sum(part.values())

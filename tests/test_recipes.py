@@ -11,7 +11,7 @@ import common
 import harness.policy
 from pass_at_k_pg import advantages
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "recipes"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 from trl_pass_at_k import pass_at_k_reward
 from verl_pass_at_k import register_adv_est, register_pass_at_k
 
@@ -125,7 +125,7 @@ def test_trl_step_has_our_gradient(name, tmp_path):
         tokenizer(order).input_ids, ids.view(B, N, -1), mask.view(B, N, -1), torch.zeros(B, N, ids.shape[1])
     )
     policy = common.Policy(model, tokenizer, [1])
-    common.accumulate_gradient(policy, rollouts, advantages(rewards, k + 1, "biased"), 1.0, 16384, None)
+    common.accumulate_gradient(policy, rollouts, advantages(rewards, k + 1, "biased"))
     for ours, theirs in zip(model.parameters(), seen["gradient"], strict=True):
         torch.testing.assert_close(theirs, ours.grad, rtol=1e-4, atol=1e-6)
 

@@ -27,10 +27,10 @@ def test_every_run_is_a_command_that_its_script_takes():
         tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
 
 
-def test_readme_has_the_command_of_every_run():
+def test_the_readme_of_benchmarks_has_the_command_of_every_run():
     commands = {name: c if isinstance(c, tuple) else (c,) for name, c in reproduce.RUNS.items()}
     lines = [f"{'' if i else name:<20}{part}" for name, parts in commands.items() for i, part in enumerate(parts)]
-    assert "\n".join(lines) in (ROOT / "README.md").read_text()
+    assert "\n".join(lines) in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_every_claim_is_about_runs_that_are_made():

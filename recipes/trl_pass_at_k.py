@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # or paste pass_at_k_pg.advantages, one function of one tensor
+sys.path.insert(0, str(Path(__file__).parents[1]))  # or paste pass_at_k_pg.advantages, one function of one tensor
 
 import torch
 

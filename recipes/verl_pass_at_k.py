@@ -13,7 +13,7 @@ the rows of the global batch, so the advantages here are n times ours, which mak
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # or paste pass_at_k_pg.advantages, one function of one tensor
+sys.path.insert(0, str(Path(__file__).parents[1]))  # or paste pass_at_k_pg.advantages, one function of one tensor
 
 import torch
 
