@@ -143,17 +143,24 @@ def maximiser(q: torch.Tensor, slope: Callable[[torch.Tensor], torch.Tensor]) ->
     pi_y is where F'_y = mu, or the end of [0, 1] nearest to it, and sum_y pi_y falls as mu grows: bisection of log mu,
     and inside it of pi.
     """
-    low, high = torch.full_like(q[:, :1], -100.0), torch.full_like(q[:, :1], 100.0)  # (P, 1)
-    for _ in range(60):
-        log_mu = (low + high) / 2
+
+    def at(log_mu: torch.Tensor) -> torch.Tensor:
         left, right = torch.zeros_like(q), torch.ones_like(q)  # (P, 8)
         for _ in range(55):
             pi = (left + right) / 2
             steep = slope(pi) > log_mu.exp()
             left, right = torch.where(steep, pi, left), torch.where(steep, right, pi)
-        pi = right * (q > 0)
-        many = pi.sum(-1, keepdim=True) > 1
+        return pi
+
+    low, high = torch.full_like(q[:, :1], -100.0), torch.full_like(q[:, :1], 100.0)  # (P, 1)
+    for _ in range(60):
+        log_mu = (low + high) / 2
+        many = at(log_mu).sum(-1, keepdim=True) > 1
         low, high = torch.where(many, log_mu, low), torch.where(many, high, log_mu)
+    # Where F is nearly straight the last bit of mu moves pi: the point between the two ends that adds up to 1.
+    more, less = at(low), at(high)
+    share = (1 - less.sum(-1, keepdim=True)) / (more - less).sum(-1, keepdim=True).clamp(min=1e-300)  # (P, 1)
+    pi = torch.lerp(less, more, share.clamp(0, 1))
     return pi / pi.sum(-1, keepdim=True)
 
 
@@ -172,7 +179,7 @@ def maxrl_policy(q: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def frontier_policy(q: torch.Tensor, weight: float, k: int) -> torch.Tensor:
-    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight < 1: (P, 8). No policy has more of both."""
+    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight <= 1: (P, 8). No policy has more of both."""
     return maximiser(q, lambda pi: q * (weight + (1 - weight) * k * (1 - pi) ** (k - 1)))
 
 
@@ -216,8 +223,7 @@ def frontier(q: torch.Tensor, weights: torch.Tensor, k: int, points: int = 101) 
 
     weights: (P,) of the prompts. Returns (points, 2) float64. All prompts share one trade-off: it maximises the mean.
     """
-    policies = [frontier_policy(q, w, k) for w in torch.linspace(0, 1, points, dtype=torch.float64)[:-1].tolist()]
-    policies.append(best_policy(q, 1))
+    policies = [frontier_policy(q, weight, k) for weight in torch.linspace(0, 1, points, dtype=torch.float64).tolist()]
     return torch.stack([torch.stack([weights @ pass_at_k(q, pi, j) for j in (1, k)]) for pi in policies])
 
 
