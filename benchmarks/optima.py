@@ -160,7 +160,7 @@ def maximiser(q: torch.Tensor, slope: Callable[[torch.Tensor], torch.Tensor]) ->
     # Where F is nearly straight the last bit of mu moves pi: the point between the two ends that adds up to 1.
     more, less = at(low), at(high)
     share = (1 - less.sum(-1, keepdim=True)) / (more - less).sum(-1, keepdim=True).clamp(min=1e-300)  # (P, 1)
-    pi = torch.lerp(less, more, share.clamp(0, 1))
+    pi = torch.lerp(less, more, share.clamp(0, 1)).where(q > 0, 0.0)
     return pi / pi.sum(-1, keepdim=True)
 
 

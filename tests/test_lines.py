@@ -152,7 +152,7 @@ def maxrl(pi, n=16):
     return sum(optima.pass_at_k(Q, pi, j) / j for j in range(1, n))
 
 
-def trade(pi, weight=0.3, k=8):
+def trade(pi, weight, k):
     return weight * optima.pass_at_k(Q, pi, 1) + (1 - weight) * optima.pass_at_k(Q, pi, k)
 
 
@@ -165,7 +165,8 @@ OPTIMA = {
     "SFT": (lambda pi: torch.special.xlogy(Q, pi).sum(-1), lambda: Q),
     "BoN-SFT": (bon_sft, lambda: optima.bon_sft_policy(Q, 8)),
     "MaxRL": (maxrl, lambda: optima.maxrl_policy(Q, 16)),
-    "frontier": (trade, lambda: optima.frontier_policy(Q, 0.3, 8)),
+    "frontier": (lambda pi: trade(pi, 0.3, 8), lambda: optima.frontier_policy(Q, 0.3, 8)),
+    "frontier, nearly straight": (lambda pi: trade(pi, 0.9, 32), lambda: optima.frontier_policy(Q, 0.9, 32)),
     "mean - beta KL": (
         lambda pi: (Q * pi).sum(-1) - 0.5 * kl_to_uniform(pi),
         lambda: optima.mean_kl_policy(Q, 0.5, optima.uniform(Q)),
