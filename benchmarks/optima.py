@@ -332,9 +332,9 @@ def predictions() -> dict:
     return {
         "policies": {name: {f"pass@{k}": round(tries(name, k), 4) for k in TRIES} for name in policy},
         "verifier": {  # one that scores by q: of the base policy's samples, and of those of the best for one try
-            "AUC within problems": round(auc_within(q, base, q, weights), 4),
-            **{name: {f"bon@{N}": round(selected(name, N), 4) for N in TRIES} for name in ("base", "k1")},
-        },
+            name: {f"bon@{N}": round(selected(name, N), 4) for N in TRIES} for name in ("base", "k1")
+        }
+        | {"AUC within problems": round(auc_within(q, base, q, weights), 4)},
         "claims": [
             {"claim": claim, "what": what, "predicted": value if value is None else round(value, 4)}
             for claim, what, value in rows
