@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import measure  # first: puts the repository on the path
-
 import numpy as np
+import optima
 import tyro
 
-import optima
 from verifiers.lines import best_policy
 
 KS = (8, 32)  # the panels
