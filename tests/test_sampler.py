@@ -78,6 +78,24 @@ def test_bfloat16_autocast_samples_and_trains_nearly_alike(policy, monkeypatch):
     assert (half - whole).norm() < 0.03 * whole.norm()
 
 
+def test_keys_and_values_are_kept_in_the_type_of_autocast(policy, monkeypatch):
+    """Rotary embeddings leave keys in float32: kept so they would take twice the memory, and be cast at every token."""
+    kept, update = set(), common.CompactCache.update
+
+    def noted(*args, **options):
+        keys, values = update(*args, **options)
+        kept.update((keys.dtype, values.dtype))
+        return keys, values
+
+    monkeypatch.setattr(common.CompactCache, "update", noted)
+    rollouts_of(policy)
+    assert kept == {torch.float32}
+    kept.clear()
+    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    rollouts_of(policy)
+    assert kept == {torch.bfloat16}
+
+
 def test_responses_end_at_a_stop_token_and_filler_is_masked(policy):
     rollouts, stop = rollouts_of(policy, n=16), torch.tensor(policy.stop_ids)
     length = rollouts.mask.sum(-1)
