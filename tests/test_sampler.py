@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import common
+import harness.policy
 from verifiers import BadInput
 
 ARCHITECTURES = {
@@ -233,6 +236,28 @@ def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, co
     expected = naive_gradient(policy, rollouts, advantages, 0.8)
     actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, budget, None))
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.slow
+def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
+    """Resuming bit for bit needs it: no sum may be taken in the order in which interrupted threads come by."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=99, max_position_embeddings=256, **harness.policy.TINY)
+    policy = common.Policy(AutoModelForCausalLM.from_config(config).eval(), None, [1])
+    prompts = [[5 + i, 7, 9 + i, 11] for i in range(16)]
+    A, outcomes = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), []
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        for _ in range(4):
+            rollouts = common.sample(policy, prompts, 16, 8, 1.0, torch.Generator().manual_seed(1))
+            g = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A))
+            outcomes.append((rollouts.log_probs, g))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    for log_probs, g in outcomes[1:]:
+        assert torch.equal(log_probs, outcomes[0][0]) and torch.equal(g, outcomes[0][1])
 
 
 def test_gradient_with_a_chunked_output_layer(policy, monkeypatch):
