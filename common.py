@@ -92,8 +92,7 @@ def checked_rewards(rewards: torch.Tensor, k: int, name: str = "rewards") -> tor
 def subset_weights(n: int, k: int) -> torch.Tensor:
     """Share of the k-subsets of n sorted samples whose last is the i-th: C(i-1, k-1) / C(n, k), i = 1..n. (n,) float64.
 
-    The product form neither overflows nor cancels: w_n = k/n and w_i = w_{i+1} (i+1-k)/i.
-    """
+    The product form neither overflows nor cancels: w_n = k/n and w_i = w_{i+1} (i+1-k)/i."""
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
     i = torch.arange(n - 1, 0, -1, dtype=torch.float64)  # n-1 .. 1
@@ -111,8 +110,7 @@ def ranks(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def win_shares(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Chance that the i-th of n samples wins (scores highest) in a random k-subset; equal scores share.
 
-    scores: (B, n), n >= k. Returns (B, n) float64, each row with sum 1. Raises ValueError unless 1 <= k <= n.
-    """
+    scores: (B, n), n >= k. Returns (B, n) float64, each row with sum 1. Raises ValueError unless 1 <= k <= n."""
     inside = F.pad(subset_weights(scores.shape[-1], k).cumsum(0), (1, 0)).to(scores.device)  # (n+1,): C(j, k) / C(n, k)
     low, high = ranks(scores)
     return (inside[high] - inside[low]) / (high - low)
@@ -121,18 +119,16 @@ def win_shares(scores: torch.Tensor, k: int) -> torch.Tensor:
 def best_of_k(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
     """Best-of-k: the expected reward of the sample that scores highest among k, over all k-subsets of n, exactly.
 
-    scores, rewards: (B, n), n >= k. Equal scores share: a tie is worth the mean reward of the tied samples.
-    Returns (B,) float64. Raises ValueError unless 1 <= k <= n.
-    """
+    scores, rewards: (B, n), n >= k. Equal scores share: a tie is worth the mean reward of the tied samples. Returns
+    (B,) float64. Raises ValueError unless 1 <= k <= n."""
     return (win_shares(scores, k) * rewards).sum(-1)
 
 
 def pass_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:
     """pass@k, and max@k for real-valued rewards: the mean of max over all k-subsets of n samples, exactly.
 
-    rewards: (B, n), n >= k. Returns (B,) float64; for 0/1 rewards it is 1 - C(n-c, k) / C(n, k).
-    Raises ValueError unless 1 <= k <= n.
-    """
+    rewards: (B, n), n >= k. Returns (B,) float64; for 0/1 rewards it is 1 - C(n-c, k) / C(n, k). Raises ValueError
+    unless 1 <= k <= n."""
     return best_of_k(rewards, rewards, k)
 
 
@@ -143,8 +139,7 @@ def best_of_n_tilt(N: int) -> float:
 
         ((l-1) e^l + 1) / (e^l - 1) - log((e^l - 1) / l)  =  log N - (N-1)/N
 
-    whose left side is written in e^-l, which neither overflows nor cancels at large l. Raises ValueError for N < 1.
-    """
+    whose left side is written in e^-l, which neither overflows nor cancels at large l. Raises ValueError for N < 1."""
     if N < 1:
         raise ValueError(f"N must be at least 1, not {N}")
     low, high = 0.0, N + 2.0
@@ -245,9 +240,11 @@ def halved(amount: int, least: int, error: RuntimeError, what: str) -> int:
     return amount // 2
 
 
-def new_cache(model: torch.nn.Module) -> DynamicCache:
-    """An empty cache of keys and values."""
-    return DynamicCache(config=model.config)
+class CompactCache(DynamicCache):
+    """Keys are kept in the type of values: under autocast rotary embeddings leave them in float32, twice the memory."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *where, **options) -> tuple:
+        return super().update(key_states.to(value_states.dtype), value_states, *where, **options)
 
 
 @torch.no_grad()
@@ -259,8 +256,7 @@ def sample(
 
     A random number belongs to a response and a position, so that the tokens do not depend on `policy.sample_rows`.
     Prompts may differ in length. Runs on the policy's device and returns there. Raises BadInput when memory runs out
-    with a single response.
-    """
+    with a single response."""
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
     uniform = torch.rand(len(rows), max_new_tokens, generator=generator, device=policy.device)  # (R, max_new_tokens)
@@ -283,15 +279,14 @@ def sample(
 def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor, temperature: float) -> tuple:
     """One response to each of R prompts, from the uniform random numbers (R, T): ids, mask and log_probs, each (R, T).
 
-    Equal prompts are read once and share their keys and values. Finished rows leave the batch when half of it is done.
-    """
+    Equal prompts are read once and share keys and values. Finished rows leave the batch when half of it is done."""
     model, device, (R, T) = policy.model, policy.device, uniform.shape
     stop_ids = torch.tensor(policy.stop_ids, device=device)
     ids = torch.zeros(R, T, dtype=torch.int64, device=device)
     mask, log_probs = torch.zeros(R, T, dtype=torch.bool, device=device), torch.zeros(R, T, device=device)
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)  # (R,): among G prompts
-    cache = new_cache(model)
+    cache = CompactCache(config=model.config)
 
     def next_scores(tokens: torch.Tensor, seen: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Logits (rows, V) behind the last of these tokens, whose keys and values join the cache."""
@@ -418,8 +413,7 @@ def policy_gradient_step(
 
     advantages: (B, n), sum convention. average_gradients: what several processes do before gradients are clipped.
     Returns the metrics of the last step: loss, grad_norm, signal (the share of rows with an advantage), and skipped: 1
-    if the gradient was not finite and the policy stayed as it was. Raises BadInput when memory runs out with one row.
-    """
+    if the gradient was not finite and the policy stayed as it was. Raises BadInput if memory lacks for one row."""
     skipped, parameters, longest = 0, list(policy.model.parameters()), int(rollouts.lengths().max())
     for _ in range(epochs):
         loss = None
@@ -456,8 +450,7 @@ def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
     """Advantages of the objective -KL(pi || pi_ref), to be added to a reward's with a coefficient. (B, n), n >= 2.
 
     ratios: (B, n, T) from `log_ratios`. KL is a mean-type objective whose reward is -log(pi(y) / pi_ref(y)) a sample:
-    it has its own leave-one-out baseline and never passes through max or a vote. Tang trains J_k - beta KL.
-    """
+    it has its own leave-one-out baseline and never passes through max or a vote. Tang trains J_k - beta KL."""
     return mean_advantages(-ratios.sum(-1))
 
 

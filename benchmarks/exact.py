@@ -20,7 +20,7 @@ import torch
 import tyro
 
 import common
-import harness.policy
+from harness.policy import encode_prompts, expert_rollouts, load_policy
 from verifiers import Problem, Task, load_task
 from verifiers.lines import fitting_lines, posterior
 
@@ -40,12 +40,12 @@ def candidate_log_probs(
     a gradient of all held-out prompts at once wants their mean as one scalar, or smaller parts that add up.
     """
     candidates = [fitting_lines(problem.prompt) for problem in problems]
-    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
+    prompts = encode_prompts(policy, task, problems, task.max_new_tokens)
     pairs = [(prompt, line) for prompt, lines in zip(prompts, candidates) for line in lines]
     values = []
     for i in range(0, len(pairs), rows):
         prompt_ids, responses = zip(*pairs[i : i + rows])
-        rollouts = harness.policy.expert_rollouts(policy, task, list(prompt_ids), responses)
+        rollouts = expert_rollouts(policy, task, list(prompt_ids), responses)
         ids, mask = rollouts.ids.squeeze(1), rollouts.mask.squeeze(1)  # (R, 1, T) -> (R, T)
         log_probs = common.response_log_probs(policy, rollouts.prompts, ids, mask, temperature)
         values.append(log_probs.double().sum(-1).cpu())  # (R,)
@@ -77,7 +77,7 @@ def exact_metrics(
 
 def main(args: Args) -> None:
     task = load_task("lines")
-    base, policy = (harness.policy.load_policy(model, task, "cpu") for model in ("tiny", args.model))
+    base, policy = (load_policy(model, task, "cpu") for model in ("tiny", args.model))
     problems = optima.prompts_once()
     with torch.no_grad():
         base_log_pi, log_pi = (candidate_log_probs(p, task, problems) for p in (base, policy))

@@ -113,6 +113,19 @@ def best_of_n(q: torch.Tensor, pi: torch.Tensor, scores: torch.Tensor, N: int) -
     return (q * pi_bon).sum(-1)
 
 
+def auc_within(q: torch.Tensor, pi: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor, n: int = 8) -> float:
+    """A verifier's AUC within problems: the chance that it scores a right sample above a wrong one to the same prompt,
+    ties counting one half, over the problems whose n samples hold both.
+
+    q, pi, scores: (P, 8); weights: (P,) of the prompts. Responses elsewhere score lowest of all. Where y is right a
+    wrong sample is one from pi without y, and n samples hold both kinds with chance 1 - (1-pi_y)^n - pi_y^n.
+    """
+    lower = (scores.unsqueeze(-2) < scores.unsqueeze(-1)) + 0.5 * (scores.unsqueeze(-2) == scores.unsqueeze(-1))
+    beaten = (pi.unsqueeze(-2) * lower).sum(-1) - pi / 2 + 1 - pi.sum(-1, keepdim=True)  # (P, 8, 8) -> (P, 8)
+    both = weights.unsqueeze(-1) * q * (1 - (1 - pi) ** n - pi**n)  # (P, 8)
+    return ((both * beaten / (1 - pi).clamp(min=1e-300)).sum() / both.sum()).item()
+
+
 def kl(pi: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """KL(pi || base) in nats, (P,), with everything elsewhere taken as one response: a lower bound on the true one."""
     pi, base = (torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)], -1) for p in (pi, base))  # (P, 9)
@@ -143,17 +156,24 @@ def maximiser(q: torch.Tensor, slope: Callable[[torch.Tensor], torch.Tensor]) ->
     pi_y is where F'_y = mu, or the end of [0, 1] nearest to it, and sum_y pi_y falls as mu grows: bisection of log mu,
     and inside it of pi.
     """
-    low, high = torch.full_like(q[:, :1], -100.0), torch.full_like(q[:, :1], 100.0)  # (P, 1)
-    for _ in range(60):
-        log_mu = (low + high) / 2
+
+    def at(log_mu: torch.Tensor) -> torch.Tensor:
         left, right = torch.zeros_like(q), torch.ones_like(q)  # (P, 8)
         for _ in range(55):
             pi = (left + right) / 2
             steep = slope(pi) > log_mu.exp()
             left, right = torch.where(steep, pi, left), torch.where(steep, right, pi)
-        pi = right * (q > 0)
-        many = pi.sum(-1, keepdim=True) > 1
+        return pi
+
+    low, high = torch.full_like(q[:, :1], -100.0), torch.full_like(q[:, :1], 100.0)  # (P, 1)
+    for _ in range(60):
+        log_mu = (low + high) / 2
+        many = at(log_mu).sum(-1, keepdim=True) > 1
         low, high = torch.where(many, log_mu, low), torch.where(many, high, log_mu)
+    # Where F is nearly straight the last bit of mu moves pi: the point between the two ends that adds up to 1.
+    more, less = at(low), at(high)
+    share = (1 - less.sum(-1, keepdim=True)) / (more - less).sum(-1, keepdim=True).clamp(min=1e-300)  # (P, 1)
+    pi = torch.lerp(less, more, share.clamp(0, 1)).where(q > 0, 0.0)
     return pi / pi.sum(-1, keepdim=True)
 
 
@@ -172,7 +192,7 @@ def maxrl_policy(q: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def frontier_policy(q: torch.Tensor, weight: float, k: int) -> torch.Tensor:
-    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight < 1: (P, 8). No policy has more of both."""
+    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight <= 1: (P, 8). No policy has more of both."""
     return maximiser(q, lambda pi: q * (weight + (1 - weight) * k * (1 - pi) ** (k - 1)))
 
 
@@ -216,8 +236,7 @@ def frontier(q: torch.Tensor, weights: torch.Tensor, k: int, points: int = 101) 
 
     weights: (P,) of the prompts. Returns (points, 2) float64. All prompts share one trade-off: it maximises the mean.
     """
-    policies = [frontier_policy(q, w, k) for w in torch.linspace(0, 1, points, dtype=torch.float64)[:-1].tolist()]
-    policies.append(best_policy(q, 1))
+    policies = [frontier_policy(q, weight, k) for weight in torch.linspace(0, 1, points, dtype=torch.float64).tolist()]
     return torch.stack([torch.stack([weights @ pass_at_k(q, pi, j) for j in (1, k)]) for pi in policies])
 
 
@@ -239,7 +258,7 @@ def optima(q: torch.Tensor) -> dict[str, torch.Tensor]:
     """What each objective tends to, by name: (P, 8) each."""
     return {
         "base": uniform(q),
-        **{f"k{k}": best_policy(q, k) for k in (1, 2, 3, 4, 7, 8, 16, 32)},
+        **{f"k{k}": best_policy(q, k) for k in (1, 2, 3, 4, 7, 8, 15, 16, 32)},
         "sft": q,
         **{f"bon-sft-{N}": bon_sft_policy(q, N) for N in (8, 16, 32)},
         "maxrl-16": maxrl_policy(q, 16),
@@ -271,52 +290,57 @@ def predictions() -> dict:
         return mean(best_of_n(q, policy[name], q, N))
 
     votes = {}
-    for beta in (0.3, 0.5, 0.8):
-        majority, average = majority_kl_policy(q, beta, base), mean_kl_policy(q, beta, base)
+    for beta in (0.3, 0.5, 0.8):  # biased advantages of k = 8 ascend maj@7
+        majority, average = majority_kl_policy(q, beta, base, 7), mean_kl_policy(q, beta, base)
         at_kl = mean_kl_policy_at(q, weights, base, mean(kl(majority, base)))
         maj = [mean(maj_at_k(q, pi, 8)) for pi in (majority, average, at_kl)]
         votes[beta] = maj[0] - maj[1], maj[0] - maj[2], mean(kl(majority, base)) - mean(kl(average, base))
-    hard = (6, 7, 8)
+    hard, after = (6, 7, 8), "after less before"
     rows = [
         *((claim, "bandit, not this task", None) for claim in ("B1", "B2", "B3")),
         ("M1", "pass@4, k = 4 less mean", gain("k4", 4, "k1")),
         *(("M1", f"the same, level {x}", gain("k4", 4, "k1", (x,))) for x in range(1, 9)),
-        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", k, "k1")) for k in (2, 4, 8, 16, 32)),
         ("M2", "advantage at k = 16 less that at k = 2", gain("k16", 16, "k1") - gain("k2", 2, "k1")),
-        ("M3", "pass@1, mean less k = 8, levels 6 to 8", gain("k1", 1, "k8", hard)),
-        ("M3", "pass@8, k = 8 less mean, the same", gain("k8", 8, "k1", hard)),
+        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", k, "k1")) for k in (2, 4, 8, 16, 32)),
+        ("M3", "pass@8, k = 8 less mean, levels 6 to 8", gain("k8", 8, "k1", hard)),
+        ("M3", "pass@1, mean less k = 8, the same", gain("k1", 1, "k8", hard)),
         ("M3", "pass@32, k = 8 less mean, the same", gain("k8", 32, "k1", hard)),
-        ("M4", "pass@1, mean less k = 8", gain("k1", 1, "k8")),
         ("M4", "pass@8, k = 8 less mean", gain("k8", 8, "k1")),
+        ("M4", "pass@1, mean less k = 8", gain("k1", 1, "k8")),
         ("M4", "pass@32, k = 8 less mean", gain("k8", 32, "k1")),
-        ("M4", "the same on programs", None),
-        *(("M5", f"maj@8, majority less mean, beta = {beta}", value) for beta, (value, _, _) in votes.items()),
-        *(("M5", f"KL, the same, beta = {beta}", value) for beta, (_, _, value) in votes.items()),
-        *(("M5", f"maj@8 at equal KL, beta = {beta}", value) for beta, (_, value, _) in votes.items()),
-        ("M5", "the same on chain", None),
-        *(("C1", f"bon@{N}, a verifier that knows q, base", selected("base", N)) for N in TRIES),
-        *(("C1", f"bon@{N}, the same, after less before", selected("k1", N) - selected("base", N)) for N in TRIES),
-        ("C1", "bon@8, BoN-RL-V less plain RL, a verifier that knows q", 0.0),
-        ("C1", "bon@8, BoN-RL-V less plain RL, the learned verifier", None),
-        *(("C2", f"pass@{k}, BoN-RL-S with N = 8, after less before", gain("k8", k)) for k in (8, 16, 32)),
-        ("C3", "pass@16, BoN-RLB(P) with N = 8, after less before", gain("k8", 16)),
+        *(("M4", f"on programs: {what}", None)
+          for what in ("pass@8, k = 8 less mean", "pass@1, mean less k = 8", "pass@32, k = 8 less mean")),
+        *(("M5", f"maj@8 at equal KL, that of majority at beta = {beta}", votes[beta][1]) for beta in (0.5, 0.3, 0.8)),
+        *(("M5", f"maj@8, majority less mean, beta = {beta}", votes[beta][0]) for beta in votes),
+        *(("M5", f"KL, majority less mean, beta = {beta}", votes[beta][2]) for beta in votes),
+        *(("C1", f"bon@{N}, BoN-RL-V with N = 8, {after}", selected("k1", N) - selected("base", N))
+          for N in (8, 1, 2, 4, 16, 32)),
+        *(("C1", f"bon@{N}, BoN-RL-V less plain RL", 0.0) for N in (8, 32)),
+        ("C1", "AUC within problems, the posterior less the verifier", None),
+        ("C1", "bon@8 less the verifier's own first choice, after", None),
+        *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("k8", k)) for k in (16, 8, 32)),
+        *(("C2", f"pass@{k}, the same, exact", gain("k8", k)) for k in (16, 8, 32)),
+        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("k8", 16)),
         ("C3", "pass@16, mean, before less after", -gain("k1", 16)),
         ("C3", "pass@16, BoN-RLB(P) less mean", gain("k8", 16, "k1")),
         ("C3", "pass@32, BoN-RLB(P) less mean", gain("k8", 32, "k1")),
-        *(("C4", f"bon@{N}, SFT, before less after", -gain("sft", N)) for N in (8, 16, 32)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8, after less before", gain("bon-sft-8", N)) for N in (8, 16, 32)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft-8", N, "sft")) for N in (8, 16, 32)),
-        ("C5", "N = 8: pass@2, after less before", gain("k8", 2)),
-        ("C5", "N = 8: pass@16", gain("k8", 16)),
+        *(("C4", f"bon@{N}, SFT, before less after", -gain("sft", N)) for N in (16, 8, 32)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft-8", N)) for N in (16, 8, 32)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft-8", N, "sft")) for N in (16, 8, 32)),
+        *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", k)) for k in (16, 2, 4, 32)),
         ("C5", "N = 2: pass@16", gain("k2", 16)),
         ("C5", "N = 16: pass@2", gain("k16", 2)),
         *(("C5", f"N = 8: pass@8 at temperature {T}", gain("k8", 8, temperature=T)) for T in (0.7, 1.3)),
-        ("E1", "pass@4, k = 4: n = 16 less n = k at equal samples", 0.0),
-        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", k, f"k{k - 1}")) for k in (2, 4, 8)),
+        ("E1", "pass@8, k = 8: n = 16 less n = k at equal samples", 0.0),
+        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", k, f"k{k - 1}")) for k in (4, 2, 8, 16)),
         ("E3", "pass@32, k = 16 less k = 4", gain("k16", 32, "k4")),
     ]  # fmt: skip
     return {
         "policies": {name: {f"pass@{k}": round(tries(name, k), 4) for k in TRIES} for name in policy},
+        "verifier": {  # one that scores by q: of the base policy's samples, and of those of the best for one try
+            name: {f"bon@{N}": round(selected(name, N), 4) for N in TRIES} for name in ("base", "k1")
+        }
+        | {"AUC within problems": round(auc_within(q, base, q, weights), 4)},
         "claims": [
             {"claim": claim, "what": what, "predicted": value if value is None else round(value, 4)}
             for claim, what, value in rows

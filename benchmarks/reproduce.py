@@ -1,194 +1,312 @@
-"""The papers' claims (B1-B3, M1-M5, C1-C5) and three questions neither paper asks, on the embedded tasks, over seeds.
+"""The papers' claims (B1-B3, M1-M5, C1-C5) and three questions neither paper asks: predicted, then measured on `lines`.
 
-    python benchmarks/reproduce.py            # 5 seeds
-    python benchmarks/reproduce.py --quick    # 3 seeds of three settings: B1-B3, some of M2, C2, C5
+    python benchmarks/reproduce.py               # 5 seeds of 26 settings
+    python benchmarks/reproduce.py --quick       # 3 seeds of five settings, which the whole takes over
+    python benchmarks/reproduce.py --report      # runs nothing: the tables of what there is
+    python benchmarks/reproduce.py --programs    # M4 on `programs`, too: two settings more
 
-Every number comes from RUNS, which are commands to be run by themselves, too; `claims` says what is made of them. Both
-were fixed before the seeds were run. A run that was stopped is resumed, one that is done is not made again, those of
---quick neither. Writes results.json, table.md and figures to --out. Differences are paired by seed; ± is a 95%
-confidence interval over seeds (Student's t). The seeds vary the order of prompts and the sampling; initial policy and
-held-out problems are the same.
+Every number comes from RUNS, which are commands to be run by themselves, too: 60 steps of about 1024 samples (64
+prompts x 16, or as many in other groups), some 45 s each on one thread. 26 settings x 5 seeds, two at a time, are 50
+minutes, the warm starts 10, the exact evaluations 5. A run that was stopped is resumed, a finished one not made again.
+
+Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
+without sampling (exact.py) on every held-out prompt and on every training prompt; exact.json lies beside the run.
+predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory says of the optima.
+These are limits, not where 60 steps end: so the verdict is on the sign of what the claim says, and beside it stands the
+share of the predicted change that was reached. Differences are paired by seed; ± is a 95% confidence interval over
+seeds (Student's t). Writes results.json, tables and the measured points of frontier.py to --out.
 """
 
+import datetime
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import measure  # first: puts the repository on the path
+import exact  # first: it puts the repository on the path
+import measure
 import numpy as np
+import optima
 import torch
 import tyro
 from tqdm import tqdm
 
 import bandit
-from verifiers import BadInput
+from harness.policy import load_policy, tiny_policy_folder
+from verifiers import BadInput, Problem, learned, load_task
+from verifiers.lines import fitting_lines, posterior
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
 
-PASS = "pass_at_k_pg.py --task arithmetic --log-kl --steps 150 --eval-every 30"  # 64 prompts x 16 samples a step
+FORMALITY = "--eval-every 0 --eval-problems 1 --eval-n 32"  # the scripts' own evaluation, by sampling, is not used
+SHARED = f"--steps 60 --lr 1e-4 {FORMALITY}"
+PASS = f"pass_at_k_pg.py {SHARED}"  # 64 prompts x 16 samples a step
+BON = f"bon_rl.py {SHARED} --N 8 --n 16"
+VERIFIER_PROBLEMS = 2000
+LEARNED = f"{BON} --verifier learned --verifier-problems {VERIFIER_PROBLEMS}"
+VOTE = f"majority_pg.py --task lines {SHARED} --k 8 --prompts-per-step 64"
+SFT = f"bon_sft.py {SHARED} --likelihood exact --eval-N 8"
 PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
-MAJORITY = "majority_pg.py --k 8 --log-kl --steps 100 --eval-every 25"
-BON = "bon_rl.py --task arithmetic --prompts-per-step 32 --steps 150 --eval-every 0"  # 32 prompts x 24 samples a step
-LEARNED = f"{BON} --verifier learned --N 8"
-SFT = "bon_sft.py --task arithmetic --prompts-per-step 32 --steps 150 --eval-every 0 --eval-N 8"
-SCORED = (
-    "bon_rl.py --task arithmetic --N 8 --steps 0 --verifier learned --verifier-model {run:verifier}/verifier "
-    "--model {run:%s}/policy"
-)
 
-# Each is run for every seed, those of one tuple one after the other. {run:NAME}: the folder of that run.
+# Each is run for every seed s, with --model tiny-s --seed s behind.
 RUNS = {
-    "mean": f"{PASS} --k 4 --estimator mean",  # with --n 16 it is the same for every k
-    "k2": f"{PASS} --k 2",
-    "k4": f"{PASS} --k 4",
-    "k8": f"{PASS} --k 8",
-    "k16": f"{PASS} --k 16",
-    "k4-biased": f"{PASS} --k 4 --estimator biased",
-    "k4-n4": f"{PASS} --k 4 --n 4 --prompts-per-step 256",  # n = k, as many samples a step
-    "hard-mean": f"{PASS} --k 8 --estimator mean --levels 4 5",
-    "hard-k8": f"{PASS} --k 8 --levels 4 5",
-    "programs-mean": f"{PROGRAMS} --estimator mean",
-    "programs-k8": PROGRAMS,
-    "vote-mean": f"{MAJORITY} --estimator mean",
-    "vote-biased": f"{MAJORITY} --estimator biased",
-    "bon-mean": f"{BON} --N 8 --estimator mean",
-    "bon-exact": f"{BON} --N 8 --estimator exact",
-    "bon-variational": f"{BON} --N 8 --estimator variational",
-    "bon-rlb-positive": f"{BON} --N 8 --estimator rlb-positive",
-    "bon-exact-N2": f"{BON} --N 2 --n 24 --estimator exact",
-    "bon-exact-N16": f"{BON} --N 16 --n 24 --estimator exact",
+    "mean": f"{PASS} --k 4 --estimator mean",  # with n = 16 it is the same for every k
+    **{f"k{k}": f"{PASS} --k {k}" for k in (2, 4, 8, 16)},
+    "k32": f"{PASS} --k 32 --prompts-per-step 32",
+    "learned-exact": LEARNED,
+    **{f"k{k}-biased": f"{PASS} --k {k} --estimator biased" for k in (2, 4, 8, 16)},
+    "maxrl": f"{PASS} --k 16 --estimator maxrl",
+    "k8-n8": f"{PASS} --k 8 --n 8 --prompts-per-step 128",  # n = k, as many samples a step
+    "hard-mean": f"{PASS} --k 8 --estimator mean --levels 6 7 8",
+    "hard-k8": f"{PASS} --k 8 --levels 6 7 8",
     "learned-mean": f"{LEARNED} --estimator mean",
-    "learned-exact": f"{LEARNED} --estimator exact",
-    "learned-variational": f"{LEARNED} --estimator variational",
-    "sft": (f"{SFT} --N 1", SCORED % "sft"),
-    "bon-sft": (f"{SFT} --N 8", SCORED % "bon-sft"),
+    **{
+        f"vote-{estimator}-{beta}": f"{VOTE} --estimator {estimator} --kl-coef {beta}"
+        for beta, estimator in itertools.product((0.3, 0.5, 0.8), ("mean", "biased"))
+    },
+    "rlb-positive": f"{BON} --estimator rlb-positive",
+    "variational": f"bon_rl.py {SHARED} --N 8 --n 24 --prompts-per-step 43 --estimator variational",  # 3 groups of N
+    "sft": f"{SFT} --N 1",
+    "bon-sft": f"{SFT} --N 8",
 }
+ON_PROGRAMS = {"programs-mean": f"{PROGRAMS} --estimator mean", "programs-k8": PROGRAMS}
+BASE = f"pass_at_k_pg.py --steps 0 --k 4 {FORMALITY}"  # first of all: it leaves tiny-s in the cache
+QUICK = ("mean", "k4", "k8", "sft", "bon-sft")  # for what they decide in ten minutes: M1, M4, C4, some of C2, C3, C5
 
-# Run once, before: they leave the warm-started policies and the learned verifier in the cache, or in their folder.
-FIRST = {
-    "chain": "majority_pg.py --steps 0 --eval-problems 1",
-    "arithmetic": "pass_at_k_pg.py --task arithmetic --steps 0 --eval-problems 1",
-    "programs": "pass_at_k_pg.py --task programs --steps 0 --eval-problems 1",
-    "verifier": "bon_rl.py --task arithmetic --N 8 --steps 0 --verifier learned",
-}
-QUICK = ("mean", "k16", "bon-exact")  # chosen when all seeds had been seen, for what they decide in ten minutes
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}  # a run's: one thread, and a log that can be read
+# Policies of the frontier: name in the figure, and the number of tries that they are trained for.
+POLICIES = {
+    "base": ("base", None), "mean": ("mean", 1), **{f"k{k}": (f"unbiased, k = {k}", k) for k in (2, 4, 8, 16, 32)},
+    **{f"k{k}-biased": (f"biased, k = {k}", k) for k in (2, 4, 8, 16)}, "maxrl": ("MaxRL, n = 16", None),
+    "rlb-positive": ("BoN-RLB(P), N = 8", 8), "variational": ("BoN-RL variational, N = 8", 8),
+    "sft": ("SFT", None), "bon-sft": ("BoN-SFT, N = 8", 8),
+}  # fmt: skip
 
 
 @dataclass
 class Args:
     quick: bool = False
-    """three seeds of three settings, which the whole takes over"""
+    """three seeds of five settings"""
+    programs: bool = False
+    """M4 on `programs`, too"""
     seeds: int = 5
     """2 to 10"""
-    jobs: int = os.cpu_count() or 1
+    jobs: int = 2
     """runs at a time, each on one thread"""
     out: Path = Path("runs/reproduce")
     """folder of the runs, their logs and the results"""
     report: bool = False
     """run nothing, report what there is"""
+    publish: bool = False
+    """copy results.json beside this file, and its tables into README.md here and above, between their markers"""
 
+
+BEST_MEAN = "maj@8 of the highest mean reward at this KL"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is claimed
 # ---------------------------------------------------------------------------------------------------------------------
 
+PAPERS = {
+    "B1": "bandit: the mean gradient raises the mean reward fastest (Tang, Fig. 1 left)",
+    "B2": "per unit of KL the k-sample gradients have more mean reward (Fig. 1 middle)",
+    "B3": "pass@k rises much faster with the k-sample gradients (Fig. 1 right)",
+    "M1": "pass@k training at least the baseline on pass@4, by level (Fig. 2)",
+    "M2": "the advantage over the baseline grows with k (Fig. 3)",
+    "M3": "hard data: the baseline wins the mean, loses pass@k (Fig. 4)",
+    "M4": "code: pass@1 is traded for pass@8, gains out to pass@100 (Fig. 5)",
+    "M5": "majority training wins at majority@k",
+    "C1": "BoN-RL-V, a verifier selects: Best-of-32 26.8 to 30.8% (Chow)",
+    "C2": "BoN-RL-S, the reward selects: pass@32 60.0 to 67.0%",
+    "C3": "BoN-RLB(P): pass@16 61.6 to 67.1%; plain RL lowers it to 59.8%",
+    "C4": "plain SFT lowers Best-of-N accuracy, BoN-SFT does not",
+    "C5": "gains hold at other N and temperatures",
+    "E1": "neither paper: more prompts, or more samples than k?",
+    "E2": "neither paper: unbiased or biased?",
+    "E3": "neither paper: does a larger k help at many tries?",
+}
+
 
 @dataclass
-class Claim:
-    """One comparison: it holds where `value`, a number a seed, is positive beyond its confidence interval."""
+class Seed:
+    """What the runs of one seed came to."""
 
-    claim: str
-    paper: str
-    what: str
-    value: Callable[["Results"], float]
+    out: Path
+    seed: int
+    read: list[str] = field(default_factory=list)  # names of the runs that were looked at
+
+    def at(self, name: str, metric: str, levels: Sequence[int] = (), where: str = "held-out") -> float:
+        """A metric of a run's policy, over all levels or the mean over some. Raises KeyError if that is not done."""
+        path = run_folder(self.out, name, self.seed) / "exact.json"
+        if not path.exists():
+            raise KeyError(name)
+        self.read += [name] if name not in self.read else []
+        values = json.loads(path.read_text())[where][metric]
+        return sum(values[str(x)] for x in levels) / len(levels) if levels else values["all"]
+
+    def gain(self, name: str, metric: str, over: str = "base", levels: Sequence[int] = (), where="held-out") -> float:
+        """The metric of one run's policy less that of another's, or less the base policy's."""
+        return self.at(name, metric, levels, where) - self.at(over, metric, levels, where)
+
+    def votes_at_equal_kl(self, beta: float) -> float:
+        """maj@8 of majority training, less that of mean training where its KL is the same.
+
+        maj@8 along mean training is known at the base policy and at three values of beta; between them the distance to
+        the exact frontier, the best mean reward at each KL, is interpolated: maj@8 bends too much for that.
+        """
+
+        def point(name: str) -> tuple[float, float]:
+            maj, kl, best = (self.at(name, metric) for metric in ("maj@8", "kl", BEST_MEAN))
+            return kl, maj - best
+
+        path = sorted([(0.0, 0.0), *(point(f"vote-mean-{other}") for other in (0.3, 0.5, 0.8))])
+        kl, distance = point(f"vote-biased-{beta}")
+        return distance - float(np.interp(kl, *zip(*path)))
 
 
-def claims() -> list[Claim]:
-    """What the papers saw and what is compared here, as positive numbers where it holds."""
+def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
+    """(claim, comparison, its value for a seed): positive where it is as the claim says. A claim's first comparison is
+    the one that decides it; all were fixed before the runs, with predictions.json, which has each by the same words."""
+    hard, after, code = (6, 7, 8), "after less before", "on programs:"
 
-    def less(metric, run, other, level="all"):
-        return lambda r: r.change(run, metric, level) - r.change(other, metric, level)
+    def gain(*args, **kwargs):
+        return lambda seed: seed.gain(*args, **kwargs)
 
-    def gain(metric, run, level="all", temperature=None):
-        return lambda r: r.change(run, metric, level, temperature)
+    def loss(*args):
+        return lambda seed: -seed.gain(*args)
 
-    def loss(metric, run):
-        return lambda r: -r.change(run, metric)
+    def verifier(metric, other="before"):
+        return lambda seed: seed.at("learned-exact", metric) - seed.at("learned-exact", metric, (), other)
 
-    def votes_at_equal_kl(r):
-        """maj@8 at the end of majority training, less that of mean training where its KL is the same."""
-        (kl, votes), (other_kl, other) = (
-            (kl_at_evaluations(r.log(run)), [x["all"]["maj@8"][0] for x in r.evaluations(run)])
-            for run in ("vote-biased", "vote-mean")
-        )
-        return votes[-1] - np.interp(kl[-1], np.maximum.accumulate(other_kl), other)
-
-    hard = ("4", "5")
-    m2 = "the advantage over the baseline grows with k (Fig. 3)"
-    m3 = "hard data: the baseline wins the mean, loses pass@k (Fig. 4)"
-    m4 = "code: pass@1 is traded for pass@8, gains out to pass@100 (Fig. 5)"
-    c1 = "BoN-RL-V, verifier selects: Best-of-32 26.8 to 30.8%"
-    c2 = "BoN-RL-S, reward selects: pass@32 60.0 to 67.0%"
-    c3 = "BoN-RLB(P): pass@16 61.6 to 67.1%; plain RL lowers it to 59.8%"
-    c4 = "plain SFT lowers Best-of-N accuracy, BoN-SFT does not"
-    c5 = "gains hold at other N and temperatures"
-    ours = "neither paper"
     return [
-        Claim("M1", "pass@k training at least the baseline on pass@4, by level (Fig. 2)",
-              "pass@4, k = 4 less mean", less("pass@4", "k4", "mean")),
-        *(Claim("M1", "", f"the same, level {x}", less("pass@4", "k4", "mean", str(x))) for x in range(1, 6)),
-        Claim("M2", m2, "advantage at k = 16 less that at k = 2",
-              lambda r: less("pass@16", "k16", "mean")(r) - less("pass@2", "k2", "mean")(r)),
-        *(Claim("M2", "", f"pass@{k}, k = {k} less mean", less(f"pass@{k}", f"k{k}", "mean")) for k in (2, 4, 8, 16)),
-        Claim("M3", m3, "pass@1, mean less k = 8, on levels 4 and 5", less("pass@1", "hard-mean", "hard-k8", hard)),
-        Claim("M3", "", "pass@8, k = 8 less mean, the same", less("pass@8", "hard-k8", "hard-mean", hard)),
-        Claim("M3", "", "pass@32, k = 8 less mean, the same", less("pass@32", "hard-k8", "hard-mean", hard)),
-        Claim("M4", m4, "pass@1, mean less k = 8", less("pass@1", "programs-mean", "programs-k8")),
-        Claim("M4", "", "pass@8, k = 8 less mean", less("pass@8", "programs-k8", "programs-mean")),
-        Claim("M4", "", "pass@32, k = 8 less mean", less("pass@32", "programs-k8", "programs-mean")),
-        Claim("M5", "majority training wins at majority@k", "maj@8, biased less mean",
-              less("maj@8", "vote-biased", "vote-mean")),
-        Claim("M5", "", "the same at equal KL (asked when the first runs were seen)", votes_at_equal_kl),
-        Claim("C1", c1, "bon@8, variational, after less before", gain("bon@8", "learned-variational")),
-        Claim("C1", "", "bon@32, the same", gain("bon@32", "learned-variational")),
-        Claim("C1", "", "bon@8, exact, after less before", gain("bon@8", "learned-exact")),
-        Claim("C1", "", "bon@8, exact less mean", less("bon@8", "learned-exact", "learned-mean")),
-        Claim("C1", "", "bon@32, exact less mean", less("bon@32", "learned-exact", "learned-mean")),
-        Claim("C2", c2, "pass@8, variational, after less before", gain("pass@8", "bon-variational")),
-        Claim("C2", "", "pass@32, variational, after less before", gain("pass@32", "bon-variational")),
-        Claim("C2", "", "pass@32, exact, after less before", gain("pass@32", "bon-exact")),
-        Claim("C3", c3, "pass@16, BoN-RLB(P), after less before", gain("pass@16", "bon-rlb-positive")),
-        Claim("C3", "", "pass@16, mean, before less after", loss("pass@16", "bon-mean")),
-        Claim("C3", "", "pass@16, BoN-RLB(P) less mean", less("pass@16", "bon-rlb-positive", "bon-mean")),
-        Claim("C3", "", "pass@32, BoN-RLB(P) less mean", less("pass@32", "bon-rlb-positive", "bon-mean")),
-        Claim("C4", c4, "bon@8, plain SFT, before less after", lambda r: -r.scored("sft", "bon@8")),
-        Claim("C4", "", "bon@8, BoN-SFT, after less before", lambda r: r.scored("bon-sft", "bon@8")),
-        Claim("C4", "", "bon@8, BoN-SFT less plain SFT",
-              lambda r: r.scored("bon-sft", "bon@8") - r.scored("sft", "bon@8")),
-        Claim("C5", c5, "trained for N = 8: pass@2", gain("pass@2", "bon-exact")),
-        Claim("C5", "", "trained for N = 8: pass@16", gain("pass@16", "bon-exact")),
-        Claim("C5", "", "trained for N = 8: pass@8 at temperature 0.7", gain("pass@8", "bon-exact", temperature=0.7)),
-        Claim("C5", "", "trained for N = 8: pass@8 at temperature 1.3", gain("pass@8", "bon-exact", temperature=1.3)),
-        Claim("C5", "", "trained for N = 2: pass@16", gain("pass@16", "bon-exact-N2")),
-        Claim("C5", "", "trained for N = 16: pass@2", gain("pass@2", "bon-exact-N16")),
-        Claim("C5", "", "verifier selects: bon@8 at temperature 0.7", gain("bon@8", "learned-exact", temperature=0.7)),
-        Claim("C5", "", "verifier selects: bon@8 at temperature 1.3", gain("bon@8", "learned-exact", temperature=1.3)),
-        Claim("E1", ours, "pass@4: n = 16 of 64 prompts less n = k = 4 of 256", less("pass@4", "k4", "k4-n4")),
-        Claim("E2", ours, "pass@4, unbiased less biased", less("pass@4", "k4", "k4-biased")),
-        Claim("E3", ours, "pass@32, k = 16 less k = 4", less("pass@32", "k16", "k4")),
+        ("M1", "pass@4, k = 4 less mean", gain("k4", "pass@4", "mean")),
+        *(("M1", f"the same, level {x}", gain("k4", "pass@4", "mean", (x,))) for x in range(1, 9)),
+        ("M2", "advantage at k = 16 less that at k = 2",
+         lambda seed: seed.gain("k16", "pass@16", "mean") - seed.gain("k2", "pass@2", "mean")),
+        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", f"pass@{k}", "mean")) for k in (2, 4, 8, 16, 32)),
+        ("M3", "pass@8, k = 8 less mean, levels 6 to 8", gain("hard-k8", "pass@8", "hard-mean", hard)),
+        ("M3", "pass@1, mean less k = 8, the same", gain("hard-mean", "pass@1", "hard-k8", hard)),
+        ("M3", "pass@32, k = 8 less mean, the same", gain("hard-k8", "pass@32", "hard-mean", hard)),
+        ("M4", "pass@8, k = 8 less mean", gain("k8", "pass@8", "mean")),
+        ("M4", "pass@1, mean less k = 8", gain("mean", "pass@1", "k8")),
+        ("M4", "pass@32, k = 8 less mean", gain("k8", "pass@32", "mean")),
+        ("M4", f"{code} pass@8, k = 8 less mean", gain("programs-k8", "pass@8", "programs-mean")),
+        ("M4", f"{code} pass@1, mean less k = 8", gain("programs-mean", "pass@1", "programs-k8")),
+        ("M4", f"{code} pass@32, k = 8 less mean", gain("programs-k8", "pass@32", "programs-mean")),
+        *(("M5", f"maj@8 at equal KL, that of majority at beta = {beta}",
+           lambda seed, beta=beta: seed.votes_at_equal_kl(beta)) for beta in (0.5, 0.3, 0.8)),
+        *(("M5", f"{what}, majority less mean, beta = {beta}", gain(f"vote-biased-{beta}", metric, f"vote-mean-{beta}"))
+          for what, metric in (("maj@8", "maj@8"), ("KL", "kl")) for beta in (0.3, 0.5, 0.8)),
+        *(("C1", f"bon@{N}, BoN-RL-V with N = 8, {after}", verifier(f"bon@{N}")) for N in (8, 1, 2, 4, 16, 32)),
+        *(("C1", f"bon@{N}, BoN-RL-V less plain RL", gain("learned-exact", f"bon@{N}", "learned-mean"))
+          for N in (8, 32)),
+        ("C1", "AUC within problems, the posterior less the verifier",
+         lambda seed: -np.diff([seed.at("learned-exact", x, (), "before") for x in ("AUC of q", "AUC")]).item()),
+        ("C1", "bon@8 less the verifier's own first choice, after",
+         lambda seed: seed.at("learned-exact", "bon@8") - seed.at("learned-exact", "bon@inf")),
+        *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("variational", f"pass@{k}"))
+          for k in (16, 8, 32)),
+        *(("C2", f"pass@{k}, the same, exact", gain("k8", f"pass@{k}")) for k in (16, 8, 32)),  # pass_at_k_pg.py
+        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-positive", "pass@16")),
+        ("C3", "pass@16, mean, before less after", loss("mean", "pass@16")),
+        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-positive", "pass@16", "mean")),
+        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-positive", "pass@32", "mean")),
+        *(("C4", f"bon@{N}, SFT, before less after", loss("sft", f"pass@{N}")) for N in (16, 8, 32)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft", f"pass@{N}")) for N in (16, 8, 32)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (16, 8, 32)),
+        *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", f"pass@{k}")) for k in (16, 2, 4, 32)),
+        ("C5", "N = 2: pass@16", gain("k2", "pass@16")),
+        ("C5", "N = 16: pass@2", gain("k16", "pass@2")),
+        *(("C5", f"N = 8: pass@8 at temperature {T}", gain("k8", "pass@8", where=f"T = {T}")) for T in (0.7, 1.3)),
+        ("E1", "pass@8, k = 8: n = 16 less n = k at equal samples", gain("k8", "pass@8", "k8-n8")),
+        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", f"pass@{k}", f"k{k}-biased")) for k in (4, 2, 8, 16)),
+        ("E3", "pass@32, k = 16 less k = 4", gain("k16", "pass@32", "k4")),
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, float]]:
+    """Weighted means of metrics (P,): name -> level -> value, the levels being "all", "1", "2", ..."""
+    weights, levels = optima.prompt_weights(problems), torch.tensor([problem.level for problem in problems])
+    groups = {"all": torch.ones_like(weights)} | {str(x): (levels == x).double() for x in levels.unique().tolist()}
+    shares = {level: weights * some / (weights @ some) for level, some in groups.items()}
+    return {name: {level: (share @ value).item() for level, share in shares.items()} for name, value in metrics.items()}
+
+
+@functools.cache
+def prompts(where: str) -> list[Problem]:
+    """Every held-out prompt, or every fourth training prompt, which are as many."""
+    return optima.prompts_once() if where == "held-out" else optima.prompts_once(False)[::4]
+
+
+@functools.cache
+def log_probs(model: str, where: str = "held-out", temperature: float = 1.0) -> torch.Tensor:
+    """`exact.candidate_log_probs` of a policy, by name or folder, for these `prompts`: (P, 8)."""
+    task = lines_task()
+    with torch.no_grad():
+        policy = load_policy(model, task, "cpu")
+        return exact.candidate_log_probs(policy, task, prompts(where), temperature)
+
+
+@functools.cache
+def lines_task():
+    return load_task("lines")
+
+
+def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Exact metrics of a finished run's policy: where -> metric -> level -> value.
+
+    where: "held-out" and "training" prompts; "T = 0.7" and "T = 1.3", the temperatures, of base and k8; "before", the
+    base policy's where a verifier selects. Runs on `programs`: their own sampled evaluation, "held-out".
+    """
+    if name in ON_PROGRAMS:
+        last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]["eval"]
+        levels = last.items()
+        return {"held-out": {metric: {level: values[metric][0] for level, values in levels} for metric in last["all"]}}
+    base, after = f"tiny-{seed}", folder / "policy"
+    model, problems = str(after) if after.exists() else base, prompts("held-out")
+    texts, weights = [problem.prompt for problem in problems], optima.prompt_weights(problems)
+
+    def metrics(where: str, temperature: float = 1.0, votes: Sequence[int] = ()):
+        log_pi, base_log_pi = (log_probs(m, where, temperature) for m in (model, base))
+        return by_level(exact.exact_metrics(log_pi, prompts(where), "lines", base_log_pi, votes), prompts(where))
+
+    result = {"held-out": metrics("held-out", votes=(8,)), "training": metrics("training")}
+    if name in ("base", "k8"):
+        result |= {f"T = {T}": metrics("held-out", T) for T in (0.7, 1.3)}
+    q, pi, base_pi = posterior(texts), log_probs(model).exp(), log_probs(base).exp()
+    if name.startswith("vote"):  # what lies elsewhere is a ninth candidate, which is never right
+        elsewhere = torch.stack([torch.zeros(len(q)), 1 - base_pi.sum(-1)], -1).double()  # (P, 2): of q, of the base
+        q9, base9 = (torch.cat([x, elsewhere[:, i : i + 1]], -1) for i, x in enumerate((q, base_pi)))
+        best = optima.mean_kl_policy_at(q9, weights, base9, result["held-out"]["kl"]["all"])[:, :8]
+        result["held-out"] |= by_level({BEST_MEAN: optima.maj_at_k(q, best, 8)}, problems)
+    if name.startswith("learned"):
+        tiny = tiny_policy_folder(lines_task(), seed)
+        (verifier,) = tiny.parent.glob(f"{tiny.name}-verifier-*-p{VERIFIER_PROBLEMS}-*")  # the run left it in the cache
+        candidates = [[*lines, *[""] * (8 - len(lines))] for lines in map(fitting_lines, texts)]
+        scores = learned.load_verifier(str(verifier), lines_task()).score(texts, candidates).double()  # (P, 8)
+        first = scores.where(q > 0, -torch.inf).argmax(-1, keepdim=True)  # (P, 1): where the verifier has the last word
+        for where, policy in (("before", base_pi), ("held-out", pi)):
+            bon = {f"bon@{N}": optima.best_of_n(q, policy, scores, N) for N in optima.TRIES}
+            bon |= {"bon@inf": q.gather(-1, first).squeeze(-1)}
+            auc = {"AUC": scores, "AUC of q": q}
+            auc = {metric: {"all": optima.auc_within(q, policy, s, weights)} for metric, s in auc.items()}
+            result[where] = result.get(where, {}) | by_level(bon, problems) | auc
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,116 +314,86 @@ def claims() -> list[Claim]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def command(name: str, seed: int | str = "S") -> str:
+    """The command of a run."""
+    flags = BASE if name == "base" else (RUNS | ON_PROGRAMS)[name]
+    return f"{flags} --model tiny-{seed} --seed {seed}"
+
+
+def run_folder(out: Path, name: str, seed: int) -> Path:
+    """out/runs/NAME-sSEED-HASH, the hash being the command's; exact.json in it is written last."""
+    digest = hashlib.sha256(command(name, seed).encode()).hexdigest()[:6]
+    return out / "runs" / f"{name}-s{seed}-{digest}"
+
+
 class Runs:
-    """Runs the commands in `out`, several at a time; each in out/runs/NAME-sSEED-HASH, the hash being the command's."""
+    """Makes runs, several at a time. A failure is kept in `failed` and stops no other."""
 
-    def __init__(self, args: Args):
-        self.args, self.processes, self.stopping, self.failed = args, set(), False, []
-        self.seeds = 3 if args.quick else args.seeds
-        runs = {name: RUNS[name] for name in QUICK} if args.quick else RUNS
-        self.commands = {name: c if isinstance(c, tuple) else (c,) for name, c in runs.items()}
+    def __init__(self, out: Path, names: Sequence[str], seeds: int, jobs: int):
+        self.out, self.names, self.seeds, self.jobs = out, names, seeds, jobs
+        self.processes, self.stopping, self.failed, self.evaluating = set(), False, [], threading.Lock()
 
-    def command(self, name: str, seed: int, part: int = 0) -> str:
-        """The command of a run, without its name."""
-        command = FIRST[name] if name in FIRST else f"{self.commands[name][part]} --seed {seed}"
-        while "{run:" in command:
-            before, _, rest = command.partition("{run:")
-            other, _, after = rest.partition("}")
-            command = f"{before}runs/{self.folder(other, 0 if other in FIRST else seed).name}{after}"
-        return command
-
-    def folder(self, name: str, seed: int, part: int = 0) -> Path:
-        command = self.command(name, seed, part)
-        digest = hashlib.sha256(command.encode()).hexdigest()[:6]
-        return self.args.out / "runs" / "-".join(filter(None, [name, "scored" * part, f"s{seed}", digest]))
-
-    def done(self, folder: Path) -> bool:
-        return (folder / "curves.png").exists()  # what a script writes last
-
-    def run(self, name: str, seed: int) -> None:
-        """Run what is not done yet of one run, its parts in turn; a failure is kept in `failed` and stops no other."""
-        for part in range(1 if name in FIRST else len(self.commands[name])):
-            folder = self.folder(name, seed, part)
-            if self.done(folder) or self.stopping:
-                continue
-            script, *flags = shlex.split(self.command(name, seed, part))
-            if (folder / "args.json").exists():
-                flags = ["--resume", f"runs/{folder.name}"]
-            else:
-                flags += ["--run-name", folder.name]
-            (self.args.out / "logs").mkdir(parents=True, exist_ok=True)
-            log = self.args.out / "logs" / f"{folder.name}.txt"
+    def make(self, name: str, seed: int) -> None:
+        """Run, or resume, and evaluate what is not done yet of one run."""
+        folder = run_folder(self.out, name, seed)
+        if (folder / "exact.json").exists() or self.stopping:
+            return
+        script, *flags = shlex.split(command(name, seed))
+        log = self.out / "logs" / f"{folder.name}.txt"
+        if not (folder / "curves.png").exists():  # what a script writes last
+            resume = (folder / "args.json").exists()
+            flags = ["--resume", f"runs/{folder.name}"] if resume else [*flags, "--run-name", folder.name]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
             with open(log, "a") as file:
                 process = subprocess.Popen(
-                    [sys.executable, ROOT / script, *flags], cwd=self.args.out, stdout=file, stderr=file,
-                    stdin=subprocess.DEVNULL, env=os.environ | ENVIRONMENT, start_new_session=True,
+                    [sys.executable, HERE.parent / script, *flags], cwd=self.out, stdout=file, stderr=file,
+                    stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
                 )  # fmt: skip
                 self.processes.add(process)
                 process.wait()
                 self.processes.discard(process)
-            if not self.done(folder) and not self.stopping:
-                self.failed.append(f"{folder.name}: see {log}")
-                return
+        if self.stopping:
+            return
+        if not (folder / "curves.png").exists():
+            self.failed.append(f"{folder.name}: see {log}")
+            return
+        with self.evaluating:  # loading a model is not for several threads
+            result = json.dumps(evaluation(name, seed, folder))
+        (folder / "exact.unfinished").write_text(result)
+        os.replace(folder / "exact.unfinished", folder / "exact.json")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
 
-    def run_all(self) -> None:
-        """All of them, seed by seed. On Ctrl-C the runs save what they have, and KeyboardInterrupt is raised."""
-        jobs = [(name, seed) for seed in range(self.seeds) for name in self.commands]
-        first = ["arithmetic"] if self.args.quick else [name for name in FIRST if name != "arithmetic"]
-        with ThreadPoolExecutor(self.args.jobs) as pool, tqdm(total=len(jobs) + len(first), unit="run") as bar:
+    def make_all(self) -> None:
+        """All of them, seed by seed, warm starts first. On Ctrl-C the runs save what they have, and KeyboardInterrupt
+        is raised."""
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        stages = [[(name, seed) for seed in range(self.seeds) for name in names] for names in (["base"], self.names)]
+        with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=sum(map(len, stages)), unit="run") as bar:
             try:
-                for stage in ([(name, 0) for name in first], jobs):
-                    for future in [pool.submit(self.run, *job) for job in stage]:
+                for stage in stages:
+                    for future in [pool.submit(self.make, *job) for job in stage]:
                         future.result()
                         bar.update()
                         bar.set_postfix(failed=len(self.failed))
-            except KeyboardInterrupt:
+            except BaseException:
                 self.stopping = True
                 for process in list(self.processes):
                     process.terminate()  # a run in training saves first
                 raise
 
 
-class Results:
-    """What the runs of one seed came to. Raises KeyError where a run is not done."""
-
-    def __init__(self, runs: Runs, seed: int):
-        self.runs, self.seed = runs, seed
-        self.read = {}  # name -> commands of the runs that were looked at
-
-    def log(self, name: str, part: int = 0) -> list[dict]:
-        if name not in self.runs.commands or not self.runs.done(folder := self.runs.folder(name, self.seed, part)):
-            raise KeyError(name)
-        self.read[name] = self.runs.commands[name]
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    def evaluations(self, name: str, temperature: float | None = None, part: int = 0) -> list[dict]:
-        """Each: level -> metric -> [mean, standard error over problems], in the order of steps."""
-        key, what = ("eval", None) if temperature is None else ("result", temperature)
-        found = [record[key] for record in self.log(name, part) if key in record and record.get("eval_at") == what]
-        if not found:  # other temperatures are not evaluated by the run itself any more
-            raise KeyError(name)
-        return found
-
-    def change(self, name: str, metric: str, level="all", temperature: float | None = None) -> float:
-        """After less before; level: one, or several whose mean counts."""
-        first, *_, last = self.evaluations(name, temperature)
-        levels = (level,) if isinstance(level, str) else level
-        return sum(last[x][metric][0] - first[x][metric][0] for x in levels) / len(levels)
-
-    def scored(self, name: str, metric: str) -> float:
-        """Change under the learned verifier of a policy that was trained without; the same before for all."""
-        (after,), before = self.evaluations(name, part=1), self.evaluations("learned-mean")[0]
-        return after["all"][metric][0] - before["all"][metric][0]
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def over_seeds(runs: Runs, value: Callable[[Results], float | list[float]]) -> tuple[np.ndarray, dict[str, tuple]]:
-    """`value` of each seed whose runs are done, (seeds,) or (seeds, m), and the runs that it read, by name."""
-    values, read = [], {}
-    for seed in range(runs.seeds):
-        result = Results(runs, seed)
+def over_seeds(out: Path, seeds: int, value: Callable[[Seed], float | list[float]]) -> tuple[np.ndarray, list]:
+    """`value` of each seed whose runs are done, (seeds,) or (seeds, m), and the names of the runs that it read."""
+    values, read = [], []
+    for seed in (Seed(out, s) for s in range(seeds)):
         try:
-            values.append(value(result))
-            read = result.read
+            values.append(value(seed))
+            read = seed.read
         except KeyError:
             pass
     return np.array(values), read
@@ -315,150 +403,170 @@ def verdict(mean: float, ci: float) -> str:
     return "holds" if mean > ci else "does not" if mean < -ci else "not decidable"
 
 
-def bandit_rows(out: Path) -> list[dict]:
-    """B1-B3 on the bandit of Figure 1, against both readings of its baseline, and its figure."""
-    args = bandit.Args(figure=out / "bandit.png")
-    runs = {name: bandit.trajectory(args, name) for name in ("mean x k", "mean", "unbiased", "biased")}
-    bandit.save_figure(args.figure, runs, torch.linspace(0, 3, 61, dtype=torch.float64), args.k)
-    ours, one_nat = runs["unbiased"], torch.tensor([1.0], dtype=torch.float64)
-    rows = []
-    for baseline in ("mean x k", "mean"):
-        less, theirs = f"unbiased less {baseline}", runs[baseline]
-        at_kl = bandit.mean_at_kl(ours, one_nat) - bandit.mean_at_kl(theirs, one_nat)  # (1, groups of seeds)
-        for claim, paper, what, values in (
-            ("B1", "bandit: the mean gradient raises the mean reward fastest (Fig. 1 left)",
-             f"{baseline} less unbiased, step 20", (theirs - ours)[20, 0]),
-            ("B2", "per unit of KL the k-sample gradients have more mean reward (Fig. 1 middle)",
-             f"{less}, KL 1.0", at_kl[0]),
-            ("B3", "pass@k rises much faster with the k-sample gradients (Fig. 1 right)",
-             f"{less}, step 400", (ours - theirs)[400, 1]),
-        ):  # fmt: skip
-            mean, ci = bandit.mean_and_ci(values)
-            rows.append({
-                "claim": claim, "paper": paper, "what": what, "mean": mean, "ci95": ci, "verdict": verdict(mean, ci),
-                "seeds": args.seeds, "runs": {"bandit": "bandit.py"},
-            })  # fmt: skip
-    return sorted(rows, key=lambda row: row["claim"])
+def row_of(claim: str, what: str, mean: float, ci: float, predicted: float | None, **more) -> dict:
+    """A row of results.json. The share of a predicted change below .005 would say nothing."""
+    share = mean / predicted if predicted and abs(predicted) >= 0.005 else None
+    row = {"claim": claim, "what": what, "predicted": predicted, "mean": mean, "ci95": ci, "share": share}
+    return row | {"verdict": verdict(mean, ci)} | more
 
 
-def claim_rows(runs: Runs) -> list[dict]:
+def bandit_rows() -> list[dict]:
+    """B1-B3 of bandit.py over 1000 seeds, against both readings of its baseline."""
+    runs = {name: bandit.trajectory(bandit.Args(), name) for name in ("mean x k", "mean", "unbiased")}
+    b, rows, kl = runs.pop("unbiased"), [], torch.ones(1, dtype=torch.float64)  # (steps + 1, 3, seeds)
+    for name, a in runs.items():
+        at_kl = bandit.mean_at_kl(b, kl) - bandit.mean_at_kl(a, kl)  # (1, groups of seeds)
+        rows += [
+            ("B1", f"{name} less unbiased, mean reward at step 20", (a - b)[20, 0]),
+            ("B2", f"unbiased less {name}, mean reward at KL 1", at_kl[0]),
+            ("B3", f"unbiased less {name}, max@4 at step 400", (b - a)[400, 1]),
+        ]
+    rows.sort(key=lambda row: row[0])
+    return [row_of(claim, what, *bandit.mean_and_ci(x), None, seeds=1000, runs=["bandit"]) for claim, what, x in rows]
+
+
+def claim_rows(out: Path, seeds: int) -> list[dict]:
     """The rows of all claims whose runs are done for two seeds or more."""
-    rows = []
-    for claim in claims():
-        values, read = over_seeds(runs, claim.value)
+    saved = json.loads(optima.PREDICTIONS.read_text())["claims"]
+    predictions, rows = {(row["claim"], row["what"]): row["predicted"] for row in saved}, []
+    for claim, what, value in claims():
+        values, read = over_seeds(out, seeds, value)
         if len(values) > 1:
             mean, ci = map(float, measure.interval(values))
-            rows.append({
-                "claim": claim.claim, "paper": claim.paper, "what": claim.what, "mean": mean, "ci95": ci,
-                "verdict": verdict(mean, ci), "seeds": len(values), "values": values.tolist(), "runs": read,
-            })  # fmt: skip
+            more = {"seeds": len(values), "runs": read, "values": values.tolist()}
+            rows.append(row_of(claim, what, mean, ci, predictions[claim, what], **more))
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: a row a claim, with a line for each comparison, and the names of the runs that it is made of."""
-    head = ("", "what the papers saw", "what is compared here", "mean ± 95%", "verdict", "runs")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for claim, group in itertools.groupby(rows, key=lambda row: row["claim"]):
-        group = list(group)
-        seen = [f"{row['mean']:+.3f} ± {row['ci95']:.3f}" for row in group]
-        runs = ", ".join(dict.fromkeys(name for row in group for name in row["runs"]))
-        columns = [[row["what"] for row in group], seen, [row["verdict"] for row in group]]
-        cells = [claim, group[0]["paper"], *("<br>".join(column) for column in columns), runs]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def policy_rows(out: Path, seeds: int) -> list[dict]:
+    """Each policy's own points, [pass@1, pass@8, pass@32] a seed, and where it is trained for k tries: the share of the
+    way from the base policy to the best possible pass@k, over held-out and over training prompts, a seed each."""
+    rows = []
+    for name, (label, k) in POLICIES.items():
+        points, _ = over_seeds(out, seeds, lambda seed: [seed.at(name, f"pass@{j}") for j in (1, 8, 32)])
+        row = {"policy": label, "k": k, "points": points.tolist()}
+        for where in ("held-out", "training") if k else ():
+            best = optima.prompt_weights(prompts(where)) @ lines_task().best(prompts(where), k)
+
+            def share(seed: Seed) -> float:
+                now, base = (seed.at(x, f"pass@{k}", (), where) for x in (name, "base"))
+                return (now - base) / (best.item() - base)
+
+            row[where] = over_seeds(out, seeds, share)[0].tolist()
+        if len(points) > 1:
+            rows.append(row)
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------------------------
+def verifier_rows(out: Path, seeds: int) -> list[dict]:
+    """C1's curve: bon@N under the learned verifier, a value a seed, before and after, and predicted for one that knows
+    q; "inf": the verifier's own first choice."""
+    known, rows = json.loads(optima.PREDICTIONS.read_text())["verifier"], []
+    places = {"before": ("learned-exact", "before"), "BoN-RL-V": ("learned-exact", "held-out"),
+              "plain RL": ("learned-mean", "held-out")}  # fmt: skip
+    for metric in (*(f"bon@{N}" for N in (*optima.TRIES, "inf")), "AUC", "AUC of q"):
+        predicted = (
+            [known["AUC within problems"], None]
+            if metric == "AUC of q"
+            else ([known[name].get(metric) for name in ("base", "k1")])
+        )
+        row = {"metric": metric, "predicted": predicted}
+        for label, (name, where) in places.items():
+            row[label] = over_seeds(out, seeds, lambda seed: seed.at(name, metric, (), where))[0].tolist()
+        if all(len(row[label]) > 1 for label in places):
+            rows.append(row)
+    return rows
 
 
-ESTIMATORS = ("mean", "exact", "variational")
-PANELS = {  # figure -> its panels: metric, title, run -> label
-    "pass_at_k": [
-        ("pass", "trained for one try or for four", {"mean": "the mean reward", "k4": "pass@4"}),
-        ("pass", "trained for k tries", {"mean": "k = 1"} | {f"k{k}": f"k = {k}" for k in (2, 4, 8, 16)}),
-        ("pass", "programs", {"programs-mean": "the mean reward", "programs-k8": "pass@8"}),
-    ],
-    "best_of_n": [
-        ("pass", "the reward selects, N = 8", {f"bon-{x}": x for x in (*ESTIMATORS, "rlb-positive")}),
-        ("bon", "a learned verifier selects, N = 8", {f"learned-{x}": x for x in ESTIMATORS}),
-        ("maj", "majority, k = 8", {"vote-mean": "mean", "vote-biased": "biased"}),
-    ],
-}
-TRADEOFF = {"mean": "mean", "k4-biased": "biased, k = 4", "k4": "k = 4", "k16": "k = 16"}
+def interval(values: Sequence[float], form: str = ".3f") -> str:
+    mean, ci = measure.interval(np.array(values))
+    return f"{mean:{form}} ± {ci:{form}}"
 
 
-def save_figures(runs: Runs, out: Path) -> None:
-    """pass_at_k.png, best_of_n.png and tradeoff.png, of the runs that are done for two seeds or more."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    js = [1, 2, 4, 8, 16, 32]
-
-    def draw(axis, x, values: np.ndarray, label: str) -> None:
-        """A line with its 95% band; values: (seeds, points)."""
-        if len(values) > 1:
-            mean, ci = measure.interval(values)
-            (line,) = axis.plot(x, mean, marker="o", markersize=3, label=label)
-            axis.fill_between(x, mean - ci, mean + ci, alpha=0.2, color=line.get_color())
-            axis.legend()
-
-    for name, panels in PANELS.items():
-        figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-        for axis, (metric, title, lines) in zip(axes, panels):
-            axis.axhline(0, color="gray", linewidth=0.8)
-            axis.set(xscale="log", xlabel="tries j", ylabel=f"change of {metric}@j, held out", title=title)
-            axis.set_xticks(js, map(str, js))
-            axis.minorticks_off()
-            for run, label in lines.items():
-                changes, _ = over_seeds(runs, lambda r: [r.change(run, f"{metric}@{j}") for j in js])
-                draw(axis, js, changes, label)
-        figure.savefig(out / f"{name}.png", dpi=120)
-        plt.close(figure)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for axis, j in zip(axes, (1, 4, 32)):
-        axis.set(xlabel="KL(policy, initial policy), nats", ylabel=f"pass@{j}", title=f"pass@{j} against KL")
-        for run, label in TRADEOFF.items():
-            spent, _ = over_seeds(runs, lambda r: kl_at_evaluations(r.log(run)))
-            levels, _ = over_seeds(runs, lambda r: [x["all"][f"pass@{j}"][0] for x in r.evaluations(run)])
-            draw(axis, spent.mean(0) if len(spent) else [], levels, label)
-    figure.savefig(out / "tradeoff.png", dpi=120)
-    plt.close(figure)
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def kl_at_evaluations(log: list[dict]) -> list[float]:
-    """The mean KL of the ten steps up to each evaluation; 0 at the first."""
-    steps = [record["step"] for record in log if "eval" in record]
-    kl = {record["step"]: record["kl"] for record in log if "kl" in record}
-    near = [[kl[s] for s in range(step - 9, step + 1) if s in kl] for step in steps]
-    return [sum(values) / len(values) if values else 0.0 for values in near]
+def cells(row: dict) -> list[str]:
+    """predicted, measured, share and verdict of a row."""
+    predicted = "-" if row["predicted"] is None else f"{row['predicted']:+.3f}"
+    share = "-" if row["share"] is None else f"{row['share']:.0%}"
+    return [predicted, f"{row['mean']:+.3f} ± {row['ci95']:.3f}", share, row["verdict"]]
+
+
+def tables(result: dict) -> dict[str, str]:
+    """The markdown tables of results.json, by the names of their markers: every comparison; one a claim; policies; the
+    learned verifier."""
+    every, short = [], []
+    for claim, group in itertools.groupby(result["rows"], key=lambda row: row["claim"]):
+        first, *others = group
+        every.append([f"**{claim}** {PAPERS[claim]}", f"**{first['what']}**", *cells(first)])
+        every += [["", row["what"], *cells(row)] for row in others]
+        short.append([claim, PAPERS[claim], first["what"], *cells(first)])
+    head = ["compared here", "predicted", "measured ± 95%", "share", "verdict"]
+    policies = [
+        [row["policy"], *(interval(column) for column in zip(*row["points"])),
+         *(interval(row[where], ".0%") if row["k"] else "-" for where in ("held-out", "training"))]
+        for row in result["policies"]
+    ]  # fmt: skip
+    verifier = [
+        [row["metric"], *("-" if x is None else f"{x:.3f}" for x in row["predicted"]),
+         *(interval(row[label]) for label in ("before", "BoN-RL-V", "plain RL"))]
+        for row in result["verifier"]
+    ]  # fmt: skip
+    way = "way from base to best at its own k"
+    return {
+        "claims": markdown(["what the papers saw", *head], every),
+        "claims-short": markdown(["", "what the papers saw", *head], short),
+        "policies": markdown(["policy", "pass@1", "pass@8", "pass@32", way, "the same, training prompts"], policies),
+        "verifier": markdown(
+            ["", "knows q: before", "after", "learned: before", "after BoN-RL-V", "after plain RL"], verifier
+        ),
+    }
+
+
+def pasted(text: str, name: str, table: str) -> str:
+    """The text with the table between <!-- NAME:begin --> and <!-- NAME:end -->, if it has these markers."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    return f"{before}{begin}\n{table}\n{end}{after}" if found and closed else text
 
 
 def main(args: Args) -> None:
     if not 2 <= args.seeds <= 10 or args.jobs < 1:
         raise BadInput("--seeds must lie between 2 and 10, --jobs be at least 1")
+    if args.publish and args.quick:
+        raise BadInput("--publish is for all of it: leave --quick out")
     args.out.mkdir(parents=True, exist_ok=True)
-    machine = measure.describe_machine(1)
-    runs, start = Runs(args), time.perf_counter()
+    seeds, machine = 3 if args.quick else args.seeds, measure.describe_machine(1)
+    names = [*(QUICK if args.quick else RUNS), *(ON_PROGRAMS if args.programs else ())]
+    runs = Runs(args.out, names, seeds, args.jobs)
     if not args.report:
         try:
-            runs.run_all()
+            runs.make_all()
         except KeyboardInterrupt:
             raise BadInput(f"stopped; the same command goes on with what is in {args.out}") from None
-    rows = bandit_rows(args.out) + claim_rows(runs)
-    save_figures(runs, args.out)
-    minutes = (time.perf_counter() - start) / 60
-    result = {"machine": machine, "minutes": minutes, "commands": runs.commands, "rows": rows}
-    (args.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    (args.out / "table.md").write_text(table(rows) + "\n")
-    print(table(rows))
-    print(f"\n{args.out}: results.json, table.md, figures; {minutes:.0f} minutes")
+    result = {
+        "date": datetime.date.today().isoformat(), "machine": machine, "seeds": seeds,
+        "commands": {name: command(name) for name in ("base", *names)},
+        "rows": bandit_rows() + claim_rows(args.out, seeds),
+        "policies": policy_rows(args.out, seeds), "verifier": verifier_rows(args.out, seeds),
+    }  # fmt: skip
+    (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    points = {row["policy"]: row["points"] for row in result["policies"]}
+    (args.out / "measured.json").write_text(json.dumps(points, indent=1) + "\n")
+    for name, table in tables(result).items():
+        (args.out / f"{name}.md").write_text(table + "\n")
+        print(f"{table}\n")
+    print(f"{args.out}: results.json, measured.json for frontier.py, and these tables")
     if runs.failed:
         raise BadInput("these runs failed, their claims lack seeds:\n" + "\n".join(runs.failed))
+    if args.publish:
+        shutil.copy(args.out / "results.json", HERE / "results.json")
+        for path in (HERE / "README.md", HERE.parent / "README.md"):
+            text = path.read_text()
+            path.write_text(functools.reduce(lambda t, item: pasted(t, *item), tables(result).items(), text))
 
 
 if __name__ == "__main__":

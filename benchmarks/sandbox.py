@@ -24,7 +24,7 @@ from verifiers.code import program_of
 from verifiers.sandbox import Sandbox
 from verifiers.sandbox_worker import PRELOAD
 
-BAR = 5.0  # isolated programs to plain ones
+BAR = 3.9  # isolated programs to plain ones
 FORK_SERVER = """
 import gc, json, os, sys
 os.register_at_fork = lambda **_: None

@@ -69,8 +69,7 @@ def chat(problem: Problem, task: Task, response: str | None = None) -> list[dict
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
     """Token ids of each prompt: by the tokenizer's chat template if it has one, else by the task's plain template.
 
-    Raises BadInput if a prompt and its response would not fit the model's context.
-    """
+    Raises BadInput if a prompt and its response would not fit the model's context."""
     if policy.tokenizer.chat_template:
         turns = [chat(problem, task) for problem in problems]
         texts = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -109,8 +108,7 @@ def expert_rollouts(
 ) -> Rollouts:
     """Given responses as rollouts, one to each prompt, with an end token behind; log_probs are 0: (B, 1, T).
 
-    Raises BadInput if a prompt and its response do not fit the model's context.
-    """
+    Raises BadInput if a prompt and its response do not fit the model's context."""
     space = " " if task.template.endswith(":") and not policy.tokenizer.chat_template else ""
     rows = policy.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
     rows = [[*row, end_of_response(policy, task)] for row in rows]
@@ -169,8 +167,7 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Let write(folder) fill a folder that is not there yet. It is whole or absent, whenever the process dies.
 
-    Two processes may race: both write, one wins.
-    """
+    Two processes may race: both write, one wins."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)

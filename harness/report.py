@@ -109,8 +109,7 @@ def save_figure(folder: Path, evaluations: list[tuple[int, dict]], best: dict, n
 def comparison(folders: Sequence[str]) -> str:
     """How runs changed their metrics, those that differ in nothing but the seed as mean ± standard error over seeds.
 
-    Raises BadInput for a folder that is not a finished run.
-    """
+    Raises BadInput for a folder that is not a finished run."""
     groups: dict[str, list[tuple[dict, dict]]] = {}
     for folder in map(Path, folders):
         try:

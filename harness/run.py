@@ -63,8 +63,7 @@ class RunArgs:
 def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     """Parse the command line into Args and run main(args); the user's mistakes end in one line and exit code 2.
 
-    presets: for a script with --preset, the defaults that each one changes, by name.
-    """
+    presets: for a script with --preset, the defaults that each one changes, by name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--resume")
@@ -124,15 +123,14 @@ def check_args(args) -> None:
         raise BadInput(f"--prompts-per-step must be a multiple of the {size} processes, not {args.prompts_per_step}")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
-    if getattr(args, "kl_coef", 0) > 0 and args.n < 2:
+    if (getattr(args, "kl_coef", 0) or getattr(args, "kl_coef_end", None)) and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
 
 
 def random_numbers(device: torch.device, *what) -> torch.Generator:
     """A generator seeded by a hash of `what`, such as purpose, seed, step and rank: other values, other numbers.
 
-    The hash matters: on the CPU torch reads only the low 32 bits of a seed.
-    """
+    The hash matters: on the CPU torch reads only the low 32 bits of a seed."""
     return torch.Generator(device).manual_seed(random.Random("/".join(map(str, what))).getrandbits(63))
 
 
@@ -194,8 +192,7 @@ class Run:
         """Select by a reward model: --verifier-model, or one trained here on the initial policy's own labelled samples
         (once for `tiny`, in the cache; else kept with the run). Prints its quality on samples for held-out problems.
 
-        args: verifier_model, verifier_problems, verifier_lr.
-        """
+        args: verifier_model, verifier_problems, verifier_lr."""
         args, policy, task, base = self.args, self.policy, self.task, self.policy.model.name_or_path
 
         def labelled_samples(problems: Sequence[Problem]):
@@ -270,8 +267,7 @@ class Run:
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
         """The verifier's verdict on n responses to each of B problems, with the seconds it took.
 
-        A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint.
-        """
+        A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint."""
         began = time.perf_counter()
         try:
             verdict = self.task.verify(problems, responses)
@@ -324,8 +320,7 @@ class Run:
     def evaluate(self) -> Metrics:
         """The metrics of eval_n fresh samples for each held-out problem, drawn by the same random numbers every time.
 
-        They are logged, and some samples printed.
-        """
+        They are logged, and some samples printed."""
         args, (rank, processes), problems = self.args, world(), share(self.test)
         generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
         prompts, T = self.encoded(problems), args.temperature

@@ -1,16 +1,27 @@
+import contextlib
+import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # tests never reach for the network, and fail at once where a user's run would ask it
-)
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network, and fail at once where a user's run would ask
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from runs import EXTRA, FLAGS, in_process, save_untrained, steps_of  # noqa: E402
+
+import common  # noqa: E402
+import harness.policy  # noqa: E402
+from verifiers import arithmetic, load_task  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; left out of the main test command, see README")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device, and is skipped where there is none")
 
 
 @pytest.fixture(autouse=True)
@@ -23,5 +34,60 @@ def the_number_of_threads_stays():
     assert after == before
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes; left out of the main test command, see README")
+@pytest.fixture(scope="session", autouse=True)
+def arithmetic_is_made_once():
+    """Its problems are the same for every run, and making them takes as long as a small run's steps."""
+    load = functools.cache(arithmetic.load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "load", lambda *args: dataclasses.replace(load(*args), verify=arithmetic.verify))
+        yield
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """The folder of a small policy that earns nothing."""
+    return save_untrained(tmp_path_factory.mktemp("untrained"))
+
+
+@pytest.fixture(scope="session")
+def skilled(tmp_path_factory):
+    """The folder of a small policy that is right now and then on level 1: without rewards no flag of training would
+    have an effect to see."""
+    folder, task = save_untrained(tmp_path_factory.mktemp("skilled")), load_task("arithmetic")
+    policy = harness.policy.load_policy(folder, task, "cpu")
+    problems = sorted({p.prompt: p for p in task.train if p.level == 1}.values(), key=lambda p: p.prompt)
+    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
+    experts = harness.policy.expert_rollouts(policy, task, prompts, [p.solution for p in problems])
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        common.accumulate_gradient(policy, experts, torch.ones(len(problems), 1))
+        optimizer.step()
+    harness.policy.save_policy(policy, folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(script, *flags) in an empty folder -> returncode, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    return in_process
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(skilled, tmp_path_factory):
+    """uninterrupted(script) -> the folder of a run that nothing stops, made once and left as it is, and its flags."""
+    made = {}
+
+    def result(script):
+        if script not in made:
+            flags = [*FLAGS, *EXTRA.get(script, []), "--model", skilled]
+            with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")):
+                ended = in_process(script, *flags, "--run-name", "whole")
+                assert ended.returncode == 0, ended.stderr
+                made[script] = Path("runs/whole").absolute(), flags, ended.stdout
+            moved = sum(record["grad_norm"] > 0 for record in steps_of(made[script][0]))
+            assert moved >= 3, "nothing was learnt: the tests would see nothing"
+        return made[script]
+
+    return result

@@ -213,10 +213,3 @@ def test_value_network_learns_the_reward_of_each_prompt():
     losses = [value.fit(optimizer, prompts, rewards) for _ in range(100)]
     assert losses[0] == pytest.approx(1.25 / 3) and value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)
     torch.testing.assert_close(value(prompts)[1:2], value([prompts[1]]))  # filler is not read
-
-
-def test_win_and_loss_table():
-    table = bon_rl.win_and_loss_table(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1.0, 1.0, 0.5]))
-    assert [float(x) for x in table.replace("(", " ").split() if x[0].isdigit()] == pytest.approx(
-        [0.5, 0, 0.333, 0.167]
-    )

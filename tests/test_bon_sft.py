@@ -10,7 +10,7 @@ import common
 import harness.policy
 import harness.run
 from bon_sft import Args, coefficients, with_experts
-from verifiers import BadInput, Problem
+from verifiers import BadInput, Problem, load_task
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
 
@@ -80,17 +80,24 @@ def test_bad_input_is_refused():
         coefficients(one * torch.nan, scores, 2)
 
 
-def test_n_1_is_plain_sft_to_the_bit(tmp_path, monkeypatch):
+def test_n_1_is_plain_sft_to_the_bit(untrained, tmp_path, monkeypatch):
     """Three steps of the script against three written out: the weights are equal, not close."""
-    from test_cli import save_untrained
-
-    from verifiers import load_task
-
     monkeypatch.chdir(tmp_path)
-    model = save_untrained(tmp_path / "model")
-    bon_sft.main(Args(N=1, eval_N=2, eval_n=2, eval_problems=1, model=model, steps=3, prompts_per_step=4, run_name="r"))
+    bon_sft.main(
+        Args(
+            task="arithmetic",
+            N=1,
+            eval_N=2,
+            eval_n=2,
+            eval_problems=1,
+            model=untrained,
+            steps=3,
+            prompts_per_step=4,
+            run_name="r",
+        )
+    )
     task = load_task("arithmetic")
-    policy = harness.policy.load_policy(model, task)
+    policy = harness.policy.load_policy(untrained, task)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=Args.lr, weight_decay=0.0, fused=True)
     for step in range(3):
         problems = harness.run.training_batch(task.train, step, 4, seed=0)

@@ -1,109 +1,168 @@
-"""The scripts as their users run them, on an untrained tiny policy.
+"""The scripts as their users run them: what a run leaves, what each flag changes, and what is refused."""
 
-One run of each is a subprocess; the others run the script as __main__ in this process, which saves importing torch.
-"""
-
+import contextlib
 import dataclasses
 import json
-import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from runs import ROOT, SCRIPTS, SMALL, in_process, of_script, outcome, records, save_untrained, steps_of
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
-import harness.policy
+import harness.report
 from verifiers import arithmetic
 
-ROOT = Path(__file__).parent.parent
-SMALL = ["--steps", "2", "--k", "2", "--n", "4", "--prompts-per-step", "4", "--eval-n", "4", "--eval-problems", "2"]
-SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"]
-
-
-def of_script(script: str, text: str) -> str:
-    """The Best-of-N scripts say N where the others say k."""
-    return re.sub("--k\\b", "--N", text) if script.startswith("bon") else text
-
-
-def save_untrained(folder: Path, eos: bool = True, pad: bool = True) -> str:
-    tokenizer = harness.policy.tiny_tokenizer()
-    if not eos:
-        tokenizer.eos_token = None
-    if not pad:
-        tokenizer.pad_token = None
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, max_position_embeddings=64, bos_token_id=None,
-                         pad_token_id=0 if pad else None, eos_token_id=1 if eos else None)  # fmt: skip
-    harness.policy.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_untrained(tmp_path_factory.mktemp("model"))
+run = conftest.run  # test_readme.py imports it from here
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(script, *flags) in an empty folder -> returncode, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def result(script: str, *flags: str) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", [script, *(of_script(script, flag) for flag in flags)])
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-            returncode = 0
-        except SystemExit as stop:
-            returncode = stop.code
-        out = capsys.readouterr()
-        return SimpleNamespace(returncode=returncode, stdout=out.out, stderr=out.err)
-
-    return result
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def model(untrained):
+    return untrained
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_from_start_to_end(script, model, tmp_path):
-    flags = [of_script(script, flag) for flag in SMALL]
-    command = [sys.executable, str(ROOT / script), *flags, "--model", model, "--eval-every", "1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert json.loads((folder / "args.json").read_text())["n"] == 4
+def test_a_run_from_start_to_end(script, uninterrupted):
+    folder, _, out = uninterrupted(script)
+    assert json.loads((folder / "args.json").read_text())["n"] == (6 if script == "bon_rl.py" else 4)
     metric = "maj@2" if script.startswith("maj") else "pass@2"
     log = records(folder)
-    assert [r["step"] for r in log if "eval" in r] == [0, 1, 2] and [r["step"] for r in log if "reward" in r] == [1, 2]
+    assert [r["step"] for r in log if "eval" in r] == [0, 3, 6] and [r["step"] for r in steps_of(folder)] == [
+        *range(1, 7)
+    ]
     keys = {"reward", "loss", "grad_norm", "signal"} | ({metric} if script != "bon_sft.py" else {"expert_reward"})
-    assert all(keys <= r.keys() for r in log if "reward" in r)
-    assert metric in result.stdout and " -> " in result.stdout
+    assert all(keys <= r.keys() for r in steps_of(folder))
+    assert metric in out and " -> " in out
     assert (folder / "curves.png").stat().st_size > 10_000
     AutoModelForCausalLM.from_pretrained(folder / "policy"), AutoTokenizer.from_pretrained(folder / "policy")
 
 
-def test_equal_arguments_give_equal_metrics_and_another_folder(run, model, tmp_path):
+def test_a_command_of_its_own_process(untrained, tmp_path):
+    command = [sys.executable, str(ROOT / "pass_at_k_pg.py"), *SMALL, "--steps", "0", "--model", untrained]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "pass@4" in result.stdout and len([*(tmp_path / "runs").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
+    """24 and 3 are no powers of two."""
+    flags = [
+        "--task",
+        "arithmetic",
+        "--steps",
+        "0",
+        "--k",
+        "3",
+        "--n",
+        "9",
+        "--eval-n",
+        "24",
+        "--eval-problems",
+        "1",
+        "--model",
+        untrained,
+    ]
+    result = run(script, *flags)
+    assert result.returncode == 0, result.stderr
+    metric = "maj" if script.startswith("maj") else "pass"
+    (head,) = [line.split() for line in result.stdout.splitlines() if line.startswith("level")]
+    assert {f"{metric}@3", "pass@24"} <= {*head}
+
+
+def test_equal_arguments_give_equal_metrics_and_another_folder(run, skilled, tmp_path):
     for _ in range(2):
-        assert run("pass_at_k_pg.py", *SMALL, "--model", model).returncode == 0
+        assert run("pass_at_k_pg.py", *SMALL, "--levels", "1", "--model", skilled).returncode == 0
     first, second = sorted((tmp_path / "runs").iterdir(), key=lambda folder: len(folder.name))
     assert second.name == f"{first.name}-2"
-    without_speed = [[{**r, "tokens_per_s": 0} for r in records(folder)] for folder in (first, second)]
-    assert without_speed[0] == without_speed[1]
+    assert outcome(first) == outcome(second) and any(r["signal"] > 0 for r in steps_of(first))
 
 
-@pytest.mark.parametrize("flags", [["--kl-coef", "0.1"], ["--epochs", "2"], ["--steps", "0"], ["--estimator", "mean"],
-                                   ["--gradient-checkpointing"], ["--estimator", "biased", "--micro-batch-tokens", "1"],
-                                   ["--levels", "1", "3", "--temperature", "0.7"]], ids=" ".join)  # fmt: skip
-def test_flags(run, flags, model, tmp_path):
-    result = run("pass_at_k_pg.py", *SMALL, *flags, "--model", model)
-    assert result.returncode == 0, result.stderr
+TRAINS = ["--steps", "3", "--levels", "1", "--eval-n", "3", "--eval-problems", "1", "--n", "6"]
+RL, SFT = "bon_rl.py", "bon_sft.py"
+
+
+@pytest.fixture(scope="module")
+def trained(skilled, tmp_path_factory):
+    """trained(script, *flags) -> the weights after a short run with an effect, (P,), its log, and what it printed."""
+    made = {}
+
+    def result(script, *flags):
+        if (script, flags) not in made:
+            with contextlib.chdir(tmp_path_factory.mktemp("trained")), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(harness.report, "save_figure", lambda *args: None)  # a third of so short a run
+                ended = in_process(script, *SMALL, *TRAINS, "--model", skilled, "--run-name", "a", *flags)
+                assert ended.returncode == 0, ended.stderr
+                log, policy = steps_of(Path("runs/a")), Path("runs/a/policy/model.safetensors")
+                learnt = any(r["signal"] > 0 and r["grad_norm"] > 0 for r in log)
+                assert learnt or not log, "no gradient: no flag could be seen"
+                weights = flat(policy) if log else None
+                made[script, flags] = weights, log, ended.stdout
+        return made[script, flags]
+
+    result.start = flat(Path(skilled) / "model.safetensors")
+    return result
+
+
+def flat(file: Path) -> torch.Tensor:
+    """All weights as one vector."""
+    return torch.cat([x.flatten() for _, x in sorted(load_file(file).items())])
+
+
+@pytest.mark.parametrize(
+    "script, base, flags",
+    [
+        ("pass_at_k_pg.py", [], ["--kl-coef", "0.1"]),
+        ("pass_at_k_pg.py", [], ["--epochs", "2"]),
+        ("pass_at_k_pg.py", ["--epochs", "2"], ["--clip", "1e-4"]),
+        ("pass_at_k_pg.py", [], ["--estimator", "mean"]),
+        ("pass_at_k_pg.py", ["--k", "3"], ["--estimator", "biased"]),
+        ("pass_at_k_pg.py", ["--estimator", "mean"], ["--estimator", "maxrl"]),
+        ("pass_at_k_pg.py", [], ["--levels", "1", "2"]),
+        ("pass_at_k_pg.py", [], ["--temperature", "0.7"]),
+        ("pass_at_k_pg.py", [], ["--max-grad-norm", "1e-3"]),
+        ("pass_at_k_pg.py", [], ["--max-new-tokens", "3"]),
+        ("pass_at_k_pg.py", [], ["--seed", "1"]),
+        ("majority_pg.py", [], ["--kl-coef", "0.1"]),
+        ("majority_pg.py", ["--k", "3"], ["--estimator", "mean"]),
+        ("majority_pg.py", ["--k", "3"], ["--estimator", "unbiased"]),
+        (RL, [], ["--estimator", "mean"]),
+        (RL, [], ["--estimator", "variational"]),
+        (RL, ["--estimator", "variational"], ["--baseline", "value"]),
+        (RL, ["--estimator", "mean"], ["--baseline", "value"]),
+        (RL, ["--estimator", "variational", "--baseline", "value"], ["--value-lr", "0.1"]),
+        (RL, [], ["--estimator", "rlb"]),
+        (RL, ["--estimator", "rlb"], ["--estimator", "rlb-positive"]),
+        (RL, ["--estimator", "rlb"], ["--estimator", "rlb-all"]),
+        (RL, [], ["--warm-up-steps", "2"]),
+        (RL, ["--kl-coef", "1"], ["--anchor-rate", "0.5"]),
+        (SFT, [], ["--likelihood", "exact"]),
+        (SFT, [], ["--N", "1"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)  # fmt: skip
+def test_a_flag_of_training_changes_what_is_learnt(trained, script, base, flags):
+    (without, _, _), (weights, _, _) = trained(script, *base), trained(script, *base, *flags)
+    assert (weights - without).norm() > 0.02 * (
+        without - trained.start
+    ).norm()  # of the way that training went; rounding makes 1e-6
+
+
+@pytest.mark.parametrize(
+    "flags", [["--gradient-checkpointing"], ["--micro-batch-tokens", "1"], ["--sample-rows", "5"]], ids=" ".join
+)
+def test_a_flag_of_memory_changes_nothing_but_rounding(trained, flags):
+    (without, before, _), (weights, log, _) = trained("pass_at_k_pg.py"), trained("pass_at_k_pg.py", *flags)
+    assert (weights - without).norm() < 1e-4 * (without - trained.start).norm()
+    assert [r["reward"] for r in log] == [r["reward"] for r in before]
+
+
+def test_steps_0_evaluates_and_leaves_no_policy(trained):
+    weights, log, out = trained(RL, "--estimator", "rlb-all", "--steps", "0")
+    assert weights is None and log == [] and "pass@2" in out
 
 
 def test_a_model_without_a_pad_token_runs(run, tmp_path):
@@ -112,28 +171,34 @@ def test_a_model_without_a_pad_token_runs(run, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# What each script checks, or names, in its own way; and what the harness checks for all of them.
+OF_EACH = [
+    (["--k", "8", "--n", "4"], "--n must be at least 8 (--k 8 takes that many samples), not 4"),
+    (["--k", "8", "--n", "9", "--eval-n", "4"], "--eval-n must be at least 8"),
+    (["--k", "0"], "--k must be at least 1, not 0"),
+    (["--k", "1", "--n", "1", "--kl-coef", "1"], "--kl-coef needs --n 2 or more"),
+    (["--max-new-tokens", "64"], "exceed the model's context of 64"),
+    (["--estimator", "best"], "best"),
+    (["--bogus", "1"], "bogus"),
+]
+OF_ALL = [
+    (["--steps", "-1"], "--steps must be at least 0"),
+    (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
+    (["--lr", "nan"], "--lr must be a positive number, not nan"),
+    (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
+    (["--data", "x.jsonl"], "makes its own problems: leave --data out"),
+    (["--levels", "9"], "no training problems at --levels 9"),
+    (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
+    (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+    (["--sample-rows", "0"], "--sample-rows must be at least 1, not 0"),
+    (["--device", "tpu"], "on device 'tpu'"),
+    (["--run-name", "a/../../b"], "--run-name"),
+]
+
+
 @pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        (["--k", "8", "--n", "4"], "--n must be at least 8 (--k 8 takes that many samples), not 4"),
-        (["--k", "8", "--n", "8", "--eval-n", "4"], "--eval-n must be at least 8"),
-        (["--k", "0"], "--k must be at least 1, not 0"),
-        (["--steps", "-1"], "--steps must be at least 0"),
-        (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
-        (["--lr", "nan"], "--lr must be a positive number, not nan"),
-        (["--k", "1", "--n", "1", "--kl-coef", "1"], "--kl-coef needs --n 2 or more"),
-        (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
-        (["--data", "x.jsonl"], "makes its own problems: leave --data out"),
-        (["--levels", "9"], "no training problems at --levels 9"),
-        (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
-        (["--max-new-tokens", "64"], "exceed the model's context of 64"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
-        (["--device", "tpu"], "on device 'tpu'"),
-        (["--run-name", "a/../../b"], "--run-name"),
-        (["--estimator", "best"], "best"),
-        (["--bogus", "1"], "bogus"),
-    ],
+    "script, flags, complaint",
+    [*((script, *case) for script in SCRIPTS for case in OF_EACH), *((SCRIPTS[0], *case) for case in OF_ALL)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_path):
@@ -147,9 +212,6 @@ def test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-RL, SFT = "bon_rl.py", "bon_sft.py"
-
-
 @pytest.mark.parametrize(
     "script, flags, complaint",
     [
@@ -159,9 +221,9 @@ RL, SFT = "bon_rl.py", "bon_sft.py"
         (RL, ["--baseline", "value"], "--baseline value is for --estimator mean and variational"),
         (RL, ["--estimator", "rlb", "--verifier", "learned"], "rlb is a closed form for --verifier environment"),
         (RL, ["--anchor-rate", "2"], "--anchor-rate must lie between 0 and 1, not 2.0"),
+        (RL, ["--k", "1", "--n", "1", "--kl-coef-end", "1"], "--kl-coef needs --n 2 or more"),
         (RL, ["--kl-delay", "-1"], "--kl-delay must be at least 0"),
         (RL, ["--value-lr", "0"], "--value-lr must be a positive number"),
-        (RL, ["--eval-temperatures", "0.5", "0"], "--eval-temperatures must be positive numbers"),
         (RL, ["--preset", "large"], "large"),
         (RL, ["--verifier", "learned", "--verifier-model", "no/such"], "cannot load the verifier 'no/such'"),
         (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
@@ -175,28 +237,23 @@ def test_bad_input_to_best_of_n_is_one_clear_line(run, script, flags, complaint,
     test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        (RL, ["--estimator", "variational", "--n", "6", "--kl-coef", "1", "--kl-coef-end", "0.1"]),
-        (RL, ["--estimator", "variational", "--baseline", "value", "--warm-up-steps", "2"]),
-        (RL, ["--estimator", "mean", "--baseline", "value", "--epochs", "2"]),
-        (RL, ["--estimator", "rlb"]),
-        (RL, ["--estimator", "rlb-positive", "--eval-temperatures"]),
-        (RL, ["--estimator", "rlb-all", "--steps", "0"]),
-        (SFT, ["--likelihood", "exact"]),
-        (SFT, ["--N", "1", "--eval-N", "2"]),
-        (SFT, ["--steps", "0"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_flags_of_best_of_n(run, script, flags, model):
-    result = run(script, *SMALL, *flags, "--model", model)
-    assert result.returncode == 0, result.stderr
-
-
 def test_the_papers_preset_and_flags_beside_it(run, model, tmp_path):
-    flags = ["--preset", "paper", "--N", "2", "--steps", "1", "--lr", "1e-5", "--eval-n", "2", "--eval-problems", "1"]
+    flags = [
+        "--preset",
+        "paper",
+        "--task",
+        "arithmetic",
+        "--N",
+        "2",
+        "--steps",
+        "1",
+        "--lr",
+        "1e-5",
+        "--eval-n",
+        "2",
+        "--eval-problems",
+        "1",
+    ]
     result = run(RL, *flags, "--model", model)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
@@ -228,7 +285,8 @@ def test_bandit(run, tmp_path):
 
 def test_compare_averages_over_seeds(run, model, tmp_path):
     for estimator, seed in (("unbiased", "0"), ("unbiased", "1"), ("mean", "0")):
-        flags = [*SMALL, "--model", model, "--seed", seed, "--estimator", estimator, "--run-name", estimator + seed]
+        flags = [*SMALL, "--levels", "1", "--steps", "1", "--model", model, "--seed", seed, "--estimator", estimator]
+        flags += ["--run-name", estimator + seed]
         assert run("pass_at_k_pg.py", *flags).returncode == 0
     result = run("harness/report.py", "runs/unbiased0", "runs/unbiased1", "runs/mean0")
     assert result.returncode == 0, result.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,41 +10,58 @@ import torch
 
 from verifiers import BadInput, Problem, code, load_task
 from verifiers.sandbox import shared
+from verifiers.sandbox_judge import difference
 
 REAL_DATA = os.environ.get("REAL_DATA")
 real_data = pytest.mark.skipif(not REAL_DATA, reason="needs data sets: set REAL_DATA to their folder")
 
 HUMANEVAL = {
-    "task_id": "HumanEval/0", "prompt": 'def double(x):\n    """ Twice x. """\n', "entry_point": "double",
+    "task_id": "HumanEval/0",
+    "prompt": 'def double(x):\n    """ Twice x. """\n',
+    "entry_point": "double",
     "canonical_solution": "    return 2 * x\n",
     "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
 }
 MBPP = {
-    "text": "Write a function to sum a pair.", "task_id": 1, "test_setup_code": "q = Pair(5, 6)",
+    "text": "Write a function to sum a pair.",
+    "task_id": 1,
+    "test_setup_code": "q = Pair(5, 6)",
     "code": "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a, self.b = a, b\r\n"
-            "def sum(p):\r\n\treturn p.a + p.b", "challenge_test_list": [],
+    "def sum(p):\r\n\treturn p.a + p.b",
+    "challenge_test_list": [],
     "test_list": ["assert sum(Pair(1, 2)) == 3", "assert sum(q) == 11"],
 }
 SANITIZED = {
-    "prompt": "Write a function to take a root.", "task_id": 2, "test_imports": ["import math"], "source_file": "",
+    "prompt": "Write a function to take a root.",
+    "task_id": 2,
+    "test_imports": ["import math"],
+    "source_file": "",
     "test_list": ["assert math.isclose(root(4), 2.0, rel_tol=0.001)", "assert [root(n * n) for n in (3, 5)] == [3, 5]"],
     "code": "def root(n):\n  return n ** 0.5",
 }
 CONTEST = {
-    "name": "sum", "description": "Print the sum.", "difficulty": 7, "input_file": "", "output_file": "",
-    "public_tests": {"input": ["1 2\n"], "output": ["3\n"]}, "private_tests": {"input": ["5 5\n"], "output": ["10\n"]},
+    "name": "sum",
+    "description": "Print the sum.",
+    "difficulty": 7,
+    "input_file": "",
+    "output_file": "",
+    "public_tests": {"input": ["1 2\n"], "output": ["3\n"]},
+    "private_tests": {"input": ["5 5\n"], "output": ["10\n"]},
     "generated_tests": {"input": [], "output": []},
     "solutions": {"language": [2, 3], "solution": ["int main() {}", "print(sum(map(int, input().split())))"]},
 }
 TACO = {
-    "question": "Print the sum.", "solutions": json.dumps(["print(sum(map(int, input().split())))"]),
-    "starter_code": "", "difficulty": "HARD",
+    "question": "Print the sum.",
+    "solutions": json.dumps(["print(sum(map(int, input().split())))"]),
+    "starter_code": "",
+    "difficulty": "HARD",
     "input_output": json.dumps({"inputs": ["1 2\n", ["5", "5"]], "outputs": ["3\n", ["5"]]}),
 }
 TACO_FUNCTION = {
     "question": "Return the sorted pair.",
     "solutions": json.dumps(["class Solution:\n    def order(self, a, b):\n        return tuple(sorted((a, b)))"]),
-    "starter_code": "class Solution:\n    def order(self, a, b):\n", "difficulty": "EASY",
+    "starter_code": "class Solution:\n    def order(self, a, b):\n",
+    "difficulty": "EASY",
     "input_output": json.dumps({"fn_name": "order", "inputs": [[2, 1], [3, 4]], "outputs": [[[1, 2]], [3, 4]]}),
 }
 
@@ -79,13 +97,17 @@ def with_broken_returns(problem: Problem) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- schemas
 
-@pytest.mark.parametrize("name, row, wrong", [
-    ("humaneval", HUMANEVAL, "    return x\n"),
-    ("mbpp", MBPP, MBPP["code"].replace("+", "-")),
-    ("mbpp_sanitized", SANITIZED, "def root(n): return n"),
-    ("code_contests", CONTEST, "print(3)"),
-    ("taco", TACO_FUNCTION, "class Solution:\n    def order(self, a, b): return [a, b]"),
-])
+
+@pytest.mark.parametrize(
+    "name, row, wrong",
+    [
+        ("humaneval", HUMANEVAL, "    return x\n"),
+        ("mbpp", MBPP, MBPP["code"].replace("+", "-")),
+        ("mbpp_sanitized", SANITIZED, "def root(n): return n"),
+        ("code_contests", CONTEST, "print(3)"),
+        ("taco", TACO_FUNCTION, "class Solution:\n    def order(self, a, b): return [a, b]"),
+    ],
+)
 def test_the_solution_of_each_schema_passes_and_a_wrong_one_fails(tmp_path, name, row, wrong):
     task = task_of(tmp_path, name, row)
     problem = task.test[0]
@@ -120,44 +142,75 @@ def test_rows_of_another_schema_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("output, expected, same", [
-    ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("1e3", "1000", True),
-    ("1000001", "1000000", False), ("YES", "yes", False), ("1 2", "1 2 3", False), ("", "", True),
-    ("nan", "nan", True), ("nan", "1.0", False), ("inf", "1e999", True),
-])
+    ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("1000001", "1000000", False),
+    ("YES", "yes", False), ("1 2", "1 2 3", False), ("1 2 3", "1 2", False), ("", "", True), ("1e3", "1000.0", True),
+    ("1000", "1e3", True), ("-.5", "-0.5", True), ("5.", "5.0", True), ("1e-9", "0.0", True), ("nan", "nan", True),
+    # a tolerance only for what is expected as a float
+    ("1e3", "1000", False), ("1000000.5", "1000000", False), ("3.0", "3", False), ("3.0", "3.", True),
+    # digits as everybody writes them
+    ("1_0.0", "10.0", False), ("\uff11.0", "1.0", False), ("\u0661.5", "1.5", False), ("nan", "1.0", False),
+    ("inf", "1e999", False), ("1\u00a02", "1 2", False), ("0x1p0", "1.0", False), ("1" * 70 + ".0", "1" * 70, False),
+])  # fmt: skip
 def test_outputs_are_compared_token_by_token(output, expected, same):
-    from verifiers.sandbox_worker import same_output
-
-    assert same_output(output, expected) == same
+    assert (difference(output.encode(), expected.encode()) == "") == same
 
 
 # ------------------------------------------------------------------------------------------------------- extraction
 
-FULL = 'def double(x):\n    return 2 * x\n'
+FULL = "def double(x):\n    return 2 * x\n"
 
 
-@pytest.mark.parametrize("response", [
-    "    return 2 * x\n",
-    "return 2 * x\n",
-    "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).",
-    FULL,
-    HUMANEVAL["prompt"] + "    return 2 * x",
-    f"Here it is:\n```python\n{FULL}```\nand so on.",
-    f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
-    f"```python\ndef double(x): return x\n```\nNo, wait:\n```py\n{FULL}```",
-    f"The code:\n```\n{FULL}",
-    "```python\n    return 2 * x\n```",
-    "import math\n\n" + FULL,
-])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "    return 2 * x\n",
+        "return 2 * x\n",
+        "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).",
+        FULL,
+        HUMANEVAL["prompt"] + "    return 2 * x",
+        f"Here it is:\n```python\n{FULL}```\nand so on.",
+        f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
+        f"```python\ndef double(x): return x\n```\nNo, wait:\n```py\n{FULL}```",
+        f"The code:\n```\n{FULL}",
+        "```python\n    return 2 * x\n```",
+        "import math\n\n" + FULL,
+        f"from __future__ import annotations\n\n{FULL}",
+        f"```python\nfrom __future__ import annotations\nfrom __future__ import division\n{FULL}```",
+        f"~~~python\n{FULL}~~~\nand\n~~~\nprint(double(2))\n~~~",
+        f"~~~\n{FULL}a = '\\\n```\n'\n~~~",
+        "1. So:\n\n   ```python\n" + textwrap.indent(FULL, "   ") + "   ```\n\n2. Done.",
+        "- So:\n\n\t~~~\n" + textwrap.indent(FULL, "\t") + "\t~~~",
+        "double = lambda x: 2 * x",
+        "```python\ndouble = lambda x: 2 * x\n```\nFor example:\n```python\nprint(double(2))\n```",
+        "```python\ndouble: object = lambda x: 2 * x\n```\nso that\n```python\ndouble == 3\ndoubled = 4\n```",
+        f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
+    ],
+)
 def test_forms_of_a_right_response(tmp_path, response):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
     assert rewards(task, task.test[0], response) == [1.0]
 
 
-@pytest.mark.parametrize("response", [
-    "", "   ", "```", "def double(x):", "Two times x.", "    return x", "\0", "\ud800", "return 2 * x" * 2,
-    "(" * 5000, "-" * 5000 + "1", "```\n" * 5000,
-    FULL.replace("double", "triple"),
-])
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "   ",
+        "```",
+        "def double(x):",
+        "Two times x.",
+        "    return x",
+        "\0",
+        "\ud800",
+        "return 2 * x" * 2,
+        "(" * 5000,
+        "-" * 5000 + "1",
+        "```\n" * 5000,
+        FULL.replace("double", "triple"),
+        "double == lambda x: 2 * x",
+        "from __future__ import braces\n" + FULL,
+    ],
+)
 def test_forms_of_a_wrong_response(tmp_path, response):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
     assert rewards(task, task.test[0], response) == [0.0]
@@ -171,6 +224,7 @@ def test_troubles_are_counted(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- real data
+
 
 def check_solutions(problems: list[Problem], count: int) -> None:
     assert len(problems) >= count
@@ -192,6 +246,7 @@ def test_every_mbpp_solution_passes_and_fails_when_broken(split, count):
 
 
 # --------------------------------------------------------------------------------------------------------- programs
+
 
 @pytest.fixture(scope="module")
 def programs():
@@ -235,11 +290,41 @@ def test_programs_votes_are_equal_behaviour(programs):
 
 
 def test_programs_hostile_expressions_are_contained(programs):
-    row = ["9**9**9", "9**9**8", "'a'*10**10", "__import__('os')._exit(0)", "exec('while 1:0')", "[0]*10**10",
-           "x if 1else'''", "2*x+1", "((" * 10]
+    row = [
+        "9**9**9",
+        "9**9**8",
+        "'a'*10**10",
+        "__import__('os')._exit(0)",
+        "exec('while 1:0')",
+        "[0]*10**10",
+        "x if 1else'''",
+        "2*x+1",
+        "((" * 10,
+    ]
     problem = next(p for p in [*programs.train, *programs.test] if p.solution == "2*x+1")
     verdict = programs.verify([problem], [row])
     assert verdict.rewards.tolist() == [[0] * 7 + [1, 0]] and verdict.counts["timed out"] == 3
+
+
+def test_programs_keeps_no_huge_integers(programs):
+    row = ["9**99999*x", f"{2**63 - 1}", f"-{2**63}", "x**19", "2**62"]
+    verdict = programs.verify(programs.test[:1], [row])
+    assert verdict.votes.tolist() == [[-1, 1, -1, -1, 4]] and verdict.rewards.sum() == 0
+    assert [code._values[expression][1] is None for expression in row] == [True, False, True, True, False]
+
+
+def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypatch):
+    task, pool = task_of(tmp_path, "humaneval", HUMANEVAL), shared()
+
+    def broken(programs):
+        raise BadInput("a worker ended and cannot be replaced")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "run", broken)
+        for task, response in ((task, FULL), (programs, "x*x-77"), (programs, "x*x-77")):
+            with pytest.raises(BadInput, match="cannot be replaced"):
+                rewards(task, task.test[0], response)
+    assert code.values_of(["x*x-77"])["x*x-77"][1][0] == 9 - 77  # nothing was kept of the failure
 
 
 def test_programs_takes_no_data():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_cli import SMALL, model, run, save_untrained  # noqa: F401 (fixtures)
+from runs import SMALL, save_untrained
 
 from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned
 
@@ -96,7 +96,7 @@ def test_quality_counts_within_problems():
 @pytest.mark.parametrize(
     "script, flags", [("bon_rl.py", ["--estimator", "variational", "--n", "6"]), ("bon_sft.py", [])]
 )
-def test_a_run_with_a_learned_verifier(run, model, tmp_path, monkeypatch, script, flags):  # noqa: F811
+def test_a_run_with_a_learned_verifier(run, untrained, tmp_path, monkeypatch, script, flags):
     """Rewards are the parity of a response's length: an untrained policy is never right in arithmetic."""
 
     def verify(problems, rows):
@@ -104,7 +104,7 @@ def test_a_run_with_a_learned_verifier(run, model, tmp_path, monkeypatch, script
         return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
 
     monkeypatch.setattr(arithmetic, "verify", verify)
-    result = run(script, *LEARNED, *flags, "--model", model, "--verifier-problems", "8")
+    result = run(script, *LEARNED, *flags, "--model", untrained, "--verifier-problems", "8")
     assert result.returncode == 0, result.stderr
     assert "within problems" in result.stdout and "bon@2" in result.stdout
     (folder,) = (tmp_path / "runs").iterdir()

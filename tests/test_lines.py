@@ -12,7 +12,9 @@ from enumeration import best_of_value, majority_value
 from test_cli import ROOT
 
 import common
+import harness.policy
 from verifiers import BadInput, Problem, Task, lines, load_task
+from verifiers import learned as learned_verifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 optima, exact = importlib.import_module("optima"), importlib.import_module("exact")
@@ -152,7 +154,7 @@ def maxrl(pi, n=16):
     return sum(optima.pass_at_k(Q, pi, j) / j for j in range(1, n))
 
 
-def trade(pi, weight=0.3, k=8):
+def trade(pi, weight, k):
     return weight * optima.pass_at_k(Q, pi, 1) + (1 - weight) * optima.pass_at_k(Q, pi, k)
 
 
@@ -165,7 +167,8 @@ OPTIMA = {
     "SFT": (lambda pi: torch.special.xlogy(Q, pi).sum(-1), lambda: Q),
     "BoN-SFT": (bon_sft, lambda: optima.bon_sft_policy(Q, 8)),
     "MaxRL": (maxrl, lambda: optima.maxrl_policy(Q, 16)),
-    "frontier": (trade, lambda: optima.frontier_policy(Q, 0.3, 8)),
+    "frontier": (lambda pi: trade(pi, 0.3, 8), lambda: optima.frontier_policy(Q, 0.3, 8)),
+    "frontier, nearly straight": (lambda pi: trade(pi, 0.9, 32), lambda: optima.frontier_policy(Q, 0.9, 32)),
     "mean - beta KL": (
         lambda pi: (Q * pi).sum(-1) - 0.5 * kl_to_uniform(pi),
         lambda: optima.mean_kl_policy(Q, 0.5, optima.uniform(Q)),
@@ -250,6 +253,26 @@ def test_metrics_of_a_policy_are_their_expectations(k):
     assert optima.best_of_n(*rows, scores.expand(2, 8), k).tolist() == pytest.approx([average(selected)] * 2)
 
 
+def test_auc_within_problems_is_that_of_samples_to_prompts_with_both_kinds():
+    scores = torch.tensor([0.2, 0.9, 0.2, 1, 1, 1, 1, 1]).double()  # two candidates tie
+
+    def value(tries, hidden) -> float:
+        """The AUC of the tries, 0 where all are right or all are wrong; elsewhere scores lowest."""
+        seen = torch.tensor([scores[y].item() if y < 3 else -1.0 for y in tries])
+        auc = learned_verifier.auc(seen, torch.tensor([float(y == hidden) for y in tries]))
+        return 0.0 if math.isnan(auc) else auc
+
+    def share(value) -> float:
+        return sum(THREE[hidden].item() * expected_value(lambda tries: value(tries, hidden), 4) for hidden in range(3))
+
+    expected = share(value) / share(lambda tries, hidden: 0 < sum(y == hidden for y in tries) < 4)
+    ones = torch.ones(1).double()
+    found = optima.auc_within(THREE[None], PARTIAL[None], scores[None], ones, n=4)
+    assert found == pytest.approx(expected)
+    scaled = optima.auc_within(THREE.expand(2, 8), PARTIAL.expand(2, 8), scores.expand(2, 8), ones.expand(2) / 2, n=4)
+    assert scaled == pytest.approx(expected)
+
+
 def test_kl_counts_what_is_elsewhere():
     base = torch.tensor([0.25, 0.25, 0.25, 0, 0, 0, 0, 0]).double()
     expected = 0.5 * math.log(2) + 0.15 * math.log(0.6) + 0.05 * math.log(0.2) + 0.3 * math.log(1.2)
@@ -280,7 +303,7 @@ def learned() -> tuple[common.Policy, Task, list[Problem]]:
     task = load_task("lines")
     task.train, task.warm_start_problems = [], solutions
     task.warm_start = {"steps": 60, "batch": 8, "lr": 5e-3}
-    return common.warm_start(task), task, problems
+    return harness.policy.warm_start(task), task, problems
 
 
 def test_candidate_log_probs_are_those_of_the_model(learned):
@@ -310,7 +333,7 @@ def test_exact_metrics_are_what_sampling_tends_to(learned):
         log_pi = exact.candidate_log_probs(policy, task, problems)
     metrics = exact.exact_metrics(log_pi, problems, "lines", log_pi)
     assert metrics["kl"].abs().max() < 1e-9 and (metrics["pass@32"] > 0.3).all()
-    prompts = common.encode_prompts(policy, task, problems, task.max_new_tokens)
+    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
     rollouts = common.sample(policy, prompts, 1_000, task.max_new_tokens, generator=torch.Generator().manual_seed(0))
     q, responses = lines.posterior([p.prompt for p in problems]), common.decode(policy, rollouts)
     sampled = {name: torch.zeros(3, dtype=torch.float64) for name in ("pass@1", "pass@8", "elsewhere")}

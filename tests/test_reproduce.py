@@ -1,16 +1,24 @@
-"""benchmarks/reproduce.py: its statistics, and its runs, stopped and taken up again, on small ones."""
+"""benchmarks/reproduce.py: its statistics and tables, and its runs, stopped and taken up again, on small ones."""
 
 import importlib
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import tyro
-from test_cli import ROOT, save_untrained
+from test_cli import ROOT
+
+import harness.policy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 reproduce = importlib.import_module("reproduce")
+PREDICTIONS = json.loads(reproduce.optima.PREDICTIONS.read_text())
 
 
 def test_the_interval_is_students():
@@ -20,62 +28,238 @@ def test_the_interval_is_students():
     assert [reproduce.verdict(x, 1.963) for x in (3, -3, 1, -1)] == ["holds", "does not", *["not decidable"] * 2]
 
 
-def test_every_run_is_a_command_that_its_script_takes():
-    commands = [c for x in reproduce.RUNS.values() for c in (x if isinstance(x, tuple) else (x,))]
-    for command in (*commands, *reproduce.FIRST.values()):
-        script, *flags = command.split()
-        tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed():
+    for name in ("base", *reproduce.RUNS, *reproduce.ON_PROGRAMS):
+        script, *flags = reproduce.command(name, 3).split()
+        args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+        assert (args.model, args.seed) == ("tiny-3", 3)
+        if name in reproduce.RUNS:
+            samples = args.prompts_per_step * (getattr(args, "n", None) or 16)
+            assert args.steps == 60 and (1000 < samples < 1050 or name == "k32"), name
+    assert set(reproduce.QUICK) <= set(reproduce.RUNS) and set(reproduce.POLICIES) <= {"base", *reproduce.RUNS}
 
 
-def test_the_readme_of_benchmarks_has_the_command_of_every_run():
-    commands = {name: c if isinstance(c, tuple) else (c,) for name, c in reproduce.RUNS.items()}
-    lines = [f"{'' if i else name:<20}{part}" for name, parts in commands.items() for i, part in enumerate(parts)]
-    assert "\n".join(lines) in (ROOT / "benchmarks" / "README.md").read_text()
+def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
+    class Recorder(reproduce.Seed):
+        def at(self, name, metric, levels=(), where="held-out"):
+            assert name in {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
+            self.read.append(name)
+            return 0.0
+
+    seed = Recorder(None, 0)
+    for claim, _, value in reproduce.claims():
+        assert value(seed) == 0 and claim in reproduce.PAPERS
+    points = {*reproduce.POLICIES} | {"learned-mean"}
+    assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
+    compared = [(claim, what) for claim, what, _ in reproduce.claims()]
+    predicted = [(row["claim"], row["what"]) for row in PREDICTIONS["claims"] if row["claim"][0] != "B"]
+    assert compared == predicted and len(set(compared)) == len(compared)
 
 
-def test_every_claim_is_about_runs_that_are_made():
-    runs = reproduce.Runs(reproduce.Args())
+def test_votes_at_equal_kl_are_compared_by_their_distance_to_the_frontier():
+    """Mean training is .01 under the frontier at KL .1 and .03 at .3, majority .005 under it at KL .2: .015 ahead."""
+    best = {0.1: 0.5, 0.2: 0.6, 0.3: 0.65, 0.4: 0.66}
+    places = {"vote-mean-0.8": (0.1, 0.01), "vote-mean-0.5": (0.3, 0.03), "vote-mean-0.3": (0.4, 0.03),
+              "vote-biased-0.5": (0.2, 0.005)}  # fmt: skip
 
-    class Recorder(reproduce.Results):
-        def log(self, name, part=0):
-            runs.commands[name][part]
-            evaluation = {str(level): {f"{m}@{2**i}": [0.0, 0.0] for m in ("pass", "maj", "bon") for i in range(6)}
-                          for level in ("all", 1, 2, 3, 4, 5)}  # fmt: skip
-            times = 1 if part else 2
-            return [{"step": 0, "eval": evaluation}] * times + [
-                {"eval_at": T, "result": evaluation} for T in (0.7, 1.3) for _ in range(times)
-            ]
+    class Known(reproduce.Seed):
+        def at(self, name, metric, levels=(), where="held-out"):
+            kl, distance = places[name]
+            return {"kl": kl, reproduce.BEST_MEAN: best[kl], "maj@8": best[kl] - distance}[metric]
 
-    assert all(claim.value(Recorder(runs, 0)) == 0 for claim in reproduce.claims())
-    assert set(reproduce.QUICK) <= set(reproduce.RUNS)
-    made = {runs.folder(name, 0) for name in reproduce.FIRST} | {runs.folder("sft", 1)}
-    read = [word.split("/")[1] for word in runs.command("sft", 1, part=1).split() if word.startswith("runs/")]
-    assert len(read) == 2 and set(read) <= {folder.name for folder in made}
+    assert Known(None, 0).votes_at_equal_kl(0.5) == pytest.approx(0.015)
+
+
+def test_levels_are_means_by_the_weights_of_their_prompts():
+    problems = reproduce.prompts("held-out")
+    weights = reproduce.optima.prompt_weights(problems)
+    values = reproduce.torch.arange(len(problems)).double()
+    found = reproduce.by_level({"x": values}, problems)["x"]
+    assert found["all"] == pytest.approx((weights @ values).item())
+    some = [i for i, problem in enumerate(problems) if problem.level == 7]
+    assert found["7"] == pytest.approx((weights[some] @ values[some] / weights[some].sum()).item())
+    assert found["all"] == pytest.approx(sum(found[str(level)] for level in range(1, 9)) / 8)  # levels weigh alike
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"[-+]?\d+\.\d{3}", text)]
+
+
+def check_tables(result: dict, texts: dict[str, str]) -> None:
+    """Every number of the tables is the one of results.json, rounded; a row each, in the same order."""
+    rows = {name: [line.split("|")[1:-1] for line in text.splitlines()[2:]] for name, text in texts.items()}
+    assert len(rows["claims"]) == len(result["rows"])
+    for (_, what, predicted, measured, share, verdict), row in zip(rows["claims"], result["rows"]):
+        assert what.strip(" *") == row["what"] and verdict.strip() == row["verdict"]
+        assert numbers(measured) == pytest.approx([row["mean"], row["ci95"]], abs=0.00051)
+        assert numbers(predicted) == pytest.approx([] if row["predicted"] is None else [row["predicted"]], abs=0.00051)
+        if row["share"] is not None:
+            assert float(share.strip(" %")) == pytest.approx(100 * row["mean"] / row["predicted"], abs=0.51)
+        if row["claim"][0] != "B":
+            mean, ci = reproduce.measure.interval(np.array(row["values"]))
+            assert (mean, ci) == pytest.approx((row["mean"], row["ci95"]))
+    first = {row["claim"]: row for row in reversed(result["rows"])}
+    assert [cells[0].strip() for cells in rows["claims-short"]] == list(
+        dict.fromkeys(r["claim"] for r in result["rows"])
+    )
+    for claim, _, what, _, measured, _, verdict in rows["claims-short"]:
+        row = first[claim.strip()]
+        assert what.strip() == row["what"] and verdict.strip() == row["verdict"]
+        assert numbers(measured) == pytest.approx([row["mean"], row["ci95"]], abs=0.00051)
+    for cells, row in zip(rows["policies"], result["policies"], strict=True):
+        expected = [x for column in zip(*row["points"]) for x in reproduce.measure.interval(np.array(column))]
+        assert numbers("|".join(cells[1:4])) == pytest.approx(expected, abs=0.00051)
+    for cells, row in zip(rows["verifier"], result["verifier"], strict=True):
+        expected = [x for x in row["predicted"] if x is not None]
+        for label in ("before", "BoN-RL-V", "plain RL"):
+            expected += reproduce.measure.interval(np.array(row[label]))
+        assert numbers("|".join(cells[1:])) == pytest.approx(expected, abs=0.00051)
+
+
+def between(path, name: str) -> str | None:
+    found = re.search(f"<!-- {name}:begin -->\n(.*?)\n<!-- {name}:end -->", path.read_text(), re.S)
+    return found and found[1]
+
+
+def test_tables_in_readmes_are_those_of_results_json():
+    path = ROOT / "benchmarks" / "results.json"
+    if not path.exists():
+        pytest.skip("no results are committed yet")
+    texts = {name: between(ROOT / "benchmarks" / "README.md", name) for name in ("claims", "policies", "verifier")}
+    check_tables(json.loads(path.read_text()), texts | {"claims-short": between(ROOT / "README.md", "claims-short")})
+
+
+def fake_runs(out, seeds: int, where: tuple[str, ...]) -> None:
+    """exact.json of every run, with numbers that are all different."""
+    rng = np.random.default_rng(0)
+    metrics = [f"{kind}@{k}" for kind in ("pass", "bon") for k in (1, 2, 4, 8, 16, 32, "inf")]
+    metrics += ["maj@8", "kl", "AUC", "AUC of q", reproduce.BEST_MEAN]
+    for seed in range(seeds):
+        for name in ("base", *reproduce.RUNS):
+            folder = reproduce.run_folder(out, name, seed)
+            folder.mkdir(parents=True)
+            levels = ("all", *map(str, range(1, 9)))
+            values = {w: {m: {x: rng.random() for x in levels} for m in metrics} for w in where}
+            (folder / "exact.json").write_text(json.dumps(values))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Where --publish writes, in place of the repository; no bandit, no change of threads."""
+    folder = tmp_path / "repository" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text((ROOT / "benchmarks" / "README.md").read_text())
+    (folder.parent / "README.md").write_text(
+        "above\n<!-- claims-short:begin -->\nold\n<!-- claims-short:end -->\nbelow"
+    )
+    monkeypatch.setattr(reproduce, "HERE", folder)
+    monkeypatch.setattr(reproduce, "bandit_rows", lambda: [])
+    monkeypatch.setattr(reproduce.measure, "describe_machine", lambda threads: {})
+    return folder
+
+
+def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
+    out = tmp_path / "out"
+    fake_runs(out, 3, ("held-out", "training", "before", "T = 0.7", "T = 1.3"))
+    for _ in range(2):  # a second time replaces what the first has written
+        reproduce.main(reproduce.Args(seeds=3, out=out, report=True, publish=True))
+    result = json.loads((here / "results.json").read_text())
+    texts = {name: between(here / "README.md", name) for name in ("claims", "policies", "verifier")}
+    texts["claims-short"] = between(here.parent / "README.md", "claims-short")
+    check_tables(result, texts)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in texts.values())
+    assert (here.parent / "README.md").read_text().endswith("<!-- claims-short:end -->\nbelow")
+    # A comparison by hand, and the shares of the way.
+    seeds = [reproduce.Seed(out, seed) for seed in range(3)]
+    row = next(row for row in result["rows"] if row["what"] == "pass@8, k = 8 less mean, levels 6 to 8")
+    by_hand = [
+        sum(seed.at("hard-k8", "pass@8", (x,)) - seed.at("hard-mean", "pass@8", (x,)) for x in (6, 7, 8)) / 3
+        for seed in seeds
+    ]
+    assert row["values"] == pytest.approx(by_hand) and row["runs"] == ["hard-k8", "hard-mean"]
+    policy = next(row for row in result["policies"] if row["policy"] == "unbiased, k = 4")
+    now, base = seeds[1].at("k4", "pass@4"), seeds[1].at("base", "pass@4")
+    best = PREDICTIONS["policies"]["k4"]["pass@4"]
+    assert policy["held-out"][1] == pytest.approx((now - base) / (best - base), rel=1e-3)
+    assert json.loads((out / "measured.json").read_text())["unbiased, k = 4"] == policy["points"]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import signal, sys
+sys.path.insert(0, {benchmarks!r})
+import reproduce
+reproduce.RUNS = {runs!r}
+reproduce.bandit_rows = lambda: []
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    reproduce.main(reproduce.Args(seeds=2, out=reproduce.Path("out")))
+except reproduce.BadInput as mistake:
+    sys.exit(f"error: {{mistake}}")
+"""
 
 
 @pytest.mark.slow
-def test_runs_are_made_once_and_a_failed_one_is_named(monkeypatch, capsys, tmp_path):
-    """Two seeds of a run that fails, and of one of two parts, of which the second reads what the first has made."""
-    small = (
-        f"--N 2 --eval-problems 1 --eval-n 4 --steps 1 --prompts-per-step 2 --model {save_untrained(tmp_path / 'x')}"
-    )
-    scored = "bon_sft.py --N 2 --eval-problems 1 --eval-n 4 --steps 0 --model {run:two}/policy"
-    monkeypatch.setattr(reproduce, "RUNS", {"one": "bon_sft.py --N 0", "two": (f"bon_sft.py {small}", scored)})
-    monkeypatch.setattr(reproduce, "FIRST", {})
-    claims = [reproduce.Claim("X1", "what was seen", "pass@4", lambda r: 1 + r.seed + r.change("two", "pass@4"))]
-    monkeypatch.setattr(reproduce, "claims", lambda: claims)
-    monkeypatch.setattr(reproduce, "bandit_rows", lambda out: [])
-    monkeypatch.setattr(reproduce.measure, "describe_machine", lambda threads: {})  # it sets them for all tests behind
-    args = reproduce.Args(seeds=2, jobs=2, out=tmp_path / "out")
-    with pytest.raises(reproduce.BadInput, match=r"these runs failed.*\n.*one-s0-\w+: see .*txt\n.*one-s1"):
-        reproduce.main(args)
-    (row,) = json.loads((args.out / "results.json").read_text())["rows"]
-    assert row["values"] == [1, 2] and row["seeds"] == 2 and list(row["runs"]) == ["two"]
-    assert "| X1 | what was seen | pass@4 | +1.500 ± 6.353 | not decidable | two |" in capsys.readouterr().out
-    figures = sorted((args.out / "runs").glob("two*/curves.png"))
-    assert len(figures) == 4
-    made = {path: path.stat().st_mtime_ns for path in figures}
-    figures[0].unlink()  # as if it had been killed at its very end
-    del reproduce.RUNS["one"]
+def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(here, monkeypatch, tmp_path, capsys):
+    """Two settings of two seeds; the first try is stopped in training, the second comes to the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real, task = harness.policy.warm_start, reproduce.lines_task()
+
+    def short(task, seed):
+        saved, task.warm_start = task.warm_start, {"steps": 3, "batch": 8, "lr": 3e-3}
+        try:
+            return real(task, seed)
+        finally:
+            task.warm_start = saved
+
+    monkeypatch.setattr(harness.policy, "warm_start", short)  # the processes find its result in the cache
+    for seed in range(2):
+        harness.policy.tiny_policy_folder(task, seed)
+    small = "--steps 40 --lr 1e-4 --eval-every 0 --eval-problems 1 --eval-n 4 --n 4 --prompts-per-step 4"
+    runs = {"mean": f"pass_at_k_pg.py {small} --k 4 --estimator mean", "k4": f"pass_at_k_pg.py {small} --k 4"}
+    monkeypatch.setattr(reproduce, "RUNS", runs)
+    (tmp_path / "driver.py").write_text(DRIVER.format(benchmarks=str(ROOT / "benchmarks"), runs=runs))
+    out = tmp_path / "out"
+    log = reproduce.run_folder(out, "mean", 0) / "metrics.jsonl"
+    process = subprocess.Popen([sys.executable, "driver.py"], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (log.exists() and '"step": 1,' in log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "error: stopped; the same command goes on" in err
+    assert not log.with_name("exact.json").exists() and log.with_name("checkpoint.pt").exists()
+
+    args = reproduce.Args(seeds=2, out=out)
     reproduce.main(args)
-    assert [path.stat().st_mtime_ns == made[path] for path in figures] == [False, True, True, True]
+    assert "resuming at step" in (out / "logs" / f"{log.parent.name}.txt").read_text()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in line] == list(range(1, 41))
+    result = json.loads((out / "results.json").read_text())
+    (row,) = (row for row in result["rows"] if row["what"] == "pass@4, k = 4 less mean")
+    paths = [[reproduce.run_folder(out, name, seed) / "exact.json" for seed in range(2)] for name in ("k4", "mean")]
+    saved = [[json.loads(path.read_text())["held-out"]["pass@4"]["all"] for path in part] for part in paths]
+    assert row["values"] == pytest.approx(list(np.subtract(*saved))) and row["values"][0] != row["values"][1]
+    policy = harness.policy.load_policy(str(paths[0][1].parent / "policy"), task, "cpu")
+    problems = reproduce.prompts("held-out")
+    with reproduce.torch.no_grad():
+        log_pi = reproduce.exact.candidate_log_probs(policy, task, problems)
+    now = reproduce.optima.prompt_weights(problems) @ reproduce.exact.exact_metrics(log_pi, problems)["pass@4"]
+    assert saved[0][1] == pytest.approx(now.item(), rel=1e-6)
+    check_tables(result, reproduce.tables(result))
+
+    made = {path: os.stat(path).st_mtime_ns for part in paths for path in part}
+    capsys.readouterr()
+    reproduce.main(reproduce.Args(seeds=2, out=out, report=True))
+    assert json.loads((out / "results.json").read_text())["rows"] == result["rows"]
+    assert reproduce.tables(result)["claims"] in capsys.readouterr().out
+    paths[0][0].unlink()  # as if it had been killed before it was evaluated
+    runs["k2"] = "pass_at_k_pg.py --k 0"
+    with pytest.raises(reproduce.BadInput, match=r"these runs failed.*\n.*k2-s0-\w+: see .*txt\n.*k2-s1"):
+        reproduce.main(args)
+    assert [os.stat(path).st_mtime_ns == time for path, time in made.items()] == [False, True, True, True]
+    assert json.loads((out / "results.json").read_text())["rows"] == result["rows"]

@@ -9,65 +9,34 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import ROOT, SCRIPTS, SMALL, of_script, records, run, save_untrained  # noqa: F401 (run: a fixture)
+from runs import FLAGS, ROOT, SCRIPTS, SMALL, of_script, outcome, records, wrapped
 
 import common
 import harness.policy
 import harness.report
 import harness.run
-from verifiers import Problem, arithmetic, load_task
+from verifiers import Problem, Verdict, arithmetic, learned
 
-FLAGS = [*SMALL, "--task", "arithmetic", "--levels", "1", "--steps", "6", "--save-every", "2", "--eval-every", "3"]
-EXTRA = {"bon_rl.py": ["--estimator", "variational", "--n", "6", "--baseline", "value", "--kl-coef", "0.1"]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A policy that is right now and then on level 1: without rewards there would be nothing to get wrong."""
-    folder, task = save_untrained(tmp_path_factory.mktemp("model")), load_task("arithmetic")
-    policy = harness.policy.load_policy(folder, task)
-    problems = sorted({p.prompt: p for p in task.train if p.level == 1}.values(), key=lambda p: p.prompt)
-    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
-    experts = harness.policy.expert_rollouts(policy, task, prompts, [p.solution for p in problems])
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        common.accumulate_gradient(policy, experts, torch.ones(len(problems), 1))
-        optimizer.step()
-    harness.policy.save_policy(policy, folder)
-    return folder
+PASS, RL = "pass_at_k_pg.py", "bon_rl.py"
+TASK = SimpleNamespace(name="none", warm_start=None)
 
 
-def outcome(folder: Path) -> tuple[bytes, bytes]:
-    """What a run leaves that depends on its arguments alone."""
-    return (folder / "metrics.jsonl").read_bytes(), (folder / "policy" / "model.safetensors").read_bytes()
-
-
-@pytest.fixture
-def uninterrupted(run, model, tmp_path):  # noqa: F811
-    """uninterrupted(script) -> the outcome of a run that nothing stops, and the flags of such a run."""
-
-    def result(script):
-        flags = [*FLAGS, *EXTRA.get(script, []), "--model", model]
-        assert run(script, *flags, "--run-name", "whole").returncode == 0
-        log = [r for r in records(tmp_path / "runs/whole") if "loss" in r]
-        assert sum(r["grad_norm"] > 0 for r in log) >= 3, "nothing was learnt: the test would see nothing"
-        return outcome(tmp_path / "runs/whole"), flags
-
-    return result
+@pytest.fixture(scope="session")
+def model(skilled):
+    return skilled
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """at_step(number, action): call action() in the middle of that step, once."""
+    """at_step(number, action): call action() in the middle of the number-th step from here, once."""
+    step = common.policy_gradient_step
 
-    def install(number, action, seen=[]):
-        step, seen[:] = common.policy_gradient_step, []
+    def install(number, action):
+        seen = []
 
         def with_action(*args, **others):
             seen.append(1)
@@ -89,25 +58,45 @@ def started(script, flags, cwd, ready):
     return process
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, uninterrupted, run, tmp_path):  # noqa: F811
-    expected, flags = uninterrupted(script)
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, run, tmp_path):
+    whole, flags, _ = uninterrupted(PASS)
     log = tmp_path / "runs/killed/metrics.jsonl"  # its line of step 5 is ahead of the checkpoint of step 4
     flags = [*flags, "--save-every", "4", "--run-name", "killed"]
-    process = started(script, flags, tmp_path, lambda: log.exists() and b'"step": 5' in log.read_bytes())
+    process = started(PASS, flags, tmp_path, lambda: log.exists() and b'"step": 5' in log.read_bytes())
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    result = run(script, "--resume", "runs/killed")
+    result = run(PASS, "--resume", "runs/killed")
     assert result.returncode == 0, result.stderr
     assert "resuming at step 4" in result.stdout
-    assert outcome(tmp_path / "runs/killed") == expected
+    assert outcome(tmp_path / "runs/killed") == outcome(whole)
+
+
+class Killed(BaseException):
+    """The end of a script in the middle of a step, with nothing done after it."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cut_off_and_resumed_equals_uninterrupted_bit_for_bit(script, uninterrupted, run, at_step, tmp_path):
+    """Twice, ahead of a checkpoint: in steps 4 and 6, with checkpoints after steps 2 and 4."""
+    whole, flags, _ = uninterrupted(script)
+    for number, command in ((4, [*flags, "--run-name", "cut"]), (4, ["--resume", "runs/cut"])):
+        at_step(number, kill)
+        with pytest.raises(Killed):
+            run(script, *command)
+    result = run(script, "--resume", "runs/cut")
+    assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
+    assert outcome(tmp_path / "runs/cut") == outcome(whole)
+
+
+def kill():
+    raise Killed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_again_and_again(script, uninterrupted, run, tmp_path):  # noqa: F811
+def test_killed_again_and_again(script, uninterrupted, run, tmp_path):
     """Killed at random moments, the first ones before any checkpoint, until a run comes to its end."""
-    expected, flags = uninterrupted(script)
+    whole, flags, _ = uninterrupted(script)
     folder, rng = tmp_path / "runs/killed", random.Random(0)
     process = started(script, [*flags, "--run-name", "killed"], tmp_path, (folder / "args.json").exists)
     for _ in range(6):
@@ -120,34 +109,34 @@ def test_killed_again_and_again(script, uninterrupted, run, tmp_path):  # noqa: 
                           and (folder / "metrics.jsonl").stat().st_size > written * rng.uniform(0, 1.2))  # fmt: skip
     out, _ = process.communicate()
     assert process.returncode == 0, out
-    assert outcome(folder) == expected
+    assert outcome(folder) == outcome(whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_and_saves_it(number, uninterrupted, run, at_step, tmp_path):  # noqa: F811
-    expected, flags = uninterrupted("pass_at_k_pg.py")
+def test_a_signal_lets_the_step_end_and_saves_it(number, uninterrupted, run, at_step, tmp_path):
+    whole, flags, _ = uninterrupted(PASS)
     at_step(3, lambda: os.kill(os.getpid(), number))
     handler = signal.getsignal(number)
-    result = run("pass_at_k_pg.py", *flags, "--run-name", "stopped")
+    result = run(PASS, *flags, "--run-name", "stopped")
     assert result.returncode == 0 and "stopped after step 3; to go on: python" in result.stdout
     assert [r["step"] for r in records(tmp_path / "runs/stopped") if "reward" in r] == [1, 2, 3]
     assert signal.getsignal(number) == handler
-    result = run("pass_at_k_pg.py", "--resume", "runs/stopped")
+    result = run(PASS, "--resume", "runs/stopped")
     assert result.returncode == 0 and "resuming at step 3" in result.stdout
-    assert outcome(tmp_path / "runs/stopped") == expected
+    assert outcome(tmp_path / "runs/stopped") == outcome(whole)
 
 
-def test_a_second_signal_ends_the_run_at_once(run, model, at_step):  # noqa: F811
+def test_a_second_signal_ends_the_run_at_once(run, model, at_step):
     at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
-        run("pass_at_k_pg.py", *FLAGS, "--model", model)
+        run(PASS, *FLAGS, "--model", model)
 
 
-def test_a_checkpoint_is_whole_or_the_one_before_it_stays(run, model, uninterrupted, at_step, tmp_path):  # noqa: F811
+def test_a_checkpoint_is_whole_or_the_one_before_it_stays(run, model, uninterrupted, at_step, tmp_path):
     """Killed while it writes the second checkpoint: half a file under another name, which a resume passes over."""
-    expected, flags = uninterrupted("pass_at_k_pg.py")
-    code = f"""
-import sys, os, runpy, torch
+    whole, flags, _ = uninterrupted(PASS)
+    code = """
+import torch
 save, calls = torch.save, []
 def half(value, file):
     calls.append(1)
@@ -155,37 +144,38 @@ def half(value, file):
         file.write(b"half of it"); file.flush(); os.kill(os.getpid(), 9)
     save(value, file)
 torch.save = half
-sys.argv[0] = "pass_at_k_pg.py"
-sys.path.insert(0, {str(ROOT)!r})
-runpy.run_path({str(ROOT / "pass_at_k_pg.py")!r}, run_name="__main__")
 """
-    killed = subprocess.run([sys.executable, "-c", code, *flags, "--run-name", "killed"], cwd=tmp_path,
-                            capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, str(wrapped(tmp_path, PASS, code)), *flags, "--run-name", "killed"]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    result = run("pass_at_k_pg.py", "--resume", "runs/killed")
+    result = run(PASS, "--resume", "runs/killed")
     assert "resuming at step 2" in result.stdout and result.returncode == 0
-    assert outcome(tmp_path / "runs/killed") == expected
+    assert outcome(tmp_path / "runs/killed") == outcome(whole)
 
 
-def test_a_finished_run_can_be_resumed_for_what_is_missing(uninterrupted, run, tmp_path):  # noqa: F811
-    expected, _ = uninterrupted("bon_rl.py")
+def test_a_finished_run_can_be_resumed_for_what_is_missing(uninterrupted, run, tmp_path):
+    """Such as a run that died after its last step."""
+    whole, _, out = uninterrupted(RL)
+    shutil.copytree(whole, tmp_path / "runs/whole")
     shutil.rmtree(tmp_path / "runs/whole/policy")
     (tmp_path / "runs/whole/curves.png").unlink()
-    result = run("bon_rl.py", "--resume", "runs/whole")
-    assert result.returncode == 0 and "won" in result.stdout and outcome(tmp_path / "runs/whole") == expected
+    result = run(RL, "--resume", "runs/whole")
+    assert result.returncode == 0 and outcome(tmp_path / "runs/whole") == outcome(whole)
     assert (tmp_path / "runs/whole/curves.png").exists()
+    table = [line for line in out.splitlines() if " -> " in line]
+    assert len(table) > 1 and [line for line in result.stdout.splitlines() if " -> " in line] == table
 
 
-def test_resuming_with_other_arguments_is_refused_by_name(run, model, tmp_path):  # noqa: F811
+def test_resuming_with_other_arguments_is_refused_by_name(run, model, tmp_path):
     flags = [*SMALL, "--model", model, "--run-name", "a"]
-    assert run("pass_at_k_pg.py", *flags).returncode == 0
+    assert run(PASS, *flags).returncode == 0
     before = outcome(tmp_path / "runs/a")
-    assert run("pass_at_k_pg.py", *flags, "--resume", "runs/a").returncode == 0  # the same arguments are welcome
-    result = run("pass_at_k_pg.py", "--resume", "runs/a", "--lr", "1", "--steps", "9")
+    assert run(PASS, *flags, "--resume", "runs/a").returncode == 0  # the same arguments are welcome
+    result = run(PASS, "--resume", "runs/a", "--lr", "1", "--steps", "9")
     assert result.returncode == 2 and "leave out --steps, --lr" in result.stderr
     result = run("majority_pg.py", "--resume", "runs/a")
     assert result.returncode == 2 and "runs/a is a run of pass_at_k_pg.py" in result.stderr
-    result = run("pass_at_k_pg.py", "--resume", "runs/b")
+    result = run(PASS, "--resume", "runs/b")
     assert result.returncode == 2 and "runs/b is not a run folder" in result.stderr
     assert outcome(tmp_path / "runs/a") == before
 
@@ -193,7 +183,7 @@ def test_resuming_with_other_arguments_is_refused_by_name(run, model, tmp_path):
 # --- Faults, injected ---
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, model, monkeypatch, tmp_path):  # noqa: F811
+def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, model, monkeypatch, tmp_path):
     gradient, calls = common.accumulate_gradient, []
 
     def sometimes_nan(policy, *args):
@@ -205,26 +195,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
 
     monkeypatch.setattr(common, "accumulate_gradient", sometimes_nan)
     bad = {2, 3}
-    assert run("pass_at_k_pg.py", *FLAGS, "--model", model, "--run-name", "two").returncode == 0
+    assert run(PASS, *FLAGS, "--model", model, "--run-name", "two").returncode == 0
     log = [r for r in records(tmp_path / "runs/two") if "reward" in r]
     assert [r["skipped"] for r in log] == [0, 1, 1, 0, 0, 0] and log[1]["grad_norm"] is None
     weights = torch.cat([p.flatten() for p in harness.policy.load_policy("runs/two/policy", TASK).model.parameters()])
     assert weights.isfinite().all()
     calls.clear()
     bad = set(range(4, 99))
-    result = run("pass_at_k_pg.py", *FLAGS, "--steps", "20", "--model", model, "--run-name", "ten")
+    result = run(PASS, *FLAGS, "--steps", "20", "--model", model, "--run-name", "ten")
     assert result.returncode == 2 and "ten steps in a row" in result.stderr and "lower --lr" in result.stderr
     assert len([r for r in records(tmp_path / "runs/ten") if "reward" in r]) == 13
-
-
-TASK = SimpleNamespace(name="none", warm_start=None)
 
 
 OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
-def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(run, model, monkeypatch, tmp_path, error):  # noqa: F811
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(run, model, monkeypatch, tmp_path, error):
     gradient, budgets = common.accumulate_gradient, []
 
     def with_little_memory(policy, *args):
@@ -235,17 +222,52 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(run, model, m
 
     monkeypatch.setattr(common, "accumulate_gradient", with_little_memory)
     limit = 5000
-    result = run("pass_at_k_pg.py", *SMALL, "--model", model)
+    result = run(PASS, *SMALL, "--model", model)
     assert result.returncode == 0, result.stderr
     assert budgets == [16384, 8192, 4096, 4096]
     assert "out of memory: going on with --micro-batch-tokens 4096" in result.stdout + result.stderr
     limit = 0
-    result = run("pass_at_k_pg.py", *SMALL, "--model", model)
+    result = run(PASS, *SMALL, "--model", model)
     assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
 
 
-def test_a_full_disk_is_a_clear_line_and_the_last_checkpoint_is_intact(uninterrupted, run, monkeypatch, tmp_path):  # noqa: F811
-    expected, flags = uninterrupted("pass_at_k_pg.py")
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, tmp_path, error):
+    """In evaluation, here of 40 rows, and in training, of 16: the tokens stay the same."""
+    sampled_rows, sizes = common.sampled_rows, []
+
+    def with_little_memory(policy, prompts, *args):
+        sizes.append(len(prompts))
+        if len(prompts) > limit:
+            raise error
+        return sampled_rows(policy, prompts, *args)
+
+    flags = [*SMALL, "--steps", "1", "--levels", "1", "--model", model, "--run-name"]
+    assert run(PASS, *flags, "enough").returncode == 0
+    monkeypatch.setattr(common, "sampled_rows", with_little_memory)
+    for limit, eval_n, expected in (
+        (10, "4", [40, 20, *[10] * 4]),
+        (10, "2", [20, *[10] * 2]),
+        (15, "2", [20, 10, 10]),
+    ):
+        sizes.clear()
+        result = run(PASS, *flags, f"little-{limit}-{eval_n}", "--eval-n", eval_n)
+        assert result.returncode == 0, result.stderr
+        assert sizes[: len(expected)] == expected and max(sizes[len(expected) :]) <= 10
+        assert "out of memory: going on with --sample-rows 10" in result.stdout + result.stderr
+    sizes.clear()
+    limit = 12  # an evaluation of 10 rows fits, a step of 16 does not
+    result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "1")
+    assert result.returncode == 0 and sizes == [10, 16, 8, 8, 8, 2], result.stderr
+    first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little-10-4"))
+    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["signal"] > 0
+    limit = 0
+    result = run(PASS, *flags, "none")
+    assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
+
+
+def test_a_full_disk_is_a_clear_line_and_the_last_checkpoint_is_intact(uninterrupted, run, monkeypatch, tmp_path):
+    whole, flags, _ = uninterrupted(PASS)
     save, calls = torch.save, []
 
     def onto_a_full_disk(value, file):
@@ -256,70 +278,154 @@ def test_a_full_disk_is_a_clear_line_and_the_last_checkpoint_is_intact(uninterru
         save(value, file)
 
     monkeypatch.setattr(torch, "save", onto_a_full_disk)
-    result = run("pass_at_k_pg.py", *flags, "--run-name", "full")
+    result = run(PASS, *flags, "--run-name", "full")
     assert result.returncode == 2
     assert "cannot write a checkpoint of step 4" in result.stderr and "No space left on device" in result.stderr
-    result = run("pass_at_k_pg.py", "--resume", "runs/full")  # there is room again
+    result = run(PASS, "--resume", "runs/full")  # there is room again
     assert result.returncode == 0 and "resuming at step 2" in result.stdout
-    assert outcome(tmp_path / "runs/full") == expected
+    assert outcome(tmp_path / "runs/full") == outcome(whole)
 
 
-def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, model, monkeypatch, tmp_path):  # noqa: F811
+def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, model, monkeypatch, tmp_path):
     def onto_a_full_disk(path, record):
         with open("/dev/full", "w") as file:
             file.write(json.dumps(record))
 
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "append_json", onto_a_full_disk)
-        result = run("pass_at_k_pg.py", *SMALL, "--model", model)
+        result = run(PASS, *SMALL, "--model", model)
         assert result.returncode == 2 and result.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
     os.rename(tmp_path / "runs", tmp_path / "old")
     (tmp_path / "runs").write_text("")
-    result = run("pass_at_k_pg.py", *SMALL, "--model", model)
+    result = run(PASS, *SMALL, "--model", model)
     assert result.returncode == 2 and "Not a directory: 'runs/pass_at_k_pg" in result.stderr
 
 
-@pytest.mark.parametrize("broken", ["raises", "nan"])
-def test_a_broken_verifier_ends_the_run_after_a_checkpoint(broken, run, uninterrupted, monkeypatch, tmp_path):  # noqa: F811
-    """It must not look like a bad policy, with rewards of 0."""
-    expected, flags = uninterrupted("pass_at_k_pg.py")
-    verify, calls = arithmetic.verify, []
+@pytest.fixture
+def verifier_breaks(monkeypatch):
+    """verifier_breaks(call, break_it): the verifier of arithmetic, with break_it(verdict) at its call-th verdict."""
 
-    def fails_at_step_4(problems, responses):
-        calls.append(1)
-        verdict = verify(problems, responses)
-        if len(calls) == 6:  # two evaluations before it, one of the start and one after step 3
-            if broken == "raises":
-                raise ImportError("no module named sympy")
-            verdict.rewards[0, 0] = torch.nan
+    def install(call, break_it):
+        verify, calls = arithmetic.verify, []
+
+        def broken(problems, responses):
+            calls.append(1)
+            verdict = verify(problems, responses)
+            if len(calls) == call:
+                break_it(verdict)
+            return verdict
+
+        monkeypatch.setattr(arithmetic, "verify", broken)
+        return lambda: monkeypatch.setattr(arithmetic, "verify", verify)
+
+    return install
+
+
+def raise_import_error(verdict):
+    raise ImportError("no module named sympy")
+
+
+BREAKS = {
+    "at first": (PASS, 1, 0),
+    "in step 4": (PASS, 6, 3),  # two evaluations before it, one at the start and one after step 3
+    "in an evaluation": (PASS, 5, 3),
+    "in the last evaluation": (RL, 9, 6),
+}
+
+
+@pytest.mark.parametrize("script, call, step", BREAKS.values(), ids=BREAKS)
+def test_a_broken_verifier_ends_the_run_after_a_checkpoint(
+    script, call, step, run, uninterrupted, verifier_breaks, tmp_path
+):
+    """It must not look like a bad policy, with rewards of 0; mended, the run goes on as if nothing had happened."""
+    whole, flags, _ = uninterrupted(script)
+    mend = verifier_breaks(call, raise_import_error)
+    with pytest.raises(ImportError, match="sympy"):
+        run(script, *flags, "--run-name", "broken", "--save-every", "5")
+    mend()
+    result = run(script, "--resume", "runs/broken")
+    assert result.returncode == 0 and f"resuming at step {step}" in result.stdout
+    assert outcome(tmp_path / "runs/broken") == outcome(whole)
+
+
+@pytest.mark.parametrize("name", ["rewards", "scores"])
+def test_numbers_that_are_not_finite_are_one_clear_line(name, run, uninterrupted, verifier_breaks, tmp_path):
+    whole, flags, _ = uninterrupted(RL)
+
+    def not_finite(verdict):
+        setattr(verdict, name, getattr(verdict, name).clone())
+        getattr(verdict, name)[0, 0] = torch.nan
+
+    mend = verifier_breaks(5, not_finite)
+    result = run(RL, *flags, "--run-name", "broken")
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()[-1]) < 250
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: the verifier of arithmetic gave {name} that are not finite numbers, one of them to")
+    assert "Traceback" not in result.stderr
+    mend()
+    assert run(RL, "--resume", "runs/broken").returncode == 0
+    assert outcome(tmp_path / "runs/broken") == outcome(whole)
+
+
+def test_votes_and_rewards_reach_the_script_as_the_verifier_gave_them(model, monkeypatch, tmp_path):
+    """All responses are read together: votes are numbers within a row, which a row that is split would number anew."""
+    import pass_at_k_pg
+
+    monkeypatch.chdir(tmp_path)
+    args = pass_at_k_pg.Args(task="arithmetic", n=4, k=2, eval_n=4, eval_problems=1, model=model, steps=1)
+    run, calls = harness.run.Run(args), []
+    verdict = Verdict(torch.tensor([[1.0, 1.0, 0.5, 0.0]] * 2), torch.tensor([[4, 4, 5, -1], [7, 9, 9, 7]]))
+
+    def verify(problems, responses):
+        calls.append((problems, responses))
         return verdict
 
-    with monkeypatch.context() as patch:
-        patch.setattr(arithmetic, "verify", fails_at_step_4)
-        flags = [*flags, "--run-name", "broken", "--save-every", "5"]
-        if broken == "raises":
-            with pytest.raises(ImportError, match="sympy"):
-                run("pass_at_k_pg.py", *flags)
-        else:
-            result = run("pass_at_k_pg.py", *flags)
-            assert result.returncode == 2 and "gave rewards that are not finite numbers" in result.stderr
-    result = run("pass_at_k_pg.py", "--resume", "runs/broken")
-    assert result.returncode == 0 and "resuming at step 3" in result.stdout
-    assert outcome(tmp_path / "runs/broken") == expected
+    run.task.verify, responses = verify, [["1", "1", "2", "bad"], ["3", "4", "4", "3"]]
+    given = run.verdict(run.test[:2], responses)
+    assert given.votes.tolist() == [[4, 4, 5, -1], [7, 9, 9, 7]] and given.rewards.tolist() == verdict.rewards.tolist()
+    assert calls == [(run.test[:2], responses)]
 
 
-def test_samples_are_shown_escaped(run, model, capsys):  # noqa: F811
+SAVE = """
+from verifiers import learned
+save = learned.LearnedVerifier.save
+def half(self, folder):
+    save(self, folder)
+    open(os.path.join(folder, "model.safetensors"), "wb").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+learned.LearnedVerifier.save = half
+"""
+
+
+def test_killed_while_the_learned_verifier_is_saved(run, model, monkeypatch, tmp_path):
+    """The next resume trains it again, and later ones read it."""
+    flags = [*FLAGS, "--steps", "2", "--verifier", "learned", "--verifier-problems", "32", "--model", model]
+    flags = [of_script(RL, flag) for flag in [*flags, "--run-name", "killed"]]
+    command = [sys.executable, str(wrapped(tmp_path, RL, SAVE)), *flags]
+    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    trained, verifier = [], learned.trained_verifier
+    monkeypatch.setattr(learned, "trained_verifier", lambda *args, **kw: (trained.append(1), verifier(*args, **kw))[1])
+    for _ in range(2):
+        result = run(RL, "--resume", "runs/killed")
+        assert result.returncode == 0 and "bon@2" in result.stdout, result.stderr
+        assert trained == [1]
+    run(RL, *flags[:-1], "whole")
+    assert trained == [1, 1] and outcome(tmp_path / "runs/killed") == outcome(tmp_path / "runs/whole")
+
+
+def test_samples_are_shown_escaped(run, model, capsys):
     problems, responses = [Problem("1+1=", "2"), Problem("1+2=", "3")], [["\x1b[2J\u202e2\0"], ["5"]]
     harness.report.show_samples(problems, responses, torch.tensor([[1.0], [0.0]]), 1)
     assert capsys.readouterr().out == "1  '1+1=' -> '\\x1b[2J\\u202e2\\x00'\n"
     for steps, evaluations in (("0", 1), ("2", 2)):
-        result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-samples", "2", "--steps", steps)
+        result = run(PASS, *SMALL, "--model", model, "--show-samples", "2", "--steps", steps)
         shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
         assert len(shown) == 2 * evaluations and shown[0] != shown[1]
 
 
-def test_tensorboard_is_optional(run, model):  # noqa: F811
-    result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--tensorboard")
+def test_tensorboard_is_optional(run, model):
+    result = run(PASS, *SMALL, "--model", model, "--tensorboard")
     try:
         import tensorboard  # noqa: F401
     except ImportError:

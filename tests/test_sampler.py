@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import common
+from verifiers import BadInput
 
 ARCHITECTURES = {
     "llama": lambda v: LlamaConfig(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -77,6 +78,24 @@ def test_bfloat16_autocast_samples_and_trains_nearly_alike(policy, monkeypatch):
     assert (half - whole).norm() < 0.03 * whole.norm()
 
 
+def test_keys_and_values_are_kept_in_the_type_of_autocast(policy, monkeypatch):
+    """Rotary embeddings leave keys in float32: kept so they would take twice the memory, and be cast at every token."""
+    kept, update = set(), common.CompactCache.update
+
+    def noted(*args, **options):
+        keys, values = update(*args, **options)
+        kept.update((keys.dtype, values.dtype))
+        return keys, values
+
+    monkeypatch.setattr(common.CompactCache, "update", noted)
+    rollouts_of(policy)
+    assert kept == {torch.float32}
+    kept.clear()
+    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    rollouts_of(policy)
+    assert kept == {torch.bfloat16}
+
+
 def test_responses_end_at_a_stop_token_and_filler_is_masked(policy):
     rollouts, stop = rollouts_of(policy, n=16), torch.tensor(policy.stop_ids)
     length = rollouts.mask.sum(-1)
@@ -121,6 +140,58 @@ def test_every_prompt_is_read_once(policy, monkeypatch):
 def test_sampling_is_a_function_of_its_generator(policy):
     first, again, other = (rollouts_of(policy, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7]] * 4, [[9, 10]]], ids=["ragged", "equal", "one"])
+def test_tokens_do_not_depend_on_how_many_rows_are_sampled_at_once(policy, prompts):
+    """A random number belongs to a row and a position, not to the batch that the row is in."""
+
+    def of(sample_rows):
+        few = dataclasses.replace(policy, sample_rows=sample_rows)
+        return common.sample(few, prompts, 5, 12, 0.9, torch.Generator().manual_seed(5))
+
+    whole = of(1000)
+    assert len({tuple(row) for row in whole.ids.flatten(0, 1).tolist()}) > 3
+    for sample_rows in (1, 3):
+        part = of(sample_rows)
+        assert torch.equal(part.ids, whole.ids) and torch.equal(part.mask, whole.mask)
+        torch.testing.assert_close(part.log_probs, whole.log_probs, rtol=0, atol=1e-5)
+
+
+def test_no_more_rows_are_sampled_at_once_than_are_asked_for(policy, monkeypatch):
+    sizes, sampled_rows = [], common.sampled_rows
+    monkeypatch.setattr(
+        common, "sampled_rows", lambda p, rows, *a: sizes.append(len(rows)) or sampled_rows(p, rows, *a)
+    )
+    common.sample(dataclasses.replace(policy, sample_rows=7), PROMPTS, 5, 2)
+    assert sizes == [7, 7, 6]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")])
+def test_out_of_memory_halves_the_rows_and_keeps_the_tokens(policy, monkeypatch, error):
+    whole, sampled_rows, limit = rollouts_of(policy), common.sampled_rows, 6
+
+    def with_little_memory(policy, rows, *args):
+        if len(rows) > limit:
+            raise error
+        return sampled_rows(policy, rows, *args)
+
+    monkeypatch.setattr(common, "sampled_rows", with_little_memory)
+    little = dataclasses.replace(policy)
+    assert torch.equal(rollouts_of(little).ids, whole.ids) and little.sample_rows == 5
+    limit = 0
+    with pytest.raises(BadInput, match="out of memory with one response at a time"):
+        rollouts_of(little)
+    assert little.sample_rows == 1
+
+
+def test_an_error_that_is_not_about_memory_is_not_tried_again(policy, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(common, "sampled_rows", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        rollouts_of(dataclasses.replace(policy))
 
 
 # --- training step ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_cli import ROOT, records, run  # noqa: F401 (a fixture)
+from runs import ROOT, records
 
 import common
 import harness.policy
@@ -49,7 +49,7 @@ def test_it_speaks_and_training_sees_the_distribution_that_it_was_sampled_from(m
     torch.testing.assert_close(log_p, rollouts.log_probs.flatten(0, 1), atol=2e-3, rtol=2e-3)
 
 
-def test_it_is_trained_and_loads_again(run, model, data, tmp_path):  # noqa: F811
+def test_it_is_trained_and_loads_again(run, model, data, tmp_path):
     flags = ["--steps", "2", "--prompts-per-step", "3", "--k", "2", "--n", "4", "--eval-n", "4", "--temperature", "0.7"]
     result = run(
         "pass_at_k_pg.py", "--model", model, "--task", "gsm8k", "--data", data, "--max-new-tokens", "64", *flags

@@ -1,20 +1,20 @@
 """Several processes on the CPU (gloo): the gradient of the whole batch, one folder, one log."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import ROOT, SCRIPTS, SMALL, of_script, save_untrained
-from test_resume import EXTRA, FLAGS, model, outcome  # noqa: F401 (model: a fixture)
+import torch.distributed as dist
+from runs import EXTRA, FLAGS, ROOT, SCRIPTS, SMALL, of_script, outcome, steps_of, wrapped
 from test_sampler import random_policy, rollouts_of
 
 import common
+import harness.parallel
+import harness.run
 
 STEP = """
 import sys
@@ -30,8 +30,9 @@ mine = common.Rollouts(parallel.share(prompts), *(x[rank::size] for x in (ids, m
 optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
 common.policy_gradient_step(policy, optimizer, mine, A[rank::size], 1e9, average_gradients=parallel.average_gradients)
 torch.save(policy.model.state_dict(), {data!r} + str(rank))
-record = {{"step": 3, "reward": float(rank), "timeouts": 1 + rank, "seconds": float(rank)}}
-print(parallel.global_record(record), file=sys.stderr, flush=True)
+counts = [{{"timeouts": 1}}, {{"timeouts": 2, "late": 2}}][rank]
+merged = parallel.merged({{"reward": float(rank)}}, counts)
+print(merged, file=sys.stderr, flush=True)
 parallel.stop()  # or the interpreter may abort at its end, with gloo's threads still there
 """
 
@@ -44,6 +45,19 @@ def torchrun(*command, cwd) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def ended(process: subprocess.Popen, patience: float = 300) -> tuple[int, str, str]:
+    """Return code, stdout and stderr; a run that hangs is killed, its workers first: each has a session of its own."""
+    try:
+        out, err = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (*map(int, children), process.pid):
+            os.kill(pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"it hung: {out}\n{err}")
+    return process.returncode, out, err
+
+
 def test_two_processes_take_the_step_of_one(tmp_path):
     policy = random_policy("llama")
     rollouts = rollouts_of(policy)
@@ -54,7 +68,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     process = torchrun(tmp_path / "step.py", cwd=tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert err.count("{'step': 3, 'reward': 0.5, 'timeouts': 3, 'seconds': 1.0}") == 2
+    assert err.count("{'reward': 0.5, 'timeouts': 3, 'late': 2}") == 2
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
     common.policy_gradient_step(policy, optimizer, rollouts, A, 1e9)
@@ -64,53 +78,120 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
 
 
-def workers_of(launcher: int) -> list[int]:
-    """The processes that a torchrun launcher has started, each in a session of its own."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children]
+# Steps are counted in each process. The first time, both die in step 5, with checkpoints after steps 2 and 4 (the
+# launcher must not be what dies: its workers would go on without it). The second time rank 1 alone is told to stop.
+INTERRUPTIONS = """
+import common
+step, steps = common.policy_gradient_step, []
+def interrupted(*args, **others):
+    steps.append(1)
+    if "--resume" not in sys.argv and len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "--resume" in sys.argv and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args, **others)
+common.policy_gradient_step = interrupted
+"""
 
 
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS[1:])])
-def test_a_run_of_two_processes_killed_and_resumed(script, model, tmp_path):  # noqa: F811
+def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skilled, run, tmp_path):
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves."""
-    flags = [*FLAGS, "--save-every", "2", *EXTRA.get(script, []), "--model", model]
-    flags = [of_script(script, flag) for flag in flags]
+    flags = [of_script(script, flag) for flag in [*FLAGS, *EXTRA.get(script, []), "--model", skilled]]
     whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
-    process = torchrun(ROOT / script, *flags, "--run-name", "whole", cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    returncode, out, err = ended(torchrun(ROOT / script, *flags, "--run-name", "whole", cwd=tmp_path))
+    assert returncode == 0, err
     assert out.count("writing to runs/whole") == 1 and sorted(os.listdir(tmp_path / "runs")) == ["whole"]
-    log = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6] and any(r.get("signal") for r in log)
-    process = torchrun(ROOT / script, *flags, "--run-name", "killed", cwd=tmp_path)
-    while process.poll() is None and not (killed / "checkpoint.pt").exists():
-        time.sleep(0.01)
-    for worker in workers_of(process.pid):  # the launcher's group has not got them
-        os.kill(worker, signal.SIGKILL)
-    process.communicate()
-    assert not (killed / "policy").exists(), "the run had come to its end: there is nothing to resume"
-    result = subprocess.run([sys.executable, str(ROOT / script), "--resume", "runs/killed"], cwd=tmp_path,
-                            capture_output=True, text=True)  # fmt: skip
-    assert result.returncode == 2 and "is a run of 2 processes: torchrun --nproc-per-node 2 -- " in result.stderr
-    process = torchrun(ROOT / script, "--resume", "runs/killed", cwd=tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "resuming at step" in out, err
+    log = steps_of(whole)
+    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["signal"] > 0 for r in log) >= 3
+
+    broken = wrapped(tmp_path, script, INTERRUPTIONS)
+    returncode, _, err = ended(torchrun(broken, *flags, "--run-name", "killed", cwd=tmp_path))
+    assert returncode != 0 and "SIGKILL" in err and not (killed / "policy").exists()
+    result = run(script, "--resume", "runs/killed")  # by one process
+    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/killed"
+    assert result.returncode == 2 and f"is a run of 2 processes: {command}\n" in result.stderr
+
+    returncode, out, err = ended(torchrun(broken, "--resume", "runs/killed", cwd=tmp_path))
+    assert returncode == 0 and "resuming at step 4" in out, err
+    assert f"stopped after step 5; to go on: {command}\n" in out and not (killed / "policy").exists()
+
+    returncode, out, err = ended(torchrun(ROOT / script, "--resume", "runs/killed", cwd=tmp_path))
+    assert returncode == 0 and "resuming at step 5" in out, err
     assert outcome(killed) == outcome(whole)
 
 
-def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path):
+def test_a_run_of_one_process_is_not_resumed_by_two(uninterrupted, run, monkeypatch):
+    folder, _, _ = uninterrupted(SCRIPTS[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(SCRIPTS[0], "--resume", str(folder))
+    assert result.returncode == 2
+    assert f"is a run of 1 processes: python {ROOT / SCRIPTS[0]} --resume {folder}\n" in result.stderr
+
+
+# A verifier that an untrained policy is right by now and then, and a warm start of two steps.
+COLD = """
+import dataclasses, torch
+import harness.policy
+from verifiers import Verdict, arithmetic, learned
+def parity(problems, rows):
+    rewards = torch.tensor([[float(len(response) % 2) for response in row] for row in rows])
+    return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
+arithmetic.verify = parity
+load = arithmetic.load
+arithmetic.load = lambda *args: dataclasses.replace(load(*args), warm_start={"steps": 2, "batch": 8, "lr": 1e-3})
+def told(module, name):
+    function = getattr(module, name)
+    def call(*args, **others):
+        print("rank", os.environ["RANK"], name, file=sys.stderr)
+        return function(*args, **others)
+    setattr(module, name, call)
+told(harness.policy, "warm_start"), told(learned, "trained_verifier")
+"""
+
+
+@pytest.mark.parametrize("model", ["tiny", pytest.param("a folder", marks=pytest.mark.slow)])
+def test_what_one_process_makes_for_all_does_not_hang(model, untrained, monkeypatch, tmp_path):
+    """A cold cache: the first process alone trains `tiny` and the verifier, each once, and the other waits."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = [of_script("bon_rl.py", flag) for flag in [*SMALL, "--steps", "1", "--levels", "1", "--run-name", "a"]]
+    flags += ["--model", untrained if model == "a folder" else model]
+    script = wrapped(tmp_path, "bon_rl.py", COLD)
+    process = torchrun(script, *flags, "--verifier", "learned", "--verifier-problems", "8", cwd=tmp_path)
+    returncode, out, err = ended(process, 180)
+    assert returncode == 0 and "bon@2" in out, err
+    made = [line for line in err.splitlines() if line.startswith("rank ")]
+    assert made == [*["rank 0 warm_start"] * (model == "tiny"), "rank 0 trained_verifier"]
+    assert steps_of(tmp_path / "runs/a")[0]["signal"] > 0
+
+
+@pytest.mark.parametrize(
+    "device, there, backend",
+    [("cpu", True, "gloo"), ("auto", True, "nccl"), ("cuda", True, "nccl"), ("auto", False, "gloo")],
+)
+def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch):
+    """--device cpu means gloo on a machine with a GPU, too; the patience is more than what a warm start takes."""
+    joined, placed = [], []
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "set_device", placed.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: joined.append((backend, timeout)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    harness.parallel.start(device)
+    assert joined == [(backend, harness.parallel.PATIENCE)] and placed == [1] * (backend == "nccl")
+    assert harness.parallel.PATIENCE.total_seconds() >= 3600
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error(untrained, tmp_path):
     """Rank 1 has no such model: its error is shown, and rank 0, which waits for it, does not hang."""
-    good = save_untrained(tmp_path / "model")
-    script = tmp_path / "pass_at_k_pg.py"
-    script.write_text((ROOT / "pass_at_k_pg.py").read_text().replace(
-        "import common\n", f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport common\n"
-        "if os.environ['RANK'] == '1':\n    sys.argv[sys.argv.index('--model') + 1] = 'no/such'\n", 1))  # fmt: skip
-    process = torchrun(script, *SMALL, "--model", good, cwd=tmp_path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and "error in rank 1: cannot load --model 'no/such'" in err
+    code = "if os.environ['RANK'] == '1':\n    sys.argv[sys.argv.index('--model') + 1] = 'no/such'"
+    script = wrapped(tmp_path, "pass_at_k_pg.py", code)
+    returncode, _, err = ended(torchrun(script, *SMALL, "--model", untrained, cwd=tmp_path))
+    assert returncode != 0 and "error in rank 1: cannot load --model 'no/such'" in err
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
-    process = torchrun(ROOT / "pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3", cwd=tmp_path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and "--prompts-per-step must be a multiple of the 2 processes, not 3" in err
+def test_a_batch_that_cannot_be_shared_is_refused(run, monkeypatch):
+    monkeypatch.setattr(harness.run, "world", lambda: (0, 2))
+    result = run("pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3")
+    assert result.returncode == 2
+    assert "--prompts-per-step must be a multiple of the 2 processes, not 3" in result.stderr

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from enumeration import majority_value
-from test_cli import ROOT
+from runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 variance, vote = importlib.import_module("variance"), importlib.import_module("vote")

@@ -4,21 +4,14 @@ A response is run in the sandbox (`verifiers.sandbox`, which states what it hold
 when all tests pass and 0 otherwise. Tests run outside the program's process, and the program never holds them.
 
 **What counts as the program.** One rule for all tasks but `programs`:
-1. If the response holds code fences, the last block that defines the asked function (or, for programs that read
-   standard input, the last block) is taken; a fence that never closes ends with the response. Without fences, all is.
-2. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work.
+1. If the response holds code fences (backticks or tildes, indented or not), the last block that defines the asked
+   function, by `def name` or `name =`, or else the last block is taken; a fence that never closes ends with the
+   response. Without fences, all is.
+2. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work; lines
+   `from __future__ import` go first.
 3. Text after the program is dropped: everything from the first line that does not parse.
 
-Sources, all read as rows of their Hugging Face data sets or of local files in the same schemas:
-
-| task | rows | style |
-|---|---|---|
-| humaneval | openai/openai_humaneval (a test split only, so nothing to train on) | `check(candidate)` |
-| mbpp | google-research-datasets/mbpp, full: `text`, `test_setup_code` | asserts |
-| mbpp_sanitized | the same, sanitized: `prompt`, `test_imports` | asserts |
-| code_contests | deepmind/code_contests: `public_tests`, `private_tests`, `generated_tests` | standard input |
-| taco | BAAI/TACO: `input_output` is a string of JSON; with `fn_name` it asks for a function | both |
-"""
+The rows are those of Hugging Face data sets, or of local files in the same schemas."""
 
 import ast
 import builtins
@@ -27,6 +20,7 @@ import json
 import random
 import re
 import sys
+import textwrap
 import warnings
 import zlib
 from collections import Counter
@@ -39,14 +33,13 @@ from .rows import first_line, load_rows
 from .sandbox import Program, shared
 
 HUB = {
-    "humaneval": ("openai/openai_humaneval", None),
-    "mbpp": ("google-research-datasets/mbpp", "full"),
-    "mbpp_sanitized": ("google-research-datasets/mbpp", "sanitized"),
-    "code_contests": ("deepmind/code_contests", None),
-    "taco": ("BAAI/TACO", None),
+    "humaneval": ("openai/openai_humaneval", None),  # `check(candidate)`; a test split only, so nothing to train on
+    "mbpp": ("google-research-datasets/mbpp", "full"),  # asserts; `text`, `test_setup_code`
+    "mbpp_sanitized": ("google-research-datasets/mbpp", "sanitized"),  # asserts; `prompt`, `test_imports`
+    "code_contests": ("deepmind/code_contests", None),  # standard input; public, private and generated tests
+    "taco": ("BAAI/TACO", None),  # standard input, or with `fn_name` a function; `input_output` is a string of JSON
 }
 MAX_CASES = 20  # cases judged per problem, the first ones: some problems come with hundreds
-PYTHON3 = 3  # CodeContests' number of the language
 LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  # of TACO
 
 
@@ -58,11 +51,9 @@ def load(name: str, data: str | None = None) -> Task:
     read = {"humaneval": humaneval, "code_contests": code_contest, "taco": taco}.get(name, mbpp)
     train = [] if name == "humaneval" else problems_of(name, load_rows(hub_id, "train", data, config), read, "train")
     test = problems_of(name, load_rows(hub_id, "test", data, config), read, "test")
-    return Task(
-        name, train, test, verify, max_new_tokens=1024 if name in ("code_contests", "taco") else 512,
-        template="{prompt}" if name == "humaneval" else "{prompt}\n",
-        instruction="Write the program in Python, in one code block.",
-    )
+    long, prompt = name in ("code_contests", "taco"), "{prompt}" if name == "humaneval" else "{prompt}\n"
+    ask, tokens = "Write the program in Python, in one code block.", 1024 if long else 512
+    return Task(name, train, test, verify, prompt, ask, tokens)
 
 
 def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | None], split: str) -> list[Problem]:
@@ -72,16 +63,13 @@ def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | No
         try:
             problems.append(read(row))
         except Exception as error:  # rows of another shape raise many types
-            why = f"{first_line(error)}; the schema is that of {HUB[name][0]}"
-            raise BadInput(f"{name}, split {split!r}, row {number}: {why}") from error
-    left_out = problems.count(None)
-    if left_out:
+            why = f"row {number}: {first_line(error)}; the schema is that of {HUB[name][0]}"
+            raise BadInput(f"{name}, split {split!r}, {why}") from error
+    if left_out := problems.count(None):
         why = "no tests, or named files for input and output"
         print(f"{name}: {left_out} of {len(rows)} rows of split {split!r} left out: {why}", file=sys.stderr)
     return [problem for problem in problems if problem is not None]
 
-
-# ------------------------------------------------------------------------------------------------ rows to problems
 
 def humaneval(row: dict) -> Problem:
     """A row with `prompt`, `entry_point`, `canonical_solution`, `test`; some tests use the prompt's own functions."""
@@ -92,10 +80,8 @@ def humaneval(row: dict) -> Problem:
 
 
 def mbpp(row: dict) -> Problem:
-    """A row of the full (`text`, `test_setup_code`) or sanitized (`prompt`, `test_imports`) schema.
-
-    The first assert is part of the prompt, since it tells the function's name; the others stay hidden.
-    """
+    """A row of the full (`text`, `test_setup_code`) or sanitized (`prompt`, `test_imports`) schema. The first assert is
+    part of the prompt, since it tells the function's name; the others stay hidden."""
     text = row["text"] if "text" in row else row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     asserts = row["test_list"]
@@ -113,15 +99,15 @@ def code_contest(row: dict) -> Problem | None:
         return None
     solutions = row.get("solutions") or {}
     languages, texts = solutions.get("language", []), solutions.get("solution", [])
-    solution = next((text for language, text in zip(languages, texts) if language == PYTHON3), "")
+    solution = next((text for language, text in zip(languages, texts) if language == 3), "")  # Python 3
     return problem_of(row["description"], solution, cases=cases[:MAX_CASES])
 
 
 def taco(row: dict) -> Problem | None:
     """A row of TACO, whose fields are strings of JSON; None if it has no test."""
-    tests = parsed(row["input_output"]) or {}
-    solutions = parsed(row.get("solutions") or "[]")
-    solution = solutions[0] if solutions else ""
+    texts = (row["input_output"], row.get("solutions"))
+    tests, solutions = (json.loads(text) if isinstance(text, str) and text.strip() else text for text in texts)
+    tests, solution = tests or {}, solutions[0] if solutions else ""
     prompt = "\n".join(part for part in (row["question"], row.get("starter_code")) if part)
     pairs = list(zip(tests.get("inputs", []), tests.get("outputs", [])))[:MAX_CASES]
     level = LEVELS.get(row.get("difficulty"))
@@ -129,8 +115,8 @@ def taco(row: dict) -> Problem | None:
         return None
     name = tests.get("fn_name")
     if name is None:
-        cases = [(lines(given), lines(wanted)) for given, wanted in pairs]
-        return problem_of(prompt, solution, cases=cases, level=level)
+        pairs = [["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair] for pair in pairs]
+        return problem_of(prompt, solution, cases=pairs, level=level)
     in_class = "class Solution" in (row.get("starter_code") or solution)
     tests = FUNCTION_TESTS.format(pairs=pairs, call=f"Solution().{name}" if in_class else name)
     return problem_of(prompt, solution, tests, ["Solution" if in_class else name], level=level)
@@ -147,8 +133,7 @@ for given, wanted in {pairs!r}:
 
 
 def problem_of(
-    prompt: str, solution: str, tests: str = "", names: Sequence[str] = (), setup: str = "", prefix: str = "",
-    cases: Sequence[tuple[str, str]] = (), level: int | None = None,
+    prompt: str, solution: str, tests: str = "", names=(), setup="", prefix="", cases=(), level=None
 ) -> Problem:
     """A problem whose `answer` is JSON of what `program_of` needs to judge a response. Raises TypeError or ValueError
     for what is no text, an empty prompt, and half a character (UnicodeEncodeError), which no tokenizer reads."""
@@ -166,8 +151,7 @@ def names_of(solution: str, tests: str) -> list[str]:
     nodes = list(ast.walk(tree(tests)))
     own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {alias.asname or alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
-            for alias in node.names}
+    own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
     used = names_used(tests)
     return sorted((used & names_defined(solution)) | (used - own - names_defined(tests) - set(dir(builtins))))
 
@@ -189,53 +173,47 @@ def tree(source: str) -> ast.Module:
         return ast.parse(source)
 
 
-def parsed(text):
-    """JSON, or what it already was."""
-    return json.loads(text) if isinstance(text, str) and text.strip() else text
-
-
-def lines(text) -> str:
-    """A text, or the text of a list of lines."""
-    return "\n".join(map(str, text)) if isinstance(text, list) else str(text)
-
-
-# ---------------------------------------------------------------------------------------------- responses to rewards
-
 def program_of(problem: Problem, response: str) -> Program:
     """What the sandbox runs for a response; the rule is at the top of this file."""
     hidden = json.loads(problem.answer)
-    source = block_of(response, [f"{kind} {name}" for kind in ("def", "class") for name in hidden["names"]])
+    names = "|".join(map(re.escape, hidden["names"]))
+    defined = rf"(?m)^[ \t]*((def|class)[ \t]+({names})\b|({names})[ \t]*(:[^=\n]*)?=(?!=))"
+    source = block_of(response, [defined] if names else [])
+    defines, start = re.search(defined, source), source.lstrip("\n")[:1]
+    if start in (" ", "\t") and (defines or not hidden["prefix"]):
+        source = textwrap.dedent(source)  # as under a list item
     if hidden["prefix"]:
-        first = source.lstrip("\n")
-        if first[:1] not in (" ", "\t") and f"def {hidden['names'][0]}" not in first:
-            source = "    " + first  # a continuation whose first indentation was stripped
-        source = hidden["prefix"] + source
+        if start not in (" ", "\t") and not defines:
+            source = "    " + source.lstrip("\n")  # a continuation whose first indentation was stripped
+        future = r"(?m)^from __future__ import .*\n"
+        source = "".join([*re.findall(future, source), hidden["prefix"], re.sub(future, "", source)])
     cases = tuple((given, wanted) for given, wanted in hidden["cases"])
     return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], cases)
 
 
 def block_of(response: str, markers: Sequence[str]) -> str:
-    """The last fenced block that holds one of the markers, else the last block, else the whole response."""
-    blocks, inside = [], False
+    """The last fenced block in which one of the markers (regular expressions) is found, else the last block, else the
+    whole response."""
+    blocks, fence = [], None
     for line in response.splitlines(keepends=True):
-        if line.lstrip().startswith("```"):
-            inside = not inside
-            if inside:
+        start = line.lstrip()[:3]
+        if start == fence or fence is None and start in ("```", "~~~"):
+            fence = None if fence else start
+            if fence:
                 blocks.append([])
-        elif inside:
+        elif fence:
             blocks[-1].append(line)
     blocks = ["".join(block) for block in blocks]
-    marked = [block for block in blocks if any(marker in block for marker in markers)]
+    marked = [block for block in blocks if any(re.search(marker, block) for marker in markers)]
     return (marked or blocks or [response])[-1]
 
 
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
     """1 where all hidden tests pass; see `Task.verify`. Programs have no final answer to vote with: all votes are -1.
-
-    counts: programs that timed out, ran out of memory, were killed or refused, or printed too much.
-    """
-    pairs = [(problem, response) for problem, row in zip(problems, responses) for response in row]
-    runs = {(problem.answer, response): (problem, response) for problem, response in pairs}
+    counts: programs that timed out, ran out of memory, were killed or refused, or printed too much. Raises BadInput
+    where the sandbox is to blame, not the programs."""
+    pairs = zip(problems, responses)
+    runs = {(problem.answer, response): (problem, response) for problem, row in pairs for response in row}
     results = dict(zip(runs, shared().run([program_of(*run) for run in runs.values()])))
     of_rows = [[results[problem.answer, response] for response in row] for problem, row in zip(problems, responses)]
     statuses = Counter(result.status for row in of_rows for result in row)
@@ -244,12 +222,10 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> V
     return Verdict(rewards, torch.full(rewards.shape, -1), counts)
 
 
-# ------------------------------------------------------------------------------------------ embedded task `programs`
-
 INPUTS = tuple(range(-3, 13))  # where the hidden tests look; the prompt shows two or three of SHOWN
 SHOWN = range(1, 10)
-TRAIN_PER_LEVEL = 12_000
-TEST_PER_LEVEL = 500
+TRAIN_PER_LEVEL, TEST_PER_LEVEL = 12_000, 500
+LARGEST = 1 << 63  # of the values that are kept, and a bound on them: an expression makes larger ones in no time
 LONGEST = 32  # characters of an expression; solutions have at most 9
 # level -> expressions in x, a from 2 to 9 and b from 1 to 9
 FORMS = {
@@ -275,17 +251,16 @@ VALUES = f"""
 value = values({list(INPUTS)})
 assert type(value) is list and len(value) == {{}}
 assert all(row is None or type(row) is list and len(row) == {len(INPUTS)} for row in value)
+value = [row if row and all(type(y) is int and abs(y) < {LARGEST} for y in row) else None for row in value]
 """
 
 
 def load_programs(name: str, data: str | None = None) -> Task:
     """The task `programs`: from points of a small integer function, such as "1>3 5>11:", to a Python expression in x,
-    such as "2*x+1"; always the same problems in the same order.
-
-    The prompt shows two or three points, and usually more than one short expression fits them; the hidden tests, on
-    INPUTS, tell which one was meant. A function, that is its values on INPUTS, belongs to train or to test, not both.
-    Votes: expressions with equal values on INPUTS are equal answers; one that fails to give integers is no answer.
-    """
+    such as "2*x+1"; always the same problems in the same order. The prompt shows two or three points, and usually more
+    than one short expression fits them; the hidden tests, on INPUTS, tell which one was meant. A function, that is its
+    values on INPUTS, belongs to train or to test, not both. Votes: expressions with equal values on INPUTS are equal
+    answers; one that fails to give integers, none of 2**63 or more in size, is no answer."""
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     rng = random.Random(0)
@@ -324,34 +299,27 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
 
 
 def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers.
-
-    Results are kept for later calls: a policy repeats itself, from group to group and from step to step.
-    Expressions of arithmetic alone share programs, 32 to one, since they cannot touch each other; should such a program
-    run out of time or memory, and for all other expressions, each gets a program of its own.
-    """
+    """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers below LARGEST.
+    Results are kept for later calls: a policy repeats itself. Expressions of arithmetic alone share programs, by 32,
+    since they cannot touch each other; should such a program run out of time or memory, and for all other expressions,
+    each gets a program of its own."""
     if len(_values) > 100_000:
         _values.clear()
     new = [expression for expression in expressions if expression not in _values]
-    _values.update(dict.fromkeys(new, ("failed", None)))
+    found = dict.fromkeys(new, ("failed", None))
     new = sorted(expression for expression in new if 0 < len(expression) <= LONGEST)
     plain = [expression for expression in new if ARITHMETIC.fullmatch(expression)]
-    batches, failed = [plain[i:i + 32] for i in range(0, len(plain), 32)], []
-    for alone in (False, True):
-        if alone:
-            batches = [[expression] for expression in new if expression not in plain]
-            batches += [[expression] for expression in failed]
+    alone = [[expression] for expression in new if expression not in plain]
+    for batches in ([plain[i : i + 32] for i in range(0, len(plain), 32)], alone):
         sources = [(PROGRAM.format(expressions=batch), VALUES.format(len(batch))) for batch in batches]
         programs = [Program(source, tests, ("values",), wall=0.5) for source, tests in sources]
-        failed = []
         for batch, result in zip(batches, shared().run(programs)):
-            if not result.passed and not alone:
-                failed += batch
+            if not result.passed and batches is not alone:
+                alone += [[expression] for expression in batch]
                 continue
-            rows = result.value if result.passed else [None]
-            for expression, row in zip(batch, rows, strict=True):
-                integers = row is not None and all(type(value) is int for value in row)
-                _values[expression] = result.status, tuple(row) if integers else None
+            for expression, row in zip(batch, result.value or [None], strict=True):
+                found[expression] = result.status, row and tuple(row)
+    _values.update(found)  # only now: the sandbox may have raised
     return _values
 
 

@@ -2,11 +2,9 @@
 
 `Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
 line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. The children import neither torch nor this
-package and are not forked from a parent that has threads.
-
-Limits: `limit_s` of wall time a job, after which the child is killed and replaced; `MEMORY_BYTES` of address space.
-A child ends with its parent, whether idle (end of stdin) or stuck (its own alarm). This guards against slow algebra and
-accidents; it is no sandbox for hostile programs.
+package and are not forked from a parent that has threads. Limits: `limit_s` of wall time a job, after which the child
+is killed and replaced; `MEMORY_BYTES` of address space. A child ends with its parent, whether idle (end of stdin) or
+stuck (its own alarm). This guards against slow algebra and accidents; it is no sandbox for hostile programs.
 """
 
 import os
@@ -33,52 +31,38 @@ from multiprocessing.connection import wait
 
 START_S = 120  # for the child's imports, on a slow disk
 MEMORY_BYTES = 4 << 30
-CHILD_ENVIRONMENT = {
-    "PYTHONHASHSEED": "0",  # the order of sympy's symbols, and with it every result, is the same in all children
-    "OMP_NUM_THREADS": "1",  # a thread per core takes address space, and gains nothing here
-    "OPENBLAS_NUM_THREADS": "1",
-}
+# With hash seed 0 the order of sympy's symbols, and so every result, is the same in all children; a thread per core
+# takes address space and gains nothing here.
+CHILD_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Worker:
     """One child process, and the number of the job that it holds or None. Its first line says that it is ready."""
 
     def __init__(self, function: str, limit_s: float):
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), function, str(limit_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **CHILD_ENVIRONMENT},
-        )
-        self.ready, self.job, self.received = False, None, b""
+        command = [sys.executable, os.path.abspath(__file__), function, str(limit_s)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, **pipes)
+        self.ready, self.job = False, None
         self.deadline = time.monotonic() + START_S
 
     def send(self, number: int, job: list, limit_s: float) -> None:
         self.job, self.deadline = number, time.monotonic() + limit_s
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: `receive` will find the end of its output
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died while idle: `receive` will find the end of its output
 
-    def receive(self) -> dict | None:
-        """Its next line once that is complete; None until then. Raises EOFError when there will be no more."""
-        chunk = os.read(self.process.stdout.fileno(), 1 << 16)
-        if not chunk:
+    def receive(self) -> dict:
+        """Its next line, which it writes at once. Raises EOFError when there will be no more."""
+        line = self.process.stdout.readline()
+        if not line.endswith(b"\n"):
             raise EOFError
-        self.received += chunk
-        if not self.received.endswith(b"\n"):
-            return None
-        line, self.received = self.received, b""
         return json.loads(line)
 
     def kill(self) -> int:
         """Its exit code, negative for a signal; no zombie stays."""
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        except BrokenPipeError:
-            pass
         self.process.stdout.close()
         self.process.kill()
         return self.process.wait()
@@ -93,11 +77,9 @@ class Workers:
         self.lock = threading.Lock()
 
     def map(self, jobs: list[list]) -> list[tuple[object, str | None]]:
-        """For each job, a list of arguments, in order: (result, None), or (None, failure).
-
-        failure: "timeouts", "dead workers" or "errors" (the function raised).
-        A result depends on its job alone. May be called from any thread. Raises RuntimeError if a child cannot start.
-        """
+        """For each job, a list of arguments, in order: (result, None), or (None, failure), which is "timeouts", "dead
+        workers" or "errors" (the function raised). A result depends on its job alone. May be called from any thread.
+        Raises RuntimeError if a child cannot start."""
         results: list = [(None, "dead workers")] * len(jobs)
         todo = collections.deque(enumerate(jobs))
         with self.lock:
@@ -125,8 +107,6 @@ class Workers:
             try:
                 if worker.process.stdout in speaking:
                     reply = worker.receive()
-                    if reply is None:
-                        continue
                 elif time.monotonic() < worker.deadline:
                     continue
                 else:
@@ -154,14 +134,9 @@ class Workers:
             self.drop(self.workers[0])
 
 
-# --- The child's side ---
-
-
 def number_key(value: Fraction) -> str:
-    """One string for all numbers that count as equal: those that agree when rounded to 6 decimals.
-
-    math-verify's own tolerance for decimals, made a partition; a number that would vanish keeps its exact value.
-    """
+    """One string for all numbers that agree when rounded to 6 decimals: math-verify's own tolerance, made a partition.
+    A number that would vanish keeps its exact value."""
     rounded = round(value, 6)
     return str(rounded if rounded or not value else value)
 
@@ -175,11 +150,8 @@ def parsed(answer: str) -> list:
 
 
 def check_math(gold: str, answer: str) -> list:
-    """[whether math-verify finds the answer equal to the gold one, the answer's canonical form].
-
-    The form, a string, is what wrong answers vote by. It is a function of the answer alone, so equality of forms is an
-    equivalence, which pairwise comparison by math-verify is not.
-    """
+    """[whether math-verify finds the answer equal to the gold one, the answer's canonical form]. The form, a string, is
+    what wrong answers vote by: a function of the answer alone, so an equivalence, which pairwise comparison is not."""
     import math_verify
 
     correct = math_verify.verify(parsed(gold), parsed(answer), timeout_seconds=None)

@@ -1,0 +1,80 @@
+"""Scripts run in this process, a small policy for them to train, and what their runs leave."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import common
+import harness.policy
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"]
+SMALL = "--task arithmetic --steps 2 --k 2 --n 4 --prompts-per-step 4 --eval-n 4 --eval-problems 2".split()
+# On level 1 the `skilled` policy is right now and then.
+FLAGS = [*SMALL, "--levels", "1", "--steps", "6", "--save-every", "2", "--eval-every", "3"]
+EXTRA = {"bon_rl.py": ["--estimator", "variational", "--n", "6", "--baseline", "value", "--kl-coef", "0.1"]}
+
+
+def of_script(script: str, text: str) -> str:
+    """The Best-of-N scripts say N where the others say k."""
+    return re.sub("--k\\b", "--N", text) if script.startswith("bon") else text
+
+
+def in_process(script: str, *flags: str) -> SimpleNamespace:
+    """The script run as __main__ in this process, which saves importing torch: returncode, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [script, *(of_script(script, flag) for flag in flags)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            returncode = 0
+        except SystemExit as stop:
+            returncode = stop.code
+    return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def wrapped(folder: Path, script: str, code: str) -> Path:
+    """A file of the script's name in `folder` that runs `code` and then the script, for other processes to start."""
+    lines = ["import os, runpy, signal, sys", f"sys.path.insert(0, {str(ROOT)!r})", code]
+    lines.append(f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')")
+    (folder / script).write_text("\n".join(lines))
+    return folder / script
+
+
+def save_untrained(folder: Path, eos: bool = True, pad: bool = True) -> str:
+    """Random weights on characters, 16 wide, saved; never right in arithmetic."""
+    tokenizer = harness.policy.tiny_tokenizer()
+    if not eos:
+        tokenizer.eos_token = None
+    if not pad:
+        tokenizer.pad_token = None
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=64, bos_token_id=None,
+                         pad_token_id=0 if pad else None, eos_token_id=1 if eos else None)  # fmt: skip
+    harness.policy.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
+    return str(folder)
+
+
+def records(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """Those of its training steps."""
+    return [record for record in records(folder) if "loss" in record]
+
+
+def outcome(folder: Path) -> tuple[bytes, bytes]:
+    """What a run leaves that depends on its arguments alone."""
+    return (folder / "metrics.jsonl").read_bytes(), (folder / "policy" / "model.safetensors").read_bytes()
