@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_cli import ROOT, records, run  # noqa: F401 (a fixture)
+from runs import ROOT, steps_of
 from test_code import HUMANEVAL
 from test_torchrun import torchrun
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -119,12 +119,11 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
 
 def something_was_learnt(folder) -> bool:
     """Whether the run had a gradient at every step, or made none."""
-    steps = [record for record in records(folder) if "loss" in record]
-    return all(record["signal"] > 0 and record["grad_norm"] > 0 for record in steps)
+    return all(record["signal"] > 0 and record["grad_norm"] > 0 for record in steps_of(folder))
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):  # noqa: F811
+def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):
     program, *words = command
     runs = tmp_path / "runs"
     assert program in ("python", "torchrun")
