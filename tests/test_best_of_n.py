@@ -170,7 +170,7 @@ def test_bad_input_is_refused():
 
 
 def test_tilt():
-    """The values of PAPERS.md, the equation itself, and its ends."""
+    """Some values, the equation itself, and its ends."""
     listed = {2: 2.2886, 4: 4.9169, 8: 9.0545, 16: 17.0319, 32: 33.0158, 64: 65.0079}
     for N, value in listed.items():
         l = common.best_of_n_tilt(N)
