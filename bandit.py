@@ -51,8 +51,7 @@ def advantages(rewards: torch.Tensor, estimator: str) -> torch.Tensor:
 def exact_metrics(log_pi: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
     """Mean reward, max@k and KL from the uniform policy, (3, S), of policies log_pi (S, arms).
 
-    rewards: (S, arms), sorted upwards. With F the cumulative probability, max@k = sum_a r_a (F_a^k - F_{a-1}^k).
-    """
+    rewards: (S, arms), sorted upwards. With F the cumulative probability, max@k = sum_a r_a (F_a^k - F_{a-1}^k)."""
     pi = log_pi.exp()
     mean = (pi * rewards).sum(-1)
     F = pi.cumsum(-1).clamp(max=1)  # (S, arms)
@@ -79,8 +78,7 @@ def trajectory(args: Args, estimator: str) -> torch.Tensor:
 
 def mean_at_kl(metrics: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """Mean reward (len(grid), G) at the point of training where the KL reaches each value of `grid`, nan where it never
-    does: of averages over G groups of seeds, for a single seed's KL jumps. Linear between steps.
-    """
+    does: of averages over G groups of seeds, for a single seed's KL jumps. Linear between steps."""
     groups = torch.stack([part.mean(-1) for part in metrics.chunk(GROUPS, -1)], -1)  # (steps + 1, 3, S) -> (.., 3, G)
     reward, kl = groups[:, 0].T.numpy(), groups[:, 2].cummax(0).values.T.numpy()  # (G, steps + 1)
     at = [np.interp(grid, *path, right=np.nan) for path in zip(kl, reward)]

@@ -97,8 +97,7 @@ def advantages(
 
     baseline: (B,), b(x) of mean and variational that does not depend on these samples, in place of the others' mean.
     p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
-    Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks.
-    """
+    Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks."""
     rewards, scores = common.checked_rewards(rewards, N), common.checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")

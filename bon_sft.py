@@ -68,8 +68,7 @@ def coefficients(
                    right y*, log pi(y*) + (N-1) log p for a wrong one; with grad p = E[(1{s = 0} - p) grad log pi],
                    A_j = ((1{s_j = 0} - p) / n) w,  w = 1 / (1-p) - N p^(N-1) / (1 - p^N)  or  w = (N-1) / p
     p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
-    Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not finite, and for an unknown likelihood.
-    """
+    Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not finite, and for an unknown likelihood."""
     (B, n), dtype = scores.shape, scores.dtype if scores.is_floating_point() else torch.float32
     if likelihood not in ("variational", "exact"):
         raise ValueError(f"unknown likelihood {likelihood!r}: choose variational or exact")

@@ -29,19 +29,15 @@ def k_sample_advantages(
     j-subsets of a row's m samples, 1 <= j <= m. samples: one or more tensors (B, n), n >= k. Returns (B, n) float64, to
     be used as sum_i A_i grad log pi(y_i), a sum over the n samples. With M_j the metric of all n samples, M_j(-i) that
     of those other than the i-th, and M_0 = 0,
-
       unbiased  A_i = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i): the mean over all k-subsets T of Lemma 1, that is
                 (k/n) mean over T containing i of [ f(T) - f(T without i) ]; the gradient of E[f] of k samples
       biased    A_i = M_{k-1} - M_{k-1}(-i): the same, each subset centred (Tang); the gradient of E[f] of k-1 samples
-
     With k = 1 biased is zero, and unbiased has M_1(-i) in place of M_0: RLOO. A single sample (n = 1) has no baseline.
-
     Example: the maximum (pass_at_k) of k = 2 from three rewards 3, 1, 0. The pairs have the maxima 3, 3, 1, so that
     M_2 = 7/3; without the first sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = (1 + 0) / 2. A_1 = 7/3 - 1/3 - 1/3 = 5/3,
     as by definition: (2/3) mean(3 - max(1), 3 - max(0)). An objective of your own is one line; for pass^k, all of k
     right: k_sample_advantages(lambda r, k: -pass_at_k(-r, k), rewards, k=4). Memory grows as B n^2. Raises ValueError
-    unless 1 <= k <= n, and for an unknown estimator.
-    """
+    unless 1 <= k <= n, and for an unknown estimator."""
     n = samples[0].shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
@@ -71,8 +67,7 @@ def k_sample_advantages(
 def mean_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """Advantages of the mean reward, the baseline of every script: A_i = (1/n) (r_i - mean_{j != i} r_j)  (RLOO).
 
-    rewards: (B, n) of floating point. Returns (B, n), to be used as a sum over samples. With n = 1 A = r.
-    """
+    rewards: (B, n) of floating point. Returns (B, n), to be used as a sum over samples. With n = 1 A = r."""
     n = rewards.shape[-1]
     if n == 1:
         return rewards.clone()
@@ -155,11 +150,9 @@ def best_of_n_tilt(N: int) -> float:
 
 @dataclasses.dataclass
 class Policy:
-    """A causal language model, its tokenizer, the tokens that end a response, and how much of it fits in memory.
-
-    sample_rows: responses that are sampled at once. micro_batch_tokens: tokens in one forward and backward pass. Both
-    are halved when memory runs out, and neither changes a token or (but for rounding) a gradient.
-    """
+    """A causal language model, its tokenizer, the tokens that end a response, and how much of it fits in memory:
+    responses that are sampled at once, and tokens in one forward and backward pass. Both are halved when memory runs
+    out, and neither changes a token or (but for rounding) a gradient."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -178,8 +171,7 @@ class Rollouts:
 
     prompts: B lists of token ids. ids: (B, n, T) int64. mask: (B, n, T) bool, true at the tokens of a response, its
     end token included, and false at the filler behind. log_probs: (B, n, T) float32, those of the distribution that was
-    sampled from, 0 at filler. temperature: of that distribution, which is also the one to differentiate.
-    """
+    sampled from, 0 at filler. temperature: of that distribution, which is also the one to differentiate."""
 
     prompts: list[list[int]]
     ids: torch.Tensor
@@ -261,49 +253,47 @@ def sample(
     rows = [prompt for prompt in prompts for _ in range(n)]
     uniform = torch.rand(len(rows), max_new_tokens, generator=generator, device=policy.device)  # (R, max_new_tokens)
     parts, start = [], 0
-    bar = tqdm(total=len(rows), desc="sampling", leave=False, disable=len(rows) <= policy.sample_rows)
     while start < len(rows):
         part = slice(start, start + policy.sample_rows)
         try:
             parts.append(sampled_rows(policy, rows[part], uniform[part], temperature))
-            bar.update(policy.sample_rows)
             start = part.stop
         except RuntimeError as error:
             policy.sample_rows = halved(min(policy.sample_rows, len(rows)), 1, error, "--sample-rows")
-    bar.close()
     ids, mask, log_probs = (torch.cat(x) for x in zip(*parts))  # (R, max_new_tokens) each
     T = int(mask.any(0).sum())
     return Rollouts(prompts, *(x[:, :T].unflatten(0, (-1, n)) for x in (ids, mask, log_probs)), temperature)
 
 
+def read_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple:
+    """Each different prompt, read once and shared out to its rows among R: the last hidden states (R, 1, H), the cache
+    of keys and values, the attention mask (R, P), and the last positions (R, 1)."""
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)  # (R,): among G prompts
+    ids, seen = (x.to(model.device) for x in padded(list(place), left=True))  # (G, P)
+    position, cache = seen.cumsum(-1) - 1, CompactCache(config=model.config)
+    inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": position.clamp(min=0)}
+    hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+    # Not x[of_row]: on the CPU its gradient is summed in the order in which threads come by, another one on a busy day.
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.index_select(0, of_row), layer.values.index_select(0, of_row)
+    return hidden.index_select(0, of_row), cache, seen[of_row], position[of_row, -1:]  # (G, ...) -> (R, ...)
+
+
 def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor, temperature: float) -> tuple:
     """One response to each of R prompts, from the uniform random numbers (R, T): ids, mask and log_probs, each (R, T).
 
-    Equal prompts are read once and share keys and values. Finished rows leave the batch when half of it is done."""
+    Finished rows leave the batch when half of it is done."""
     model, device, (R, T) = policy.model, policy.device, uniform.shape
     stop_ids = torch.tensor(policy.stop_ids, device=device)
     ids = torch.zeros(R, T, dtype=torch.int64, device=device)
     mask, log_probs = torch.zeros(R, T, dtype=torch.bool, device=device), torch.zeros(R, T, device=device)
-    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)  # (R,): among G prompts
-    cache = CompactCache(config=model.config)
-
-    def next_scores(tokens: torch.Tensor, seen: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Logits (rows, V) behind the last of these tokens, whose keys and values join the cache."""
-        inputs = {"input_ids": tokens, "attention_mask": seen.long(), "position_ids": position.clamp(min=0)}
-        hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-        return logits(model, hidden[:, -1])
-
+    rows = torch.arange(R, device=device)  # those still in the batch
+    alive = torch.ones(R, dtype=torch.bool, device=device)  # among these
     with autocast(device):
-        prompt_ids, seen = (x.to(device) for x in padded(list(place), left=True))  # (G, P)
-        position = seen.cumsum(-1) - 1
-        scores = next_scores(prompt_ids, seen, position)[of_row]  # (G, V) -> (R, V)
-        cache.batch_select_indices(of_row)
-        seen, position = seen[of_row], position[of_row, -1:]  # (R, P): the attention mask; (R, 1)
-        rows = torch.arange(R, device=device)  # those still in the batch
-        alive = torch.ones(R, dtype=torch.bool, device=device)  # among these
+        hidden, cache, seen, position = read_prompts(model, prompts)
         for t in range(T):
-            log_p = (scores / temperature).log_softmax(-1)
+            log_p = (logits(model, hidden[:, -1]) / temperature).log_softmax(-1)  # (rows, V)
             total = log_p.exp().cumsum(-1)  # (rows, V): the distribution function, up to rounding of its end
             token = torch.searchsorted(total, uniform[rows, t].unsqueeze(-1) * total[:, -1:], right=True)  # (rows, 1)
             token = token.clamp(max=total.shape[-1] - 1)  # where the scores are not numbers
@@ -320,7 +310,8 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
                 rows, token, seen, position = rows[alive], token[alive], seen[alive], position[alive]
                 alive = alive[alive]
             seen, position = F.pad(seen, (0, 1), value=True), position + 1
-            scores = next_scores(token, seen, position)
+            inputs = {"input_ids": token, "attention_mask": seen.long(), "position_ids": position}
+            hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
     return ids, mask, log_probs
 
 
@@ -341,8 +332,7 @@ def response_log_probs(
     """log pi(token | prompt, earlier tokens) of each response token; (R, T) float32, 0 where mask is false.
 
     prompts: R lists of ids. ids, mask: (R, T), as in `Rollouts`. Differentiable. The output layer is applied to the
-    response positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists.
-    """
+    response positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists."""
     model, device, ids, mask = policy.model, policy.device, ids.to(policy.device), mask.to(policy.device)
     recompute_activations(model, torch.is_grad_enabled())
 
@@ -351,14 +341,24 @@ def response_log_probs(
         scores = scores if temperature == 1 else scores / temperature  # dividing by 1 would copy all logits
         return -F.cross_entropy(scores, targets, reduction="none")
 
-    # Filler stands on the right, where causal attention never looks: without a mask the fast attention kernels apply.
-    # The last token of a response predicts nothing and is left out.
-    rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(-1)  # (R, 1)
+    # Rows with equal prompts share one pass over them: a step of `tiny` whose rows all carry a signal takes half the
+    # time (benchmarks/README.md). Not so where little is saved or activations are recomputed, which rules out a cache.
+    tokens, different = sum(map(len, prompts)), sum(map(len, set(map(tuple, prompts))))
+    shared = ids.shape[1] > 1 and 10 * (tokens - different) >= tokens + int(mask.sum())
     with autocast(device):
-        hidden = model.base_model(input_ids=padded(rows)[0].to(device), use_cache=False).last_hidden_state  # (R, L, H)
-        before = (length - 1 + torch.arange(ids.shape[1], device=device)).clamp(max=hidden.shape[1] - 1)  # (R, T)
-        hidden = hidden[torch.arange(len(rows), device=device).unsqueeze(-1), before][mask]  # (R, T, H) -> (M, H)
+        if shared and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            first, cache, seen, position = read_prompts(model, prompts)
+            seen = F.pad(seen, (0, ids.shape[1] - 1), value=True).long()  # (R, P + T - 1)
+            position = position + torch.arange(1, ids.shape[1], device=device)  # (R, T-1)
+            inputs = {"input_ids": ids[:, :-1], "attention_mask": seen, "position_ids": position}
+            rest = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = torch.cat([first, rest], 1)[mask]  # (R, 1, H) and (R, T-1, H) -> (R, T, H) -> (M, H)
+        else:  # filler on the right, where causal attention never looks: the fast kernels without a mask apply
+            rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
+            states = model.base_model(input_ids=padded(rows)[0].to(device), use_cache=False).last_hidden_state
+            before = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device).unsqueeze(-1)  # (R, 1)
+            column = torch.arange(states.shape[1], device=device)  # (L,)
+            hidden = states[(column >= before) & (column < before + mask.sum(-1, keepdim=True))]  # (R, L, H) -> (M, H)
         size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
         chunks = zip(hidden.split(size), ids[mask].split(size))
         parts = [checkpoint(token_log_probs, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
@@ -382,8 +382,7 @@ def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Te
 
     advantages: (B, n). clip: None, or PPO's epsilon: log pi(y) is then replaced, token by token, by the clipped ratio
     to the log-probs of sampling; the gradients are the same where the ratio is 1. Rows whose advantage is zero are left
-    out: the gradient is the same and their cost is gone.
-    """
+    out: the gradient is the same and their cost is gone."""
     prompts, ids, mask, old = rollouts.flat()
     advantages = advantages.flatten().to(policy.device, torch.float32)  # (B, n) -> (R,)
     signal, lengths, total = advantages.nonzero()[:, 0].cpu(), rollouts.lengths(), 0.0

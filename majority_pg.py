@@ -61,8 +61,7 @@ def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: st
       biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of maj@(k-1)
     where f is the reward of the majority: ties are split, no votes at all are worth 0. With k = 1 the vote is the
     response's own: unbiased is mean over responses with an answer, and biased is zero.
-    Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
-    """
+    Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator."""
     rewards = common.checked_rewards(rewards, k)
     if estimator == "mean":
         return common.mean_advantages(rewards)
@@ -83,8 +82,7 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
     Subsets are counted, not listed. Each sample enters the subset with chance p; given that k enter, all k-subsets are
     equally likely, whatever p. For each number t of votes that can win, a walk over the answers keeps the chance that s
     samples have entered, m of the answers have exactly t votes and none has more; and the same times the sum of the
-    rewards of these m.
-    """
+    rewards of these m."""
     n = votes.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
@@ -125,8 +123,7 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
 def answer_patterns(votes: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     """All of a row that its majorities depend on: (B, n) twice -> (B, 2, n) float64 on the CPU.
 
-    [:, 0] are the numbers of samples of its answers, falling, filled up with zeros; [:, 1] their mean rewards.
-    """
+    [:, 0] are the numbers of samples of its answers, falling, filled up with zeros; [:, 1] their mean rewards."""
     votes, order = votes.cpu().sort(dim=-1)
     rewards = rewards.cpu().double().gather(-1, order)
     answer = pad((votes.diff(dim=-1) != 0).cumsum(-1), (1, 0))  # (B, n): 0, 0, 1, ...

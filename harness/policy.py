@@ -27,8 +27,7 @@ def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpoint
     by hub id or folder.
 
     Weights are float32; on CUDA they are used under bfloat16 autocast. Dropout is off for good: the log-probs that
-    training differentiates must be those of the distribution that was sampled from. Raises BadInput.
-    """
+    training differentiates must be those of the distribution that was sampled from. Raises BadInput."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers_logging.disable_progress_bar()  # ours say more

@@ -78,8 +78,7 @@ def save_figure(folder: Path, evaluations: list[tuple[int, dict]], best: dict, n
     """curves.png: each metric family against j before and after, and along training.
 
     evaluations: (step, result of `by_level`), the first before training and the last after it. best: the best possible
-    values of metrics, name -> (P,), where they are known. names: metric families, such as "pass" for pass@1, pass@2.
-    """
+    values of metrics, name -> (P,), where they are known. names: metric families, such as "pass" for pass@1, pass@2."""
     plt = pyplot()
     both = [("before", "tab:gray", evaluations[0][1]), ("after", "tab:blue", evaluations[-1][1])]
     figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 3.6), layout="constrained")

@@ -223,8 +223,7 @@ class Run:
         """1, 2, ... args.steps, less those done before, with evaluations, a progress bar and checkpoints in between.
 
         metrics: what an evaluation's verdict says of each problem. On SIGINT or SIGTERM the step is finished and saved,
-        and the script ends; at a second one it ends at once.
-        """
+        and the script ends; at a second one it ends at once."""
         self.metrics, doing, first, last = metrics, "writing to", 1, self.args.steps
         if self.args.resume:
             self.restore()
@@ -284,8 +283,7 @@ class Run:
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
         """Append a step's line to metrics.jsonl and one to timings.jsonl; the names in `shown` go to the progress bar.
 
-        rollouts: what was sampled in it, for the speed. Raises BadInput when ten steps in a row were skipped.
-        """
+        rollouts: what was sampled in it, for the speed. Raises BadInput when ten steps in a row were skipped."""
         seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
         timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
         timings["peak_memory_mib"] = peak_memory_mib()  # these are the first process's own

@@ -278,7 +278,11 @@ def test_tiny_is_refused_for_a_task_it_cannot_learn(run, tmp_path):
 def test_bandit(run, tmp_path):
     result = run("bandit.py", "--seeds", "20", "--steps", "40")
     assert result.returncode == 0, result.stderr
-    assert "mean x k" in result.stdout and "max@4" in result.stdout and (tmp_path / "runs/bandit.png").stat().st_size > 10_000
+    assert (
+        "mean x k" in result.stdout
+        and "max@4" in result.stdout
+        and (tmp_path / "runs/bandit.png").stat().st_size > 10_000
+    )
     result = run("bandit.py", "--k", "1")
     assert result.returncode == 2 and result.stderr.strip() == "error: --k must be at least 2, not 1"
 
