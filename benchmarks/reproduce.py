@@ -47,7 +47,8 @@ from harness.policy import load_policy, tiny_policy_folder
 from verifiers import BadInput, Problem, learned, load_task
 from verifiers.lines import fitting_lines, posterior
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "benchmarks"  # results.json and README.md, see --publish
 
 FORMALITY = "--eval-every 0 --eval-problems 1 --eval-n 32"  # the scripts' own evaluation, by sampling, is not used
 SHARED = f"--steps 60 --lr 1e-4 {FORMALITY}"
@@ -346,7 +347,7 @@ class Runs:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
             with open(log, "a") as file:
                 process = subprocess.Popen(
-                    [sys.executable, HERE.parent / script, *flags], cwd=self.out, stdout=file, stderr=file,
+                    [sys.executable, ROOT / script, *flags], cwd=self.out, stdout=file, stderr=file,
                     stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
                 )  # fmt: skip
                 self.processes.add(process)
@@ -422,18 +423,22 @@ def bandit_rows() -> list[dict]:
             ("B3", f"unbiased less {name}, max@4 at step 400", (b - a)[400, 1]),
         ]
     rows.sort(key=lambda row: row[0])
-    return [row_of(claim, what, *bandit.mean_and_ci(x), None, seeds=1000, runs=["bandit"]) for claim, what, x in rows]
+    return [
+        row_of(claim, what, *bandit.mean_and_ci(x), None, headline="mean x k" in what, seeds=1000, runs=["bandit"])
+        for claim, what, x in rows
+    ]
 
 
 def claim_rows(out: Path, seeds: int) -> list[dict]:
     """The rows of all claims whose runs are done for two seeds or more."""
     saved = json.loads(optima.PREDICTIONS.read_text())["claims"]
     predictions, rows = {(row["claim"], row["what"]): row["predicted"] for row in saved}, []
+    first = {claim: what for claim, what, _ in reversed(claims())}
     for claim, what, value in claims():
         values, read = over_seeds(out, seeds, value)
         if len(values) > 1:
             mean, ci = map(float, measure.interval(values))
-            more = {"seeds": len(values), "runs": read, "values": values.tolist()}
+            more = {"headline": what == first[claim], "seeds": len(values), "runs": read, "values": values.tolist()}
             rows.append(row_of(claim, what, mean, ci, predictions[claim, what], **more))
     return rows
 
@@ -499,10 +504,10 @@ def tables(result: dict) -> dict[str, str]:
     learned verifier."""
     every, short = [], []
     for claim, group in itertools.groupby(result["rows"], key=lambda row: row["claim"]):
-        first, *others = group
-        every.append([f"**{claim}** {PAPERS[claim]}", f"**{first['what']}**", *cells(first)])
-        every += [["", row["what"], *cells(row)] for row in others]
-        short.append([claim, PAPERS[claim], first["what"], *cells(first)])
+        for place, row in enumerate(group):
+            what = f"**{row['what']}**" if row["headline"] else row["what"]
+            every.append(["" if place else f"**{claim}** {PAPERS[claim]}", what, *cells(row)])
+            short += [[claim, PAPERS[claim], row["what"], *cells(row)]] if row["headline"] else []
     head = ["compared here", "predicted", "measured ± 95%", "share", "verdict"]
     policies = [
         [row["policy"], *(interval(column) for column in zip(*row["points"])),
