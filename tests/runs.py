@@ -18,9 +18,9 @@ import harness.policy
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"]
-SMALL = "--task arithmetic --steps 2 --k 2 --n 4 --prompts-per-step 4 --eval-n 4 --eval-problems 2".split()
-# On level 1 the `skilled` policy is right now and then.
-FLAGS = [*SMALL, "--levels", "1", "--steps", "6", "--save-every", "2", "--eval-every", "3"]
+# On level 1 the `skilled` policy is right now and then; its problems are few, and read within a moment.
+SMALL = "--task arithmetic --levels 1 --steps 2 --k 2 --n 4 --prompts-per-step 4 --eval-n 4 --eval-problems 2".split()
+FLAGS = [*SMALL, "--steps", "6", "--save-every", "2", "--eval-every", "3"]
 EXTRA = {"bon_rl.py": ["--estimator", "variational", "--n", "6", "--baseline", "value", "--kl-coef", "0.1"]}
 
 

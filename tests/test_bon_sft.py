@@ -8,9 +8,9 @@ from test_best_of_n import EXACT, SCORES, best_of_n_policy, failure_rates
 import bon_sft
 import common
 import harness.policy
-import harness.run
 from bon_sft import Args, coefficients, with_experts
 from verifiers import BadInput, Problem, load_task
+from verifiers.problems import training_batch
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
 
@@ -83,24 +83,14 @@ def test_bad_input_is_refused():
 def test_n_1_is_plain_sft_to_the_bit(untrained, tmp_path, monkeypatch):
     """Three steps of the script against three written out: the weights are equal, not close."""
     monkeypatch.chdir(tmp_path)
-    bon_sft.main(
-        Args(
-            task="arithmetic",
-            N=1,
-            eval_N=2,
-            eval_n=2,
-            eval_problems=1,
-            model=untrained,
-            steps=3,
-            prompts_per_step=4,
-            run_name="r",
-        )
-    )
+    small = {"task": "arithmetic", "levels": (1,), "eval_n": 2, "eval_problems": 1, "steps": 3, "prompts_per_step": 4}
+    bon_sft.main(Args(N=1, eval_N=2, model=untrained, run_name="r", **small))
     task = load_task("arithmetic")
+    train = [problem for problem in task.train if problem.level == 1]
     policy = harness.policy.load_policy(untrained, task)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=Args.lr, weight_decay=0.0, fused=True)
     for step in range(3):
-        problems = harness.run.training_batch(task.train, step, 4, seed=0)
+        problems = training_batch(train, step, 4, seed=0)
         prompts = policy.tokenizer([problem.prompt for problem in problems]).input_ids
         rows = [policy.tokenizer(p.solution).input_ids + [policy.tokenizer.eos_token_id] for p in problems]
         order = sorted(

@@ -3,21 +3,16 @@
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-from runs import ROOT, SCRIPTS, SMALL, in_process, of_script, outcome, records, save_untrained, steps_of
+from runs import SCRIPTS, SMALL, in_process, of_script, outcome, records, save_untrained, steps_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import harness.report
 from verifiers import arithmetic
-
-run = conftest.run  # test_readme.py imports it from here
 
 
 @pytest.fixture
@@ -39,12 +34,6 @@ def test_a_run_from_start_to_end(script, uninterrupted):
     assert metric in out and " -> " in out
     assert (folder / "curves.png").stat().st_size > 10_000
     AutoModelForCausalLM.from_pretrained(folder / "policy"), AutoTokenizer.from_pretrained(folder / "policy")
-
-
-def test_a_command_of_its_own_process(untrained, tmp_path):
-    command = [sys.executable, str(ROOT / "pass_at_k_pg.py"), *SMALL, "--steps", "0", "--model", untrained]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and "pass@4" in result.stdout and len([*(tmp_path / "runs").iterdir()]) == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -75,13 +64,13 @@ def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
 
 def test_equal_arguments_give_equal_metrics_and_another_folder(run, skilled, tmp_path):
     for _ in range(2):
-        assert run("pass_at_k_pg.py", *SMALL, "--levels", "1", "--model", skilled).returncode == 0
+        assert run("pass_at_k_pg.py", *SMALL, "--model", skilled).returncode == 0
     first, second = sorted((tmp_path / "runs").iterdir(), key=lambda folder: len(folder.name))
     assert second.name == f"{first.name}-2"
     assert outcome(first) == outcome(second) and any(r["signal"] > 0 for r in steps_of(first))
 
 
-TRAINS = ["--steps", "3", "--levels", "1", "--eval-n", "3", "--eval-problems", "1", "--n", "6"]
+TRAINS = ["--steps", "3", "--eval-n", "3", "--eval-problems", "1", "--n", "6"]
 RL, SFT = "bon_rl.py", "bon_sft.py"
 
 
@@ -271,7 +260,7 @@ def test_a_model_without_an_end_token_is_refused(run, tmp_path):
 
 def test_tiny_is_refused_for_a_task_it_cannot_learn(run, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
-    result = run("pass_at_k_pg.py", *SMALL, "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl"))
+    result = run("pass_at_k_pg.py", "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl"))
     assert result.returncode == 2 and "--model tiny cannot learn task 'gsm8k'" in result.stderr
 
 
@@ -289,7 +278,7 @@ def test_bandit(run, tmp_path):
 
 def test_compare_averages_over_seeds(run, model, tmp_path):
     for estimator, seed in (("unbiased", "0"), ("unbiased", "1"), ("mean", "0")):
-        flags = [*SMALL, "--levels", "1", "--steps", "1", "--model", model, "--seed", seed, "--estimator", estimator]
+        flags = [*SMALL, "--steps", "1", "--model", model, "--seed", seed, "--estimator", estimator]
         flags += ["--run-name", estimator + seed]
         assert run("pass_at_k_pg.py", *flags).returncode == 0
     result = run("harness/report.py", "runs/unbiased0", "runs/unbiased1", "runs/mean0")

@@ -38,7 +38,7 @@ def test_problems_that_are_made_on_demand_are_not_all_made(script, run, skilled,
     task = load_task("arithmetic")
     lazy = Lazy(task.train)
     monkeypatch.setattr(arithmetic, "load", lambda *_: Task(task.name, lazy, task.test, task.verify, max_new_tokens=8))
-    result = run(script, *SMALL, "--model", skilled)
+    result = run(script, *SMALL, "--levels", "--model", skilled)
     assert result.returncode == 0, result.stderr
     assert lazy.asked == 8
 

@@ -154,7 +154,7 @@ told(harness.policy, "warm_start"), told(learned, "trained_verifier")
 def test_what_one_process_makes_for_all_does_not_hang(model, untrained, monkeypatch, tmp_path):
     """A cold cache: the first process alone trains `tiny` and the verifier, each once, and the other waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flags = [of_script("bon_rl.py", flag) for flag in [*SMALL, "--steps", "1", "--levels", "1", "--run-name", "a"]]
+    flags = [of_script("bon_rl.py", flag) for flag in [*SMALL, "--steps", "1", "--run-name", "a"]]
     flags += ["--model", untrained if model == "a folder" else model]
     script = wrapped(tmp_path, "bon_rl.py", COLD)
     process = torchrun(script, *flags, "--verifier", "learned", "--verifier-problems", "8", cwd=tmp_path)
