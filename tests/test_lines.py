@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from enumeration import best_of_value, majority_value
-from test_cli import ROOT
+from runs import ROOT
 
 import common
 import harness.policy

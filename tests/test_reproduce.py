@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import tyro
-from test_cli import ROOT
+from runs import ROOT
 
 import harness.policy
 
