@@ -95,7 +95,7 @@ def arguments_of(folder: str) -> dict:
     if script != Path(sys.argv[0]).stem:
         raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
     if processes != int(os.environ.get("WORLD_SIZE", 1)):  # with another number the samples would be others
-        raise BadInput(f"{folder} is a run of {processes} processes: {resume_command(folder, processes)}")
+        raise BadInput(f"{folder} is a run of {processes} process(es): {resume_command(folder, processes)}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
@@ -209,7 +209,8 @@ class Run:
         if args.verifier_model:
             folder = args.verifier_model
         elif tiny_seed(args.model) is not None:
-            recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}"
+            levels = ".".join(map(str, args.levels)) or "all"
+            recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}-l{levels}"
             folder = cached(f"{Path(base).name}-verifier-{recipe}", train)
         else:
             folder = self.folder / "verifier"

@@ -110,7 +110,7 @@ def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skill
     assert returncode != 0 and "SIGKILL" in err and not (killed / "policy").exists()
     result = run(script, "--resume", "runs/killed")  # by one process
     command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/killed"
-    assert result.returncode == 2 and f"is a run of 2 processes: {command}\n" in result.stderr
+    assert result.returncode == 2 and f"is a run of 2 process(es): {command}\n" in result.stderr
 
     returncode, out, err = ended(torchrun(broken, "--resume", "runs/killed", cwd=tmp_path))
     assert returncode == 0 and "resuming at step 4" in out, err
@@ -126,7 +126,7 @@ def test_a_run_of_one_process_is_not_resumed_by_two(uninterrupted, run, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run(SCRIPTS[0], "--resume", str(folder))
     assert result.returncode == 2
-    assert f"is a run of 1 processes: python {ROOT / SCRIPTS[0]} --resume {folder}\n" in result.stderr
+    assert f"is a run of 1 process(es): python {ROOT / SCRIPTS[0]} --resume {folder}\n" in result.stderr
 
 
 # A verifier that an untrained policy is right by now and then, and a warm start of two steps.
