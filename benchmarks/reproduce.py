@@ -1,12 +1,12 @@
 """The papers' claims (B1-B3, M1-M5, C1-C5) and three questions neither paper asks: predicted, then measured on `lines`.
 
-    python benchmarks/reproduce.py               # 5 seeds of 26 settings
+    python benchmarks/reproduce.py               # 5 seeds of 28 settings
     python benchmarks/reproduce.py --quick       # 3 seeds of five settings, which the whole takes over
     python benchmarks/reproduce.py --report      # runs nothing: the tables of what there is
     python benchmarks/reproduce.py --programs    # M4 on `programs`, too: two settings more
 
 Every number comes from RUNS, which are commands to be run by themselves, too: 60 steps of about 1024 samples (64
-prompts x 16, or as many in other groups), some 45 s each on one thread. 26 settings x 5 seeds, two at a time, are 50
+prompts x 16, or as many in other groups), some 45 s each on one thread. 28 settings x 5 seeds, two at a time, are 50
 minutes, the warm starts 10, the exact evaluations 5. A run that was stopped is resumed, a finished one not made again.
 
 Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
@@ -66,6 +66,10 @@ PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
 RUNS = {
     "mean": f"{PASS} --k 4 --estimator mean",  # with n = 16 it is the same for every k
     **{f"k{k}": f"{PASS} --k {k}" for k in (2, 4, 8, 16)},
+    **{
+        f"{name}-20": PASS.replace("--steps 60", "--steps 20") + flags  # for variance.py: on the way
+        for name, flags in (("mean", " --k 4 --estimator mean"), ("k8", " --k 8"))
+    },
     "k32": f"{PASS} --k 32 --prompts-per-step 32",
     "learned-exact": LEARNED,
     **{f"k{k}-biased": f"{PASS} --k {k} --estimator biased" for k in (2, 4, 8, 16)},

@@ -38,7 +38,7 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
         assert (args.model, args.seed) == ("tiny-3", 3)
         if name in reproduce.RUNS:
             samples = args.prompts_per_step * (getattr(args, "n", None) or 16)
-            assert args.steps == 60 and (1000 < samples < 1050 or name == "k32"), name
+            assert args.steps == (20 if name.endswith("-20") else 60) and (1000 < samples < 1050 or name == "k32"), name
     assert set(reproduce.QUICK) <= set(reproduce.RUNS) and set(reproduce.POLICIES) <= {"base", *reproduce.RUNS}
 
 
@@ -52,7 +52,7 @@ def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
     seed = Recorder(None, 0)
     for claim, _, value in reproduce.claims():
         assert value(seed) == 0 and claim in reproduce.PAPERS
-    points = {*reproduce.POLICIES} | {"learned-mean"}
+    points = {*reproduce.POLICIES} | {"learned-mean", "mean-20", "k8-20"}
     assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
     compared = [(claim, what) for claim, what, _ in reproduce.claims()]
     predicted = [(row["claim"], row["what"]) for row in PREDICTIONS["claims"] if row["claim"][0] != "B"]
