@@ -1,12 +1,12 @@
 """The papers' claims (B1-B3, M1-M5, C1-C5) and three questions neither paper asks: predicted, then measured on `lines`.
 
-    python benchmarks/reproduce.py               # 5 seeds of 26 settings
+    python benchmarks/reproduce.py               # 5 seeds of 28 settings
     python benchmarks/reproduce.py --quick       # 3 seeds of five settings, which the whole takes over
     python benchmarks/reproduce.py --report      # runs nothing: the tables of what there is
     python benchmarks/reproduce.py --programs    # M4 on `programs`, too: two settings more
 
 Every number comes from RUNS, which are commands to be run by themselves, too: 60 steps of about 1024 samples (64
-prompts x 16, or as many in other groups), some 45 s each on one thread. 26 settings x 5 seeds, two at a time, are 50
+prompts x 16, or as many in other groups), some 45 s each on one thread. 28 settings x 5 seeds, two at a time, are 50
 minutes, the warm starts 10, the exact evaluations 5. A run that was stopped is resumed, a finished one not made again.
 
 Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
@@ -40,12 +40,14 @@ import numpy as np
 import optima
 import torch
 import tyro
+from optima import prompt_weights
 from tqdm import tqdm
 
 import bandit
-from harness.policy import load_policy, tiny_policy_folder
+import common
+from harness.policy import encode_prompts, load_policy, tiny_policy_folder
 from verifiers import BadInput, Problem, learned, load_task
-from verifiers.lines import fitting_lines, posterior
+from verifiers.lines import fitting_lines, line, posterior
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"  # results.json and README.md, see --publish
@@ -64,6 +66,10 @@ PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
 RUNS = {
     "mean": f"{PASS} --k 4 --estimator mean",  # with n = 16 it is the same for every k
     **{f"k{k}": f"{PASS} --k {k}" for k in (2, 4, 8, 16)},
+    **{
+        f"{name}-20": PASS.replace("--steps 60", "--steps 20") + flags  # for variance.py: on the way
+        for name, flags in (("mean", " --k 4 --estimator mean"), ("k8", " --k 8"))
+    },
     "k32": f"{PASS} --k 32 --prompts-per-step 32",
     "learned-exact": LEARNED,
     **{f"k{k}-biased": f"{PASS} --k {k} --estimator biased" for k in (2, 4, 8, 16)},
@@ -213,8 +219,8 @@ def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
           for N in (8, 32)),
         ("C1", "AUC within problems, the posterior less the verifier",
          lambda seed: -np.diff([seed.at("learned-exact", x, (), "before") for x in ("AUC of q", "AUC")]).item()),
-        ("C1", "bon@8 less the verifier's own first choice, after",
-         lambda seed: seed.at("learned-exact", "bon@8") - seed.at("learned-exact", "bon@inf")),
+        ("C1", "share of winners that fit no line, after, N = 32 less N = 8",
+         lambda seed: seed.at("learned-exact", "misfit@32") - seed.at("learned-exact", "misfit@8")),
         *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("variational", f"pass@{k}"))
           for k in (16, 8, 32)),
         *(("C2", f"pass@{k}, the same, exact", gain("k8", f"pass@{k}")) for k in (16, 8, 32)),  # pass_at_k_pg.py
@@ -242,7 +248,7 @@ def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
 
 def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, float]]:
     """Weighted means of metrics (P,): name -> level -> value, the levels being "all", "1", "2", ..."""
-    weights, levels = optima.prompt_weights(problems), torch.tensor([problem.level for problem in problems])
+    weights, levels = prompt_weights(problems), torch.tensor([problem.level for problem in problems])
     groups = {"all": torch.ones_like(weights)} | {str(x): (levels == x).double() for x in levels.unique().tolist()}
     shares = {level: weights * some / (weights @ some) for level, some in groups.items()}
     return {name: {level: (share @ value).item() for level, share in shares.items()} for name, value in metrics.items()}
@@ -268,6 +274,38 @@ def lines_task():
     return load_task("lines")
 
 
+@functools.cache
+def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
+    """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level -> value.
+
+    bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, how often the winner among N fits no line;
+    AUC within problems, the verifier's and that of q on the very same samples. It is sampled, unlike all else, because
+    a verifier scores what fits no line, too, and may like it best.
+    """
+    task, problems = lines_task(), prompts("held-out")
+    texts, weights = [problem.prompt for problem in problems], prompt_weights(problems)
+    tiny = tiny_policy_folder(task, seed)
+    (folder,) = tiny.parent.glob(f"{tiny.name}-verifier-*-p{VERIFIER_PROBLEMS}-*")  # runs leave it in the cache
+    policy, verifier = load_policy(model, task, "cpu"), learned.load_verifier(str(folder), task)
+    encoded = encode_prompts(policy, task, problems, task.max_new_tokens)
+    rollouts = common.sample(policy, encoded, 64, task.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    responses, fitting = common.decode(policy, rollouts), [[*fitting_lines(text), None] for text in texts]
+    place = [[[*lines, line(x)].index(line(x)) for x in row] for lines, row in zip(fitting, responses)]
+    misfit = torch.tensor([[i >= len(lines) - 1 for i in row] for lines, row in zip(fitting, place)])  # (P, 64)
+    place, scores = torch.tensor(place).masked_fill(misfit, 8), verifier.score(texts, responses)  # (P, 64) each
+    q = posterior(texts)
+    chance = torch.nn.functional.pad(q, (0, 1)).gather(-1, place)  # (P, 64): of being right
+    metrics = {f"bon@{N}": common.best_of_k(scores, chance, N) for N in optima.TRIES}
+    metrics |= {f"misfit@{N}": common.best_of_k(scores, misfit.double(), N) for N in optima.TRIES}
+    result = by_level(metrics, problems)
+    for name, by in (("AUC", scores), ("AUC of q", chance)):
+        auc = [[learned.auc(s, (row == y).double()) for y in range(8)] for s, row in zip(by, place)]
+        auc = torch.tensor(auc).double()  # (P, 8): nan where not both right and wrong samples
+        share = weights.unsqueeze(-1) * q * auc.isfinite()
+        result[name] = {"all": ((share * auc.nan_to_num()).sum() / share.sum()).item()}
+    return result
+
+
 def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Exact metrics of a finished run's policy: where -> metric -> level -> value.
 
@@ -280,7 +318,6 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
         return {"held-out": {metric: {level: values[metric][0] for level, values in levels} for metric in last["all"]}}
     base, after = f"tiny-{seed}", folder / "policy"
     model, problems = str(after) if after.exists() else base, prompts("held-out")
-    texts, weights = [problem.prompt for problem in problems], optima.prompt_weights(problems)
 
     def metrics(where: str, temperature: float = 1.0, votes: Sequence[int] = ()):
         log_pi, base_log_pi = (log_probs(m, where, temperature) for m in (model, base))
@@ -289,24 +326,15 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
     result = {"held-out": metrics("held-out", votes=(8,)), "training": metrics("training")}
     if name in ("base", "k8"):
         result |= {f"T = {T}": metrics("held-out", T) for T in (0.7, 1.3)}
-    q, pi, base_pi = posterior(texts), log_probs(model).exp(), log_probs(base).exp()
-    if name.startswith("vote"):  # what lies elsewhere is a ninth candidate, which is never right
-        elsewhere = torch.stack([torch.zeros(len(q)), 1 - base_pi.sum(-1)], -1).double()  # (P, 2): of q, of the base
-        q9, base9 = (torch.cat([x, elsewhere[:, i : i + 1]], -1) for i, x in enumerate((q, base_pi)))
-        best = optima.mean_kl_policy_at(q9, weights, base9, result["held-out"]["kl"]["all"])[:, :8]
+    if name.startswith("vote"):  # the frontier keeps what lies elsewhere where it is in the base policy
+        q, base_pi, weights = posterior([p.prompt for p in problems]), log_probs(base).exp(), prompt_weights(problems)
+        fits = base_pi.sum(-1, keepdim=True)  # (P, 1)
+        kl = result["held-out"]["kl"]["all"]
+        best = fits * optima.mean_kl_policy_at(q, weights * fits.squeeze(-1), base_pi / fits, kl)  # (P, 8)
         result["held-out"] |= by_level({BEST_MEAN: optima.maj_at_k(q, best, 8)}, problems)
     if name.startswith("learned"):
-        tiny = tiny_policy_folder(lines_task(), seed)
-        (verifier,) = tiny.parent.glob(f"{tiny.name}-verifier-*-p{VERIFIER_PROBLEMS}-*")  # the run left it in the cache
-        candidates = [[*lines, *[""] * (8 - len(lines))] for lines in map(fitting_lines, texts)]
-        scores = learned.load_verifier(str(verifier), lines_task()).score(texts, candidates).double()  # (P, 8)
-        first = scores.where(q > 0, -torch.inf).argmax(-1, keepdim=True)  # (P, 1): where the verifier has the last word
-        for where, policy in (("before", base_pi), ("held-out", pi)):
-            bon = {f"bon@{N}": optima.best_of_n(q, policy, scores, N) for N in optima.TRIES}
-            bon |= {"bon@inf": q.gather(-1, first).squeeze(-1)}
-            auc = {"AUC": scores, "AUC of q": q}
-            auc = {metric: {"all": optima.auc_within(q, policy, s, weights)} for metric, s in auc.items()}
-            result[where] = result.get(where, {}) | by_level(bon, problems) | auc
+        result["before"] = verifier_metrics(base, seed)
+        result["held-out"] |= verifier_metrics(model, seed)
     return result
 
 
@@ -451,7 +479,7 @@ def policy_rows(out: Path, seeds: int) -> list[dict]:
         points, _ = over_seeds(out, seeds, lambda seed: [seed.at(name, f"pass@{j}") for j in (1, 8, 32)])
         row = {"policy": label, "k": k, "points": points.tolist()}
         for where in ("held-out", "training") if k else ():
-            best = optima.prompt_weights(prompts(where)) @ lines_task().best(prompts(where), k)
+            best = prompt_weights(prompts(where)) @ lines_task().best(prompts(where), k)
 
             def share(seed: Seed) -> float:
                 now, base = (seed.at(x, f"pass@{k}", (), where) for x in (name, "base"))
@@ -465,17 +493,13 @@ def policy_rows(out: Path, seeds: int) -> list[dict]:
 
 def verifier_rows(out: Path, seeds: int) -> list[dict]:
     """C1's curve: bon@N under the learned verifier, a value a seed, before and after, and predicted for one that knows
-    q; "inf": the verifier's own first choice."""
+    q; misfit@N: winners that fit no line."""
     known, rows = json.loads(optima.PREDICTIONS.read_text())["verifier"], []
     places = {"before": ("learned-exact", "before"), "BoN-RL-V": ("learned-exact", "held-out"),
               "plain RL": ("learned-mean", "held-out")}  # fmt: skip
-    for metric in (*(f"bon@{N}" for N in (*optima.TRIES, "inf")), "AUC", "AUC of q"):
-        predicted = (
-            [known["AUC within problems"], None]
-            if metric == "AUC of q"
-            else ([known[name].get(metric) for name in ("base", "k1")])
-        )
-        row = {"metric": metric, "predicted": predicted}
+    metrics = [*(f"bon@{N}" for N in optima.TRIES), "misfit@1", "misfit@8", "misfit@32", "AUC", "AUC of q"]
+    for metric in metrics:
+        row = {"metric": metric, "predicted": [known[name].get(metric) for name in ("base", "k1")]}
         for label, (name, where) in places.items():
             row[label] = over_seeds(out, seeds, lambda seed: seed.at(name, metric, (), where))[0].tolist()
         if all(len(row[label]) > 1 for label in places):

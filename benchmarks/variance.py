@@ -1,33 +1,56 @@
-"""Variance of the pass@k gradient at an equal number of samples: n = k groups, or all k-subsets of n > k; unbiased,
-biased, and without a baseline.
+"""Bias and variance of every estimator here, held to exact gradients: on a bandit, and on the network itself.
 
-    python benchmarks/variance.py
+    python benchmarks/variance.py                          # the bandit; tiny, as warm-started on `lines`
+    python benchmarks/variance.py --runs runs/reproduce    # how the gradients of pass@1 and pass@8 lie in training, too
 
-Exactly, on a bandit of 4 arms: all 4^8 draws of 8 samples, k = 4, float64. Then on the warm-started tiny policy: many
-draws of 16 samples to each of the same 32 prompts of `arithmetic`, k = 4; the variance is that of sampling alone.
+Bandit: 4 arms, all 4^8 draws of 8 samples, k = 4, float64.
+
+Network: on `lines` J_k is a function of the log-probs of 1 to 8 lines a prompt, so that autograd gives its gradient in
+parameter space without sampling. So it does for the mean of an estimator that sees rewards of 0 and 1 only: with y
+the hidden answer and c of n samples right,
+
+    E[ sum_i A_i grad log pi(y_i) ] = w(pi_y) grad log pi(y),    w(p) = E_c[ A(right) - A(wrong) p / (1-p) ]
+
+where A(right) and A(wrong) are the sums of A over the right and the wrong samples: for a wrong one E[grad log pi] is
+-p / (1-p) grad log pi(y). Biases are therefore exact; the deviations come from draws of samples and hidden answers.
+
+Interference between prompts (arXiv 2602.21189): the cosine of the gradients of pass@1 and pass@8 in parameter space.
 """
 
 import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import measure  # first: puts the repository on the path
+import exact  # first: it puts the repository on the path
+import measure
+import numpy as np
+import optima
+import reproduce
 import torch
 import tyro
 from tqdm import tqdm
 
+import bon_rl
 import common
-import harness.policy
-import harness.run
+from harness.policy import encode_prompts, load_policy
+from harness.run import random_numbers
 from pass_at_k_pg import advantages
-from verifiers import load_task
+from verifiers import Problem, Task, load_task
+from verifiers.lines import fitting_lines, line, posterior
 
-K = 4  # of pass@k
+K = 4  # of pass@k on the bandit
 
 
 @dataclass
 class Args:
-    draws: int = 64
-    """of 16 samples a prompt, on the tiny policy; 0: the bandit alone"""
+    draws: int = 32
+    """estimates on the network, each from 48 samples to each of 16 prompts; 0: the bandit alone"""
+    runs: Path | None = None
+    """folder of reproduce.py: the cosines of two gradients along its runs"""
+    seeds: int = 5
+    """of these runs"""
     threads: int = 1
     """CPU threads"""
     json: str | None = None
@@ -87,37 +110,179 @@ def bandit_moments(chance: float, rewards: tuple, n: int = 8) -> dict[str, tuple
     return moments
 
 
-def model_moments(draws: int) -> dict[str, tuple[float, float]]:
-    """Of each estimator on the tiny policy: length of the mean gradient, and standard deviation of one draw's."""
-    task = load_task("arithmetic")
-    policy = harness.policy.load_policy("tiny", task, "cpu")
-    problems = harness.run.training_batch(task.train, 0, 32, 0)
-    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
-    parameters = list(policy.model.parameters())
-    total = dict.fromkeys(ESTIMATORS, 0.0)  # sums of gradients, and of their squared lengths
-    squares = dict.fromkeys(ESTIMATORS, 0.0)
-    for draw in tqdm(range(draws), desc="tiny policy", unit="draw"):
-        generator = harness.run.random_numbers(policy.device, "variance", draw)
-        rollouts = common.sample(policy, prompts, 16, task.max_new_tokens, generator=generator)
-        rewards = task.verify(problems, common.decode(policy, rollouts)).rewards
-        for name, estimator in ESTIMATORS.items():
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            common.accumulate_gradient(policy, rollouts, estimator(rewards))
-            g = torch.cat([parameter.grad.flatten() for parameter in parameters]).double()
-            total[name] = total[name] + g
-            squares[name] += (g @ g).item()
-    moments = {}
-    for name in ESTIMATORS:
-        mean = total[name] / draws
-        variance = (squares[name] - draws * (mean @ mean).item()) / (draws - 1)
-        moments[name] = max((mean @ mean).item() - variance / draws, 0.0) ** 0.5, variance**0.5
-    return moments
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def maxrl(q: torch.Tensor, pi: torch.Tensor) -> torch.Tensor:
+    """What MaxRL with n = 16 ascends, sum_{j<16} pass@j / j: (P,)."""
+    return sum(optima.pass_at_k(q, pi, j) / j for j in range(1, 16))
+
+
+OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "pass@1": lambda q, pi: optima.pass_at_k(q, pi, 1),
+    "pass@7": lambda q, pi: optima.pass_at_k(q, pi, 7),
+    "pass@8": lambda q, pi: optima.pass_at_k(q, pi, 8),
+    "MaxRL": maxrl,
+}
+
+
+@dataclass
+class Estimator:
+    """What turns rewards (R, n) into advantages (R, n), and the objective that it is meant to ascend.
+
+    group: samples that it treats alike lie in groups of this size, which are themselves alike.
+    """
+
+    advantages: Callable[[torch.Tensor], torch.Tensor]
+    n: int
+    objective: str
+    group: int = 16
+
+    def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages (B, m) for rewards (B, m), m a multiple of n: the mean over the estimates from n samples each."""
+        parts = rewards.unflatten(-1, (-1, self.n))  # (B, m / n, n)
+        return (self.advantages(parts.flatten(0, 1)) / parts.shape[1]).view_as(rewards)
+
+
+NETWORK = {
+    "mean": Estimator(lambda r: advantages(r, 8, "mean"), 16, "pass@1"),
+    "unbiased, k = 8, n = k": Estimator(lambda r: advantages(r, 8, "unbiased"), 8, "pass@8", 8),
+    "unbiased, k = 8, n = 16": Estimator(lambda r: advantages(r, 8, "unbiased"), 16, "pass@8"),
+    "biased, k = 8, n = k": Estimator(lambda r: advantages(r, 8, "biased"), 8, "pass@7", 8),
+    "biased, k = 8, n = 16": Estimator(lambda r: advantages(r, 8, "biased"), 16, "pass@7"),
+    "MaxRL, n = 16": Estimator(lambda r: advantages(r, 8, "maxrl"), 16, "MaxRL"),
+    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb-positive"), 16, "pass@8"),
+    "BoN-RLB, N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb"), 16, "pass@8"),
+    "variational, N = 8, n = 24": Estimator(lambda r: bon_rl.advantages(r, r, 8, "variational"), 24, "pass@8", 8),
+}  # fmt: skip
+SAMPLES = 48  # to each prompt: a multiple of every n
+
+
+def mean_weights(estimator: Estimator, pi: torch.Tensor) -> torch.Tensor:
+    """w of the docstring above, for chances pi < 1 of being right, of any shape and float64: by all counts of right
+    samples in each group."""
+    groups, size = estimator.n // estimator.group, estimator.group
+    counts = list(itertools.product(range(size + 1), repeat=groups))
+    rewards = torch.zeros(len(counts), groups, size, dtype=torch.float64)
+    ways = torch.tensor([math.prod(math.comb(size, c) for c in row) for row in counts], dtype=torch.float64)
+    for i, row in enumerate(counts):
+        for g, c in enumerate(row):
+            rewards[i, g, :c] = 1
+    rewards = rewards.flatten(1)  # (C, n)
+    A, c = estimator.advantages(rewards), rewards.sum(-1)
+    right, wrong = (A * rewards).sum(-1), (A * (1 - rewards)).sum(-1)  # (C,) each
+    p = pi.unsqueeze(-1)  # (..., 1)
+    chance = ways * p**c * (1 - p) ** (estimator.n - c)  # (..., C)
+    return (chance * (right - wrong * p / (1 - p))).sum(-1)
+
+
+def flat_gradient(policy: common.Policy, value: torch.Tensor) -> torch.Tensor:
+    """The gradient of a scalar by all parameters, (D,) float64; the graph stays."""
+    gradients = torch.autograd.grad(value, list(policy.model.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients]).double()
+
+
+def exact_gradients(policy: common.Policy, task: Task, problems: Sequence[Problem]) -> dict[str, torch.Tensor]:
+    """By name, (D,) each: the gradient of each of OBJECTIVES, mean over prompts, and the mean of each of NETWORK."""
+    q, log_pi = posterior([p.prompt for p in problems]), exact.candidate_log_probs(policy, task, problems)
+    pi, P = log_pi.exp(), len(problems)
+    result = {name: flat_gradient(policy, objective(q, pi).sum() / P) for name, objective in OBJECTIVES.items()}
+    finite = log_pi.masked_fill(q == 0, 0.0)
+    for name, estimator in NETWORK.items():
+        w = mean_weights(estimator, pi.detach().clamp(max=1 - 1e-12))
+        result[name] = flat_gradient(policy, (q * w * finite).sum() / P)
+    return result
+
+
+def estimates(policy: common.Policy, task: Task, problems: Sequence[Problem], draw: int) -> dict[str, torch.Tensor]:
+    """One estimate by each of NETWORK, (D,) each, from the same SAMPLES responses to each prompt and hidden answers."""
+    texts, generator = [p.prompt for p in problems], random_numbers(policy.device, "variance", draw)
+    answers = torch.multinomial(posterior(texts), 1, generator=generator)[:, 0].tolist()
+    prompts = encode_prompts(policy, task, problems, task.max_new_tokens)
+    rollouts = common.sample(policy, prompts, SAMPLES, task.max_new_tokens, generator=generator)
+    hidden = [fitting_lines(text)[answer] for text, answer in zip(texts, answers)]
+    responses = common.decode(policy, rollouts)
+    rewards = torch.tensor([[line(x) == answer for x in row] for answer, row in zip(hidden, responses)]).double()
+    result = {}
+    for name, estimator in NETWORK.items():
+        policy.model.zero_grad()
+        common.accumulate_gradient(policy, rollouts, estimator(rewards))
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in policy.model.parameters())
+        result[name] = -torch.cat([g.flatten() for g in gradients]).double()  # of the objective, not of the loss
+    return result
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """0 where one of them is 0."""
+    return (a @ b / (a.norm() * b.norm()).clamp(min=1e-300)).item()
+
+
+def network_moments(model: str, draws: int) -> dict[str, dict[str, float]]:
+    """Of each of NETWORK on 16 training prompts, two a level, by name:
+
+    bias: of the mean estimate, in lengths of the gradient of what it is meant to ascend; direction: cosine of the mean
+    estimate and the gradient of pass@8; deviation: of one estimate, in lengths of the mean one; one: mean cosine of one
+    estimate and the gradient of pass@8.
+    """
+    task, problems = load_task("lines"), []
+    for level in range(1, 9):
+        some = [problem for problem in optima.prompts_once(held_out=False) if problem.level == level]
+        problems += [some[len(some) // 3], some[2 * len(some) // 3]]
+    policy = load_policy(model, task, "cpu")
+    truth = exact_gradients(policy, task, problems)
+    squares, cosines = dict.fromkeys(NETWORK, 0.0), dict.fromkeys(NETWORK, 0.0)
+    for draw in tqdm(range(draws), desc="network", unit="draw"):
+        for name, g in estimates(policy, task, problems, draw).items():
+            squares[name] += (g - truth[name]).square().sum().item() / draws
+            cosines[name] += cosine(g, truth["pass@8"]) / draws
+    return {
+        name: {
+            "bias": ((truth[name] - truth[estimator.objective]).norm() / truth[estimator.objective].norm()).item(),
+            "direction": cosine(truth[name], truth["pass@8"]),
+            "deviation": math.sqrt(squares[name]) / truth[name].norm().item(),
+            "one": cosines[name],
+        }
+        for name, estimator in NETWORK.items()
+    }
+
+
+def interference(policy: common.Policy, task: Task, problems: Sequence[Problem]) -> list[float]:
+    """Cosines of the gradients of pass@1 and pass@8 over the prompts of each level, 1 to 8, and over all, (9,)."""
+    total, cosines = [0.0, 0.0], []
+    for level in range(1, 9):
+        some = [problem for problem in problems if problem.level == level]
+        q, weights = posterior([p.prompt for p in some]), optima.prompt_weights(some)
+        pi = exact.candidate_log_probs(policy, task, some).exp()
+        pair = [flat_gradient(policy, weights @ optima.pass_at_k(q, pi, k)) for k in (1, 8)]
+        total = [a + b for a, b in zip(total, pair)]
+        cosines.append(cosine(*pair))
+    return [*cosines, cosine(*total)]
+
+
+ALONG = {
+    "before": "base", "mean, 20 steps": "mean-20", "mean, 60 steps": "mean", "k = 8, 20 steps": "k8-20",
+    "k = 8, 60 steps": "k8",
+}  # fmt: skip
+
+
+def interference_along(out: Path, seeds: int) -> dict[str, list[list[float]]]:
+    """`interference` on every fourth training prompt, by the policy's name: (seeds, 9), of the runs that are done."""
+    task, problems, result = load_task("lines"), optima.prompts_once(held_out=False)[::4], {}
+    for label, name in ALONG.items():
+        result[label] = []
+        for seed in range(seeds):
+            folder = reproduce.run_folder(out, name, seed)
+            if (folder / "exact.json").exists():
+                model = f"tiny-{seed}" if name == "base" else str(folder / "policy")
+                result[label].append(interference(load_policy(model, task, "cpu"), task, problems))
+    return result
 
 
 def main(args: Args) -> None:
     machine = measure.describe_machine(args.threads)
-    results = {"bandit": {}, "model": None}
+    results = {"bandit": {}}
     print(f"bandit, k = {K}, 8 samples: bias, its part across the gradient; standard deviation of one estimate,\n"
           "all in lengths of the gradient of max@k (the part across: of the mean estimate)\n")  # fmt: skip
     for name, case in CASES.items():
@@ -126,12 +291,25 @@ def main(args: Args) -> None:
              for name in ESTIMATORS}  # fmt: skip
     measure.print_table(["", *CASES], [[name, *row] for name, row in cells.items()])
     if args.draws:
-        results["model"] = model_moments(args.draws)
-        print(f"tiny policy, k = {K}, 32 prompts x 16 samples, {args.draws} draws\n")
+        results["network"] = network_moments("tiny", args.draws)
+        print(
+            f"tiny on lines, {args.draws} draws of 16 prompts x {SAMPLES}: exact bias, in lengths of the gradient of\n"
+            "what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate, in lengths\n"
+            "of its mean; mean cosine of one estimate with the gradient of pass@8\n"
+        )
+        rows = []
+        for name, row in results["network"].items():
+            rows.append([name, NETWORK[name].objective, *(f"{x:.2f}" for x in row.values())])
+        measure.print_table(["", "ascends", "bias", "mean, cosine", "deviation", "one, cosine"], rows)
+    if args.runs:
+        results["interference"] = interference_along(args.runs, args.seeds)
+        print("cosine of the gradients of pass@1 and pass@8 in parameter space, training prompts, ± 95% over seeds\n")
         rows = [
-            [name, f"{m:.4f}", f"{s:.4f}", f"{s / m:.1f}" if m else "-"] for name, (m, s) in results["model"].items()
+            [label, *(reproduce.interval(column, ".2f") for column in np.array(values).T)]
+            for label, values in results["interference"].items()
+            if len(values) > 1
         ]
-        measure.print_table(["", "length of the mean", "standard deviation", "deviation / length"], rows)
+        measure.print_table(["", *(f"level {level}" for level in range(1, 9)), "all"], rows)
     measure.write_json(args.json, machine, results)
 
 

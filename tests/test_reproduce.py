@@ -1,5 +1,6 @@
 """benchmarks/reproduce.py: its statistics and tables, and its runs, stopped and taken up again, on small ones."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -11,10 +12,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from runs import ROOT
 
 import harness.policy
+from verifiers import Problem
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 reproduce = importlib.import_module("reproduce")
@@ -35,7 +38,7 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
         assert (args.model, args.seed) == ("tiny-3", 3)
         if name in reproduce.RUNS:
             samples = args.prompts_per_step * (getattr(args, "n", None) or 16)
-            assert args.steps == 60 and (1000 < samples < 1050 or name == "k32"), name
+            assert args.steps == (20 if name.endswith("-20") else 60) and (1000 < samples < 1050 or name == "k32"), name
     assert set(reproduce.QUICK) <= set(reproduce.RUNS) and set(reproduce.POLICIES) <= {"base", *reproduce.RUNS}
 
 
@@ -49,7 +52,7 @@ def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
     seed = Recorder(None, 0)
     for claim, _, value in reproduce.claims():
         assert value(seed) == 0 and claim in reproduce.PAPERS
-    points = {*reproduce.POLICIES} | {"learned-mean"}
+    points = {*reproduce.POLICIES} | {"learned-mean", "mean-20", "k8-20"}
     assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
     compared = [(claim, what) for claim, what, _ in reproduce.claims()]
     predicted = [(row["claim"], row["what"]) for row in PREDICTIONS["claims"] if row["claim"][0] != "B"]
@@ -73,12 +76,52 @@ def test_votes_at_equal_kl_are_compared_by_their_distance_to_the_frontier():
 def test_levels_are_means_by_the_weights_of_their_prompts():
     problems = reproduce.prompts("held-out")
     weights = reproduce.optima.prompt_weights(problems)
-    values = reproduce.torch.arange(len(problems)).double()
+    values = torch.arange(len(problems)).double()
     found = reproduce.by_level({"x": values}, problems)["x"]
     assert found["all"] == pytest.approx((weights @ values).item())
     some = [i for i, problem in enumerate(problems) if problem.level == 7]
     assert found["7"] == pytest.approx((weights[some] @ values[some] / weights[some].sum()).item())
     assert found["all"] == pytest.approx(sum(found[str(level)] for level in range(1, 9)) / 8)  # levels weigh alike
+
+
+def test_best_of_n_by_a_verifier_tends_to_its_exact_value(monkeypatch, tmp_path):
+    """With scores q, and below them what fits no line; and with scores that like best what fits no line."""
+    problems = [problem for problem in reproduce.prompts("held-out") if problem.level in (2, 4)][::4]
+    texts = [problem.prompt for problem in problems]
+    solutions = [Problem(x, line, line) for x in texts for line in reproduce.fitting_lines(x)]
+    task = dataclasses.replace(reproduce.lines_task(), train=[], warm_start_problems=solutions)
+    task.warm_start = {"steps": 120, "batch": 32, "lr": 5e-3}
+    policy, q = harness.policy.warm_start(task), dict(zip(texts, reproduce.posterior(texts).tolist()))
+    (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()
+
+    class Verifier:
+        def __init__(self, elsewhere: float):
+            self.elsewhere = elsewhere
+
+        def score(self, prompts, responses):
+            known = [dict(zip(reproduce.fitting_lines(x), q[x])) for x in prompts]
+            return torch.tensor([[scores.get(y, self.elsewhere) for y in row] for scores, row in zip(known, responses)])
+
+    monkeypatch.setattr(reproduce, "prompts", lambda where: problems)
+    monkeypatch.setattr(reproduce, "tiny_policy_folder", lambda task, seed: tmp_path / "tiny")
+    monkeypatch.setattr(reproduce, "load_policy", lambda model, task, device: policy)
+    log_pi = reproduce.exact.candidate_log_probs(policy, task, problems).detach()
+    weights, posterior = reproduce.prompt_weights(problems), reproduce.posterior(texts)
+    elsewhere = weights @ (1 - log_pi.exp().sum(-1))
+    assert 0.05 < elsewhere < 0.9
+    for name, level in (("low", -1.0), ("high", 2.0)):
+        monkeypatch.setattr(reproduce.learned, "load_verifier", lambda folder, task: Verifier(level))
+        found = reproduce.verifier_metrics(name, 0)
+        assert found["misfit@1"]["all"] == pytest.approx(elsewhere.item(), abs=0.04)
+        if level < 0:
+            for N in (1, 4, 32):
+                expected = weights @ reproduce.optima.best_of_n(posterior, log_pi.exp(), posterior, N)
+                assert found[f"bon@{N}"]["all"] == pytest.approx(expected.item(), abs=0.04)
+            expected = reproduce.optima.auc_within(posterior, log_pi.exp(), posterior, weights, 64)
+            assert found["AUC"]["all"] == found["AUC of q"]["all"] == pytest.approx(expected, abs=0.04)
+        else:
+            assert found["bon@32"]["all"] < 0.5 * found["bon@1"]["all"] and found["misfit@32"]["all"] > 0.7
+            assert found["AUC"]["all"] < found["AUC of q"]["all"] - 0.1
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -134,7 +177,7 @@ def test_tables_in_readmes_are_those_of_results_json():
 def fake_runs(out, seeds: int, where: tuple[str, ...]) -> None:
     """exact.json of every run, with numbers that are all different."""
     rng = np.random.default_rng(0)
-    metrics = [f"{kind}@{k}" for kind in ("pass", "bon") for k in (1, 2, 4, 8, 16, 32, "inf")]
+    metrics = [f"{kind}@{k}" for kind in ("pass", "bon", "misfit") for k in (1, 2, 4, 8, 16, 32)]
     metrics += ["maj@8", "kl", "AUC", "AUC of q", reproduce.BEST_MEAN]
     for seed in range(seeds):
         for name in ("base", *reproduce.RUNS):
@@ -245,7 +288,7 @@ def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(here,
     assert row["values"] == pytest.approx(list(np.subtract(*saved))) and min(map(abs, row["values"])) > 0
     policy = harness.policy.load_policy(str(paths[0][1].parent / "policy"), task, "cpu")
     problems = reproduce.prompts("held-out")
-    with reproduce.torch.no_grad():
+    with torch.no_grad():
         log_pi = reproduce.exact.candidate_log_probs(policy, task, problems)
     now = reproduce.optima.prompt_weights(problems) @ reproduce.exact.exact_metrics(log_pi, problems)["pass@4"]
     assert saved[0][1] == pytest.approx(now.item(), rel=1e-6)

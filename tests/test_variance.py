@@ -1,5 +1,6 @@
 """What benchmarks/variance.py and vote.py are made of, against enumeration."""
 
+import dataclasses
 import importlib
 import itertools
 import sys
@@ -8,6 +9,9 @@ import pytest
 import torch
 from enumeration import majority_value
 from runs import ROOT
+
+import harness.policy
+from verifiers import Problem, load_task
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 variance, vote = importlib.import_module("variance"), importlib.import_module("vote")
@@ -23,6 +27,68 @@ def test_bias_and_variance_of_each_estimator(case):
     for name in ("unbiased", "biased"):
         assert moments[f"{name}, n > k"][2] < moments[f"{name}, n = k"][2]
     assert moments["unbiased, n = k"][2] < moments["no baseline, n = k"][2]
+
+
+def test_mean_estimates_are_the_gradients_that_they_are_named_for():
+    """As functions of the chance p of being right: dJ/dp = k (1-p)^(k-1) for pass@k; MaxRL sums (1-p)^(j-1), j < 16."""
+    p = torch.tensor([[0.001, 0.1, 0.5, 0.95]], dtype=torch.float64)
+    slopes = {"pass@1": torch.ones_like(p), "pass@7": 7 * (1 - p) ** 6, "pass@8": 8 * (1 - p) ** 7}
+    slopes["MaxRL"] = (1 - (1 - p) ** 15) / p
+    for name, estimator in variance.NETWORK.items():
+        if "N =" not in name:
+            w = variance.mean_weights(estimator, p)
+            torch.testing.assert_close(w, slopes[estimator.objective] * p, atol=1e-10, rtol=1e-9)
+
+
+def test_mean_estimates_are_those_of_enumeration():
+    """All arrangements of right and wrong among 6 samples, in groups of 2 that are not all alike."""
+    estimator = variance.Estimator(lambda r: variance.bon_rl.advantages(r, r, 2, "variational"), 6, "pass@8", 2)
+    rewards = torch.tensor(list(itertools.product((0.0, 1.0), repeat=6))).double()
+    A, p = estimator.advantages(rewards), 0.3
+    chance = (p**rewards * (1 - p) ** (1 - rewards)).prod(-1)
+    score = rewards - (1 - rewards) * p / (1 - p)  # E[grad log pi] of a right and of a wrong sample
+    expected = (chance * (A * score).sum(-1)).sum()
+    torch.testing.assert_close(variance.mean_weights(estimator, torch.tensor([p]).double())[0], expected)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A policy that knows the lines of four prompts somewhat, its task, the prompts' problems."""
+    problems = [next(p for p in variance.optima.prompts_once() if p.level == level) for level in (1, 2, 3, 5)]
+    solutions = [Problem(p.prompt, line, line) for p in problems for line in variance.fitting_lines(p.prompt)]
+    task = dataclasses.replace(load_task("lines"), train=[], warm_start_problems=solutions)
+    task.warm_start = {"steps": 60, "batch": 8, "lr": 5e-3}
+    return harness.policy.warm_start(task), task, problems
+
+
+def test_estimates_on_the_network_tend_to_their_exact_means(learned):
+    policy, task, problems = learned
+    truth, draws = variance.exact_gradients(policy, task, problems), 8
+    for name, estimator in variance.NETWORK.items():
+        distance = (truth[name] - truth[estimator.objective]).norm() / truth[estimator.objective].norm()
+        assert (distance < 1e-4) == ("N =" not in name), name
+    seen = [variance.estimates(policy, task, problems, draw) for draw in range(draws)]
+    for name in variance.NETWORK:
+        g = torch.stack([row[name] for row in seen])  # (draws, D)
+        spread = (g - g.mean(0)).square().sum() / (draws - 1)
+        error = (g.mean(0) - truth[name]).square().sum()
+        assert error < 3 * spread / draws, name  # its expectation is spread / draws
+
+
+def test_interference_is_the_cosine_of_the_two_gradients(learned):
+    policy, task, problems = learned
+    problems = [next(p for p in variance.optima.prompts_once() if p.level == level) for level in range(1, 9)]
+    *levels, total = variance.interference(policy, task, problems)
+    gradients = []
+    for problem in problems:
+        q = variance.posterior([problem.prompt])[0]
+        pi = variance.exact.candidate_log_probs(policy, task, [problem]).exp()[0]
+        pair = [(q * pi).sum(), (q * (1 - (1 - pi) ** 8)).sum()]
+        gradients.append(torch.stack([variance.flat_gradient(policy, value) for value in pair]))  # (2, D)
+    expected = [(a @ b / (a.norm() * b.norm())).item() for a, b in gradients]
+    assert levels == pytest.approx(expected, abs=1e-4)
+    a, b = sum(gradients)
+    assert total == pytest.approx((a @ b / (a.norm() * b.norm())).item(), abs=1e-4)
 
 
 def test_exact_majority_is_its_expectation():
