@@ -164,6 +164,6 @@ def load(name: str, data: str | None = None) -> Task:
         instruction=INSTRUCTION,
         max_new_tokens=8,
         warm_start={"steps": 1500, "batch": 128, "lr": 3e-3},
-        warm_start_problems=training_problems("lines_uniform"),
+        warm_start_problems=[problem for pool in all_problems(held_out=False).values() for problem in pool],
         best=best,
     )
