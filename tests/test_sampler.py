@@ -245,7 +245,8 @@ def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
     config = LlamaConfig(vocab_size=99, max_position_embeddings=256, **harness.policy.TINY)
     policy = common.Policy(AutoModelForCausalLM.from_config(config).eval(), None, [1])
     prompts = [[5 + i, 7, 9 + i, 11] for i in range(16)]
-    A, outcomes = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), []
+    A, outcomes, threads = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), [], torch.get_num_threads()
+    torch.set_num_threads(2)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
         for _ in range(4):
@@ -253,6 +254,7 @@ def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
             g = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A))
             outcomes.append((rollouts.log_probs, g))
     finally:
+        torch.set_num_threads(threads)
         for process in busy:
             process.kill()
             process.wait()
