@@ -341,8 +341,8 @@ def response_log_probs(
         scores = scores if temperature == 1 else scores / temperature  # dividing by 1 would copy all logits
         return -F.cross_entropy(scores, targets, reduction="none")
 
-    # Rows with equal prompts share one pass over them: a step of `tiny` whose rows all carry a signal takes a third less
-    # time (benchmarks/README.md). Not so where little is saved or activations are recomputed, which rules out a cache.
+    # Rows with equal prompts share one pass over them, which takes a third off a step of `tiny` whose rows all carry a
+    # signal (benchmarks/README.md). Not where little is saved or activations are recomputed, which rules out a cache.
     tokens, different = sum(map(len, prompts)), sum(map(len, set(map(tuple, prompts))))
     shared = ids.shape[1] > 1 and 10 * (tokens - different) >= tokens + int(mask.sum())
     with autocast(device):
