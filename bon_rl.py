@@ -95,6 +95,10 @@ def advantages(
     The last three need rewards 0 and 1, of which the scores are an increasing function; there they and `exact` have the
     same expectation if p is exact. With N = 1, exact and variational are mean.
 
+    Example, variational: N = 2, rewards and scores 1 0 | 0 0 | 0 0. Winners are worth 1, 0, 0 and those of the others
+    0, .5, .5: the first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels
+    here: what the first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08.
+
     baseline: (B,), b(x) of mean and variational that does not depend on these samples, in place of the others' mean.
     p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
     Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks."""

@@ -213,3 +213,9 @@ def test_value_network_learns_the_reward_of_each_prompt():
     losses = [value.fit(optimizer, prompts, rewards) for _ in range(100)]
     assert losses[0] == pytest.approx(1.25 / 3) and value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)
     torch.testing.assert_close(value(prompts)[1:2], value([prompts[1]]))  # filler is not read
+
+
+def test_the_example_of_the_variational_advantages():
+    r = torch.tensor([[1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    expected = torch.tensor([[1 / 3, 0, *[-1 / 12] * 4]], dtype=torch.float64)
+    torch.testing.assert_close(advantages(r, r, 2, "variational"), expected)

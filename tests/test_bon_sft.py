@@ -131,3 +131,9 @@ def test_expert_rollouts_and_samples_are_joined():
     both = bon_sft.joined(experts, samples)
     assert both.ids.shape == (2, 1 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
     assert both.mask.sum(-1).tolist() == [[3, 5, 5, 5, 5], [2, 5, 5, 5, 5]] and both.log_probs[:, 0].abs().sum() == 0
+
+
+def test_the_example_of_the_coefficients():
+    scores = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[1, common.best_of_n_tilt(2) / 3 - 1 / 3, 1 / 6, 1 / 6]], dtype=torch.float64)
+    torch.testing.assert_close(coefficients(scores[:, 0], scores, 2), expected)
