@@ -67,7 +67,7 @@ def coefficients(
       exact        scores 0 and 1, p the failure rate: log pi_bon(y*) = log pi(y*) + log((1 - p^N) / (1 - p)) for a
                    right y*, log pi(y*) + (N-1) log p for a wrong one; with grad p = E[(1{s = 0} - p) grad log pi],
                    A_j = ((1{s_j = 0} - p) / n) w,  w = 1 / (1-p) - N p^(N-1) / (1 - p^N)  or  w = (N-1) / p
-    Example, variational: N = 2, a right expert, samples 1, 0, 0. They win 2/3, 1/6, 1/6 of the pairs and lambda_2 / n is
+    Example, variational: N = 2, a right expert, samples 1, 0, 0. These win 2/3, 1/6, 1/6 of pairs and lambda_2 / n is
     .76, so that the coefficients are 1; 1/3 - 2/3 + .76 (1 - 0) = .43; twice 1/3 - 1/6 + .76 (1 - 1) = .17.
     p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
     Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not finite, and for an unknown likelihood."""
