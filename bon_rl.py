@@ -230,9 +230,7 @@ def main(args: Args) -> None:
 
     def metrics(verdict):
         if args.estimator.startswith("rlb") and set(verdict.rewards.unique().tolist()) - {0, 1}:
-            raise BadInput(
-                f"--estimator {args.estimator} is for rewards 0 and 1, task {args.task!r} has others: use exact"
-            )
+            raise BadInput(f"--estimator {args.estimator} is for rewards 0 and 1, {args.task!r} has others: use exact")
         passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         return passes | {f"{selected}@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
 

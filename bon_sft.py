@@ -37,8 +37,7 @@ class Args(RunArgs):
     likelihood: Literal["variational", "exact"] = "variational"  # the paper's, or a 0/1 verifier's closed form
     experts: str | None = None  # JSONL or Parquet with columns problem and response (default: the task's solutions)
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
-    verifier_model: str | None = None
-    """reward model for --verifier learned: hub id or folder (default: trained here on the policy's own samples)"""
+    verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
     task: str = "lines"  # which problems and verifier, see verifiers/
@@ -116,9 +115,7 @@ def with_experts(problems: list, path: str) -> list:
     for number, row in enumerate(rows, start=1):
         problem = of_prompt.get(row["problem"]) if isinstance(row["problem"], str) else None
         if problem is None:
-            raise BadInput(
-                f"{path}, row {number}: {str(row['problem'])[:40]!r} is not among the task's training problems"
-            )
+            raise BadInput(f"{path}, row {number}: {str(row['problem'])[:40]!r} is no training problem of the task")
         if not isinstance(row["response"], str) or not row["response"]:
             raise BadInput(f"{path}, row {number}: the response must be a text, not {str(row['response'])[:40]!r}")
         result.append(replace(problem, solution=row["response"]))
@@ -152,7 +149,7 @@ def main(args: Args) -> None:
 
     def metrics(verdict):
         if args.likelihood == "exact" and set(verdict.rewards.unique().tolist()) - {0, 1}:
-            raise BadInput(f"--likelihood exact is for rewards 0 and 1, task {args.task!r} has others: use variational")
+            raise BadInput(f"--likelihood exact is for rewards 0 and 1, {args.task!r} has others: use variational")
         passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         return passes | {f"{selected}@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
 

@@ -35,16 +35,14 @@ class Args(RunArgs):
     n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
     estimator: Literal["mean", "unbiased", "biased"] = "biased"
     """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
-    task: str = "chain"  # which problems and verifier, see verifiers/
+    task: str = "lines"  # which problems and verifier, see verifiers/
     steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 32  # prompts in a step; it samples n times as many responses
+    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
     lr: float = 1e-4  # learning rate of AdamW
-    kl_coef: float = 0.0  # beta of -beta KL(policy || initial policy), added to the objective
+    kl_coef: float = 0.3  # beta of -beta KL(policy || initial policy), added to the objective
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
     clip: float = 0.2  # epsilon of PPO clipping
-    eval_every: int = 50  # steps between evaluations on held-out problems; 0: only before and after
-    eval_problems: int = 400  # held-out problems per level
 
 
 # --- copy this, with the two functions below, common.k_sample_advantages, all_but_one, checked_rewards, mean_advantages

@@ -28,7 +28,9 @@ from verifiers.lines import fitting_lines, posterior
 @dataclass
 class Args:
     model: str = "tiny"
-    """"tiny", or a folder: runs/NAME/policy"""
+    """"tiny", "tiny-S" for the one from seed S, or a folder: runs/NAME/policy"""
+    base: str = "tiny"
+    """the policy that the KL is measured from"""
 
 
 def candidate_log_probs(
@@ -77,7 +79,7 @@ def exact_metrics(
 
 def main(args: Args) -> None:
     task = load_task("lines")
-    base, policy = (load_policy(model, task, "cpu") for model in ("tiny", args.model))
+    base, policy = (load_policy(model, task, "cpu") for model in (args.base, args.model))
     problems = optima.prompts_once()
     with torch.no_grad():
         base_log_pi, log_pi = (candidate_log_probs(p, task, problems) for p in (base, policy))

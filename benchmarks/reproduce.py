@@ -58,7 +58,7 @@ PASS = f"pass_at_k_pg.py {SHARED}"  # 64 prompts x 16 samples a step
 BON = f"bon_rl.py {SHARED} --N 8 --n 16"
 VERIFIER_PROBLEMS = 2000
 LEARNED = f"{BON} --verifier learned --verifier-problems {VERIFIER_PROBLEMS}"
-VOTE = f"majority_pg.py --task lines {SHARED} --k 8 --prompts-per-step 64"
+VOTE = f"majority_pg.py {SHARED} --k 8"
 SFT = f"bon_sft.py {SHARED} --likelihood exact --eval-N 8"
 PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
 

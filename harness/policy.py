@@ -191,7 +191,9 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
         )  # fmt: skip
         policy = Policy(LlamaForCausalLM(config), tokenizer, [tokenizer.eos_token_id])
     recipe, rng = task.warm_start, random.Random(seed)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
+    momenta = {p: torch.zeros_like(p) for p in policy.model.model.layers.parameters() if p.ndim == 2}
+    others = [p for p in policy.model.parameters() if p not in momenta]
+    optimizer = torch.optim.AdamW(others, lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=recipe["steps"])
     bar = tqdm(range(recipe["steps"]), desc=f"warm-starting tiny on {task.name} (once)", unit="step")
     for _ in bar:
@@ -200,14 +202,30 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
         solutions = [with_slips(problem.solution, recipe.get("slips", 0.0), rng) for problem in problems]
         ids, mask = padded(tokenizer([solution + tokenizer.eos_token for solution in solutions]).input_ids)
         loss = -response_log_probs(policy, prompts, ids, mask)[mask].mean()
-        optimizer.zero_grad()
+        policy.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        for p, momentum in momenta.items():  # Muon (Jordan et al. 2024) learns in half of AdamW's steps
+            momentum.lerp_(p.grad, 0.05)
+            p.data -= 2 * schedule.get_last_lr()[0] * orthogonal(p.grad.lerp(momentum, 0.95))
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     policy.model.eval()
     return policy
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix (m, n) with its singular values moved near 1, times sqrt(m/n) if that is more than 1.
+
+    It takes five Newton-Schulz steps in float32. torch.optim.Muon takes them in bfloat16, which is a hundred times
+    slower on a CPU that has none."""
+    m, n = matrix.shape
+    X = (matrix.T if m > n else matrix) / matrix.norm().clamp(min=1e-7)  # (min, max)
+    for _ in range(5):
+        gram = X @ X.T  # (min, min)
+        X = 3.4445 * X + (2.0315 * gram @ gram - 4.7750 * gram) @ X
+    return math.sqrt(m / n) * X.T if m > n else X
 
 
 def with_slips(solution: str, rate: float, rng: random.Random) -> str:

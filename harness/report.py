@@ -20,17 +20,12 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
-def by_level(
-    metrics: dict[str, torch.Tensor], problems: Sequence[Problem]
-) -> dict[str, dict[str, tuple[float, float]]]:
+def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, tuple]]:
     """Mean and standard error of each metric (P,) over all problems ("all") and over each level's ("1", "2", ...)."""
     levels = sorted({problem.level for problem in problems if problem.level is not None})
     groups = {"all": torch.arange(len(problems))}
     groups |= {str(x): torch.tensor([i for i, p in enumerate(problems) if p.level == x]) for x in levels}
-    return {
-        level: {name: mean_and_error(values[rows]) for name, values in metrics.items()}
-        for level, rows in groups.items()
-    }
+    return {x: {name: mean_and_error(values[at]) for name, values in metrics.items()} for x, at in groups.items()}
 
 
 def show_samples(problems: Sequence[Problem], responses: list[list[str]], rewards: torch.Tensor, count: int) -> None:
@@ -131,8 +126,7 @@ def comparison(folders: Sequence[str]) -> str:
             before, after = (np.array([run[i][metric][0] for run in runs]) for i in (0, 1))
             change = after - before  # (seeds,)
             error = change.std(ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
-            means = f"{before.mean():.3f} -> {after.mean():.3f}  {change.mean():+.3f} ± {error:.3f}"
-            lines.append(f"  {metric:8} {means}")
+            lines.append(f"  {metric:8} {before.mean():.3f} -> {after.mean():.3f}  {change.mean():+.3f} ± {error:.3f}")
     return "\n".join(lines)
 
 

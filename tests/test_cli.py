@@ -318,4 +318,4 @@ def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, mo
         arithmetic, "verify", lambda *args: dataclasses.replace(v := verify(*args), rewards=v.rewards + 0.5)
     )
     result = run(script, *SMALL, *flags, "--model", model)
-    assert result.returncode == 2 and "is for rewards 0 and 1, task 'arithmetic' has others" in result.stderr
+    assert result.returncode == 2 and "is for rewards 0 and 1, 'arithmetic' has others" in result.stderr

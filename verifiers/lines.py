@@ -163,7 +163,11 @@ def load(name: str, data: str | None = None) -> Task:
         verify,
         instruction=INSTRUCTION,
         max_new_tokens=8,
-        warm_start={"steps": 1500, "batch": 128, "lr": 3e-3},
-        warm_start_problems=[problem for pool in all_problems(held_out=False).values() for problem in pool],
+        warm_start={"steps": 1000, "batch": 128, "lr": 8e-3},
+        warm_start_problems=[  # every line and point, and each level about equally often
+            problem
+            for pool in all_problems(held_out=False).values()
+            for problem in pool * round(TRAIN_PER_LEVEL / len(pool))
+        ],
         best=best,
     )
