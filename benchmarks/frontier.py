@@ -17,6 +17,7 @@ import numpy as np
 import optima
 import tyro
 
+from harness.report import pyplot
 from verifiers.lines import best_policy
 
 KS = (8, 32)  # the panels
@@ -50,33 +51,38 @@ def save_figure(path: Path, curves: Mapping[int, np.ndarray], measured: Mapping[
     """A panel for pass@8 and one for pass@32: frontier, optima for k = 1 to 32, measured means with 95% intervals.
 
     curves: k of the panel -> (G, 2) of `optima.frontier`. measured: name -> (S, 3), pass@1, pass@8 and pass@32 of each
-    of S seeds, 2 to 10.
+    of S seeds, 2 to 10. Names that agree up to a comma ("unbiased, k = 2", "unbiased, k = 4") are joined by a line, and
+    each point has its number beside it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(KS), figsize=(13, 5.5), layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(KS), figsize=(14, 5.2), layout="constrained")
+    families = {name: name.partition(",")[0] for name in measured}
+    colours = {family: f"C{i}" for i, family in enumerate(dict.fromkeys(families.values()))}
     for column, (axis, k) in enumerate(zip(axes, KS), start=1):
         x, y = np.vstack([[0, curves[k][0, 1]], curves[k]]).T  # (G + 1,) each: from the left edge on
-        axis.set_facecolor("0.92")  # where no policy is
+        axis.set_facecolor("0.93")  # where no policy is
         axis.fill_between(x, y, color="white")
         axis.plot(x, y, color="black", linewidth=1, label="frontier: no policy beyond")
-        for tries in MARKED:
-            x, y = optimum(tries)[[0, column]]
-            axis.plot(x, y, "*", color="black", markersize=9, label="best for k tries" if tries == 1 else None)
-            side = {16: "left", 32: "right"}.get(tries, "center")
-            axis.annotate(f"k = {tries}", (x, y), xytext=(0, -13), textcoords="offset points", ha=side, fontsize=8)
-        for i, (name, seeds) in enumerate(measured.items()):
-            (x, y), (dx, dy) = measure.interval(np.asarray(seeds)[:, [0, column]])
-            axis.errorbar(x, y, dy, dx, "osD^v"[i // 10 % 5], color=f"C{i % 10}", markersize=5, capsize=2, label=name)
+        stars = np.array([optimum(tries)[[0, column]] for tries in MARKED])  # (6, 2)
+        axis.plot(*stars.T, "*", color="black", markersize=8, label="best for 1, 2, 4, 8, 16, 32 tries")
+        for tries, star in zip(MARKED, stars):
+            axis.annotate(tries, star, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        for family, colour in colours.items():
+            names = [name for name in measured if families[name] == family]
+            means, errors = zip(*(measure.interval(np.asarray(measured[name])[:, [0, column]]) for name in names))
+            (x, y), (dx, dy) = np.transpose(means), np.transpose(errors)  # (names,) each
+            line = "-" if len(names) > 1 else ""
+            above = 2 if line else 3  # single points, which other families may cover
+            axis.errorbar(x, y, dy, dx, f"o{line}", color=colour, ms=5, linewidth=1, label=family, zorder=above)
+            for name, mean in zip(names, means) if line else ():
+                number = name.rpartition(" ")[2]
+                axis.annotate(number, mean, xytext=(-7, -10), textcoords="offset points", color=colour, fontsize=8)
         axis.set(
-            xlabel="pass@1", ylabel=f"pass@{k}", title=f"one try against {k}", xlim=(0.28, 0.75), ylim=(0.68, 1.01)
+            xlabel="pass@1", ylabel=f"pass@{k}", title=f"one try against {k}", xlim=(0.28, 0.75), ylim=(0.69, 1.01)
         )
-    axes[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
