@@ -36,8 +36,8 @@ from common import k_sample_advantages as k_sample
 from pass_at_k_pg import advantages as pass_at_k
 
 __all__ = ["KSampleTrainer", "best_of_n", "k_sample", "majority", "pass_at_k", "vote_of"]
-EXACT = dict(loss_type="dr_grpo", importance_sampling_level="token", top_p=1.0, top_k=0, min_p=None)
-EXACT |= dict(repetition_penalty=1.0, mask_truncated_completions=False, top_entropy_quantile=1.0)
+EXACT = dict(loss_type="dr_grpo", importance_sampling_level="token", off_policy_mask_threshold=None, top_p=1.0)
+EXACT |= dict(top_entropy_quantile=1.0, mask_truncated_completions=False, top_k=0, min_p=None, repetition_penalty=1.0)
 
 
 def majority(rewards: torch.Tensor, votes: torch.Tensor, k: int, estimator: str = "biased") -> torch.Tensor:

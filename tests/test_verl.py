@@ -1,6 +1,6 @@
 """The recipe for verl, in verl: its registry, its computation of advantages, its loss. In an environment of its own,
-as verl wants older transformers than requirements.txt names, and without conftest.py, which wants packages it lacks (the
-second line is what verl imports without asking for it):
+as verl wants older transformers than requirements.txt names, and without conftest.py, which wants packages it lacks
+(the second line installs what verl imports without asking for it):
 
     python3 -m venv .venv-verl && . .venv-verl/bin/activate
     pip install verl==0.9.1 torch==2.13.0 tyro==1.0.17 pytest==9.2.0
