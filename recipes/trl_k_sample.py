@@ -16,8 +16,8 @@ in. All else stays TRL's: generation, vLLM, PEFT, accelerate, logging, resume.
 The gradient is that of our loss -(1/B) sum_b sum_i A_bi log pi(y_bi) under the settings in EXACT, which are checked, if
 dropout is off, LoRA's too, and beta and entropy_coef are 0: they add terms of TRL's own. The loss "dr_grpo" divides by
 rows times max_completion_length, and A carries n max_completion_length; scale_rewards has no effect. num_iterations > 1
-uses samples again under PPO clipping, as our --epochs does. With vLLM, TRL multiplies each response's loss by how much
-likelier it is to the trainer than it was to vLLM. The logged "reward" is that of the first function.
+uses samples again under PPO clipping, as our --epochs does. With vLLM, TRL multiplies a response's loss by the ratio of
+the trainer's probability to vLLM's, by 0 where it exceeds 3. The logged "reward" is that of the first function.
 """
 
 import sys

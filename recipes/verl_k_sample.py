@@ -1,4 +1,4 @@
-"""Every estimator of this repository in verl, by its registry of advantage estimators (written for verl 0.9.1).
+r"""Every estimator of this repository in verl, by its registry of advantage estimators (written for verl 0.9.1).
 
 A module of yours, say my_objective.py, names an objective, and verl imports it in the process of its trainer:
 
@@ -56,11 +56,13 @@ def packed(right: bool, other: float) -> float:
 
 
 def majority(values: torch.Tensor, k: int, estimator: str = "biased") -> torch.Tensor:
+    """values: (B, n) of `packed` numbers. Returns (B, n); see majority_pg.advantages."""
     votes = values.abs().long() - (values == 0).long()  # 0, no answer, becomes -1
     return majority_pg.advantages(votes, (values > 0).to(values), k, estimator)
 
 
 def best_of_n(values: torch.Tensor, N: int, estimator: str = "exact") -> torch.Tensor:
+    """values: (B, n) of `packed` numbers. Returns (B, n); see bon_rl.advantages."""
     return bon_rl.advantages((values > 0).to(values), values.abs(), N, estimator)
 
 

@@ -106,7 +106,7 @@ class Seen(TrainerCallback):
 
 def trained(trainer, model, tokenizer, out, reward_funcs, steps=1, processes=1, problems=PROBLEMS, config={}, **more):
     """Train by a trainer of TRL, in micro-batches that split groups; returns it and its `Seen`. The first reward
-    function is called with `seen` beside what TRL gives it."""
+    function is told the step, too, 0 at first."""
     import trl
     from datasets import Dataset
 
