@@ -1,28 +1,34 @@
-"""The recipes for other engines, beside our advantages: their functions alone, and inside the engine where it is
-installed (pip install -r benchmarks/requirements.txt)."""
+"""The recipes for TRL, inside its trainers where it is installed (pip install -r benchmarks/requirements.txt): the
+gradient that the optimiser gets, beside that of common.accumulate_gradient on the same samples. For verl: test_verl.py.
+"""
 
+import importlib.util
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from engines import ESTIMATORS, B, N, by_recipe, ours, rewards_and_scores, rewards_of
+from runs import ROOT
+from test_smollm2 import model as smollm2  # noqa: F401
+from test_torchrun import ended, torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import common
 import harness.policy
+import majority_pg
 from pass_at_k_pg import advantages
+from verifiers import votes_from_answers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+sys.path.insert(0, str(ROOT / "recipes"))
 from trl_pass_at_k import pass_at_k_reward
-from verl_pass_at_k import register_adv_est, register_pass_at_k
 
-B, N = 3, 6
-
-
-def rewards_of(n=N, seed=0):
-    """(B, n) with ties: the first group has one best, the last is equal throughout."""
-    rewards = torch.randint(4, (B, n), generator=torch.Generator().manual_seed(seed)).double() / 4
-    rewards[0, 2], rewards[-1] = 1.5, 0.5
-    return rewards
+needs_trl = pytest.mark.skipif(
+    not importlib.util.find_spec("trl"), reason="trl is not installed: pip install -r benchmarks/requirements.txt"
+)
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed: pip install peft")
+TOKENS, TEMPERATURE = 7, 0.8
+PROBLEMS = ["1+2=", "47*85=", "9="]  # of several lengths
 
 
 def centred(values):
@@ -55,10 +61,10 @@ def test_trl_reward_function_survives_centring_and_the_leave_one_out_baseline(k)
         answer=prompts,
         log_metric=lambda name, value: metrics.update({name: value}),
     )
-    values, ours = torch.tensor(values, dtype=torch.float64).view(B, N), advantages(rewards, k + 1, "biased")
-    torch.testing.assert_close(centred(values) / 10, ours)
+    values, A = torch.tensor(values, dtype=torch.float64).view(B, N), advantages(rewards, k + 1, "biased")
+    torch.testing.assert_close(centred(values) / 10, A)
     others = (values.sum(-1, keepdim=True) - values) / (N - 1)  # RLOOTrainer's baseline
-    torch.testing.assert_close((values - others) / 10, N / (N - 1) * ours)
+    torch.testing.assert_close((values - others) / 10, N / (N - 1) * A)
     assert metrics == {"true_reward": pytest.approx(rewards.mean().item())}
 
 
@@ -66,97 +72,259 @@ def test_trl_reward_function_refuses_split_groups():
     function = pass_at_k_reward(lambda prompts, completions: [0.0] * len(prompts), 2, 1, 1.0)
     for prompts in (["a", "a", "b"], ["a", "b", "b", "a"]):
         with pytest.raises(ValueError, match="groups of 2 are split"):
-            function(prompts, prompts)
+            function(prompts, prompts, log_metric=None)
 
 
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_trl_step_has_our_gradient(name, tmp_path):
-    """One step of the unmodified trainer, in two micro-batches that split groups; the gradient it hands the optimiser
-    against ours on the same samples."""
-    trl = pytest.importorskip("trl", reason="trl is not installed: pip install -r benchmarks/requirements.txt")
-    from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+# --- TRL --------------------------------------------------------------------------------------------------------------
 
-    tokenizer, k, tokens = harness.policy.tiny_tokenizer(), 2, 7
+
+def small_llama() -> LlamaForCausalLM:
+    """Random weights; an eighth of the tokens end a response, so that lengths differ."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    ))  # fmt: skip
-    with torch.no_grad():  # about an eighth of the tokens end a response
-        model.lm_head.weight[1] = 0
-        model.lm_head.weight.mul_(3)
-        model.lm_head.weight[1] += model.lm_head.weight.abs().mean()
-    rewards, seen = rewards_of().float(), {}
-    problems = ["1+2=", "47*85=", "9="]
-
-    def verify(prompts, completions, completion_ids, **columns):
-        seen.update(prompts=prompts, ids=completion_ids)
-        return rewards.flatten().tolist()
-
-    class Keep(TrainerCallback):
-        def on_train_begin(self, *_, model, **__):
-            seen["before"] = {key: value.clone() for key, value in model.state_dict().items()}
-
-        def on_pre_optimizer_step(self, *_, model, **__):
-            seen["gradient"] = [parameter.grad.clone() for parameter in model.parameters()]
-
-    special = {"GRPO": {"loss_type": "dr_grpo", "scale_rewards": "none"}, "RLOO": {}}[name]
-    config = getattr(trl, f"{name}Config")(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=B * N // 2, gradient_accumulation_steps=2,
-        num_generations=N, max_completion_length=tokens, beta=0.0, bf16=False, use_cpu=True, max_grad_norm=0.0,
-        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        shuffle_dataset=False, dataloader_pin_memory=False, **special,
+    config = LlamaConfig(
+        vocab_size=len(harness.policy.tiny_tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, pad_token_id=0, eos_token_id=list(range(1, 14)), bos_token_id=None,
     )  # fmt: skip
-    scale = {"GRPO": N * tokens, "RLOO": N - 1}[name]
-    getattr(trl, f"{name}Trainer")(
-        model=model, args=config, processing_class=tokenizer, callbacks=[Keep()],
-        reward_funcs=pass_at_k_reward(verify, N, k, scale),
-        train_dataset=Dataset.from_list([{"prompt": problem} for problem in problems]),
-    ).train()  # fmt: skip
+    return LlamaForCausalLM(config)
 
-    model.load_state_dict(seen["before"])
+
+class Seen(TrainerCallback):
+    """What each step of a trainer saw: `samples`, (prompts, token ids), of this process; `weights` and `gradients`, by
+    name, those of the optimiser's parameters."""
+
+    def __init__(self):
+        self.samples, self.weights, self.gradients = [], [], []
+
+    def see(self, prompts, completion_ids):
+        self.samples.append((prompts, completion_ids))
+
+    def on_pre_optimizer_step(self, *_, model, **__):
+        trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+        self.weights.append({name: x.detach().clone() for name, x in trained.items()})
+        self.gradients.append({name: x.grad.clone() for name, x in trained.items()})
+
+
+def trained(trainer, model, tokenizer, out, reward_funcs, steps=1, processes=1, problems=PROBLEMS, config={}, **more):
+    """Train by a trainer of TRL, in micro-batches that split groups; returns it and its `Seen`. The first reward
+    function is told the step, too, 0 at first."""
+    import trl
+    from datasets import Dataset
+
+    first, *others = reward_funcs
+    seen = Seen()
+
+    def watched(prompts, completion_ids, **columns):
+        seen.see(prompts, completion_ids)
+        return first(prompts=prompts, completion_ids=completion_ids, step=len(seen.samples) - 1, **columns)
+
+    config_of = trl.RLOOConfig if issubclass(trainer, trl.RLOOTrainer) else partial(trl.GRPOConfig, loss_type="dr_grpo")
+    settings = dict(
+        max_steps=steps, per_device_train_batch_size=3, num_generations=N, learning_rate=0.0,
+        gradient_accumulation_steps=len(problems) * N // 3 // processes, max_completion_length=TOKENS, beta=0.0,
+        bf16=False, use_cpu=True, max_grad_norm=0.0, gradient_checkpointing=False, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=False,
+        temperature=TEMPERATURE,
+    )  # fmt: skip
+    trainer = trainer(
+        model=model, args=config_of(str(out), **settings | config), processing_class=tokenizer, callbacks=[seen],
+        reward_funcs=[watched, *others], train_dataset=Dataset.from_list([{"prompt": x} for x in problems]), **more,
+    )  # fmt: skip
+    trainer.train()
+    return trainer, seen
+
+
+def our_gradient(model, tokenizer, samples, A, weights, base=None):
+    """By name, of the parameters in `weights`, set before. base: the language model in a model of PEFT."""
+    prompts, rows = samples
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            named[name].copy_(value)
     model.zero_grad()
-    order = seen["prompts"][::N]
-    assert sorted(order) == sorted(problems)
-    ids, mask = common.padded(seen["ids"])
+    ids, mask = (x.view(len(A), N, -1) for x in common.padded(rows))  # (B n, T) -> (B, n, T)
     assert 0 < mask.float().mean() < 1  # lengths differ
     rollouts = common.Rollouts(
-        tokenizer(order).input_ids, ids.view(B, N, -1), mask.view(B, N, -1), torch.zeros(B, N, ids.shape[1])
+        tokenizer(prompts[::N]).input_ids, ids, mask, torch.zeros(ids.shape), temperature=TEMPERATURE
     )
-    policy = common.Policy(model, tokenizer, [1])
-    common.accumulate_gradient(policy, rollouts, advantages(rewards, k + 1, "biased"))
-    for ours, theirs in zip(model.parameters(), seen["gradient"], strict=True):
-        torch.testing.assert_close(theirs, ours.grad, rtol=1e-4, atol=1e-6)
+    common.accumulate_gradient(common.Policy(base or model, tokenizer, [1]), rollouts, A)
+    return {name: named[name].grad for name in weights}
 
 
-@pytest.mark.parametrize("estimator", ["mean", "unbiased", "biased"])
-def test_verl_estimator_equals_ours(estimator):
-    registry = {}
-    function = register_pass_at_k(
-        3, estimator, register=lambda name: lambda function: registry.setdefault(name, function)
+def assert_equal_gradients(theirs, ours):
+    """To 1e-5 of the longest component."""
+    assert theirs.keys() == ours.keys()
+    scale = max(x.abs().max().item() for x in ours.values())
+    assert scale > 1e-3  # there is something to compare
+    for name in ours:
+        torch.testing.assert_close(theirs[name] / scale, ours[name] / scale, rtol=0, atol=1e-5, msg=name)
+
+
+@needs_trl
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_the_unmodified_trainer_has_the_gradient_of_the_reward_function(name, tmp_path):
+    import trl
+
+    rewards, k, tokenizer = rewards_of().float(), 2, harness.policy.tiny_tokenizer()
+    special = {"GRPO": {"scale_rewards": "none"}, "RLOO": {}}[name]
+    reward = pass_at_k_reward(
+        lambda *_, **__: rewards.flatten().tolist(), N, k, {"GRPO": N * TOKENS, "RLOO": N - 1}[name]
     )
-    assert registry == {"pass_at_k": function}
-    check_verl(function, estimator)
+    trainer = getattr(trl, f"{name}Trainer")
+    trainer, seen = trained(trainer, small_llama(), tokenizer, tmp_path, [reward], config=special)
+    expected = our_gradient(
+        small_llama(), tokenizer, seen.samples[0], advantages(rewards, k + 1, "biased"), seen.weights[0]
+    )
+    assert_equal_gradients(seen.gradients[0], expected)
 
 
-def check_verl(function, estimator):
-    """Rows of three prompts in any order, rewards at the last token of responses of several lengths."""
-    rewards, order = rewards_of(), torch.randperm(B * N, generator=torch.Generator().manual_seed(1))
-    lengths = torch.arange(B * N) % 4 + 2
-    mask = (torch.arange(5) < lengths.unsqueeze(-1)).double()  # (rows, T)
-    tokens = torch.zeros_like(mask).scatter(-1, lengths.unsqueeze(-1) - 1, rewards.flatten().unsqueeze(-1))
-    index = [f"prompt {row // N}" for row in order.tolist()]
-    A, returns = function(token_level_rewards=tokens[order], response_mask=mask[order], index=index, config=None)
-    ours = N * advantages(rewards, 3, estimator).flatten().unsqueeze(-1) * mask
-    torch.testing.assert_close(A, ours[order])
-    torch.testing.assert_close(returns, A)
+def answer_of(completion: str) -> int | None:
+    """Three answers, or none."""
+    return None if not completion or ord(completion[0]) % 4 == 3 else ord(completion[0]) % 4
 
 
-def test_verl_registry_holds_ours():
-    if register_adv_est is None:
-        pytest.skip("verl is not installed, and 0.9.1 wants older transformers than requirements.txt names")
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+@pytest.fixture(scope="module")
+def a_step_of_each(tmp_path_factory):
+    """One training run at learning rate 0, a step for each estimator: trainer, Seen, and the votes of each step."""
+    import trl_k_sample
 
-    register_pass_at_k(3, name="pass_at_k_of_a_test")
-    check_verl(get_adv_estimator_fn("pass_at_k_of_a_test"), "unbiased")
+    names, votes, steps = list(ESTIMATORS), [], iter(ESTIMATORS)
+
+    def verify(completions, step, **_):
+        rows = [[answer_of(text) for text in completions[i : i + N]] for i in range(0, B * N, N)]
+        votes.append(votes_from_answers(rows))
+        return rewards_and_scores(names[step], step)[0].flatten().tolist()
+
+    def score(completions, **_):
+        step = len(votes) - 1
+        return rewards_and_scores(names[step], step)[1].flatten().tolist()
+
+    def advantages_of_the_step(rewards, votes, scores):
+        columns, name = {"r": rewards, "v": votes, "s": scores}, next(steps)
+        return by_recipe(trl_k_sample, name)(*(columns[x] for x in ESTIMATORS[name][1]))
+
+    trainer, seen = trained(
+        trl_k_sample.KSampleTrainer, small_llama(), harness.policy.tiny_tokenizer(), tmp_path_factory.mktemp("trl"),
+        [verify, trl_k_sample.vote_of(answer_of), score], steps=len(names), advantages=advantages_of_the_step,
+    )  # fmt: skip
+    return trainer, seen, votes
+
+
+@needs_trl
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_each_estimator_in_trl_has_our_gradient(name, a_step_of_each):
+    trainer, seen, votes = a_step_of_each
+    step = list(ESTIMATORS).index(name)
+    rewards, scores = rewards_and_scores(name, step)
+    assert (votes[step] < 0).any()
+    A = ours(name, r=rewards, v=votes[step], s=scores)
+    expected = our_gradient(small_llama(), trainer.processing_class, seen.samples[step], A, seen.weights[step])
+    assert_equal_gradients(seen.gradients[step], expected)
+
+
+@needs_trl
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"loss_type": "dapo"}, "loss_type must be 'dr_grpo', not 'dapo'"),
+        ({"importance_sampling_level": "sequence", "top_k": 20}, "importance_sampling_level must be 'token', .*top_k"),
+        ({"steps_per_generation": 12}, "gradient_accumulation_steps must be a multiple of steps_per_generation"),
+    ],
+)
+def test_settings_with_another_gradient_are_refused(wrong, message, tmp_path):
+    from trl_k_sample import KSampleTrainer, pass_at_k
+
+    with pytest.raises(ValueError, match=message):
+        trained(
+            KSampleTrainer, small_llama(), harness.policy.tiny_tokenizer(), tmp_path, [lambda **_: [0.0] * B * N],
+            config=wrong, advantages=partial(pass_at_k, k=2),
+        )  # fmt: skip
+
+
+def first_character(completion: str) -> str | None:
+    return completion[:1] or None
+
+
+def worth(completions) -> list[float]:
+    """A reward that texts of random policies earn in part."""
+    return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
+
+
+def adapted(model, tokenizer, out):
+    """Two steps of LoRA on a model by maj@3; each with our gradient of the adapters, and nothing else is trained."""
+    from peft import LoraConfig
+    from trl_k_sample import KSampleTrainer, majority, vote_of
+
+    texts = []
+
+    def verify(completions, **_):
+        texts.append(completions)
+        return worth(completions)
+
+    trainer, seen = trained(
+        KSampleTrainer, model, tokenizer, out, [verify, vote_of(first_character)], steps=2, problems=PROBLEMS[:2],
+        config={"learning_rate": 1e-2}, advantages=partial(majority, k=3),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    assert len(seen.gradients) == 2 and all("lora" in name for name in seen.weights[0])
+    assert any(not torch.equal(x, seen.weights[1][name]) for name, x in seen.weights[0].items())
+    for step in range(2):
+        rows = [texts[step][i : i + N] for i in range(0, 2 * N, N)]
+        votes = votes_from_answers([[first_character(text) for text in row] for row in rows])
+        A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "biased")
+        where = seen.samples[step], A, seen.weights[step]
+        assert_equal_gradients(seen.gradients[step], our_gradient(model, tokenizer, *where, model.get_base_model()))
+
+
+@pytest.mark.slow
+@needs_trl
+@needs_peft
+def test_lora_on_a_small_llama(tmp_path):
+    adapted(small_llama(), harness.policy.tiny_tokenizer(), tmp_path)
+
+
+@pytest.mark.slow
+@needs_trl
+@needs_peft
+def test_lora_on_smollm2(smollm2, tmp_path):  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    adapted(model, AutoTokenizer.from_pretrained(smollm2), tmp_path)
+
+
+PROCESS = """
+import sys
+sys.path[:0] = [{tests!r}]
+import os, torch, conftest
+from functools import partial
+import harness.policy
+from test_recipes import B, N, first_character, small_llama, trained, worth
+from trl_k_sample import KSampleTrainer, majority, vote_of
+texts = []
+def verify(completions, **_):
+    texts.extend(completions)
+    return worth(completions)
+trainer, seen = trained(
+    KSampleTrainer, small_llama(), harness.policy.tiny_tokenizer(), {out!r}, [verify, vote_of(first_character)],
+    processes=2, config=dict(ddp_backend="gloo"), advantages=partial(majority, k=3))
+assert trainer.accelerator.num_processes == 2
+torch.save((texts, seen.samples[0], seen.weights[0], seen.gradients[0]), {out!r} + os.environ["RANK"])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@needs_trl
+def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
+    """By gloo, each with a half of the second group: votes and rewards meet, and gradients are averaged."""
+    (tmp_path / "process.py").write_text(PROCESS.format(tests=str(ROOT / "tests"), out=str(tmp_path / "out")))
+    returncode, _, err = ended(torchrun(tmp_path / "process.py", cwd=tmp_path))
+    assert returncode == 0, err
+    shares = [torch.load(tmp_path / f"out{rank}", weights_only=True) for rank in (0, 1)]
+    texts, samples = shares[0][0] + shares[1][0], tuple(a + b for a, b in zip(shares[0][1], shares[1][1]))
+    assert len(shares[0][0]) == B * N // 2 and B % 2  # so that a group is in both
+    rows = [texts[i : i + N] for i in range(0, B * N, N)]
+    votes = votes_from_answers([[first_character(text) for text in row] for row in rows])
+    A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "biased")
+    one = our_gradient(small_llama(), harness.policy.tiny_tokenizer(), samples, A, shares[0][2])
+    for *_, gradients in shares:
+        assert_equal_gradients({name.removeprefix("module."): x for name, x in gradients.items()}, one)
