@@ -74,13 +74,15 @@ def test_sums_are_right_at_their_level_and_a_fifth_is_held_out_with_its_numbers_
     assert "number only" in task.instruction
 
 
-def test_a_response_to_sums_is_one_number_and_nothing_else():
+def test_the_answer_to_sums_is_the_last_number_whatever_stands_around_it():
     problem = Problem("What is 5 + 7?", "12", "12", 1)
-    right, wrong = ["12", " 12.\n", "012"], ["13", "1" * 10**6]
-    none = ["", ".", "12..", "5 + 7 = 12", "3,12", "12 .", "12.0", "-12", "٣", "12\0", "twelve", "12 12", "." * 10**6]
+    right = ["12", " 12.\n", "012", "5 + 7 = 12", "It is **12**, not 13 but 12!", "12 apples", "12\0"]
+    wrong = ["13", "-12", "12.5", "3,12", "1" * 10**6, "12 = 5 + 7", "1.2" * 10**5]
+    none = ["", ".", "twelve", "٣", "-" * 10**6]
     verdict = load_task("sums").verify([problem], [[*right, *wrong, *none]])
-    assert verdict.rewards.tolist() == [[1.0] * 3 + [0.0] * (len(wrong) + len(none))]
-    assert verdict.votes.tolist() == [[0, 0, 0, 3, 4] + [-1] * len(none)]
+    assert verdict.rewards.tolist() == [[1.0] * len(right) + [0.0] * (len(wrong) + len(none))]
+    n = len(right)
+    assert verdict.votes.tolist() == [[0] * n + list(range(n, n + len(wrong))) + [-1] * len(none)]
 
 
 def test_tiny_cannot_learn_sums():

@@ -8,13 +8,14 @@ The last number of a response is its answer and its vote; the reward is 1 if it 
 Leading zeros are ignored. A response with anything but numbers between commas has no answer.
 
 `sums`: sums and products at three levels, in words, for pretrained models with a chat template. The prompt is "What is
-47 + 85?", the response "132", with or without a period behind. A response with anything else in it has no answer.
+47 + 85?", the response "132". Such models say more than that at first, so that the last number in a response is its
+answer, whatever stands around it: "47 + 85 = 132." is right, "132.5", "-132" and "1,32" are other numbers.
 """
 
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -53,25 +54,34 @@ def problems_of_level(name: str, level: int, held_out: bool, rng: random.Random)
     return [Problem(form.format(a, operation, b), value, value, level) for (a, b), value in zip(pairs, values)]
 
 
-def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-    """Exact match of the number in each response; see `Task.verify`."""
-    answers = [[number(response) for response in row] for row in responses]
-    rewards = [[float(answer == problem.answer) for answer in row] for problem, row in zip(problems, answers)]
-    return Verdict(torch.tensor(rewards), votes_from_answers(answers))
-
-
-def verify_sums(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-    """The same for responses that are one number, with or without a period behind."""
-    whole = [[re.fullmatch(r"([0-9]+)\.?", response.strip()) for response in row] for row in responses]
-    return verify(problems, [[match[1] if match else "" for match in row] for row in whole])
-
-
 def number(response: str) -> str | None:
     """The last number of the response without leading zeros, or None. A string: it may have a hostile 10^6 digits."""
     response = response.strip()
     if not re.fullmatch("[0-9]+(,[0-9]+)*", response):
         return None
     return response.rpartition(",")[2].lstrip("0") or "0"
+
+
+def number_in_words(response: str) -> str | None:
+    """The last number in the response, with its sign and decimals, without leading zeros, or None. A string, too."""
+    numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", response)
+    return (numbers[-1].lstrip("0") or "0") if numbers else None
+
+
+def verify(
+    problems: Sequence[Problem],
+    responses: Sequence[Sequence[str]],
+    answer_of: Callable[[str], str | None] = number,
+) -> Verdict:
+    """Exact match of the number in each response; see `Task.verify`."""
+    answers = [[answer_of(response) for response in row] for row in responses]
+    rewards = [[float(answer == problem.answer) for answer in row] for problem, row in zip(problems, answers)]
+    return Verdict(torch.tensor(rewards), votes_from_answers(answers))
+
+
+def verify_sums(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+    """The same for `sums`."""
+    return verify(problems, responses, number_in_words)
 
 
 def chain_problem(rng: random.Random) -> Problem:
