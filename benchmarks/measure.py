@@ -143,3 +143,11 @@ def tiny_policy(
         model = LlamaForCausalLM(config).to(device).eval()
     ends = [tokenizer.convert_tokens_to_ids(c) for c in "0123456789abcdefghijklmnopqrstuvwxyz"[:stop]]
     return common.Policy(model, tokenizer, ends or [tokenizer.eos_token_id])
+
+
+def endless(policy: common.Policy) -> common.Policy:
+    """The policy, changed so that nothing ends a response, as in `tiny_policy`: in any system all have full length."""
+    policy.tokenizer.add_special_tokens({"eos_token": "<never>"})
+    policy.stop_ids = [policy.tokenizer.eos_token_id]
+    policy.model.config.eos_token_id = policy.model.generation_config.eos_token_id = None
+    return policy

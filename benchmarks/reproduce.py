@@ -349,30 +349,44 @@ def command(name: str, seed: int | str = "S") -> str:
     return f"{flags} --model tiny-{seed} --seed {seed}"
 
 
-def run_folder(out: Path, name: str, seed: int) -> Path:
-    """out/runs/NAME-sSEED-HASH, the hash being the command's; exact.json in it is written last."""
-    digest = hashlib.sha256(command(name, seed).encode()).hexdigest()[:6]
+def run_folder(out: Path, name: str, seed: int, words: str | None = None) -> Path:
+    """out/runs/NAME-sSEED-HASH, the hash being that of the command, or of `words`; exact.json in it is written last."""
+    digest = hashlib.sha256((words or command(name, seed)).encode()).hexdigest()[:6]
     return out / "runs" / f"{name}-s{seed}-{digest}"
 
 
 class Runs:
-    """Makes runs, several at a time. A failure is kept in `failed` and stops no other."""
+    """Makes runs, several at a time. A failure is kept in `failed` and stops no other. What is run, in which stages and
+    how it is evaluated are methods, which real_model.py replaces."""
 
-    def __init__(self, out: Path, names: Sequence[str], seeds: int, jobs: int):
+    threads = 1
+
+    def __init__(self, out: Path, names: Sequence[str], seeds: Sequence[int], jobs: int):
         self.out, self.names, self.seeds, self.jobs = out, names, seeds, jobs
         self.processes, self.stopping, self.failed, self.evaluating = set(), False, [], threading.Lock()
 
+    def command(self, name: str, seed: int) -> str:
+        return command(name, seed)
+
+    def evaluation(self, name: str, seed: int, folder: Path) -> dict:
+        return evaluation(name, seed, folder)
+
+    def stages(self) -> list[list[tuple[str, int]]]:
+        """(name, seed) of all runs; those of a stage wait for the one before."""
+        return [[(name, seed) for seed in self.seeds for name in names] for names in (["base"], self.names)]
+
     def make(self, name: str, seed: int) -> None:
         """Run, or resume, and evaluate what is not done yet of one run."""
-        folder = run_folder(self.out, name, seed)
+        words = self.command(name, seed)
+        folder = run_folder(self.out, name, seed, words)
         if (folder / "exact.json").exists() or self.stopping:
             return
-        script, *flags = shlex.split(command(name, seed))
+        script, *flags = shlex.split(words)
         log = self.out / "logs" / f"{folder.name}.txt"
         if not (folder / "curves.png").exists():  # what a script writes last
             resume = (folder / "args.json").exists()
             flags = ["--resume", f"runs/{folder.name}"] if resume else [*flags, "--run-name", folder.name]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
+            environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "60"}
             with open(log, "a") as file:
                 process = subprocess.Popen(
                     [sys.executable, ROOT / script, *flags], cwd=self.out, stdout=file, stderr=file,
@@ -387,7 +401,7 @@ class Runs:
             self.failed.append(f"{folder.name}: see {log}")
             return
         with self.evaluating:  # loading a model is not for several threads
-            result = json.dumps(evaluation(name, seed, folder))
+            result = json.dumps(self.evaluation(name, seed, folder))
         (folder / "exact.unfinished").write_text(result)
         os.replace(folder / "exact.unfinished", folder / "exact.json")
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
@@ -396,7 +410,7 @@ class Runs:
         """All of them, seed by seed, warm starts first. On Ctrl-C the runs save what they have, and KeyboardInterrupt
         is raised."""
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
-        stages = [[(name, seed) for seed in range(self.seeds) for name in names] for names in (["base"], self.names)]
+        stages = self.stages()
         with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=sum(map(len, stages)), unit="run") as bar:
             try:
                 for stage in stages:
@@ -570,7 +584,7 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, machine = 3 if args.quick else args.seeds, measure.describe_machine(1)
     names = [*(QUICK if args.quick else RUNS), *(ON_PROGRAMS if args.programs else ())]
-    runs = Runs(args.out, names, seeds, args.jobs)
+    runs = Runs(args.out, names, range(seeds), args.jobs)
     if not args.report:
         try:
             runs.make_all()

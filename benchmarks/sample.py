@@ -1,6 +1,7 @@
 """Sampled tokens a second: common.sample beside transformers' generate.
 
     python benchmarks/sample.py
+    python benchmarks/sample.py --model runs/smollm2 --prompts 8 --tokens 12     # on the task `sums`, see smollm2.py
 
 The peer is `model.generate(do_sample=True, top_k=0, num_return_sequences=n)` on the same weights and left-padded
 prompts, in the same precision (float32; bfloat16 autocast on CUDA), and it does less: ours also returns the log-prob of
@@ -18,11 +19,14 @@ import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import common
+from harness.policy import encode_prompts, load_policy
 from verifiers import load_task
 
 
 @dataclass
 class Args:
+    model: str | None = None
+    """folder of a model to sample from in place of the tiny one, on `sums` in place of `arithmetic`"""
     rounds: int = 9
     """runs of each system that are timed, in turn"""
     prompts: int = 16
@@ -69,10 +73,13 @@ def generate(policy: common.Policy, prompts: list[list[int]], n: int, tokens: in
     return before.sum(-1).tolist()
 
 
-def compare(name: str, policy: common.Policy, bar: float, n_prompts: int, n: int, tokens: int, rounds: int) -> tuple:
+def compare(
+    name: str, policy: common.Policy, bar: float, n_prompts: int, n: int, tokens: int, rounds: int, task: str
+) -> tuple:
     """A row of the table for each peer, and the numbers behind it."""
-    problems = load_task("arithmetic").train[:: 30_000 // n_prompts][:n_prompts]
-    prompts = policy.tokenizer([problem.prompt for problem in problems]).input_ids
+    task = load_task(task)
+    problems = task.train[:: len(task.train) // n_prompts][:n_prompts]
+    prompts = encode_prompts(policy, task, problems, tokens)
     peers = {"generate": lambda: generate(policy, prompts, n, tokens)}
     if policy.device.type == "cuda":
         half = copy.deepcopy(policy.model).to(torch.bfloat16)
@@ -98,25 +105,33 @@ def compare(name: str, policy: common.Policy, bar: float, n_prompts: int, n: int
 
 def main(args: Args) -> None:
     machine = measure.describe_machine(args.threads)
-    # Of 99 characters 5 end a response: lengths are geometric with mean 20, cut at --tokens.
-    cases = [
-        (f"tiny, {length}", measure.tiny_policy("cpu", stop=stop), 1.5, args.prompts, args.n, args.tokens)
-        for length, stop in (("full length", 0), ("variable length", 5))
-    ]
+    sizes = (args.prompts, args.n, args.tokens)
+    if args.model:
+        policy = load_policy(args.model, load_task("sums"))
+        cases = [(f"{args.model}, variable length", policy, 1.0), (f"{args.model}, full length", policy, 1.0)]
+    else:  # of 99 characters 5 end a response: lengths are geometric with mean 20, cut at --tokens
+        cases = [
+            (f"tiny, {length}", measure.tiny_policy("cpu", stop=stop), 1.5)
+            for length, stop in (("full length", 0), ("variable length", 5))
+        ]
     rows, results = [], []
-    for case in cases:
-        row, result = compare(*case, args.rounds)
+    for name, policy, bar in cases:
+        if args.model and "full" in name:
+            measure.endless(policy)
+        row, result = compare(name, policy, bar, *sizes, args.rounds, "sums" if args.model else "arithmetic")
         rows, results = rows + row, results + result
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not args.model:
         for length, stop in (("full length", 0), ("variable length", 1500)):  # 1500 of 152k: mean length about 100
-            row, result = compare(f"Qwen2-0.5B shape, {length}", qwen_policy(stop), 4.0, 64, args.n, 256, args.rounds)
+            row, result = compare(
+                f"Qwen2-0.5B shape, {length}", qwen_policy(stop), 4.0, 64, args.n, 256, args.rounds, "arithmetic"
+            )
             rows, results = rows + row, results + result
     print(
         f"{args.prompts} prompts x {args.n} samples, up to {args.tokens} tokens; {args.rounds} runs of each, in turn\n"
     )
     head = ["", "mean length: ours, peer", "ours, tokens/s", "peer, tokens/s", "ours / peer", ""]
     measure.print_table(head, rows)
-    if not torch.cuda.is_available():
+    if not (args.model or torch.cuda.is_available()):
         print("no CUDA device: Qwen2-0.5B shape, 64 prompts x 8 samples x 256 tokens, bar >= 4, not measured")
     measure.write_json(args.json, machine, results)
 

@@ -2,12 +2,13 @@
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/step.py
+    python benchmarks/step.py --model runs/smollm2 --prompts 8 --tokens 12      # on the task `sums`, see smollm2.py
 
 Ours is the step of pass_at_k_pg.py: sample, decode and verify, advantages, policy_gradient_step (without a KL, which
 needs a copy of the policy; TRL with beta = 0 has none either). TRL runs its own `train()`; a callback
 reads the clock at on_step_begin and on_step_end and, after each of its steps, runs one of ours. Both have the
-same random weights, prompts, samples a prompt, response length (no response ends early), verifier, AdamW and
-gradient clipping. The reward is the same seeded draw, whatever the text says:
+same weights (random, or those of --model), prompts, samples a prompt, response length (no response ends early),
+verifier, AdamW and gradient clipping. The reward is the same seeded draw, whatever the text says:
 
   (a) 0/1 with solve rates like the embedded task's; ours skips the rows that pass@k gives no advantage
   (b) uniform in [0, 1) with the estimator `mean`: every row carries a signal
@@ -35,10 +36,13 @@ from verifiers import load_task
 
 SOLVE_RATES = (0.71, 0.33, 0.13, 0.05, 0.002)  # of the warm-started tiny policy, levels 1 to 5 of `arithmetic`
 BARS = {("a", "GRPO"): 1 / 3, ("b", "GRPO"): 0.7}
+MODEL_BARS = {("a", "GRPO"): 1 / 2, ("b", "GRPO"): 0.8}
 
 
 @dataclass
 class Args:
+    model: str | None = None
+    """folder of a model to train on `sums`, in place of a small random one on `arithmetic`"""
     steps: int = 15
     """steps of each system that are timed, in each of the four pairings, after two that are not"""
     prompts: int = 16
@@ -99,12 +103,24 @@ def pair(name: str, case: str, args: Args) -> tuple[list[float], list[dict]]:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-    task = load_task("arithmetic")
+    task = load_task("sums" if args.model else "arithmetic")
     problems = task.train[:: len(task.train) // args.prompts][: args.prompts]
-    ours = OurStep(measure.tiny_policy(args.device), task, problems, args.n, args.k, args.tokens, case)
-    peer, warm_up, times = measure.tiny_policy(args.device), 2, []
+
+    def policy() -> common.Policy:
+        if args.model:
+            return measure.endless(harness.policy.load_policy(args.model, task, args.device))
+        return measure.tiny_policy(args.device)
+
+    def prompt(problem) -> str | list[dict]:
+        if peer.tokenizer.chat_template:
+            return harness.policy.chat(problem, task)
+        return task.template.replace("{prompt}", problem.prompt)
+
+    ours = OurStep(policy(), task, problems, args.n, args.k, args.tokens, case)
+    peer, warm_up, times = policy(), 2, []
 
     def reward(completions, completion_ids, **_):
+        completions = [c if isinstance(c, str) else c[0]["content"] for c in completions]  # a chat's turn, or text
         rows = [completions[i : i + args.n] for i in range(0, len(completions), args.n)]
         if len(rows) != args.prompts or {len(ids) for ids in completion_ids} != {args.tokens}:
             raise RuntimeError("the peer did not sample what this benchmark is about")
@@ -135,7 +151,7 @@ def pair(name: str, case: str, args: Args) -> tuple[list[float], list[dict]]:
             config, trainer = RLOOConfig(scratch, **shared), RLOOTrainer
         trainer = trainer(
             model=peer.model, reward_funcs=reward, args=config, processing_class=peer.tokenizer,
-            train_dataset=Dataset.from_list([{"prompt": p.prompt} for p in problems]), callbacks=[Clock()],
+            train_dataset=Dataset.from_list([{"prompt": prompt(p)} for p in problems]), callbacks=[Clock()],
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -147,8 +163,9 @@ def main(args: Args) -> None:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
+    model = args.model or "Llama hidden 192, 4 layers"
     print(
-        f"{args.prompts} prompts x {args.n} samples x {args.tokens} tokens, Llama hidden 192, 4 layers, on "
+        f"{args.prompts} prompts x {args.n} samples x {args.tokens} tokens, {model}, on "
         f"{args.device}, float32; {args.steps} steps of each, in turn; median [quartiles]\n"
     )
     rows, shares, results = [], [], []
@@ -156,7 +173,7 @@ def main(args: Args) -> None:
         for name in ("GRPO", "RLOO"):
             times, parts = pair(name, case, args)
             ratios = [part["total"] / time for part, time in zip(parts, times)]
-            bar = BARS.get((case, name))
+            bar = (MODEL_BARS if args.model else BARS).get((case, name))
             rows.append([
                 f"({case}) {name}Trainer", f"{sum(p['signal'] for p in parts) / len(parts):.0%}",
                 measure.spread([part["total"] for part in parts]), measure.spread(times), measure.spread(ratios),

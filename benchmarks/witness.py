@@ -112,7 +112,7 @@ def main(args: Args) -> None:
     if not 2 <= args.seeds <= 10 or args.jobs < 1:
         raise BadInput("--seeds must lie between 2 and 10, --jobs be at least 1")
     machine = measure.describe_machine(1, "trl")
-    ours = reproduce.Runs(args.ours, NAMES, args.seeds, args.jobs)
+    ours = reproduce.Runs(args.ours, NAMES, range(args.seeds), args.jobs)
     folders = {(name, seed): run_folder(args.out, name, seed) for name in NAMES for seed in range(args.seeds)}
     if not args.report:
         ours.make_all()

@@ -39,8 +39,13 @@ def the_number_of_threads_stays():
 def arithmetic_is_made_once():
     """Its problems are the same for every run, and making them takes as long as a small run's steps."""
     load = functools.cache(arithmetic.load)
+
+    def as_now(*args):  # a test may have put another verifier in its place
+        task = load(*args)
+        return dataclasses.replace(task, verify=getattr(arithmetic, task.verify.__name__))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arithmetic, "load", lambda *args: dataclasses.replace(load(*args), verify=arithmetic.verify))
+        patch.setattr(arithmetic, "load", as_now)
         yield
 
 

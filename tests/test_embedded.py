@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import harness.policy
 from verifiers import BadInput, Problem, Task, load_task, votes_from_answers
-from verifiers.arithmetic import FACTORS, verify
+from verifiers.arithmetic import FACTORS, SUMS, verify
 
 
 def test_arithmetic_levels_are_right_disjoint_and_a_fifth_is_held_out():
@@ -53,13 +53,50 @@ def test_verdicts_on_right_wrong_and_hostile_responses():
     assert votes[:4] == [0, 0, 2, 0] and votes[10] == 10 and set(votes[4:10] + votes[11:]) == {-1}
 
 
+def test_sums_are_right_at_their_level_and_a_fifth_is_held_out_with_its_numbers_swapped():
+    task = load_task("sums")
+    sides = [{problem.prompt for problem in side} for side in (task.train, task.test)]
+    words = [[prompt.removesuffix("?").split()[2:] for prompt in side] for side in sides]  # "What is 47 + 85?"
+    pairs = [{(operation, *sorted((int(a), int(b)))) for a, operation, b in side} for side in words]
+    assert not pairs[0] & pairs[1] and any(a != b and f"What is {b} + {a}?" in sides[1] for a, _, b in words[1])
+    for problem in {*task.train, *task.test}:
+        a, operation, b = problem.prompt.removeprefix("What is ").removesuffix("?").split()
+        value = int(a) + int(b) if operation == "+" else int(a) * int(b)
+        assert problem.answer == problem.solution == str(value)
+        form, first, second = SUMS[problem.level]
+        assert operation == form and int(a) in first and int(b) in second
+        assert task.verify([problem], [[problem.solution]]).rewards.tolist() == [[1.0]]
+    products = {p.prompt for p in (*task.train, *task.test) if p.level == 3}  # a level that is here in full
+    assert len(products) == 90 * 8 and 0.16 < len(products & sides[1]) / len(products) < 0.24
+    for side in (task.train, task.test):
+        assert {p.level for p in side} == {1, 2, 3}
+    assert len({sum(p.level == level for p in task.train) for level in SUMS}) == 1
+    assert "number only" in task.instruction
+
+
+def test_the_answer_to_sums_is_the_last_number_whatever_stands_around_it():
+    problem = Problem("What is 5 + 7?", "12", "12", 1)
+    right = ["12", " 12.\n", "012", "5 + 7 = 12", "It is **12**, not 13 but 12!", "12 apples", "12\0"]
+    wrong = ["13", "-12", "12.5", "3,12", "1" * 10**6, "12 = 5 + 7", "1.2" * 10**5]
+    none = ["", ".", "twelve", "٣", "-" * 10**6]
+    verdict = load_task("sums").verify([problem], [[*right, *wrong, *none]])
+    assert verdict.rewards.tolist() == [[1.0] * len(right) + [0.0] * (len(wrong) + len(none))]
+    n = len(right)
+    assert verdict.votes.tolist() == [[0] * n + list(range(n, n + len(wrong))) + [-1] * len(none)]
+
+
+def test_tiny_cannot_learn_sums():
+    with pytest.raises(BadInput, match="tiny cannot learn task 'sums'"):
+        harness.policy.load_policy("tiny", load_task("sums"), "cpu")
+
+
 def test_votes_from_answers():
     assert votes_from_answers([["a", None, "b", "a"], [None, None, 1, 1.0]]).tolist() == [[0, -1, 2, 0], [-1, -1, 2, 2]]
 
 
 def test_an_unknown_task_is_refused_by_name():
-    with pytest.raises(BadInput, match="unknown task 'sums': choose one of .*arithmetic"):
-        load_task("sums")
+    with pytest.raises(BadInput, match="unknown task 'division': choose one of .*arithmetic"):
+        load_task("division")
 
 
 # --- the tiny policy -------------------------------------------------------------------------------------------------

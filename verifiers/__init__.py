@@ -14,6 +14,7 @@ import torch
 TASKS = {
     "arithmetic": "arithmetic",
     "chain": "arithmetic",
+    "sums": "arithmetic",
     "lines": "lines",
     "lines_uniform": "lines",
     "humaneval": "code",

@@ -6,12 +6,16 @@
 
 The last number of a response is its answer and its vote; the reward is 1 if it is right and 0 for anything else.
 Leading zeros are ignored. A response with anything but numbers between commas has no answer.
+
+`sums`: sums and products at three levels, in words, for pretrained models with a chat template. The prompt is "What is
+47 + 85?", the response "132". Such models say more than that at first, so that the last number in a response is its
+answer, whatever stands around it: "47 + 85 = 132." is right, "132.5", "-132" and "1,32" are other numbers.
 """
 
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,28 +29,29 @@ FACTORS = {
     4: (range(10, 100), range(10, 100)),
     5: (range(100, 1000), range(10, 100)),
 }
+# level -> the operation and the ranges of its two numbers
+SUMS = {
+    1: ("+", range(10, 100), range(10, 100)),
+    2: ("+", range(100, 1000), range(10, 100)),
+    3: ("*", range(10, 100), range(2, 10)),
+}
 TRAIN_PER_LEVEL = 6_000  # small levels repeat, so that a uniform draw from `train` is a uniform draw of the level
 TEST_PER_LEVEL = 1_000
 
 
-def is_held_out(a: int, b: int) -> bool:
-    """Whether a*b belongs to the test set: a fixed fifth of all pairs, b*a always with a*b."""
-    return zlib.crc32(f"{min(a, b)}*{max(a, b)}".encode()) % 5 == 0
+def is_held_out(a: int, b: int, operation: str = "*") -> bool:
+    """Whether a*b (or a+b) belongs to the test set: a fixed fifth of all pairs, b*a always with a*b."""
+    return zlib.crc32(f"{min(a, b)}{operation}{max(a, b)}".encode()) % 5 == 0
 
 
-def problems_of_level(level: int, held_out: bool, rng: random.Random) -> list[Problem]:
-    """All problems of one level on one side of the split, shuffled."""
-    first, second = FACTORS[level]
-    pairs = [(a, b) for a in first for b in second if is_held_out(a, b) == held_out]
+def problems_of_level(name: str, level: int, held_out: bool, rng: random.Random) -> list[Problem]:
+    """All problems of one level of `arithmetic` or `sums` on one side of the split, shuffled."""
+    operation, first, second = SUMS[level] if name == "sums" else ("*", *FACTORS[level])
+    pairs = [(a, b) for a in first for b in second if is_held_out(a, b, operation) == held_out]
     rng.shuffle(pairs)
-    return [Problem(f"{a}*{b}=", str(a * b), str(a * b), level) for a, b in pairs]
-
-
-def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-    """Exact match of the number in each response; see `Task.verify`."""
-    answers = [[number(response) for response in row] for row in responses]
-    rewards = [[float(answer == problem.answer) for answer in row] for problem, row in zip(problems, answers)]
-    return Verdict(torch.tensor(rewards), votes_from_answers(answers))
+    form = "What is {} {} {}?" if name == "sums" else "{}{}{}="
+    values = [str(a + b if operation == "+" else a * b) for a, b in pairs]
+    return [Problem(form.format(a, operation, b), value, value, level) for (a, b), value in zip(pairs, values)]
 
 
 def number(response: str) -> str | None:
@@ -55,6 +60,28 @@ def number(response: str) -> str | None:
     if not re.fullmatch("[0-9]+(,[0-9]+)*", response):
         return None
     return response.rpartition(",")[2].lstrip("0") or "0"
+
+
+def number_in_words(response: str) -> str | None:
+    """The last number in the response, with its sign and decimals, without leading zeros, or None. A string, too."""
+    numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", response)
+    return (numbers[-1].lstrip("0") or "0") if numbers else None
+
+
+def verify(
+    problems: Sequence[Problem],
+    responses: Sequence[Sequence[str]],
+    answer_of: Callable[[str], str | None] = number,
+) -> Verdict:
+    """Exact match of the number in each response; see `Task.verify`."""
+    answers = [[answer_of(response) for response in row] for row in responses]
+    rewards = [[float(answer == problem.answer) for answer in row] for problem, row in zip(problems, answers)]
+    return Verdict(torch.tensor(rewards), votes_from_answers(answers))
+
+
+def verify_sums(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+    """The same for `sums`."""
+    return verify(problems, responses, number_in_words)
 
 
 def chain_problem(rng: random.Random) -> Problem:
@@ -85,9 +112,12 @@ def load(name: str, data: str | None = None) -> Task:
         return load_chain(name)
     rng = random.Random(0)
     train, test = [], []
-    for level in FACTORS:
-        pool = problems_of_level(level, held_out=False, rng=rng)
+    for level in SUMS if name == "sums" else FACTORS:
+        pool = problems_of_level(name, level, held_out=False, rng=rng)
         train += (pool * (TRAIN_PER_LEVEL // len(pool) + 1))[:TRAIN_PER_LEVEL]
-        test += problems_of_level(level, held_out=True, rng=rng)[:TEST_PER_LEVEL]
+        test += problems_of_level(name, level, held_out=True, rng=rng)[:TEST_PER_LEVEL]
+    if name == "sums":
+        form, words = "Question: {prompt}\nAnswer:", "Answer with the number only."
+        return Task(name, train, test, verify_sums, template=form, instruction=words, max_new_tokens=12)
     warm_start = {"steps": 800, "batch": 128, "lr": 3e-3, "slips": 0.15}
     return Task(name, train, test, verify, max_new_tokens=8, warm_start=warm_start)
