@@ -146,7 +146,7 @@ def check_tables(result: dict, texts: dict[str, str]) -> None:
             mean, ci = reproduce.measure.interval(np.array(row["values"]))
             assert (mean, ci) == pytest.approx((row["mean"], row["ci95"]))
     first = {row["claim"]: row for row in result["rows"] if row["headline"]}
-    assert [cells[0].strip() for cells in rows["claims-short"]] == list(first)
+    assert [cells[0].strip() for cells in rows["claims-short"]] == [claim for claim in first if claim[0] != "E"]
     for claim, _, what, _, measured, _, verdict in rows["claims-short"]:
         row = first[claim.strip()]
         assert what.strip() == row["what"] and verdict.strip() == row["verdict"]
