@@ -228,7 +228,7 @@ def tables(table: dict) -> dict[str, str]:
     return {
         "real-sums": reproduce.markdown(["trained for", "steps", *metrics], sums),
         "real-lines": reproduce.markdown(["policy", *PASS, "below the frontier", "elsewhere", "KL from SFT"], lines),
-        "real-compared": reproduce.markdown(["compared, at the end", "measured ± 95%", "ahead?"], compared),
+        "real-compared": reproduce.markdown(["compared, at the end", "measured ± 95%", "verdict"], compared),
     }
 
 

@@ -62,6 +62,7 @@ def test_published_tables_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
         path.write_text(marked)
     monkeypatch.setattr(real_model.reproduce, "HERE", here)
     monkeypatch.setattr(real_model.measure, "describe_machine", lambda threads: {})
+    monkeypatch.setattr(real_model, "curve", lambda: np.array([[0.2, 0.9], [0.6, 0.7]]))
     rng, metrics = np.random.default_rng(0), [*real_model.PASS, "kl"]
     args = real_model.Args(tmp_path, seeds=3, report=True, publish=True, out=tmp_path / "out")
     runs = real_model.Runs(args)
@@ -77,7 +78,7 @@ def test_published_tables_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
     printed, result = capsys.readouterr().out, json.loads((here / "real_model.json").read_text())
     assert result["seeds"] == 2 and (here.parent / ".github" / "real_model.png").stat().st_size > 10_000
     text = (here.parent / "README.md").read_text()
-    assert text == (here / "README.md").read_text() and "old" not in text and text.endswith("below")
+    assert text == (here / "README.md").read_text() and "\nold\n" not in text and text.endswith("below")
     tables = [re.search(f"<!-- {x}:begin -->\n(.*?)\n<!-- {x}:end -->", text, re.S)[1] for x in names]
     assert all(table in printed for table in tables)
     sums, lines, compared = ([row.split("|")[1:-1] for row in table.splitlines()[2:]] for table in tables)
@@ -94,6 +95,8 @@ def test_published_tables_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
     assert best[3] == pytest.approx(expected[0].item(), abs=0.0006) and best[0] < float(lines[0][1])
     sft = json.loads((runs.folder("sft") / "exact.json").read_text())["40"]
     assert [float(x) for x in lines[2][1:7]] == pytest.approx([sft[x] for x in real_model.PASS], abs=0.0006)
+    frontier = 0.9 - 0.5 * min(max(sft["pass@1"] - 0.2, 0), 0.4)
+    assert float(lines[2][7]) == pytest.approx(frontier - sft["pass@8"], abs=0.0006)
 
 
 def test_what_cannot_be_reported_or_published_is_refused(tmp_path, monkeypatch):
