@@ -90,7 +90,7 @@ def test_best_of_n_by_a_verifier_tends_to_its_exact_value(monkeypatch, tmp_path)
     texts = [problem.prompt for problem in problems]
     solutions = [Problem(x, line, line) for x in texts for line in reproduce.fitting_lines(x)]
     task = dataclasses.replace(reproduce.lines_task(), train=[], warm_start_problems=solutions)
-    task.warm_start = {"steps": 120, "batch": 32, "lr": 5e-3}
+    task.warm_start = {"steps": 90, "batch": 32, "lr": 5e-3}
     policy, q = harness.policy.warm_start(task), dict(zip(texts, reproduce.posterior(texts).tolist()))
     (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()
 
