@@ -38,7 +38,7 @@ SHRUNK = {
     "benchmarks/witness.py": ["--report"],  # as test_witness.py does
     "benchmarks/real_model.py": ["--help"],  # test_smollm2.py runs what it runs
 }
-SLOW = "step estimators scaling prompts memory reproduce witness real_model smollm2".split()
+SLOW = "step estimators scaling prompts memory reproduce frontier witness real_model smollm2".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
@@ -66,6 +66,7 @@ def problems(tmp_path_factory):
     own = [{"problem": f"What is {i}^2?", "answer": str(i * i), "level": i} for i in (3, 4, 5)]
     (folder / "mine").mkdir()
     (folder / "mine" / "my_problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    (folder / "measured.json").write_text(json.dumps({"base": [[0.3, 0.8, 0.97], [0.32, 0.82, 0.98]]}))
     (folder / "humaneval").mkdir()
     (folder / "humaneval" / "test.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     return folder
@@ -104,6 +105,8 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
     for i, word in enumerate(words):
         if i and words[i - 1] == "--model":
             words[i] = skilled
+        if i and words[i - 1] == "--measured":
+            words[i] = str(problems / "measured.json")
         if i and words[i - 1] == "--data":
             own = f"mine/{word}" if word.endswith("jsonl") else "humaneval" if "humaneval" in words else ""
             words[i] = str(problems / own)
