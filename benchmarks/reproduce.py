@@ -6,8 +6,8 @@
     python benchmarks/reproduce.py --programs    # M4 on `programs`, too: two settings more
 
 Every number comes from RUNS, which are commands to be run by themselves, too: 60 steps of about 1024 samples (64
-prompts x 16, or as many in other groups), some 45 s each on one thread. 28 settings x 5 seeds, two at a time, are 50
-minutes, the warm starts 10, the exact evaluations 5. A run that was stopped is resumed, a finished one not made again.
+prompts x 16, or as many in other groups), some 45 s each on one thread. 28 settings x 5 seeds, two at a time, took 84
+minutes, 11 of them the warm starts. A run that was stopped is resumed, a finished one not made again.
 
 Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
 without sampling (exact.py) on every held-out prompt and on every training prompt; exact.json lies beside the run.
