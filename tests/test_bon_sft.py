@@ -111,7 +111,7 @@ def test_experts_from_a_file(tmp_path):
     path = tmp_path / "experts.jsonl"
     path.write_text('{"problem": "1+2=", "response": "03"}\n{"problem": "1+2=", "response": "3"}\n')
     assert [(p.prompt, p.solution) for p in with_experts(problems, str(path))] == [("1+2=", "03"), ("1+2=", "3")]
-    for row, complaint in (('{"problem": "2+2=", "response": "4"}', "row 1: '2\\+2=' is not among"),
+    for row, complaint in (('{"problem": "2+2=", "response": "4"}', "row 1: '2\\+2=' is no training problem"),
                            ('{"problem": "1+2=", "response": null}', "row 1: the response must be a text"),
                            ('{"problem": "1+2="}', "row 1: no column response")):  # fmt: skip
         path.write_text(row + "\n")

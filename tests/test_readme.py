@@ -204,7 +204,7 @@ def test_no_line_of_readme_points_nowhere(readme):
     """Files, headings, figures and functions that it names are there."""
     text = readme.read_text()
     links = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"^\[\w+\]: (?!http)(\S+)$", text, re.M)
-    assert len(links) > 4
+    assert len(links) > 1
     for path, _, anchor in (link.partition("#") for link in links):
         target = readme.parent / path if path else readme
         assert target.exists(), path

@@ -152,11 +152,12 @@ def spied(skilled, monkeypatch, tmp_path):
             "eval_problems": 1,
             "levels": (1,),
             "lr": 1e-2,
-        }
+            "kl_coef": 0.0,
+        } | others
         module, folder = MODULES[name], f"run{len(list(Path('runs').glob('*')))}"
         with pytest.MonkeyPatch.context() as patch:
             spies = Spies(patch)
-            module.main(module.Args(**of_k, **small, model=skilled, device="cpu", run_name=folder, **others))
+            module.main(module.Args(**of_k, **small, model=skilled, device="cpu", run_name=folder))
         return spies, steps_of(Path("runs") / folder)
 
     return result

@@ -263,7 +263,7 @@ def test_a_module_that_only_the_tests_need_is_nobodys_failure(pool):
 
 def test_a_pool_that_is_interrupted_answers_the_next_question(pool, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "wait", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(sandbox, "wait", lambda *_: signal.default_int_handler(signal.SIGINT, None))
         with pytest.raises(KeyboardInterrupt):
             pool.run([RIGHT] * 3)
     wrong = Program("def f(x): return -x", "assert f(1) == 1", ("f",))
