@@ -177,9 +177,9 @@ def test_the_unmodified_trainer_has_the_gradient_of_the_reward_function(name, tm
     assert_equal_gradients(seen.gradients[0], expected)
 
 
-def answer_of(completion: str) -> int | None:
+def answer_of(completion: str) -> str | None:
     """Three answers, or none."""
-    return None if not completion or ord(completion[0]) % 4 == 3 else ord(completion[0]) % 4
+    return None if not completion else ("a", "b", "c", None)[ord(completion[0]) % 4]
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +240,6 @@ def test_settings_with_another_gradient_are_refused(wrong, message, tmp_path):
         )  # fmt: skip
 
 
-def first_character(completion: str) -> str | None:
-    return completion[:1] or None
-
-
 def worth(completions) -> list[float]:
     """A reward that texts of random policies earn in part."""
     return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
@@ -261,7 +257,7 @@ def adapted(model, tokenizer, out):
         return worth(completions)
 
     trainer, seen = trained(
-        KSampleTrainer, model, tokenizer, out, [verify, vote_of(first_character)], steps=2, problems=PROBLEMS[:2],
+        KSampleTrainer, model, tokenizer, out, [verify, vote_of(answer_of)], steps=2, problems=PROBLEMS[:2],
         config={"learning_rate": 1e-2}, advantages=partial(majority, k=3),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     )  # fmt: skip
@@ -270,7 +266,7 @@ def adapted(model, tokenizer, out):
     assert any(not torch.equal(x, seen.weights[1][name]) for name, x in seen.weights[0].items())
     for step in range(2):
         rows = [texts[step][i : i + N] for i in range(0, 2 * N, N)]
-        votes = votes_from_answers([[first_character(text) for text in row] for row in rows])
+        votes = votes_from_answers([[answer_of(text) for text in row] for row in rows])
         A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "biased")
         where = seen.samples[step], A, seen.weights[step]
         assert_equal_gradients(seen.gradients[step], our_gradient(model, tokenizer, *where, model.get_base_model()))
@@ -297,14 +293,14 @@ sys.path[:0] = [{tests!r}]
 import os, torch, conftest
 from functools import partial
 import harness.policy
-from test_recipes import B, N, first_character, small_llama, trained, worth
+from test_recipes import B, N, answer_of, small_llama, trained, worth
 from trl_k_sample import KSampleTrainer, majority, vote_of
 texts = []
 def verify(completions, **_):
     texts.extend(completions)
     return worth(completions)
 trainer, seen = trained(
-    KSampleTrainer, small_llama(), harness.policy.tiny_tokenizer(), {out!r}, [verify, vote_of(first_character)],
+    KSampleTrainer, small_llama(), harness.policy.tiny_tokenizer(), {out!r}, [verify, vote_of(answer_of)],
     processes=2, config=dict(ddp_backend="gloo"), advantages=partial(majority, k=3))
 assert trainer.accelerator.num_processes == 2
 torch.save((texts, seen.samples[0], seen.weights[0], seen.gradients[0]), {out!r} + os.environ["RANK"])
@@ -323,7 +319,7 @@ def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
     texts, samples = shares[0][0] + shares[1][0], tuple(a + b for a, b in zip(shares[0][1], shares[1][1]))
     assert len(shares[0][0]) == B * N // 2 and B % 2  # so that a group is in both
     rows = [texts[i : i + N] for i in range(0, B * N, N)]
-    votes = votes_from_answers([[first_character(text) for text in row] for row in rows])
+    votes = votes_from_answers([[answer_of(text) for text in row] for row in rows])
     A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "biased")
     one = our_gradient(small_llama(), harness.policy.tiny_tokenizer(), samples, A, shares[0][2])
     for *_, gradients in shares:
