@@ -146,6 +146,16 @@ def test_warm_start_learns(tmp_path, monkeypatch):
     assert task.verify(task.test, common.decode(policy, rollouts)).rewards.mean() > 0.5
 
 
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])
+def test_orthogonal_moves_singular_values_near_one_and_keeps_their_directions(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
+    found = harness.policy.orthogonal(matrix) / max(1, shape[0] / shape[1]) ** 0.5
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    moved = U.T @ found @ V.T  # (16, 16): diagonal, if the directions are kept
+    assert S.max() > 2 * S.min() and (moved - moved.diag().diag()).abs().max() < 1e-4
+    assert moved.diag().min() > 0.6 and moved.diag().max() < 1.3
+
+
 def test_a_race_for_the_cache_leaves_one_whole_policy(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     barrier, trained = threading.Barrier(2), harness.policy.warm_start
