@@ -258,7 +258,7 @@ def adapted(model, tokenizer, out):
 
     trainer, seen = trained(
         KSampleTrainer, model, tokenizer, out, [verify, vote_of(answer_of)], steps=2, problems=PROBLEMS[:2],
-        config={"learning_rate": 1e-2}, advantages=partial(majority, k=3),
+        config={"learning_rate": 1e-2}, advantages=partial(majority, k=3, estimator="unbiased"),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     )  # fmt: skip
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -267,7 +267,7 @@ def adapted(model, tokenizer, out):
     for step in range(2):
         rows = [texts[step][i : i + N] for i in range(0, 2 * N, N)]
         votes = votes_from_answers([[answer_of(text) for text in row] for row in rows])
-        A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "biased")
+        A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "unbiased")
         where = seen.samples[step], A, seen.weights[step]
         assert_equal_gradients(seen.gradients[step], our_gradient(model, tokenizer, *where, model.get_base_model()))
 
@@ -301,7 +301,7 @@ def verify(completions, **_):
     return worth(completions)
 trainer, seen = trained(
     KSampleTrainer, small_llama(), harness.policy.tiny_tokenizer(), {out!r}, [verify, vote_of(answer_of)],
-    processes=2, config=dict(ddp_backend="gloo"), advantages=partial(majority, k=3))
+    processes=2, config=dict(ddp_backend="gloo"), advantages=partial(majority, k=3, estimator="unbiased"))
 assert trainer.accelerator.num_processes == 2
 torch.save((texts, seen.samples[0], seen.weights[0], seen.gradients[0]), {out!r} + os.environ["RANK"])
 torch.distributed.destroy_process_group()
@@ -311,7 +311,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 @needs_trl
 def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
-    """By gloo, each with a half of the second group: votes and rewards meet, and gradients are averaged."""
+    """By gloo, each with a half of the second group: votes and rewards meet, and gradients are averaged. (`biased` would
+    be blind to what votes are called here: it is made of votes of two, which a tie of equal rewards leaves alone.)"""
     (tmp_path / "process.py").write_text(PROCESS.format(tests=str(ROOT / "tests"), out=str(tmp_path / "out")))
     returncode, _, err = ended(torchrun(tmp_path / "process.py", cwd=tmp_path))
     assert returncode == 0, err
@@ -320,7 +321,7 @@ def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
     assert len(shares[0][0]) == B * N // 2 and B % 2  # so that a group is in both
     rows = [texts[i : i + N] for i in range(0, B * N, N)]
     votes = votes_from_answers([[answer_of(text) for text in row] for row in rows])
-    A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "biased")
+    A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "unbiased")
     one = our_gradient(small_llama(), harness.policy.tiny_tokenizer(), samples, A, shares[0][2])
     for *_, gradients in shares:
         assert_equal_gradients({name.removeprefix("module."): x for name, x in gradients.items()}, one)
