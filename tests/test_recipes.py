@@ -150,13 +150,15 @@ def our_gradient(model, tokenizer, samples, A, weights, base=None):
     return {name: named[name].grad for name in weights}
 
 
-def assert_equal_gradients(theirs, ours):
-    """To 1e-5 of the longest component."""
+def assert_equal_gradients(theirs, ours, atol=1e-5):
+    """To atol of the longest component."""
     assert theirs.keys() == ours.keys()
     scale = max(x.abs().max().item() for x in ours.values())
     assert scale > 1e-3  # there is something to compare
     for name in ours:
-        torch.testing.assert_close(theirs[name] / scale, ours[name] / scale, rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            theirs[name] / scale, ours[name] / scale, rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
+        )
 
 
 @needs_trl
@@ -245,7 +247,7 @@ def worth(completions) -> list[float]:
     return [float(ord(text[0]) % 2) if text else 0.0 for text in completions]
 
 
-def adapted(model, tokenizer, out):
+def adapted(model, tokenizer, out, atol=1e-5):
     """Two steps of LoRA on a model by maj@3; each with our gradient of the adapters, and nothing else is trained."""
     from peft import LoraConfig
     from trl_k_sample import KSampleTrainer, majority, vote_of
@@ -269,7 +271,9 @@ def adapted(model, tokenizer, out):
         votes = votes_from_answers([[answer_of(text) for text in row] for row in rows])
         A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "unbiased")
         where = seen.samples[step], A, seen.weights[step]
-        assert_equal_gradients(seen.gradients[step], our_gradient(model, tokenizer, *where, model.get_base_model()))
+        assert_equal_gradients(
+            seen.gradients[step], our_gradient(model, tokenizer, *where, model.get_base_model()), atol
+        )
 
 
 @pytest.mark.slow
@@ -283,8 +287,9 @@ def test_lora_on_a_small_llama(tmp_path):
 @needs_trl
 @needs_peft
 def test_lora_on_smollm2(smollm2, tmp_path):  # noqa: F811
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    adapted(model, AutoTokenizer.from_pretrained(smollm2), tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    model.generation_config.eos_token_id = tokenizer("0123456789").input_ids  # so that lengths differ
+    adapted(model.float(), tokenizer, tmp_path, atol=2e-4)  # rounding in 30 layers: 6e-5 was seen
 
 
 PROCESS = """
@@ -311,8 +316,10 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 @needs_trl
 def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
-    """By gloo, each with a half of the second group: votes and rewards meet, and gradients are averaged. (`biased` would
-    be blind to what votes are called here: it is made of votes of two, which a tie of equal rewards leaves alone.)"""
+    """By gloo, each with a half of the second group: votes and rewards meet, and gradients are averaged.
+
+    `biased` would be blind to what votes are called: with k = 3 it is made of votes of two, and their ties are worth
+    the same by any name."""
     (tmp_path / "process.py").write_text(PROCESS.format(tests=str(ROOT / "tests"), out=str(tmp_path / "out")))
     returncode, _, err = ended(torchrun(tmp_path / "process.py", cwd=tmp_path))
     assert returncode == 0, err
