@@ -218,8 +218,8 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix (m, n) with its singular values moved near 1, times sqrt(m/n) if that is more than 1.
 
-    It takes five Newton-Schulz steps in float32. torch.optim.Muon takes them in bfloat16, which is a hundred times
-    slower on a CPU that has none."""
+    It takes five Newton-Schulz steps in float32. torch.optim.Muon takes them in bfloat16, which is ten times as slow or
+    more on a CPU without it."""
     m, n = matrix.shape
     X = (matrix.T if m > n else matrix) / matrix.norm().clamp(min=1e-7)  # (min, max)
     for _ in range(5):
