@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +37,12 @@ import optima
 import reproduce
 import smollm2
 import torch
-import tyro
 
 import common
 import majority_pg
 from harness.policy import encode_prompts, load_policy
 from harness.report import pyplot
-from harness.run import random_numbers
+from harness.run import random_numbers, run_cli
 from verifiers import BadInput, load_task
 from verifiers.lines import best_policy
 from verifiers.problems import evaluation_problems
@@ -286,14 +284,9 @@ def main(args: Args) -> None:
     if args.publish:
         shutil.copy(args.out / "real_model.json", reproduce.HERE)
         shutil.copy(args.out / "real_model.png", reproduce.HERE.parent / ".github")
-        for path in (reproduce.HERE / "README.md", reproduce.HERE.parent / "README.md"):
-            text = functools.reduce(lambda t, item: reproduce.pasted(t, *item), tables(table).items(), path.read_text())
-            path.write_text(text)
+        reproduce.publish(tables(table))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except BadInput as mistake:
-        sys.exit(f"error: {mistake}")
+    run_cli(main, Args)

@@ -39,13 +39,13 @@ import measure
 import numpy as np
 import optima
 import torch
-import tyro
 from optima import prompt_weights
 from tqdm import tqdm
 
 import bandit
 import common
 from harness.policy import encode_prompts, load_policy, tiny_policy_folder
+from harness.run import run_cli
 from verifiers import BadInput, Problem, learned, load_task
 from verifiers.lines import fitting_lines, line, posterior
 
@@ -577,6 +577,12 @@ def pasted(text: str, name: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{after}" if found and closed else text
 
 
+def publish(texts: dict[str, str]) -> None:
+    """Paste tables, by the names of their markers, into README.md here and above."""
+    for path in (HERE / "README.md", HERE.parent / "README.md"):
+        path.write_text(functools.reduce(lambda text, item: pasted(text, *item), texts.items(), path.read_text()))
+
+
 def main(args: Args) -> None:
     if not 2 <= args.seeds <= 10 or args.jobs < 1:
         raise BadInput("--seeds must lie between 2 and 10, --jobs be at least 1")
@@ -608,14 +614,9 @@ def main(args: Args) -> None:
         raise BadInput("these runs failed, their claims lack seeds:\n" + "\n".join(runs.failed))
     if args.publish:
         shutil.copy(args.out / "results.json", HERE / "results.json")
-        for path in (HERE / "README.md", HERE.parent / "README.md"):
-            text = path.read_text()
-            path.write_text(functools.reduce(lambda t, item: pasted(t, *item), tables(result).items(), text))
+        publish(tables(result))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except BadInput as mistake:
-        sys.exit(f"error: {mistake}")
+    run_cli(main, Args)

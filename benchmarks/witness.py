@@ -34,6 +34,7 @@ from optima import TRIES
 
 import pass_at_k_pg
 from harness.policy import load_policy, save_policy, write_whole
+from harness.run import run_cli
 from verifiers import BadInput
 from verifiers.problems import training_batch
 
@@ -149,7 +150,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except BadInput as mistake:
-        sys.exit(f"error: {mistake}")
+    run_cli(main, Args)
