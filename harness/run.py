@@ -40,7 +40,7 @@ class RunArgs:
     model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems, instead of its default source
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
-    levels: tuple[int, ...] = ()  # difficulty levels to train on (default: all)
+    levels: tuple[int, ...] = ()  # difficulty levels to train and evaluate on (default: all)
     temperature: float = 1.0  # of sampling and of the log-probs that are differentiated, also in evaluation
     max_new_tokens: int | None = None  # longest response in tokens (default: the task's)
     max_grad_norm: float = 1.0  # longest gradient that is not scaled down
@@ -155,7 +155,7 @@ class Run:
         self.args, self.parts, self.stopping, self.writer = args, parts, False, None
         self.task = load_task(args.task, args.data, args.sandbox)
         args.max_new_tokens = self.task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-        self.test = evaluation_problems(problems_at(self.task.test, (), "held-out"), args.eval_problems)
+        self.test = evaluation_problems(problems_at(self.task.test, args.levels, "held-out"), args.eval_problems)
         self.train = problems_at(self.task.train, args.levels, "training") if args.steps else self.test
         self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing)
         self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens

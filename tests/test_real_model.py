@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,8 +24,11 @@ def parsed(runs, name: str, seed: int):
 
 def test_every_run_is_a_command_that_its_script_takes_and_rl_on_lines_starts_from_the_sft(tmp_path):
     runs = real_model.Runs(real_model.Args(tmp_path / "model", out=tmp_path / "a" / "out"))
-    assert sorted(sum(runs.stages(), [])) == sorted([("sft", 0), *((name, s) for name in runs.names for s in range(3))])
+    three = [(name, s) for name in runs.names if name != "sft" for s in range(3)]
+    assert sorted(sum(runs.stages(), [])) == sorted([("sft", 0), *three]) and set(runs.names) == set(real_model.RUNS)
     assert runs.stages()[0] == [("sft", 0)]
+    alone = real_model.Runs(real_model.Args(task="sums", seeds=1))
+    assert alone.stages() == [[], [(name, 0) for name in real_model.SUMS]]
     for name in real_model.RUNS:
         args = parsed(runs, name, 2)
         assert args.seed == 2 and (args.task == "sums") == (name in real_model.SUMS)
@@ -33,7 +37,8 @@ def test_every_run_is_a_command_that_its_script_takes_and_rl_on_lines_starts_fro
         assert parsed(real_model.Runs(real_model.Args(flags="--steps 2")), name, 0).steps == 2 != args.steps
     assert parsed(runs, "sft", 0).task == "lines_uniform" and parsed(runs, "lines-rlb", 0).task == "lines"
     # Runs that are compared see as many prompts and samples.
-    sizes = {name: (a.steps, a.prompts_per_step, a.n, a.lr) for name in runs.names for a in [parsed(runs, name, 0)]}
+    settings = {name: parsed(runs, name, 0) for name in runs.names}
+    sizes = {name: (a.steps, a.prompts_per_step, a.n, a.lr) for name, a in settings.items() if name != "sft"}
     assert len({sizes[name] for name in real_model.SUMS}) == len({sizes[name] for name in real_model.LINES[1:]}) == 1
 
 
@@ -76,7 +81,8 @@ def test_published_tables_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
             (folder / "exact.json").write_text(json.dumps({step: v for step, v in values.items() if v}))
     real_model.main(args)
     printed, result = capsys.readouterr().out, json.loads((here / "real_model.json").read_text())
-    assert result["seeds"] == 2 and (here.parent / ".github" / "real_model.png").stat().st_size > 10_000
+    assert {task: part["seeds"] for task, part in result.items()} == {"sums": 2, "lines": 3}
+    assert (here.parent / ".github" / "real_model.png").stat().st_size > 10_000
     text = (here.parent / "README.md").read_text()
     assert text == (here / "README.md").read_text() and "\nold\n" not in text and text.endswith("below")
     tables = [re.search(f"<!-- {x}:begin -->\n(.*?)\n<!-- {x}:end -->", text, re.S)[1] for x in names]
@@ -97,6 +103,18 @@ def test_published_tables_are_those_of_the_runs(tmp_path, monkeypatch, capsys):
     assert [float(x) for x in lines[2][1:7]] == pytest.approx([sft[x] for x in real_model.PASS], abs=0.0006)
     frontier = 0.9 - 0.5 * min(max(sft["pass@1"] - 0.2, 0), 0.4)
     assert float(lines[2][7]) == pytest.approx(frontier - sft["pass@8"], abs=0.0006)
+
+    # The runs on one task, published again, leave those on the other as they were.
+    for path in runs.out.glob("runs/*/exact.json"):
+        if path.parent not in [runs.folder(name, seed) for name in real_model.SUMS for seed in range(3)]:
+            path.unlink()
+    (runs.folder("vote", 2)).mkdir(exist_ok=True)
+    shutil.copy(runs.folder("vote", 1) / "exact.json", runs.folder("vote", 2))
+    args.task = "sums"
+    real_model.main(args)
+    again, text = json.loads((here / "real_model.json").read_text()), (here / "README.md").read_text()
+    assert again["sums"]["seeds"] == 3 and again["lines"] == result["lines"]
+    assert tables[0] not in text and tables[1] in text
 
 
 def test_what_cannot_be_reported_or_published_is_refused(tmp_path, monkeypatch):
