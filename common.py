@@ -35,9 +35,8 @@ def k_sample_advantages(
     With k = 1 biased is zero, and unbiased has M_1(-i) in place of M_0: RLOO. A single sample (n = 1) has no baseline.
     Example: the maximum (pass_at_k) of k = 2 from three rewards 3, 1, 0. The pairs have the maxima 3, 3, 1, so that
     M_2 = 7/3; without the first sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = (1 + 0) / 2. A_1 = 7/3 - 1/3 - 1/3 = 5/3,
-    as by definition: (2/3) mean(3 - max(1), 3 - max(0)). An objective of your own is one line; for pass^k, all of k
-    right: k_sample_advantages(lambda r, k: -pass_at_k(-r, k), rewards, k=4). Memory grows as B n^2. Raises ValueError
-    unless 1 <= k <= n, and for an unknown estimator."""
+    as by definition: (2/3) mean(3 - max(1), 3 - max(0)). README has pass^k, all of k right, in one line. Memory grows
+    as B n^2. Raises ValueError unless 1 <= k <= n, and for another estimator."""
     n = samples[0].shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
@@ -122,8 +121,7 @@ def best_of_k(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tens
 def pass_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:
     """pass@k, and max@k for real-valued rewards: the mean of max over all k-subsets of n samples, exactly.
 
-    rewards: (B, n), n >= k. Returns (B,) float64; for 0/1 rewards it is 1 - C(n-c, k) / C(n, k). Raises ValueError
-    unless 1 <= k <= n."""
+    rewards: (B, n). Returns (B,) float64; 1 - C(n-c, k) / C(n, k) for 0/1. Raises ValueError unless 1 <= k <= n."""
     return best_of_k(rewards, rewards, k)
 
 
@@ -208,8 +206,8 @@ def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def recompute_activations(model: torch.nn.Module, on: bool) -> None:
-    """Turn gradient checkpointing, where it was enabled, on for a training pass or off for sampling. Transformers ties
-    it to training mode, and so to dropout: only checkpointed modules change mode, not the dropout modules in them."""
+    """Turn gradient checkpointing, if enabled, on for training or off for sampling. Transformers ties it to training
+    mode, and so to dropout: only checkpointed modules change mode, not the dropout modules in them."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = on
@@ -247,8 +245,7 @@ def sample(
     """n responses to each prompt by pure temperature sampling, each up to and including its end token.
 
     A random number belongs to a response and a position, so that the tokens do not depend on `policy.sample_rows`.
-    Prompts may differ in length. Runs on the policy's device and returns there. Raises BadInput when memory runs out
-    with a single response."""
+    Runs on the policy's device and returns there. Raises BadInput when memory runs out with a single response."""
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
     uniform = torch.rand(len(rows), max_new_tokens, generator=generator, device=policy.device)  # (R, max_new_tokens)
@@ -282,7 +279,6 @@ def read_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tu
 
 def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor, temperature: float) -> tuple:
     """One response to each of R prompts, from the uniform random numbers (R, T): ids, mask and log_probs, each (R, T).
-
     Finished rows leave the batch when half of it is done."""
     model, device, (R, T) = policy.model, policy.device, uniform.shape
     stop_ids = torch.tensor(policy.stop_ids, device=device)
@@ -341,8 +337,13 @@ def response_log_probs(
         scores = scores if temperature == 1 else scores / temperature  # dividing by 1 would copy all logits
         return -F.cross_entropy(scores, targets, reduction="none")
 
-    # Rows with equal prompts share one pass over them, which takes a third off a step of `tiny` whose rows all carry a
-    # signal (benchmarks/README.md). Not where little is saved or activations are recomputed, which rules out a cache.
+    # Equal rows count as one: a policy that has learnt to answer says the same again. Below R is without the others.
+    keys = [(*prompt, *row) for prompt, row in zip(prompts, ids.masked_fill(~mask, -1).tolist())]
+    last = {key: i for i, key in enumerate(keys)}
+    kept, of_row = torch.tensor([last[key] for key in keys], device=device).unique(return_inverse=True)
+    prompts, ids, mask = [prompts[i] for i in kept.tolist()], ids[kept], mask[kept]  # (all, T) -> (R, T)
+    # Rows with equal prompts share one pass over them (see benchmarks/README.md), unless that saves little or
+    # activations are recomputed, which rules out a cache.
     tokens, different = sum(map(len, prompts)), sum(map(len, set(map(tuple, prompts))))
     shared = ids.shape[1] > 1 and 10 * (tokens - different) >= tokens + int(mask.sum())
     with autocast(device):
@@ -362,7 +363,8 @@ def response_log_probs(
         size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
         chunks = zip(hidden.split(size), ids[mask].split(size))
         parts = [checkpoint(token_log_probs, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-    return torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(parts))  # (M,) -> (R, T)
+    log_probs = torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(parts))  # (M,) -> (R, T)
+    return log_probs.index_select(0, of_row)  # (all, T)
 
 
 def micro_batches(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
@@ -381,8 +383,7 @@ def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Te
         loss = -(1/B) sum_b sum_i A_bi log pi(y_bi)        a sum over a prompt's samples, a mean over prompts
 
     advantages: (B, n). clip: None, or PPO's epsilon: log pi(y) is then replaced, token by token, by the clipped ratio
-    to the log-probs of sampling; the gradients are the same where the ratio is 1. Rows whose advantage is zero are left
-    out: the gradient is the same and their cost is gone."""
+    to the log-probs of sampling; the gradients are the same where the ratio is 1. Rows of advantage 0 are left out."""
     prompts, ids, mask, old = rollouts.flat()
     advantages = advantages.flatten().to(policy.device, torch.float32)  # (B, n) -> (R,)
     signal, lengths, total = advantages.nonzero()[:, 0].cpu(), rollouts.lengths(), 0.0

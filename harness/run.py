@@ -317,9 +317,7 @@ class Run:
         self.progress["before" if step == 0 else "after"] = self.evaluate()
 
     def evaluate(self) -> Metrics:
-        """The metrics of eval_n fresh samples for each held-out problem, drawn by the same random numbers every time.
-
-        They are logged, and some samples printed."""
+        """Log and return the metrics of eval_n samples of each held-out problem, drawn by the same numbers always."""
         args, (rank, processes), problems = self.args, world(), share(self.test)
         generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
         prompts, T = self.encoded(problems), args.temperature

@@ -307,6 +307,29 @@ def test_rows_without_an_advantage_are_not_computed(policy, monkeypatch):
     assert rows == [PROMPTS[2]]
 
 
+def test_equal_responses_to_a_prompt_are_computed_once(policy, monkeypatch):
+    """And none that is equal to another prompt's, or to the beginning of a longer one, is taken for it."""
+    rollouts, rows = rollouts_of(policy), []
+    for x in (rollouts.ids, rollouts.mask):
+        x[:, 3:] = x[:, :1]  # three equal ones of five
+        x[1] = x[2]
+    longest = int(rollouts.mask[2].sum(-1).argmax())
+    rollouts.ids[2, 1], rollouts.mask[2, 1] = rollouts.ids[2, longest], rollouts.mask[2, longest]
+    rollouts.mask[2, 1, rollouts.mask[2, longest].sum() - 1] = False
+    prompts, ids, mask, _ = rollouts.flat()
+    different = {(tuple(prompt), tuple(row[keep].tolist())) for prompt, row, keep in zip(prompts, ids, mask)}
+    assert len(different) <= 3 * 4 < len(prompts) and mask.any(-1).all()
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(1))
+    expected = naive_gradient(policy, rollouts, advantages, 1.0)
+    log_p = common.response_log_probs(policy, prompts, ids, mask).view(rollouts.ids.shape)
+    torch.testing.assert_close(log_p, naive_log_probs(policy, rollouts, 1.0), atol=1e-5, rtol=1e-5)
+    forward = policy.model.base_model.forward
+    count = lambda **inputs: (rows.append(len(inputs["input_ids"])), forward(**inputs))[1]  # noqa: E731
+    monkeypatch.setattr(policy.model.base_model, "forward", count)
+    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 10**6))
+    assert (actual - expected).norm() <= 1e-6 * expected.norm() and rows[-1] == len(different)
+
+
 def test_clipped_objective_has_the_same_gradient_on_policy_and_none_where_clipped(policy):
     rollouts = rollouts_of(policy)
     advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
