@@ -155,8 +155,9 @@ class Run:
         self.args, self.parts, self.stopping, self.writer = args, parts, False, None
         self.task = load_task(args.task, args.data, args.sandbox)
         args.max_new_tokens = self.task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+        self.train = problems_at(self.task.train, args.levels, "training") if args.steps else []
         self.test = evaluation_problems(problems_at(self.task.test, args.levels, "held-out"), args.eval_problems)
-        self.train = problems_at(self.task.train, args.levels, "training") if args.steps else self.test
+        self.train = self.train or self.test
         self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing)
         self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
         if args.show_prompt:

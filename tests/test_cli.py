@@ -176,7 +176,7 @@ OF_ALL = [
     (["--lr", "nan"], "--lr must be a positive number, not nan"),
     (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
     (["--data", "x.jsonl"], "makes its own problems: leave --data out"),
-    (["--levels", "9"], "no held-out problems at --levels 9"),
+    (["--levels", "9"], "no training problems at --levels 9"),
     (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
     (["--sample-rows", "0"], "--sample-rows must be at least 1, not 0"),

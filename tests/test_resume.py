@@ -240,7 +240,7 @@ def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, 
             raise OUT_OF_MEMORY
         return sampled_rows(policy, prompts, *args)
 
-    flags = [*SMALL, "--steps", "1", "--model", model, "--run-name"]
+    flags = [*SMALL, "--steps", "1", "--eval-problems", "10", "--model", model, "--run-name"]
     assert run(PASS, *flags, "enough").returncode == 0
     monkeypatch.setattr(common, "sampled_rows", with_little_memory)
     for limit, eval_n, expected in (
@@ -255,7 +255,7 @@ def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, 
         assert "out of memory: going on with --sample-rows 10" in result.stdout + result.stderr
     sizes.clear()
     limit = 12  # an evaluation of 10 rows fits, a step of 16 does not
-    result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "1")
+    result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "5")
     assert result.returncode == 0 and sizes == [10, 16, 8, 8, 8, 2], result.stderr
     first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little-10-4"))
     assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["signal"] > 0

@@ -53,7 +53,7 @@ def begun(skilled, monkeypatch, tmp_path):
 
     def result(seed=0):
         args = pass_at_k_pg.Args(task="arithmetic", levels=(1,), seed=seed, k=2, n=4, steps=3, prompts_per_step=4,
-                                 eval_n=4, eval_problems=1, model=skilled, device="cpu")  # fmt: skip
+                                 eval_n=4, eval_problems=5, model=skilled, device="cpu")  # fmt: skip
         run = harness.run.Run(args)
         run.metrics = lambda verdict: {"pass@1": verdict.rewards.mean(-1)}
         return run
@@ -220,6 +220,7 @@ def test_tokens_a_second_count_what_was_sampled_alone(N, run, skilled, monkeypat
 def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, monkeypatch):
     """Rank r of two has the problems r, r + 2, ...; together they are as one process has them."""
     run, whole = begun(), []
+    assert [problem.level for problem in run.test] == [1] * 5  # --levels 1 is for the evaluation, too
     run.metrics = lambda verdict: whole.append(verdict.rewards[:, 0].tolist()) or {"pass@1": verdict.rewards.mean(-1)}
 
     def verify(problems, responses):  # a reward that names its problem
