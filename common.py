@@ -36,7 +36,7 @@ def k_sample_advantages(
     Example: the maximum (pass_at_k) of k = 2 from three rewards 3, 1, 0. The pairs have the maxima 3, 3, 1, so that
     M_2 = 7/3; without the first sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = (1 + 0) / 2. A_1 = 7/3 - 1/3 - 1/3 = 5/3,
     as by definition: (2/3) mean(3 - max(1), 3 - max(0)). README has pass^k, all of k right, in one line. Memory grows
-    as B n^2. Raises ValueError unless 1 <= k <= n, and for another estimator."""
+    as B n^2. Raises ValueError unless 1 <= k <= n, and for any other estimator."""
     n = samples[0].shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")

@@ -245,7 +245,7 @@ def tables(table: dict) -> dict[str, str]:
 
 
 def save_figure(path: Path, table: dict) -> None:
-    """`sums`: pass@1 and pass@8 against steps, pass@8 against KL, bands over seeds. `lines`: beside the frontier."""
+    """`sums`: pass@1 and pass@8 against steps, bands over seeds; pass@8 against KL. `lines`: beside the frontier."""
     plt = pyplot()
     panels = [("step", "pass@1"), ("step", "pass@8"), ("kl", "pass@8")] * ("mean" in table) + [None] * ("sft" in table)
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.6), layout="constrained", squeeze=False)
@@ -259,7 +259,8 @@ def save_figure(path: Path, table: dict) -> None:
             at = [int(step) if x == "step" else estimate(values["kl"])[0] for step, values in steps.items()]
             mean, ci = np.array([estimate(values[metric]) for values in steps.values()]).T  # (evaluations,) each
             axis.plot(at, mean, f"C{i}o-", markersize=4, label=LABELS[name])
-            axis.fill_between(at, mean - ci, mean + ci, color=f"C{i}", alpha=0.15)
+            if x == "step":  # KL differs between seeds, too: a band along it would say less than it shows
+                axis.fill_between(at, mean - ci, mean + ci, color=f"C{i}", alpha=0.15)
         label = {"step": "step", "kl": "KL from the pretrained model, nats a response"}[x]
         axis.set(xlabel=label, ylabel=metric, title=f"sums of two-digit numbers: {metric}", ylim=(0, 1))
     axes[0, 0].legend(fontsize=8)

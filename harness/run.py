@@ -157,7 +157,7 @@ class Run:
         args.max_new_tokens = self.task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
         self.train = problems_at(self.task.train, args.levels, "training") if args.steps else []
         self.test = evaluation_problems(problems_at(self.task.test, args.levels, "held-out"), args.eval_problems)
-        self.train = self.train or self.test
+        self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
         self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing)
         self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
         if args.show_prompt:
@@ -318,7 +318,7 @@ class Run:
         self.progress["before" if step == 0 else "after"] = self.evaluate()
 
     def evaluate(self) -> Metrics:
-        """Log and return the metrics of eval_n samples of each held-out problem, drawn by the same numbers always."""
+        """Log and return the metrics of eval_n samples a held-out problem, drawn by the same numbers each time."""
         args, (rank, processes), problems = self.args, world(), share(self.test)
         generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
         prompts, T = self.encoded(problems), args.temperature
