@@ -1,11 +1,13 @@
 """Peak memory of the training pass at a vocabulary of 152k, beside the naive step that holds all logits.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --model runs/gemma3 --prompts 2    # a real model of 262k tokens, see smollm2.py
 
 The naive step is `log_softmax(model(ids).logits)`, gathered at the sampled tokens, all rows in one pass; ours is
-common.accumulate_gradient. A small model (hidden 128, 2 layers), so that the logits dominate. First both gradients are
-compared, on fewer rows; then each step runs in a fresh process: its peak resident memory (on CUDA: allocated memory)
-during the step, less the memory in use just before, which holds the weights and their zeroed gradients.
+common.accumulate_gradient. Without --model a small one (hidden 128, 2 layers), so that the logits dominate. First both
+gradients are compared, on fewer rows; then each step runs in a fresh process: its peak resident memory (on CUDA:
+allocated memory) during the step, less the memory in use just before, which holds the weights and their zeroed
+gradients.
 """
 
 import multiprocessing
@@ -18,6 +20,8 @@ import torch
 import tyro
 
 import common
+from harness.policy import load_policy
+from verifiers import load_task
 
 BAR = 1 / 4
 
@@ -32,8 +36,10 @@ class Args:
     """length of every response"""
     prompt_tokens: int = 16
     """length of every prompt"""
+    model: str | None = None
+    """folder of a model, with its own vocabulary"""
     vocabulary: int = 151_936
-    """tokens in the vocabulary (Qwen2)"""
+    """tokens in the vocabulary of the small one (Qwen2)"""
     rounds: int = 2
     """fresh processes for each, in turn"""
     threads: int = 1
@@ -45,12 +51,15 @@ class Args:
 
 
 def make(args: Args, prompts: int) -> tuple[common.Policy, common.Rollouts, torch.Tensor]:
-    """Random weights, random tokens, random advantages (prompts, n)."""
-    policy = measure.tiny_policy(args.device, hidden=128, layers=2, vocabulary=args.vocabulary)
-    generator = torch.Generator().manual_seed(0)
+    """The model, or a small one of random weights; random tokens, random advantages (prompts, n)."""
+    if args.model:
+        policy = load_policy(args.model, load_task("lines"), args.device)
+    else:
+        policy = measure.tiny_policy(args.device, hidden=128, layers=2, vocabulary=args.vocabulary)
+    generator, vocabulary = torch.Generator().manual_seed(0), policy.model.config.vocab_size
     shape = (prompts, args.n, args.tokens)
-    ids = torch.randint(args.vocabulary, shape, generator=generator).to(args.device)
-    prompt_ids = torch.randint(args.vocabulary, (prompts, args.prompt_tokens), generator=generator).tolist()
+    ids = torch.randint(vocabulary, shape, generator=generator).to(args.device)
+    prompt_ids = torch.randint(vocabulary, (prompts, args.prompt_tokens), generator=generator).tolist()
     rollouts = common.Rollouts(
         prompt_ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(shape, device=args.device)
     )
@@ -117,9 +126,10 @@ def main(args: Args) -> None:
     if not difference < 1e-4:
         sys.exit("the gradients differ: there is nothing to compare")
     del a, b
-    logits = args.prompts * args.n * args.tokens * args.vocabulary * 4 / 2**20
+    vocabulary = make(args, 1)[0].model.config.vocab_size
+    logits = args.prompts * args.n * args.tokens * vocabulary * 4 / 2**20
     print(
-        f"{args.prompts * args.n} rows of {args.prompt_tokens} + {args.tokens} tokens, vocabulary {args.vocabulary}, "
+        f"{args.prompts * args.n} rows of {args.prompt_tokens} + {args.tokens} tokens, vocabulary {vocabulary}, "
         f"{args.device}: the responses' logits alone are {logits:.0f} MiB; {args.rounds} processes of each\n"
     )
     context, measured = multiprocessing.get_context("spawn"), {name: [] for name in STEPS}

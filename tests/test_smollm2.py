@@ -112,6 +112,8 @@ def test_the_real_model_is_trained_in_every_way_and_reported(model, tmp_path, mo
     assert all("maj@8" in real_model.last(result[name]) for name in real_model.SUMS)
     assert all(record["grad_norm"] > 0 for record in steps_of(runs.folder("sft")))
     policy = harness.policy.load_policy(str(runs.folder("sft") / "policy"), task, "cpu")
+    (prompt,) = harness.policy.encode_prompts(policy, task, some[:1], 8)
+    assert policy.tokenizer.decode(prompt) == some[0].prompt  # without a chat around it
     with torch.no_grad():
         metrics = real_model.exact.exact_metrics(real_model.exact.candidate_log_probs(policy, task, some), some)
     for metric in ("pass@1", "elsewhere"):
