@@ -33,7 +33,8 @@ def test_every_run_is_a_command_that_its_script_takes_and_rl_on_lines_starts_fro
         args = parsed(runs, name, 2)
         assert args.seed == 2 and (args.task == "sums") == (name in real_model.SUMS)
         sft = f"runs/{runs.folder('sft').name}/policy"
-        assert args.model == ("../../model" if name in (*real_model.SUMS, "sft") else sft)
+        models = dict.fromkeys(real_model.SUMS, "../../model") | {"sft": "../../model-plain"}
+        assert args.model == models.get(name, sft)
         assert parsed(real_model.Runs(real_model.Args(flags="--steps 2")), name, 0).steps == 2 != args.steps
     assert parsed(runs, "sft", 0).task == "lines_uniform" and parsed(runs, "lines-rlb", 0).task == "lines"
     # Runs that are compared see as many prompts and samples.
