@@ -129,8 +129,10 @@ class Runs(reproduce.Runs):
 
     def command(self, name: str, seed: int | str) -> str:
         """The command of a run, for --out."""
-        model = f"{self.model}-plain" if name == "sft" else self.model
-        model = f"runs/{self.folder('sft').name}/policy" if name in LINES[1:] else model
+        if name in SUMS:
+            model = self.model
+        else:
+            model = f"{self.model}-plain" if name == "sft" else f"runs/{self.folder('sft').name}/policy"
         return f"{RUNS[name]} --model {model} --seed {seed} {self.flags}".rstrip()
 
     def folder(self, name: str, seed: int = 0) -> Path:
