@@ -1,4 +1,4 @@
-"""The best that any policy can do on `lines`, exactly: what each objective tends to, before anything is run.
+"""The best that any policy can do on `suspects`, exactly: what each objective tends to, before anything is run.
 
     python benchmarks/optima.py                 # the tables
     python benchmarks/optima.py --predictions   # writes predictions.json beside this file
@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from verifiers import Problem
-from verifiers.lines import PRIOR, all_problems, best_policy, fitting_slopes, posterior
+from verifiers.suspects import best_policy, posterior, spread_problems
 
 TRIES = (1, 2, 4, 8, 16, 32)
 PREDICTIONS = Path(__file__).with_name("predictions.json")
@@ -38,29 +38,24 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prompts_once(held_out: bool = True) -> list[Problem]:
-    """One problem for each prompt on this side of the split, level by level; which answer it has means nothing."""
-    return list({p.prompt: p for pool in all_problems(held_out).values() for p in pool}.values())
+@functools.cache
+def problems_of(held_out: bool = True, name: str = "suspects") -> list[Problem]:
+    """The held-out problems of the task, 50 a level and 48 at level 2, or as many training ones; all prompts differ."""
+    return spread_problems(name, held_out)
 
 
-def prompt_weights(problems: Sequence[Problem], name: str = "lines") -> torch.Tensor:
-    """The share of each of `prompts_once` in the task's problems: levels alike, in a level prompts by probability.
-
-    Returns (P,) float64 that add up to 1. A mean with these weights is what sampling fresh problems tends to.
-    """
-    chance = torch.tensor([sum(PRIOR[name][a] for a in fitting_slopes(p.prompt)) for p in problems]).double()
-    levels = torch.tensor([p.level for p in problems])
-    total = torch.zeros(9, dtype=torch.float64).index_add(0, levels, chance)
-    return chance / total[levels] / len(levels.unique())
+def level_weights(problems: Sequence[Problem]) -> torch.Tensor:
+    """The share of each problem in a mean over levels, in which all count alike: (P,) float64 that add up to 1."""
+    levels = torch.tensor([problem.level for problem in problems])
+    _, level, counts = levels.unique(return_inverse=True, return_counts=True)
+    return 1 / counts[level].double() / len(counts)
 
 
 @functools.cache
-def held_out_kinds() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q (U, 8), weights (U,), levels (U,) of the held-out prompts, those with equal q taken together: U = 15 of 400."""
-    problems = prompts_once()
-    q, kind = posterior([p.prompt for p in problems]).unique(dim=0, return_inverse=True)
-    weights = torch.zeros(len(q), dtype=torch.float64).index_add(0, kind, prompt_weights(problems))
-    return q, weights, (q > 0).sum(-1)
+def held_out() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (P, 8), weights (P,) and levels (P,) of the held-out prompts."""
+    q = posterior([problem.prompt for problem in problems_of()])
+    return q, level_weights(problems_of()), (q > 0).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +265,7 @@ def predictions() -> dict:
 
     A number is a limit: what the optimum of the one objective scores less that of the other, or less the uniform base.
     """
-    q, weights, levels = held_out_kinds()
+    q, weights, levels = held_out()
     policy = optima(q)
     base = policy["base"]
 
@@ -353,7 +348,7 @@ def main(args: Args) -> None:
         PREDICTIONS.write_text(json.dumps(predictions(), indent=2) + "\n")
         print(PREDICTIONS)
         return
-    q, weights, _ = held_out_kinds()
+    q, weights, _ = held_out()
     print("the optimum of each objective, over the held-out prompts\n")
     rows = [[name, *(f"{weights @ pass_at_k(q, pi, k):.3f}" for k in TRIES)] for name, pi in optima(q).items()]
     measure.print_table(["", *(f"pass@{k}" for k in TRIES)], rows)

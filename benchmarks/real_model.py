@@ -76,7 +76,7 @@ RUNS = {
     "sft": f"bon_sft.py --task lines_uniform --N 1 --prompts-per-step 32 --lr 1e-4 --steps 600 {reproduce.FORMALITY}",
     "lines-mean": f"pass_at_k_pg.py {ON_LINES} --k 8 --estimator mean",
     "lines-k8": f"pass_at_k_pg.py {ON_LINES} --k 8",
-    "lines-rlb": f"bon_rl.py {ON_LINES} --N 8 --estimator rlb-positive",
+    "lines-rlb": f"bon_rl.py {ON_LINES} --N 8 --estimator rlb-p",
 }
 LABELS = {
     "mean": "mean", "k8": "unbiased, k = 8", "maxrl": "MaxRL, n = 8", "vote": "majority, k = 8",

@@ -82,7 +82,7 @@ RUNS = {
         f"vote-{estimator}-{beta}": f"{VOTE} --estimator {estimator} --kl-coef {beta}"
         for beta, estimator in itertools.product((0.3, 0.5, 0.8), ("mean", "biased"))
     },
-    "rlb-positive": f"{BON} --estimator rlb-positive",
+    "rlb-p": f"{BON} --estimator rlb-p",
     "variational": f"bon_rl.py {SHARED} --N 8 --n 24 --prompts-per-step 43 --estimator variational",  # 3 groups of N
     "sft": f"{SFT} --N 1",
     "bon-sft": f"{SFT} --N 8",
@@ -95,7 +95,7 @@ QUICK = ("mean", "k4", "k8", "sft", "bon-sft")  # for what they decide in ten mi
 POLICIES = {
     "base": ("base", None), "mean": ("mean", 1), **{f"k{k}": (f"unbiased, k = {k}", k) for k in (2, 4, 8, 16, 32)},
     **{f"k{k}-biased": (f"biased, k = {k}", k) for k in (2, 4, 8, 16)}, "maxrl": ("MaxRL, n = 16", None),
-    "rlb-positive": ("BoN-RLB(P), N = 8", 8), "variational": ("BoN-RL variational, N = 8", 8),
+    "rlb-p": ("BoN-RLB(P), N = 8", 8), "variational": ("BoN-RL variational, N = 8", 8),
     "sft": ("SFT", None), "bon-sft": ("BoN-SFT, N = 8", 8),
 }  # fmt: skip
 
@@ -224,10 +224,10 @@ def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
         *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("variational", f"pass@{k}"))
           for k in (16, 8, 32)),
         *(("C2", f"pass@{k}, the same, exact", gain("k8", f"pass@{k}")) for k in (16, 8, 32)),  # pass_at_k_pg.py
-        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-positive", "pass@16")),
+        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-p", "pass@16")),
         ("C3", "pass@16, mean, before less after", loss("mean", "pass@16")),
-        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-positive", "pass@16", "mean")),
-        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-positive", "pass@32", "mean")),
+        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-p", "pass@16", "mean")),
+        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-p", "pass@32", "mean")),
         *(("C4", f"bon@{N}, SFT, before less after", loss("sft", f"pass@{N}")) for N in (16, 8, 32)),
         *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft", f"pass@{N}")) for N in (16, 8, 32)),
         *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (16, 8, 32)),

@@ -153,7 +153,7 @@ NETWORK = {
     "biased, k = 8, n = k": Estimator(lambda r: advantages(r, 8, "biased"), 8, "pass@7", 8),
     "biased, k = 8, n = 16": Estimator(lambda r: advantages(r, 8, "biased"), 16, "pass@7"),
     "MaxRL, n = 16": Estimator(lambda r: advantages(r, 8, "maxrl"), 16, "MaxRL"),
-    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb-positive"), 16, "pass@8"),
+    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb-p"), 16, "pass@8"),
     "BoN-RLB, N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb"), 16, "pass@8"),
     "variational, N = 8, n = 24": Estimator(lambda r: bon_rl.advantages(r, r, 8, "variational"), 24, "pass@8", 8),
 }  # fmt: skip

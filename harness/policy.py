@@ -74,13 +74,26 @@ def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_
         texts = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         prompts = policy.tokenizer(texts, add_special_tokens=False).input_ids  # the template has written them
     else:
-        prompts = policy.tokenizer([task.template.replace("{prompt}", p.prompt) for p in problems]).input_ids
+        prompts = policy.tokenizer([plain_text(policy, task, p.prompt) for p in problems]).input_ids
     for problem, ids in zip(problems, prompts):
         if not ids:
             raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
         what = f"a prompt of {len(ids)} tokens and --max-new-tokens {max_new_tokens}"
         refuse_too_long(policy, len(ids) + max_new_tokens, what, problem.prompt)
     return prompts
+
+
+def reads_characters(policy: Policy) -> bool:
+    """Whether each token is one character, special ones aside: so `tiny`'s are, also where it is loaded from a folder."""
+    special = set(policy.tokenizer.all_special_tokens)
+    return all(len(token) == 1 for token in policy.tokenizer.get_vocab() if token not in special)
+
+
+def plain_text(policy: Policy, task: Task, prompt: str) -> str:
+    """What a model without a chat template reads: the task's template, or its words where the model may know words."""
+    if task.words and not reads_characters(policy):
+        return task.words(prompt)
+    return task.template.replace("{prompt}", prompt)
 
 
 def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
@@ -103,19 +116,28 @@ def end_of_response(policy: Policy, task: Task) -> int:
 
 
 def expert_rollouts(
-    policy: Policy, task: Task, prompts: list[list[int]], responses: Sequence[str], temperature: float = 1.0
+    policy: Policy, task: Task, groups: Sequence[Sequence[Problem]], temperature: float = 1.0
 ) -> Rollouts:
-    """Given responses as rollouts, one to each prompt, with an end token behind; log_probs are 0: (B, 1, T).
+    """The solutions of B groups of problems as rollouts, with an end token behind; log_probs are 0: (B, m, T).
 
-    Raises BadInput if a prompt and its response do not fit the model's context."""
-    space = " " if task.template.endswith(":") and not policy.tokenizer.chat_template else ""
-    rows = policy.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
-    rows = [[*row, end_of_response(policy, task)] for row in rows]
-    for prompt, row, response in zip(prompts, rows, responses):
-        length = len(prompt) + len(row)
-        refuse_too_long(policy, length, f"a prompt and its expert response, {length} tokens,", response)
-    ids, mask = (x.unsqueeze(1).to(policy.device) for x in padded(rows))  # (B, T) -> (B, 1, T)
-    return Rollouts(prompts, ids, mask, torch.zeros(ids.shape, device=policy.device), temperature)
+    A group's problems share their prompt; m is the most in a group, and rows that a group lacks have no tokens. Raises
+    BadInput if a prompt and its response do not fit the model's context."""
+    firsts = [group[0] for group in groups]
+    prompts = encode_prompts(policy, task, firsts, 1)
+    plain = not policy.tokenizer.chat_template
+    space = " " if plain and not reads_characters(policy) and not plain_text(policy, task, "?")[-1:].isspace() else ""
+    solutions = [problem.solution for group in groups for problem in group]
+    rows = policy.tokenizer([space + solution for solution in solutions], add_special_tokens=False).input_ids
+    end, m = end_of_response(policy, task), max(map(len, groups))
+    rows = iter([*row, end] for row in rows)
+    table = [[next(rows) if i < len(group) else [] for i in range(m)] for group in groups]
+    for prompt, row, group in zip(prompts, table, groups):
+        for problem, ids in zip(group, row):
+            length = len(prompt) + len(ids)
+            what = f"a prompt and its expert response, {length} tokens,"
+            refuse_too_long(policy, length, what, problem.solution)
+    ids, mask = (x.unflatten(0, (-1, m)).to(policy.device) for x in padded([ids for row in table for ids in row]))
+    return Rollouts(prompts, ids, mask, torch.zeros(ids.shape, device=policy.device), temperature)  # (B, m, T) each
 
 
 # --- The embedded policy. What is in TINY, in the task's problems and in its warm-start recipe decides the weights. ---
@@ -150,7 +172,7 @@ def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
     """Where the warm-started `tiny` policy for this task lies, named by a hash of its recipe; see `cached`."""
     if task.warm_start is None:
         raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
-    problems = [(problem.prompt, problem.solution) for problem in task.warm_start_problems or task.train]
+    problems = [[(problem.prompt, problem.solution) for problem in group] for group in warm_start_groups(task)]
     key = hashlib.sha256(json.dumps([TINY, seed, task.warm_start, problems]).encode()).hexdigest()[:12]
     name = f"tiny-{task.name.replace('/', '-')}-{key}"
     return cached(name, lambda folder: save_policy(warm_start(task, seed), folder))
@@ -179,6 +201,11 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
                 raise
 
 
+def warm_start_groups(task: Task) -> Sequence[tuple[Problem, ...]]:
+    """What `tiny` is warm-started on; see `Task.warm_start_problems`."""
+    return task.warm_start_problems or [(problem,) for problem in task.train]
+
+
 def warm_start(task: Task, seed: int = 0) -> Policy:
     """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and threads."""
     tokenizer = tiny_tokenizer()
@@ -195,13 +222,16 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
     others = [p for p in policy.model.parameters() if p not in momenta]
     optimizer = torch.optim.AdamW(others, lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=recipe["steps"])
+    groups = warm_start_groups(task)
     bar = tqdm(range(recipe["steps"]), desc=f"warm-starting tiny on {task.name} (once)", unit="step")
     for _ in bar:
-        problems = rng.choices(task.warm_start_problems or task.train, k=recipe["batch"])
+        batch = rng.choices(groups, k=recipe["batch"])
+        problems = [problem for group in batch for problem in group]
+        weight = torch.tensor([1 / len(group) for group in batch for _ in group]).unsqueeze(-1)  # (R, 1)
         prompts = tokenizer([problem.prompt for problem in problems]).input_ids
         solutions = [with_slips(problem.solution, recipe.get("slips", 0.0), rng) for problem in problems]
         ids, mask = padded(tokenizer([solution + tokenizer.eos_token for solution in solutions]).input_ids)
-        loss = -response_log_probs(policy, prompts, ids, mask)[mask].mean()
+        loss = -(weight * response_log_probs(policy, prompts, ids, mask)).sum() / (weight * mask).sum()
         policy.model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
