@@ -120,6 +120,21 @@ def write_json(path: str | None, machine: dict, results) -> None:
         Path(path).write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
 
+def records_json(facts: dict) -> str:
+    """The facts as JSON that reads well in a diff: a line for each record of a list and each entry of a dict."""
+    parts = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            rows, ends = [f"{json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()], "{}"
+        elif isinstance(value, list):
+            rows, ends = [json.dumps(row) for row in value], "[]"
+        else:
+            parts.append(f"{json.dumps(name)}: {json.dumps(value)}")
+            continue
+        parts.append(f"{json.dumps(name)}: {ends[0]}\n" + ",\n".join(f"  {row}" for row in rows) + f"\n{ends[1]}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def tiny_policy(
     device: str, hidden: int = 192, layers: int = 4, vocabulary: int | None = None, stop: int = 0
 ) -> common.Policy:
