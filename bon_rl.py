@@ -33,8 +33,8 @@ from verifiers import BadInput
 # Table 2 of the paper (Gemma 2 2B), for --preset paper
 PAPER = {
     "lr": 3e-6, "warm_up_steps": 100, "lr_decay": False, "value_lr": 1e-5, "anchor_rate": 0.01, "steps": 2500,
-    "prompts_per_step": 32, "temperature": 1.0, "kl_coef": 1.0, "kl_coef_end": 0.075, "kl_delay": 10, "kl_anneal_steps": 2500,
-    "estimator": "variational", "baseline": "value",
+    "prompts_per_step": 32, "temperature": 1.0, "kl_coef": 1.0, "kl_coef_end": 0.075, "kl_delay": 10,
+    "kl_anneal_steps": 2500, "estimator": "variational", "baseline": "value",
 }  # fmt: skip
 
 

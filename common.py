@@ -412,7 +412,7 @@ def policy_gradient_step(
     """`epochs` optimiser steps on the same rollouts, PPO-clipped by `clip` if there are several (Tang).
 
     advantages: (B, n), sum convention. average_gradients: what several processes do before gradients are clipped.
-    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (the share of rows with one), and skipped: 1
+    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (the share of such rows), and skipped: 1
     if the gradient was not finite and the policy stayed as it was. Raises BadInput if memory lacks for one row."""
     skipped, parameters, longest = 0, list(policy.model.parameters()), int(rollouts.lengths().max())
     for _ in range(epochs):

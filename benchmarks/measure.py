@@ -25,26 +25,32 @@ import common
 import harness.policy
 
 
-def describe_machine(threads: int, *packages: str) -> dict:
-    """Set the number of threads; print and return what the numbers below depend on. packages: peers, by name."""
-    torch.set_num_threads(threads)
+def machine(threads: int, *packages: str) -> dict:
+    """What numbers depend on. packages: peers, by name."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    machine = {
+    return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "load": round(load, 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **versions,
     }
+
+
+def describe_machine(threads: int, *packages: str) -> dict:
+    """Set the number of threads; print and return what the numbers below depend on. packages: peers, by name."""
+    torch.set_num_threads(threads)
+    found = machine(threads, *packages)
     print(
-        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']} at the start; {machine['threads']} "
-        f"thread(s); GPU: {machine['gpu'] or 'none'}"
+        f"{found['cpu']}, {found['cores']} cores, load {found['load']} at the start; {found['threads']} "
+        f"thread(s); GPU: {found['gpu'] or 'none'}"
     )
-    print(", ".join(f"{name} {machine[name]}" for name in ("python", *versions)) + "\n")
-    return machine
+    names = ("python", "torch", "transformers", *packages)
+    print(", ".join(f"{name} {found[name]}" for name in names) + "\n")
+    return found
 
 
 def cpu_name() -> str:

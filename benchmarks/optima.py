@@ -10,7 +10,6 @@ Tries are independent. Tang: arXiv 2503.19595; Chow: 2412.15287; MaxRL: 2602.027
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -10,12 +10,11 @@ scripts' own settings, 150 steps of 256 samples (16 prompts x 16, or as many in 
 falls from 2e-4 to 0. A run that was stopped is resumed, a finished one not made again.
 
 Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
-without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike;
-exact.json lies beside the run.
-predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory says of the optima.
-These are limits, not where 150 steps end: so the verdict is on the sign of what the claim says, and beside it stands the
-share of the predicted change that was reached. Differences are paired by seed; ± is a 95% confidence interval over
-seeds (Student's t). Writes results.json, tables and the measured points of frontier.py to --out.
+without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike; exact.json
+lies beside the run. predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory
+says of the optima. These are limits, not where 150 steps end: so the verdict is on the sign of what the claim says, and
+beside it stands the share of the predicted change that was reached. Differences are paired by seed; ± is a 95%
+confidence interval over seeds (Student's t). Writes results.json, tables and the measured points of frontier.py to --out.
 """
 
 import datetime
@@ -277,7 +276,7 @@ def the_task():
 
 @functools.cache
 def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
-    """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level -> value.
+    """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric, level -> value.
 
     bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, how often the winner among N is not listed;
     AUC within problems, the verifier's and that of q on the very same samples. It is sampled, unlike all else, because
@@ -356,8 +355,8 @@ def run_folder(out: Path, name: str, seed: int, words: str | None = None) -> Pat
 
 
 class Runs:
-    """Makes runs, several at a time. A failure is kept in `failed` and stops no other. What is run, in which stages and
-    how it is evaluated are methods, which real_model.py replaces."""
+    """Makes runs, several at a time. A failure is kept in `failed` and stops no other. What is run, in which stages,
+    when it is done and what is kept of it are methods, which real_model.py replaces."""
 
     threads = 1
 
@@ -368,8 +367,14 @@ class Runs:
     def command(self, name: str, seed: int) -> str:
         return command(name, seed)
 
-    def evaluation(self, name: str, seed: int, folder: Path) -> dict:
-        return evaluation(name, seed, folder)
+    def done(self, name: str, seed: int) -> bool:
+        return (run_folder(self.out, name, seed, self.command(name, seed)) / "exact.json").exists()
+
+    def keep(self, name: str, seed: int, folder: Path) -> None:
+        """Evaluate a finished run, and leave what marks it as done."""
+        (folder / "exact.unfinished").write_text(json.dumps(evaluation(name, seed, folder)))
+        os.replace(folder / "exact.unfinished", folder / "exact.json")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
 
     def stages(self) -> list[list[tuple[str, int]]]:
         """(name, seed) of all runs; those of a stage wait for the one before."""
@@ -379,7 +384,7 @@ class Runs:
         """Run, or resume, and evaluate what is not done yet of one run."""
         words = self.command(name, seed)
         folder = run_folder(self.out, name, seed, words)
-        if (folder / "exact.json").exists() or self.stopping:
+        if self.done(name, seed) or self.stopping:
             return
         script, *flags = shlex.split(words)
         log = self.out / "logs" / f"{folder.name}.txt"
@@ -401,10 +406,7 @@ class Runs:
             self.failed.append(f"{folder.name}: see {log}")
             return
         with self.evaluating:  # loading a model is not for several threads
-            result = json.dumps(self.evaluation(name, seed, folder))
-        (folder / "exact.unfinished").write_text(result)
-        os.replace(folder / "exact.unfinished", folder / "exact.json")
-        (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
+            self.keep(name, seed, folder)
 
     def make_all(self) -> None:
         """All of them, seed by seed, warm starts first. On Ctrl-C the runs save what they have, and KeyboardInterrupt

@@ -6,8 +6,8 @@
 Bandit: 4 arms, all 4^8 draws of 8 samples, k = 4, float64.
 
 Network: on `suspects` J_k is a function of the log-probs of the names a prompt lists, so that autograd gives its
-gradient in parameter space without sampling. So it does for the mean of an estimator that sees rewards of 0 and 1 only: with y
-the hidden answer and c of n samples right,
+gradient in parameter space without sampling. So it does for the mean of an estimator that sees rewards of 0 and 1 only:
+with y the hidden answer and c of n samples right,
 
     E[ sum_i A_i grad log pi(y_i) ] = w(pi_y) grad log pi(y),    w(p) = E_c[ A(right) - A(wrong) p / (1-p) ]
 
@@ -293,8 +293,8 @@ def main(args: Args) -> None:
     if args.draws:
         results["network"] = network_moments("tiny", args.draws)
         print(
-            f"tiny on suspects, {args.draws} draws of 14 prompts x {SAMPLES}: exact bias, in lengths of the gradient of\n"
-            "what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate, in lengths\n"
+            f"tiny on suspects, {args.draws} draws of 14 prompts x {SAMPLES}: exact bias, in lengths of the gradient\n"
+            "of what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate, in lengths\n"
             "of its mean; mean cosine of one estimate with the gradient of pass@8\n"
         )
         rows = []

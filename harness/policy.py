@@ -84,7 +84,7 @@ def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_
 
 
 def reads_characters(policy: Policy) -> bool:
-    """Whether each token is one character, special ones aside: so `tiny`'s are, also where it is loaded from a folder."""
+    """Whether each token but special ones is a character: as `tiny`'s are, also where it is loaded from a folder."""
     special = set(policy.tokenizer.all_special_tokens)
     return all(len(token) == 1 for token in policy.tokenizer.get_vocab() if token not in special)
 

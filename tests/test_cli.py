@@ -29,7 +29,9 @@ def test_a_run_from_start_to_end(script, uninterrupted):
     assert [r["step"] for r in log if "eval" in r] == [0, 3, 6] and [r["step"] for r in steps_of(folder)] == [
         *range(1, 7)
     ]
-    keys = {"reward", "loss", "grad_norm", "nonzero_advantage"} | ({metric} if script != "bon_sft.py" else {"expert_reward"})
+    keys = {"reward", "loss", "grad_norm", "nonzero_advantage"} | (
+        {metric} if script != "bon_sft.py" else {"expert_reward"}
+    )
     assert all(keys <= r.keys() for r in steps_of(folder))
     assert metric in out and " -> " in out
     assert (folder / "curves.png").stat().st_size > 10_000

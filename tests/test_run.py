@@ -166,7 +166,9 @@ def spied(skilled, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_copy_of_the_policy_is_kept_where_a_kl_is_asked_for_alone(name, spied):
     spies, log = spied(name)
-    assert spies.copies == 0 and not any("kl" in record for record in log) and any(r["nonzero_advantage"] > 0 for r in log)
+    assert (
+        spies.copies == 0 and not any("kl" in record for record in log) and any(r["nonzero_advantage"] > 0 for r in log)
+    )
     rewards_alone = spies.trained
     spies, log = spied(name, log_kl=True)
     assert spies.copies == 1 and log[-1]["kl"] > 1e-4 and spies.kl == []
