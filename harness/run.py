@@ -123,6 +123,8 @@ def check_args(args) -> None:
         raise BadInput(f"--prompts-per-step must be a multiple of the {size} processes, not {args.prompts_per_step}")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
+    if getattr(args, "estimator", "") == "biased" and args.k == 1:
+        raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
     if (getattr(args, "kl_coef", 0) or getattr(args, "kl_coef_end", None)) and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
 
@@ -168,7 +170,7 @@ class Run:
                 self.encoded(problems)
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
         self.state = {"policy": self.policy.model, "optimizer": self.optimizer}
-        self.progress = {"step": 0, "history": [], "skipped_in_a_row": 0}
+        self.progress = {"step": 0, "history": [], "skipped_in_a_row": 0, "steps_with_signal": 0}
         self.bar = tqdm(disable=True)
         if args.tensorboard:
             try:
@@ -294,6 +296,12 @@ class Run:
         self.write("timings.jsonl", timings)
         values = record | timings
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
+        self.progress["steps_with_signal"] += record["signal"] > 0
+        if step == 20 and not self.progress["steps_with_signal"]:
+            look = (
+                "look at the responses with --show-samples 5, and at --temperature, --max-new-tokens and the verifier"
+            )
+            tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {look}")
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
             mend = f"raise --temperature if it is below 1, or look at the weights of --model {self.args.model!r}"

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 
 import common
 import harness.policy
@@ -20,7 +21,7 @@ def policy_with(template: str | None, stops: list[str]) -> common.Policy:
     tokenizer = harness.policy.tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
     tokenizer.chat_template = template
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=100), device="cpu")
+    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=100), device="cpu")
     return common.Policy(model, tokenizer, sorted(tokenizer.convert_tokens_to_ids(stops)))
 
 
@@ -37,7 +38,7 @@ def test_an_experts_response_ends_as_the_policys_own_would(template, stops, end)
     policy = policy_with(template, stops)
     problems = [Problem("1+1?", "2", "2"), Problem("6+6?", "12", "12")]
     prompts = harness.policy.encode_prompts(policy, TASK, problems, 8)
-    experts = harness.policy.expert_rollouts(policy, TASK, prompts, [problem.solution for problem in problems])
+    experts = harness.policy.expert_rollouts(policy, TASK, prompts, [[problem] for problem in problems])
     texts = [policy.tokenizer.decode(ids[mask]) for ids, mask in zip(experts.ids[:, 0], experts.mask[:, 0])]
     space = "" if template else " "
     assert texts == [f"{space}2{end}", f"{space}12{end}"]
