@@ -137,16 +137,15 @@ def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, 
         for name in ("response", "answer"):
             if not (isinstance(row.get(name), str) and row[name] or name == "answer" and row.get(name) is None):
                 raise BadInput(f"{path}, row {number}: the {name} must be a text, not {str(row[name])[:40]!r}")
-    tried = [
-        (row, problem) for row in rows if row.get("answer") is None for problem in of_prompt[row["problem"]].values()
-    ]
-    rewards = (
-        task.verify([problem for _, problem in tried], [[row["response"]] for row, _ in tried]).rewards if tried else []
-    )
-    right = {id(row): problem for (row, problem), (reward,) in reversed([*zip(tried, rewards)]) if reward > 0}
+    pairs = [(row, problem) for row in rows for problem in of_prompt[row["problem"]].values()]
+    rewards = task.verify([problem for _, problem in pairs], [[row["response"]] for row, _ in pairs]).rewards  # (., 1)
+    solved: dict[int, str] = {}  # row -> the answer of the first problem that its response solves
+    for (row, problem), reward in zip(pairs, rewards):
+        if reward > 0:
+            solved.setdefault(id(row), problem.answer)
     for row in rows:
-        problem = right.get(id(row)) or next(iter(of_prompt[row["problem"]].values()))
-        answer = problem.answer if row.get("answer") is None else row["answer"]
+        problem = next(iter(of_prompt[row["problem"]].values()))
+        answer = row.get("answer") or solved.get(id(row), problem.answer)
         result.setdefault(problem.prompt, []).append(replace(problem, answer=answer, solution=row["response"]))
     return result
 
@@ -163,7 +162,6 @@ def main(args: Args) -> None:
     run = Run(args, args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
     policy, task, ks = run.policy, run.task, sizes_up_to(args.eval_n, args.eval_N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
-
     experts = experts_of(args.experts, task, run.train) if args.experts and args.steps else {}
 
     def groups_of(problems) -> list[list[Problem]]:

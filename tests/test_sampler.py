@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import ROOT
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import common
@@ -418,3 +419,28 @@ def test_log_ratios_are_those_of_the_temperature_that_was_sampled_at(policy):
     actual = common.log_ratios(policy, other, rollouts)
     assert actual.abs().max() > 0.01
     torch.testing.assert_close(actual, expected.detach() * rollouts.mask, atol=2e-5, rtol=1e-4)
+
+
+LITTLE_MEMORY = """
+import resource, sys, torch, common
+sys.path.insert(0, "tests")
+from test_sampler import random_policy
+policy = random_policy("llama", vocabulary=50_000)
+prompts, policy.sample_rows = [[5, 6, 7]] * 8, 64
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 30 * 2**20, -1))
+rollouts = common.sample(policy, prompts, 8, 4, generator=torch.Generator().manual_seed(0))
+assert rollouts.ids.shape[:2] == (8, 8)
+print("rows", policy.sample_rows)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux")
+def test_memory_that_really_runs_out_on_the_cpu_halves_the_rows():
+    """In a process whose address space is limited: 64 rows of 50,000 logits do not fit, some of them do."""
+    ended = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (
+        1 <= int(ended.stdout.split("rows ")[1]) < 64
+        and "out of memory: going on with sample_rows" in ended.stderr + ended.stdout
+    )
