@@ -22,9 +22,11 @@ from verifiers import BadInput, Problem, Task
 from .parallel import in_first_process
 
 
-def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpointing: bool = False) -> Policy:
+def load_policy(
+    name: str, task: Task, device: str = "auto", gradient_checkpointing: bool = False, chat: bool = True
+) -> Policy:
     """The policy: "tiny" (warm-started on `task`, cached), "tiny-S" (the same from seed S), or a Hugging Face causal LM
-    by hub id or folder.
+    by hub id or folder, without its chat template unless `chat`.
 
     Weights are float32; on CUDA they are used under bfloat16 autocast. Dropout is off for good: the log-probs that
     training differentiates must be those of the distribution that was sampled from. Raises BadInput."""
@@ -38,13 +40,13 @@ def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpoint
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"cannot load --model {name!r} on device {device!r}: {reason}") from error
-    stop_ids = model.generation_config.eos_token_id if model.generation_config else None
-    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    stop_ids = ends_of_response(tokenizer, model.generation_config)
     if not stop_ids:
         raise BadInput(f"--model {name!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model, tokenizer, sorted(stop_ids))
+    policy = Policy(model, tokenizer, stop_ids)
     ids = torch.tensor([[policy.stop_ids[0], 0, 1]], device=model.device)
     with torch.no_grad():  # whether the model does more between its last hidden state and its logits than we know of
         hidden = getattr(model.base_model(ids), "last_hidden_state", None)
@@ -59,22 +61,62 @@ def save_policy(policy: Policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def chat(problem: Problem, task: Task, response: str | None = None) -> list[dict]:
-    """A chat's turns: the user's, with the problem and the task's instruction, and the response, if there is one."""
-    turns = [{"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}".strip()}]
-    return turns if response is None else [*turns, {"role": "assistant", "content": response}]
+def chat(tokenizer) -> tuple[str, str, str]:
+    """A user's and an assistant's turn as the chat template writes them: what the assistant reads, with {prompt} for
+    the user's words; the whitespace, if any, between that and a response; and what follows a response.
+
+    Raises BadInput if the template fails, or does not write the user's words."""
+    turns = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{response}"}]
+    try:
+        read = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).partition("{response}")
+    except Exception as error:  # a template is a program of the model's, which may raise anything
+        why = str(error).partition("\n")[0]
+        raise BadInput(f"the chat template cannot be rendered ({why}): mend it, or ignore it by --no-chat") from error
+    if "{prompt}" not in read:
+        raise BadInput("the chat template does not write the user's text: mend it, or ignore it by --no-chat")
+    gap = before.removeprefix(
+        read
+    )  # a thinking model's template writes an empty thought here, which is not ours to say
+    return read, gap if gap.isspace() else "", after
+
+
+def ends_of_response(tokenizer, generation_config) -> list[int]:
+    """The tokens that end a response, first the one that ends an expert's: what the chat template writes behind an
+    assistant's turn, its first added token that is not whitespace (Qwen: <|im_end|>); the end-of-sequence tokens."""
+    after = tokenizer(chat(tokenizer)[2], add_special_tokens=False).input_ids if tokenizer.chat_template else []
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    eos = generation_config.eos_token_id if generation_config else None
+    ends = [*[i for i in after if i in added][:1], tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    return [i for i in dict.fromkeys(ends) if i is not None]
+
+
+def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
+    """The text that a policy reads of each problem, and the whitespace that stands between it and a response.
+
+    A chat template, if there is one, is asked for both. A tokenizer of characters (`tiny`) reads the prompt alone,
+    others read the task's template; a space follows a word."""
+    if tokenizer.chat_template:
+        read, gap, _ = chat(tokenizer)
+        words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
+        return [read.replace("{prompt}", text) for text in words], [gap] * len(words)
+    if len(tokenizer.tokenize("answer")) == len("answer"):
+        return [problem.prompt for problem in problems], [""] * len(problems)
+    texts = [task.template.replace("{prompt}", problem.prompt) for problem in problems]
+    return texts, ["" if text[-1:].isspace() else " " for text in texts]
 
 
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt: by the tokenizer's chat template if it has one, else by the task's plain template.
+    """Token ids of each prompt, see `texts_read`. The special tokens are those that the chat template writes, if there
+    is one, else those that the tokenizer puts in front.
 
     Raises BadInput if a prompt and its response would not fit the model's context."""
-    if policy.tokenizer.chat_template:
-        turns = [chat(problem, task) for problem in problems]
-        texts = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        prompts = policy.tokenizer(texts, add_special_tokens=False).input_ids  # the template has written them
-    else:
-        prompts = policy.tokenizer([task.template.replace("{prompt}", p.prompt) for p in problems]).input_ids
+    if not problems:
+        return []
+    texts, special = texts_read(policy.tokenizer, task, problems)[0], not policy.tokenizer.chat_template
+    coded = policy.tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True)
+    behind = [[*mask[::-1], 0].index(0) for mask in coded.special_tokens_mask]  # an end token would end the prompt
+    prompts = [ids[: len(ids) - count] for ids, count in zip(coded.input_ids, behind)]
     for problem, ids in zip(problems, prompts):
         if not ids:
             raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
@@ -90,27 +132,15 @@ def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
         raise BadInput(f"{what} exceed the model's context of {context}: {text[:40]!r} (shorten it or remove it)")
 
 
-def end_of_response(policy: Policy, task: Task) -> int:
-    """The token that ends a response: what ends the assistant's turn in the chat template (Gemma: <end_of_turn>), else
-    the end-of-sequence token."""
-    if policy.tokenizer.chat_template:
-        text = policy.tokenizer.apply_chat_template(chat(Problem("?", ""), task, "!"), tokenize=False)
-        ends = [i for i in policy.tokenizer(text, add_special_tokens=False).input_ids if i in policy.stop_ids]
-        if ends:
-            return ends[-1]
-    end = policy.tokenizer.eos_token_id
-    return policy.stop_ids[0] if end is None else end
-
-
 def expert_rollouts(
     policy: Policy, task: Task, prompts: list[list[int]], responses: Sequence[str], temperature: float = 1.0
 ) -> Rollouts:
     """Given responses as rollouts, one to each prompt, with an end token behind; log_probs are 0: (B, 1, T).
 
     Raises BadInput if a prompt and its response do not fit the model's context."""
-    space = " " if task.template.endswith(":") and not policy.tokenizer.chat_template else ""
+    _, (space,) = texts_read(policy.tokenizer, task, [Problem("?", "")])
     rows = policy.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
-    rows = [[*row, end_of_response(policy, task)] for row in rows]
+    rows = [[*row, policy.stop_ids[0]] for row in rows]
     for prompt, row, response in zip(prompts, rows, responses):
         length = len(prompt) + len(row)
         refuse_too_long(policy, length, f"a prompt and its expert response, {length} tokens,", response)

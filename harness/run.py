@@ -39,6 +39,7 @@ class RunArgs:
 
     model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems, instead of its default source
+    chat: bool = True  # prompt by the model's chat template, if it has one (--no-chat: a base model that ships one)
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
     levels: tuple[int, ...] = ()  # difficulty levels to train and evaluate on (default: all)
     temperature: float = 1.0  # of sampling and of the log-probs that are differentiated, also in evaluation
@@ -158,7 +159,7 @@ class Run:
         self.train = problems_at(self.task.train, args.levels, "training") if args.steps else []
         self.test = evaluation_problems(problems_at(self.task.test, args.levels, "held-out"), args.eval_problems)
         self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
-        self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing)
+        self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing, args.chat)
         self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
         if args.show_prompt:
             print(self.policy.tokenizer.decode(self.encoded(self.train[:1])[0]))
