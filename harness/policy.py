@@ -22,9 +22,7 @@ from verifiers import BadInput, Problem, Task
 from .parallel import in_first_process
 
 
-def load_policy(
-    name: str, task: Task, device: str = "auto", gradient_checkpointing: bool = False, chat: bool = True
-) -> Policy:
+def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=False, chat=True) -> Policy:
     """The policy: "tiny" (warm-started on `task`, cached), "tiny-S" (the same from seed S), or a Hugging Face causal LM
     by hub id or folder, without its chat template unless `chat`.
 
@@ -41,8 +39,7 @@ def load_policy(
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"cannot load --model {name!r} on device {device!r}: {reason}") from error
     tokenizer.chat_template = tokenizer.chat_template if chat else None
-    stop_ids = ends_of_response(tokenizer, model.generation_config)
-    if not stop_ids:
+    if not (stop_ids := ends_of_response(tokenizer, model.generation_config)):
         raise BadInput(f"--model {name!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -75,9 +72,7 @@ def chat(tokenizer) -> tuple[str, str, str]:
         raise BadInput(f"the chat template cannot be rendered ({why}): mend it, or ignore it by --no-chat") from error
     if "{prompt}" not in read:
         raise BadInput("the chat template does not write the user's text: mend it, or ignore it by --no-chat")
-    gap = before.removeprefix(
-        read
-    )  # a thinking model's template writes an empty thought here, which is not ours to say
+    gap = before.removeprefix(read)  # some templates write an empty thought here, which a response need not repeat
     return read, gap if gap.isspace() else "", after
 
 
@@ -100,10 +95,9 @@ def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list
         read, gap, _ = chat(tokenizer)
         words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
         return [read.replace("{prompt}", text) for text in words], [gap] * len(words)
-    if len(tokenizer.tokenize("answer")) == len("answer"):
-        return [problem.prompt for problem in problems], [""] * len(problems)
-    texts = [task.template.replace("{prompt}", problem.prompt) for problem in problems]
-    return texts, ["" if text[-1:].isspace() else " " for text in texts]
+    characters = len(tokenizer.tokenize("answer")) == len("answer")
+    texts = [("{prompt}" if characters else task.template).replace("{prompt}", problem.prompt) for problem in problems]
+    return texts, ["" if characters or text[-1:].isspace() else " " for text in texts]
 
 
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
@@ -113,7 +107,7 @@ def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_
     Raises BadInput if a prompt and its response would not fit the model's context."""
     if not problems:
         return []
-    texts, special = texts_read(policy.tokenizer, task, problems)[0], not policy.tokenizer.chat_template
+    (texts, _), special = texts_read(policy.tokenizer, task, problems), not policy.tokenizer.chat_template
     coded = policy.tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True)
     behind = [[*mask[::-1], 0].index(0) for mask in coded.special_tokens_mask]  # an end token would end the prompt
     prompts = [ids[: len(ids) - count] for ids, count in zip(coded.input_ids, behind)]

@@ -267,20 +267,24 @@ class Run:
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-        """The verifier's verdict on n responses to each of B problems, with the seconds it took.
+        """The verifier's verdict on n responses to each of B problems, with the seconds it took. All processes call it.
 
         A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint."""
-        began = time.perf_counter()
+        began, failure, none = time.perf_counter(), None, torch.zeros(0, self.args.eval_n)
         try:
-            verdict = self.task.verify(problems, responses)
+            verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
             for name in ("rewards", "scores"):
                 for b, i in (~getattr(verdict, name).isfinite()).nonzero().tolist():
                     what = f"the verifier of {self.task.name} gave {name} that are not finite numbers, one of them to"
                     raise BadInput(f"{what} {responses[b][i][:40]!a}: mend it, and --resume {self.folder}")
-        except Exception:
-            self.save()
-            raise
-        verdict.seconds = time.perf_counter() - began
+            verdict.seconds = time.perf_counter() - began
+        except Exception as error:
+            failure = error
+        reasons = from_all(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
+        if any(reasons):
+            in_first_process(self.save)  # the first process to die takes the others with it
+            why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+            raise failure or BadInput(f"the verifier raised in {why} (mend it, and --resume {self.folder})")
         return verdict
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
@@ -323,8 +327,8 @@ class Run:
         args, (rank, processes), problems = self.args, world(), share(self.test)
         generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
         prompts, T = self.encoded(problems), args.temperature
-        responses = decode(self.policy, sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator))
-        verdict = self.verdict(problems, responses)
+        samples = prompts and sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator)
+        verdict = self.verdict(problems, responses := samples and decode(self.policy, samples))
         if rank == 0:
             report.show_samples(problems, responses, verdict.rewards, args.show_samples)
         verdicts, counts = from_all(verdict), merged({}, verdict.counts)
