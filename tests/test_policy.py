@@ -161,8 +161,8 @@ def test_a_tokenizer_of_characters_reads_the_prompt_alone(behind):
 
 
 def test_whitespace_among_the_added_tokens_does_not_end_a_turn():
-    """Gemma's newlines are added tokens, too; the first other one ends a turn, special or not."""
-    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "\n\n[end]"), QWEN)
+    """Gemma has newlines as added tokens. The first other one ends a turn, special or not; what follows does not."""
+    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "\n\n[end]<|im_start|>"), QWEN)
     tokenizer.add_tokens(["\n\n", "[end]"])
     assert tokenizer.convert_ids_to_tokens(policy_of(tokenizer).stop_ids) == ["[end]", "<|endoftext|>"]
 
