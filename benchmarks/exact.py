@@ -47,7 +47,7 @@ def candidate_log_probs(
     values = []
     for i in range(0, len(pairs), rows):
         prompt_ids, responses = zip(*pairs[i : i + rows])
-        rollouts = expert_rollouts(policy, task, list(prompt_ids), responses)
+        rollouts = expert_rollouts(policy, task, list(prompt_ids), [[Problem("", "", line)] for line in responses])
         ids, mask = rollouts.ids.squeeze(1), rollouts.mask.squeeze(1)  # (R, 1, T) -> (R, T)
         log_probs = common.response_log_probs(policy, rollouts.prompts, ids, mask, temperature)
         values.append(log_probs.double().sum(-1).cpu())  # (R,)

@@ -33,9 +33,9 @@ from verifiers import BadInput, Problem, Task
 from .parallel import in_first_process
 
 
-def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpointing: bool = False) -> Policy:
+def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=False, chat=True) -> Policy:
     """The policy: "tiny" (warm-started on `task`, cached), "tiny-S" (the same from seed S), or a Hugging Face causal LM
-    by hub id or folder.
+    by hub id or folder, without its chat template unless `chat`.
 
     Weights are float32; on CUDA they are used under bfloat16 autocast. Dropout is off for good: the log-probs that
     training differentiates must be those of the distribution that was sampled from. Raises BadInput."""
@@ -52,14 +52,13 @@ def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpoint
     except Exception as error:  # transformers, the hub and the device raise many types
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"cannot load --model {name!r} on device {device!r}: {reason}") from error
-    stop_ids = model.generation_config.eos_token_id if model.generation_config else None
-    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
-    if not stop_ids:
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    if not (stop_ids := ends_of_response(tokenizer, model.generation_config)):
         raise BadInput(f"--model {name!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise BadInput(f"--model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model knows {rows} of them")
-    policy = Policy(model, tokenizer, sorted(stop_ids))
+    policy = Policy(model, tokenizer, stop_ids)
     try:
         trouble = disagreement(policy)
     except Exception as error:
@@ -123,22 +122,59 @@ def save_policy(policy: Policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def chat(problem: Problem, task: Task, response: str | None = None) -> list[dict]:
-    """A chat's turns: the user's, with the problem and the task's instruction, and the response, if there is one."""
-    turns = [{"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}".strip()}]
-    return turns if response is None else [*turns, {"role": "assistant", "content": response}]
+def chat(tokenizer) -> tuple[str, str, str]:
+    """A user's and an assistant's turn as the chat template writes them: what the assistant reads, with {prompt} for
+    the user's words; the whitespace, if any, between that and a response; and what follows a response.
+
+    Raises BadInput if the template fails, or does not write the user's words."""
+    turns = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{response}"}]
+    try:
+        read = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).partition("{response}")
+    except Exception as error:  # a template is a program of the model's, which may raise anything
+        why = str(error).partition("\n")[0]
+        raise BadInput(f"the chat template cannot be rendered ({why}): mend it, or ignore it by --no-chat") from error
+    if "{prompt}" not in read:
+        raise BadInput("the chat template does not write the user's text: mend it, or ignore it by --no-chat")
+    gap = before.removeprefix(read)  # some templates write an empty thought here, which a response need not repeat
+    return read, gap if gap.isspace() else "", after
+
+
+def ends_of_response(tokenizer, generation_config) -> list[int]:
+    """The tokens that end a response, first the one that ends an expert's: what the chat template writes behind an
+    assistant's turn, its first added token that is not whitespace (Qwen: <|im_end|>); the end-of-sequence tokens."""
+    after = tokenizer(chat(tokenizer)[2], add_special_tokens=False).input_ids if tokenizer.chat_template else []
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    eos = generation_config.eos_token_id if generation_config else None
+    ends = [*[i for i in after if i in added][:1], tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    return [i for i in dict.fromkeys(ends) if i is not None]
+
+
+def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
+    """The text that a policy reads of each problem, and the whitespace that stands between it and a response.
+
+    A chat template, if there is one, is asked for both. A tokenizer of characters (`tiny`) reads the prompt alone,
+    others read the task's template; a space follows a word."""
+    if tokenizer.chat_template:
+        read, gap, _ = chat(tokenizer)
+        words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
+        return [read.replace("{prompt}", text) for text in words], [gap] * len(words)
+    characters = len(tokenizer.tokenize("answer")) == len("answer")
+    texts = [("{prompt}" if characters else task.template).replace("{prompt}", problem.prompt) for problem in problems]
+    return texts, ["" if characters or text[-1:].isspace() else " " for text in texts]
 
 
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt: by the tokenizer's chat template if it has one, else by the task's plain template.
+    """Token ids of each prompt, see `texts_read`. The special tokens are those that the chat template writes, if there
+    is one, else those that the tokenizer puts in front.
 
     Raises BadInput if a prompt and its response would not fit the model's context."""
-    if policy.tokenizer.chat_template:
-        turns = [chat(problem, task) for problem in problems]
-        texts = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        prompts = policy.tokenizer(texts, add_special_tokens=False).input_ids  # the template has written them
-    else:
-        prompts = policy.tokenizer([task.template.replace("{prompt}", p.prompt) for p in problems]).input_ids
+    if not problems:
+        return []
+    (texts, _), special = texts_read(policy.tokenizer, task, problems), not policy.tokenizer.chat_template
+    coded = policy.tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True)
+    behind = [[*mask[::-1], 0].index(0) for mask in coded.special_tokens_mask]  # an end token would end the prompt
+    prompts = [ids[: len(ids) - count] for ids, count in zip(coded.input_ids, behind)]
     for problem, ids in zip(problems, prompts):
         if not ids:
             raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
@@ -162,18 +198,6 @@ def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
         raise BadInput(f"{what} exceed the model's context of {min(limits)}{why}: {text[:40]!r} (shorten or remove it)")
 
 
-def end_of_response(policy: Policy, task: Task) -> int:
-    """The token that ends a response: what ends the assistant's turn in the chat template (Gemma: <end_of_turn>), else
-    the end-of-sequence token."""
-    if policy.tokenizer.chat_template:
-        text = policy.tokenizer.apply_chat_template(chat(Problem("?", ""), task, "!"), tokenize=False)
-        ends = [i for i in policy.tokenizer(text, add_special_tokens=False).input_ids if i in policy.stop_ids]
-        if ends:
-            return ends[-1]
-    end = policy.tokenizer.eos_token_id
-    return policy.stop_ids[0] if end is None else end
-
-
 def expert_rollouts(
     policy: Policy, task: Task, prompts: list[list[int]], groups: Sequence[Sequence[Problem]], temperature: float = 1.0
 ) -> Rollouts:
@@ -181,18 +205,17 @@ def expert_rollouts(
     Returns (B, m, T), m the size of the largest group; the rows that a smaller one lacks have no token.
 
     Raises BadInput if a prompt and its response do not fit the model's context."""
-    space = " " if task.template.endswith(":") and not policy.tokenizer.chat_template else ""
-    texts = [space + problem.solution for group in groups for problem in group]
-    ends, B, m = [end_of_response(policy, task)], len(groups), max(map(len, groups))
-    encoded = iter(policy.tokenizer(texts, add_special_tokens=False).input_ids)
-    rows = []
+    problems, m = [problem for group in groups for problem in group], max(map(len, groups))
+    _, spaces = texts_read(policy.tokenizer, task, problems)
+    texts = [space + problem.solution for space, problem in zip(spaces, problems)]
+    encoded, rows = iter(policy.tokenizer(texts, add_special_tokens=False).input_ids), []
     for prompt, group in zip(prompts, groups):
-        own = [[*next(encoded), *ends] for _ in group]
+        own = [[*next(encoded), policy.stop_ids[0]] for _ in group]
         for problem, row in zip(group, own):
             length = len(prompt) + len(row)
             refuse_too_long(policy, length, f"a prompt and its expert response, {length} tokens,", problem.solution)
         rows += own + [[]] * (m - len(own))
-    ids, mask = (x.view(B, m, -1).to(policy.device) for x in padded(rows))  # (B m, T) -> (B, m, T)
+    ids, mask = (x.view(len(groups), m, -1).to(policy.device) for x in padded(rows))  # (B m, T) -> (B, m, T)
     return Rollouts(prompts, ids, mask, torch.zeros(ids.shape, device=policy.device), temperature)
 
 
