@@ -201,11 +201,6 @@ def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def recomputes_activations(model: torch.nn.Module) -> bool:
-    """Whether gradient checkpointing is enabled."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def recompute_activations(model: torch.nn.Module, on: bool) -> None:
     """Turn gradient checkpointing, if enabled, on for training or off for sampling. Transformers ties it to the
     training mode of the checkpointed modules."""
@@ -244,7 +239,7 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     differentiated (a linear layer updates its state in place), and activations must not be recomputed, which rules a
     cache out."""
     plain = (type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in CompactCache(config=model.config).layers)
-    return all(plain) and not recomputes_activations(model)
+    return all(plain) and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @torch.no_grad()

@@ -124,10 +124,10 @@ def check_args(args) -> None:
         raise BadInput(f"--prompts-per-step must be a multiple of the {size} processes, not {args.prompts_per_step}")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
-    if getattr(args, "estimator", "") == "biased" and args.k == 1:
-        raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
     if (getattr(args, "kl_coef", 0) or getattr(args, "kl_coef_end", None)) and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
+    if getattr(args, "estimator", "") == "biased" and args.k == 1:
+        raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
 
 
 def random_numbers(device: torch.device, *what) -> torch.Generator:
@@ -303,9 +303,7 @@ class Run:
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
         self.progress["steps_with_signal"] += record["signal"] > 0
         if step == 20 and not self.progress["steps_with_signal"]:
-            look = (
-                "look at the responses with --show-samples 5, and at --temperature, --max-new-tokens and the verifier"
-            )
+            look = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
             tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {look}")
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
