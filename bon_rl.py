@@ -168,27 +168,38 @@ class ValueNetwork(torch.nn.Module):
     def __init__(self, policy: common.Policy):
         super().__init__()
         self.base = copy.deepcopy(policy.model.base_model)
-        self.head = torch.nn.Linear(policy.model.config.hidden_size, 1, device=policy.device)
+        self.head = torch.nn.Linear(policy.model.config.get_text_config().hidden_size, 1, device=policy.device)
         torch.nn.init.zeros_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, prompts: list[list[int]]) -> torch.Tensor:
         """Values (B,) float32 of B prompts of token ids."""
-        ids, mask = common.padded(prompts)  # (B, P), filler on the right, where causal attention never looks
-        device = self.head.weight.device
-        with common.autocast(device):
-            hidden = self.base(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, P, H)
-        last = hidden[torch.arange(len(prompts)), mask.sum(-1).to(device) - 1]  # (B, H)
-        return self.head(last.float()).squeeze(-1)
+        ids = torch.zeros(len(prompts), 1, dtype=torch.int64, device=self.head.weight.device)  # (B, 1): any token
+        with common.autocast(ids.device):
+            hidden = common.response_states(self.base, prompts, ids, ids == 0)  # (B, H): at the prompt's last token
+        return self.head(hidden.float()).squeeze(-1)
 
-    def fit(self, optimizer: torch.optim.Optimizer, prompts: list[list[int]], rewards: torch.Tensor) -> float:
-        """One step towards the rewards (B,) of Best-of-N, by squared error; returns its mean before the step."""
-        loss = (self(prompts) - rewards.to(self.head.weight)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(self.parameters())
-        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+    def fit(
+        self, optimizer: torch.optim.Optimizer, policy: common.Policy, prompts: list[list[int]], rewards: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        """One step towards the rewards (B,) of Best-of-N, by squared error. Returns the values (B,) and the mean error
+        before the step, from the same pass. Micro-batches are as large as the policy's."""
+        ids, parameters = torch.zeros(len(prompts), 1, 1, dtype=torch.int64), list(self.parameters())
+        rollouts, rewards = common.Rollouts(prompts, ids, ids == 0, ids.float()), rewards.to(self.head.weight)
+
+        def gradient() -> torch.Tensor:
+            common.zero_gradients(parameters)
+            values = torch.zeros_like(rewards)
+            for batch in common.micro_batches(rollouts, torch.arange(len(prompts)), policy.micro_batch_tokens):
+                part = self(batch.prompts)[batch.of_row]  # (U,) -> (B',)
+                ((part - rewards[batch.rows]).square().sum() / len(prompts)).backward()
+                values[batch.rows] = part.detach()
+            return values
+
+        values = common.halving(policy, rollouts, gradient)  # (B,)
+        average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return loss.item()
+        return values.cpu(), (values - rewards).square().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,11 +246,13 @@ def main(args: Args) -> None:
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
         verdict = run.verdict(problems, common.decode(policy, rollouts))
         best = common.best_of_k(verdict.scores, verdict.rewards, args.N)  # (B,): reward of the winner among N
-        b = value(prompts).detach().cpu() if value else None  # (B,)
+        record, b = {f"{selected}@{args.N}": best.mean().item()}, None
+        if value:
+            target = best if args.estimator == "variational" else verdict.rewards.mean(-1)  # (B,)
+            b, record["value_loss"] = value.fit(value_optimizer, policy, prompts, target)  # (B,)
         A = advantages(verdict.rewards, verdict.scores, args.N, args.estimator, b)  # (B, n)
-        record = {f"{selected}@{args.N}": best.mean().item()}
         if anchor:
-            ratios = common.log_ratios(anchor, rollouts)  # (B, n, T)
+            ratios = common.log_ratios(policy, anchor, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
             beta = kl_coefficient(step, args.kl_coef, args.kl_coef_end, args.kl_delay, args.kl_anneal_steps)
             A = A + beta * common.kl_advantages(ratios) if beta else A
@@ -249,9 +262,6 @@ def main(args: Args) -> None:
         )
         if anchor:
             move_towards(anchor, policy, args.anchor_rate)
-        if value:
-            target = best if args.estimator == "variational" else verdict.rewards.mean(-1)  # (B,)
-            record["value_loss"] = value.fit(value_optimizer, prompts, target)
         run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
     columns += [f"pass@{args.N}"] if selected == "bon" else []

@@ -109,7 +109,7 @@ def main(args: Args) -> None:
         A = advantages(verdict.rewards, args.k, args.estimator)  # (B, n)
         record = {f"pass@{args.k}": common.pass_at_k(verdict.rewards, args.k).mean().item()}
         if initial:
-            ratios = common.log_ratios(initial, rollouts)  # (B, n, T)
+            ratios = common.log_ratios(policy, initial, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
             A = A + args.kl_coef * common.kl_advantages(ratios) if args.kl_coef else A  # Tang: J_k - beta KL
         record |= rollout_metrics(policy, rollouts, verdict, A)

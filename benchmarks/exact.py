@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import tyro
 
 import common
-from harness.policy import expert_rollouts, load_policy
+from harness.policy import encode_prompts, expert_rollouts, load_policy
 from verifiers import Problem, Task, load_task
 from verifiers.suspects import MOST, candidates, posterior
 
@@ -44,7 +44,9 @@ def candidate_log_probs(
     """
     parts = []
     for i in range(0, len(problems), prompts):
-        rollouts = expert_rollouts(policy, task, [candidates(problem) for problem in problems[i : i + prompts]])
+        some = problems[i : i + prompts]
+        groups = [candidates(problem) for problem in some]
+        rollouts = expert_rollouts(policy, task, encode_prompts(policy, task, some, task.max_new_tokens), groups)
         place = rollouts.mask.any(-1)  # (P, m): the most names of these prompts
         texts = [prompt for prompt, row in zip(rollouts.prompts, place.tolist()) for there in row if there]
         ids, mask = rollouts.ids[place], rollouts.mask[place]  # (P, m, T) -> (R, T)

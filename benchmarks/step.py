@@ -113,7 +113,7 @@ def pair(name: str, case: str, args: Args) -> tuple[list[float], list[dict]]:
 
     def prompt(problem) -> str | list[dict]:
         if peer.tokenizer.chat_template:
-            return harness.policy.chat(problem, task)
+            return [{"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}".strip()}]
         return task.template.replace("{prompt}", problem.prompt)
 
     ours = OurStep(policy(), task, problems, args.n, args.k, args.tokens, case)

@@ -39,6 +39,7 @@ class RunArgs:
 
     model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems, instead of its default source
+    chat: bool = True  # prompt by the model's chat template, if it has one (--no-chat: a base model that ships one)
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
     levels: tuple[int, ...] = ()  # difficulty levels to train and evaluate on (default: all)
     temperature: float = 1.0  # of sampling and of the log-probs that are differentiated, also in evaluation
@@ -128,6 +129,8 @@ def check_args(args) -> None:
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
     if (getattr(args, "kl_coef", 0) or getattr(args, "kl_coef_end", None)) and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
+    if getattr(args, "estimator", "") == "biased" and args.k == 1:
+        raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
 
 
 def random_numbers(device: torch.device, *what) -> torch.Generator:
@@ -169,7 +172,7 @@ class Run:
         self.train = problems_at(self.task.train, args.levels, "training") if args.steps else []
         self.test = evaluation_problems(problems_at(self.task.test, args.levels, "held-out"), args.eval_problems)
         self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
-        self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing)
+        self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing, args.chat)
         self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
         if args.show_prompt:
             print(self.policy.tokenizer.decode(self.encoded(self.train[:1])[0]))
@@ -179,7 +182,7 @@ class Run:
                 self.encoded(problems)
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
         self.state = {"policy": self.policy.model, "optimizer": self.optimizer}
-        self.progress = {"step": 0, "history": [], "skipped_in_a_row": 0}
+        self.progress = {"step": 0, "history": [], "skipped_in_a_row": 0, "steps_with_signal": 0}
         self.bar = tqdm(disable=True)
         if args.tensorboard:
             try:
@@ -278,20 +281,24 @@ class Run:
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-        """The verifier's verdict on n responses to each of B problems, with the seconds it took.
+        """The verifier's verdict on n responses to each of B problems, with the seconds it took. All processes call it.
 
         A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint."""
-        began = time.perf_counter()
+        began, failure, none = time.perf_counter(), None, torch.zeros(0, self.args.eval_n)
         try:
-            verdict = self.task.verify(problems, responses)
+            verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
             for name in ("rewards", "scores"):
                 for b, i in (~getattr(verdict, name).isfinite()).nonzero().tolist():
                     what = f"the verifier of {self.task.name} gave {name} that are not finite numbers, one of them to"
                     raise BadInput(f"{what} {responses[b][i][:40]!a}: mend it, and --resume {self.folder}")
-        except Exception:
-            self.save()
-            raise
-        verdict.seconds = time.perf_counter() - began
+            verdict.seconds = time.perf_counter() - began
+        except Exception as error:
+            failure = error
+        reasons = from_all(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
+        if any(reasons):
+            in_first_process(self.save)  # the first process to die takes the others with it
+            why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+            raise failure or BadInput(f"the verifier raised in {why} (mend it, and --resume {self.folder})")
         return verdict
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
@@ -306,6 +313,10 @@ class Run:
         self.write("timings.jsonl", timings)
         values = record | timings
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
+        self.progress["steps_with_signal"] += record["nonzero_advantage"] > 0
+        if step == 20 and not self.progress["steps_with_signal"]:
+            look = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
+            tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {look}")
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
             mend = f"raise --temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
@@ -334,8 +345,8 @@ class Run:
         args, (rank, processes), problems = self.args, world(), share(self.test)
         generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
         prompts, T = self.encoded(problems), args.temperature
-        responses = decode(self.policy, sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator))
-        verdict = self.verdict(problems, responses)
+        samples = prompts and sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator)
+        verdict = self.verdict(problems, responses := samples and decode(self.policy, samples))
         if rank == 0:
             report.show_samples(problems, responses, verdict.rewards, args.show_samples)
         verdicts, counts = from_all(verdict), merged({}, verdict.counts)

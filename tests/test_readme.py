@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def skilled(problems, tmp_path_factory):
         task = load_task(name, data and str(data))
         chosen = list({p.prompt: p for p in task.train if name != "arithmetic" or p.level == 1}.values())
         prompts = harness.policy.encode_prompts(policy, task, chosen, 8)
-        answers = [p.answer for p in chosen]
+        answers = [[replace(p, solution=p.answer)] for p in chosen]
         lessons.append(harness.policy.expert_rollouts(policy, task, prompts, answers))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
     for _ in range(60):
