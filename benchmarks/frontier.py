@@ -37,7 +37,7 @@ class Args:
 
 @functools.cache
 def curve(k: int) -> np.ndarray:
-    """pass@1 and pass@k of the frontier over the held-out prompts, from the best for k tries to that for one: (101, 2)."""
+    """pass@1 and pass@k of the frontier from the best for k tries to the best for one: (101, 2)."""
     q, weights, _ = optima.held_out()
     return optima.frontier(q, weights, k).numpy()
 

@@ -10,11 +10,12 @@ scripts' own settings, 150 steps of 256 samples (16 prompts x 16, or as many in 
 falls from 2e-4 to 0. A run that was stopped is resumed, a finished one not made again.
 
 Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
-without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike; exact.json
-lies beside the run. predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory
-says of the optima. These are limits, not where 150 steps end: so the verdict is on the sign of what the claim says, and
-beside it stands the share of the predicted change that was reached. Differences are paired by seed; ± is a 95%
-confidence interval over seeds (Student's t). Writes results.json, tables and the measured points of frontier.py to --out.
+without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike;
+exact.json lies beside the run. predictions.json, which optima.py wrote before the runs, has for each comparison what
+exact theory says of the optima. These are limits, not where 150 steps end: so the verdict is on the sign of what the
+claim says, and beside it stands the share of the predicted change that was reached. Differences are paired by seed; ±
+is a 95% confidence interval over seeds (Student's t). Writes results.json, tables and the measured points of
+frontier.py to --out.
 """
 
 import datetime
@@ -276,7 +277,7 @@ def the_task():
 
 @functools.cache
 def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
-    """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric, level -> value.
+    """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level.
 
     bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, how often the winner among N is not listed;
     AUC within problems, the verifier's and that of q on the very same samples. It is sampled, unlike all else, because

@@ -293,9 +293,9 @@ def main(args: Args) -> None:
     if args.draws:
         results["network"] = network_moments("tiny", args.draws)
         print(
-            f"tiny on suspects, {args.draws} draws of 14 prompts x {SAMPLES}: exact bias, in lengths of the gradient\n"
-            "of what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate, in lengths\n"
-            "of its mean; mean cosine of one estimate with the gradient of pass@8\n"
+            f"tiny on suspects, {args.draws} draws of 14 prompts x {SAMPLES}: exact bias, in lengths of the\n"
+            "gradient of what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate,\n"
+            "in lengths of its mean; mean cosine of one estimate with the gradient of pass@8\n"
         )
         rows = []
         for name, row in results["network"].items():

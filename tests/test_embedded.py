@@ -30,20 +30,6 @@ def test_arithmetic_levels_are_right_disjoint_and_a_fifth_is_held_out():
     assert len(set(counts.values())) == 1
 
 
-def test_chain_is_worked_from_left_to_right_modulo_100():
-    task = load_task("chain")
-    assert len(task.train) == 20_000 and len(task.test) == 1_000
-    assert not {p.prompt for p in task.train} & {p.prompt for p in task.test}
-    for problem in [Problem("47+85*3+36*7=", "24", "32,96,32,24"), *task.test[:50]]:
-        digits = problem.prompt[:-1].replace("+", " + ").replace("*", " * ").split()
-        value, values = int(digits[0]), []
-        for operation, operand in zip(digits[1::2], digits[2::2]):
-            value = (value + int(operand) if operation == "+" else value * int(operand)) % 100
-            values.append(str(value))
-        assert ",".join(values) == problem.solution and values[-1] == problem.answer
-        assert verify([problem], [[problem.solution]]).rewards.tolist() == [[1.0]]
-
-
 def test_verdicts_on_right_wrong_and_hostile_responses():
     problem = Problem("2*6=", "12", "12", 1)
     responses = ["12", " 012\n", "13", "3,12", "", "twelve", "12.", "1,,12", "-12", "٣", "1" * 10**6, "12\0", "12 12"]

@@ -252,7 +252,7 @@ def test_votes_from_answers(answers):
         assert row == [-1 if answer is None else answer_row.index(answer) for answer in answer_row]
 
 
-# --- arithmetic and chain ---
+# --- arithmetic ---
 
 
 @examples(100)
@@ -270,11 +270,10 @@ def test_number_is_plain_digits_or_none(response):
         assert number is None
 
 
-@pytest.mark.parametrize("task", ["arithmetic", "chain"])
 @examples(40)
 @given(responses=ROWS)
 @example(responses=[["", "1" * 10**6, "\ud800"]])
-def test_arithmetic_rewards_only_the_number(task, responses):
+def test_arithmetic_rewards_only_the_number(responses):
     verdict = arithmetic.verify([Problem("?", "24")] * len(responses), responses)
     check_form(verdict, responses)
     for row, rewards, votes in zip(responses, verdict.rewards.tolist(), verdict.votes.tolist()):

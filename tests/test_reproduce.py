@@ -17,7 +17,7 @@ import tyro
 from runs import ROOT
 
 import harness.policy
-from verifiers import Problem
+from verifiers.suspects import candidates
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 reproduce = importlib.import_module("reproduce")
@@ -38,7 +38,7 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
         assert (args.model, args.seed) == ("tiny-3", 3)
         if name in reproduce.RUNS:
             samples = args.prompts_per_step * (getattr(args, "n", None) or 16)
-            assert args.steps == (20 if name.endswith("-20") else 60) and (1000 < samples < 1050 or name == "k32"), name
+            assert args.steps == (50 if name.endswith("-50") else 150) and 256 <= samples <= 264, name
     assert set(reproduce.QUICK) <= set(reproduce.RUNS) and set(reproduce.POLICIES) <= {"base", *reproduce.RUNS}
 
 
@@ -52,7 +52,7 @@ def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
     seed = Recorder(None, 0)
     for claim, _, value in reproduce.claims():
         assert value(seed) == 0 and claim in reproduce.PAPERS
-    points = {*reproduce.POLICIES} | {"learned-mean", "mean-20", "k8-20"}
+    points = {*reproduce.POLICIES} | {"learned-mean", "mean-50", "k8-50"}
     assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
     compared = [(claim, what) for claim, what, _ in reproduce.claims()]
     predicted = [(row["claim"], row["what"]) for row in PREDICTIONS["claims"] if row["claim"][0] != "B"]
@@ -75,21 +75,21 @@ def test_votes_at_equal_kl_are_compared_by_their_distance_to_the_frontier():
 
 def test_levels_are_means_by_the_weights_of_their_prompts():
     problems = reproduce.prompts("held-out")
-    weights = reproduce.optima.prompt_weights(problems)
+    weights = reproduce.optima.level_weights(problems)
     values = torch.arange(len(problems)).double()
     found = reproduce.by_level({"x": values}, problems)["x"]
     assert found["all"] == pytest.approx((weights @ values).item())
     some = [i for i, problem in enumerate(problems) if problem.level == 7]
     assert found["7"] == pytest.approx((weights[some] @ values[some] / weights[some].sum()).item())
-    assert found["all"] == pytest.approx(sum(found[str(level)] for level in range(1, 9)) / 8)  # levels weigh alike
+    assert found["all"] == pytest.approx(sum(found[str(level)] for level in range(2, 9)) / 7)  # levels weigh alike
 
 
 def test_best_of_n_by_a_verifier_tends_to_its_exact_value(monkeypatch, tmp_path):
-    """With scores q, and below them what fits no line; and with scores that like best what fits no line."""
+    """With scores q, and below them what is not listed; and with scores that like best what is not listed."""
     problems = [problem for problem in reproduce.prompts("held-out") if problem.level in (2, 4)][::4]
     texts = [problem.prompt for problem in problems]
-    solutions = [Problem(x, line, line) for x in texts for line in reproduce.fitting_lines(x)]
-    task = dataclasses.replace(reproduce.lines_task(), train=[], warm_start_problems=solutions)
+    groups = [candidates(problem) for problem in problems]
+    task = dataclasses.replace(reproduce.the_task(), train=[], warm_start_problems=groups)
     task.warm_start = {"steps": 90, "batch": 32, "lr": 5e-3}
     policy, q = harness.policy.warm_start(task), dict(zip(texts, reproduce.posterior(texts).tolist()))
     (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()
@@ -99,14 +99,14 @@ def test_best_of_n_by_a_verifier_tends_to_its_exact_value(monkeypatch, tmp_path)
             self.elsewhere = elsewhere
 
         def score(self, prompts, responses):
-            known = [dict(zip(reproduce.fitting_lines(x), q[x])) for x in prompts]
+            known = [dict(zip(reproduce.listed(x), q[x])) for x in prompts]
             return torch.tensor([[scores.get(y, self.elsewhere) for y in row] for scores, row in zip(known, responses)])
 
     monkeypatch.setattr(reproduce, "prompts", lambda where: problems)
     monkeypatch.setattr(reproduce, "tiny_policy_folder", lambda task, seed: tmp_path / "tiny")
     monkeypatch.setattr(reproduce, "load_policy", lambda model, task, device: policy)
     log_pi = reproduce.exact.candidate_log_probs(policy, task, problems).detach()
-    weights, posterior = reproduce.prompt_weights(problems), reproduce.posterior(texts)
+    weights, posterior = reproduce.level_weights(problems), reproduce.posterior(texts)
     elsewhere = weights @ (1 - log_pi.exp().sum(-1))
     assert 0.05 < elsewhere < 0.9
     for name, level in (("low", -1.0), ("high", 2.0)):
@@ -181,7 +181,7 @@ def fake_runs(out, seeds: int, where: tuple[str, ...]) -> None:
         for name in ("base", *reproduce.RUNS):
             folder = reproduce.run_folder(out, name, seed)
             folder.mkdir(parents=True)
-            levels = ("all", *map(str, range(1, 9)))
+            levels = ("all", *map(str, range(2, 9)))
             values = {w: {m: {x: rng.random() for x in levels} for m in metrics} for w in where}
             (folder / "exact.json").write_text(json.dumps(values))
 
@@ -249,7 +249,7 @@ def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(here,
     """Two settings of two seeds; the first try is stopped in training, the second comes to the end."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real, task = harness.policy.warm_start, reproduce.lines_task()
+    real, task = harness.policy.warm_start, reproduce.the_task()
 
     def short(task, seed):
         saved, task.warm_start = task.warm_start, {"steps": 80, "batch": 64, "lr": 3e-3}
@@ -288,7 +288,7 @@ def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(here,
     problems = reproduce.prompts("held-out")
     with torch.no_grad():
         log_pi = reproduce.exact.candidate_log_probs(policy, task, problems)
-    now = reproduce.optima.prompt_weights(problems) @ reproduce.exact.exact_metrics(log_pi, problems)["pass@4"]
+    now = reproduce.optima.level_weights(problems) @ reproduce.exact.exact_metrics(log_pi, problems)["pass@4"]
     assert saved[0][1] == pytest.approx(now.item(), rel=1e-6)
     check_tables(result, reproduce.tables(result))
     assert {row["claim"] for row in result["rows"] if row["headline"]} == {"M1"}  # M2 has rows, but not its first

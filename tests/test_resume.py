@@ -436,3 +436,15 @@ def test_tensorboard_is_optional(run, model):
 def test_what_is_not_finite_is_null_in_the_logs(tmp_path):
     harness.run.append_json(tmp_path / "log", {"a": float("nan"), "b": [float("inf"), 1]})
     assert (tmp_path / "log").read_text() == '{"a": null, "b": [null, 1]}\n'
+
+
+def test_a_run_with_the_old_names_is_not_resumed_and_says_so_in_a_line(run, skilled, tmp_path):
+    assert run("pass_at_k_pg.py", *SMALL, "--model", skilled, "--run-name", "a").returncode == 0
+    path = tmp_path / "runs" / "a" / "args.json"
+    saved = json.loads(path.read_text())
+    del saved["lr_decay"]  # what came with the new names
+    path.write_text(json.dumps(saved))
+    ended = run("pass_at_k_pg.py", "--resume", "runs/a")
+    assert ended.returncode == 2
+    why = "error: runs/a is a run of an earlier version, whose flags and metrics have other names: start anew\n"
+    assert ended.stderr == why

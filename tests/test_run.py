@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import common
 import harness.run
 import majority_pg
 import pass_at_k_pg
+from harness.run import learning_rate
 from verifiers import Task, Verdict, arithmetic, load_task
 
 MODULES = {"pass_at_k_pg": pass_at_k_pg, "majority_pg": majority_pg, "bon_rl": bon_rl}
@@ -283,3 +285,26 @@ def test_a_run_without_a_signal_says_so_once(run, untrained, skilled):
 def test_biased_with_k_1_is_refused(script, run, untrained):
     ended = run(script, *NO_REWARD, "--steps", "1", "--k", "1", "--estimator", "biased", "--model", untrained)
     assert ended.returncode == 2 and "--estimator biased with --k 1 is zero by definition" in ended.stderr
+
+
+def test_the_learning_rate_rises_before_it_falls():
+    """4 steps of warm-up and 8 behind them, of which the first has the whole rate and the last an eighth."""
+    plain = SimpleNamespace(lr=2.0, steps=4, lr_decay=True)
+    assert [learning_rate(step, plain) for step in (1, 2, 3, 4)] == [2, 1.5, 1, 0.5]
+    both = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4, lr_decay=True)
+    assert [learning_rate(step, both) for step in (1, 2, 4, 5, 6, 12)] == [0.5, 1, 2, 2, 1.75, 0.25]
+    constant = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4, lr_decay=False)
+    assert [learning_rate(step, constant) for step in (1, 4, 5, 12)] == [0.5, 2, 2, 2]
+    assert bon_rl.PAPER["lr_decay"] is False  # Table 2
+
+
+def test_a_step_is_taken_at_its_learning_rate(run, skilled, tmp_path, monkeypatch):
+    """Of 4 steps the last is at a quarter of the rate, also where it is taken by a run that goes on."""
+    rates, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or real(self))
+    flags = [*SMALL, "--steps", "4", "--lr", "8e-3", "--model", skilled, "--run-name", "a"]
+    assert run("pass_at_k_pg.py", *flags).returncode == 0
+    assert rates == pytest.approx([8e-3, 6e-3, 4e-3, 2e-3])
+    rates.clear()
+    assert run("pass_at_k_pg.py", *flags[:-1], "b", "--no-lr-decay").returncode == 0
+    assert rates == [8e-3] * 4

@@ -1,4 +1,4 @@
-"""The task `lines`, what theory says of it, and the exact evaluation, each against enumeration or search."""
+"""The task `suspects`, what theory says of it, and the exact evaluation, each against enumeration or search."""
 
 import importlib
 import itertools
@@ -10,26 +10,20 @@ import pytest
 import torch
 from enumeration import best_of_value, majority_value
 from runs import ROOT
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import common
 import harness.policy
-from verifiers import BadInput, Problem, Task, lines, load_task
+from verifiers import BadInput, Problem, Task, load_task, suspects
 from verifiers import learned as learned_verifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 optima, exact = importlib.import_module("optima"), importlib.import_module("exact")
 
-NAMES = ("lines", "lines_uniform")
-Q, WEIGHTS, LEVELS = optima.held_out_kinds()
+NAMES = ("suspects", "suspects_uniform")
+Q, WEIGHTS, LEVELS = optima.held_out()
 SOME = torch.tensor([[1, 0, 0], [0.8, 0.2, 0], [0.5, 0.5, 0], [0.7, 0.2, 0.1], [0.9, 0.09, 0.01]]).double()
-
-
-def all_lines() -> dict[str, dict[str, int]]:
-    """prompt -> response -> a, over all (a, b, x)."""
-    found = {}
-    for a, b, x in itertools.product(range(2, 10), range(100), range(3, 16)):
-        found.setdefault(f"{x}>{a * x + b}:", {})[f"{a}*x+{b}"] = a
-    return found
 
 
 def random_policies(q: torch.Tensor, count: int) -> torch.Tensor:
@@ -43,80 +37,99 @@ def random_policies(q: torch.Tensor, count: int) -> torch.Tensor:
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, prior", [("lines", lambda a: 1 / (a - 1) ** 2), ("lines_uniform", lambda a: 1)])
-def test_fitting_lines_and_their_posterior_are_those_of_enumeration(name, prior):
-    found = all_lines()
-    assert len(found) == 2119 and {len(fitting) for fitting in found.values()} == set(range(1, 9))
-    for row, (prompt, fitting) in zip(lines.posterior(list(found), name), found.items()):
-        total = sum(map(prior, fitting.values()))
-        expected = {response: prior(a) / total for response, a in fitting.items()}
-        assert dict(zip(lines.fitting_lines(prompt), row.tolist())) == pytest.approx(expected)
-        assert row[len(fitting) :].tolist() == [0] * (8 - len(fitting))
+@pytest.mark.parametrize("name, expected", [("suspects", [0.49, 1, 0.7]), ("suspects_uniform", [1, 1, 1])])
+def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
+    """Sam, Tom and Eve are the third, the first and the second: .49, 1 and .7, over their sum."""
+    prompt = "Sam Tom Eve:"
+    assert suspects.listed(prompt) == ["Sam", "Tom", "Eve"] and len(set(suspects.NAMES)) == 16
+    row = suspects.posterior([prompt], name)[0].tolist()
+    assert row == pytest.approx([x / sum(expected) for x in expected] + [0] * 5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_problems_are_drawn_as_the_task_says_and_the_split_is_by_prompt(name):
-    task, again, found = load_task(name), load_task(name), all_lines()
-    assert (task.train, task.test) == (again.train, again.test)
-    train, test = ({problem.prompt for problem in side} for side in (task.train, task.test))
-    assert not train & test and not {problem.prompt for problem in task.warm_start_problems} & test
-    assert 0.18 < sum(map(lines.is_held_out, found)) / len(found) < 0.22 and all(map(lines.is_held_out, test))
-    for problem in {*task.train, *task.test, *task.warm_start_problems}:
-        assert problem.answer == problem.solution in found[problem.prompt]
-        assert problem.level == len(found[problem.prompt])
-    for side, tolerance in ((task.train, 0.01), (task.test, 0.005)):
-        assert len({sum(problem.level == level for problem in side) for level in range(1, 9)}) == 1
-        q = lines.posterior([problem.prompt for problem in side], name)
-        place = torch.tensor([list(found[problem.prompt]).index(problem.answer) for problem in side])
-        shares = torch.nn.functional.one_hot(place, 8).double().mean(0)
-        torch.testing.assert_close(shares, q.mean(0), atol=tolerance, rtol=0)
-    problems = optima.prompts_once()
-    expected = optima.prompt_weights(problems, name) @ lines.best_pass_at_k(problems, 4, name)
-    for side in (task.test, task.train):
-        assert task.best(side, 4).mean().item() == pytest.approx(expected.item(), abs=0.005)
+def test_problems_are_drawn_as_the_task_says_and_the_split_is_by_set(name):
+    task, again = load_task(name), load_task(name)
+    assert (task.train, task.test, task.warm_start_problems) == (again.train, again.test, again.warm_start_problems)
+    for held_out, problems in (
+        (False, task.train),
+        (True, task.test),
+        (False, sum(task.warm_start_problems[::50], ())),
+    ):
+        for problem in problems:
+            names = suspects.listed(problem.prompt)
+            assert suspects.is_held_out(names) == held_out == suspects.is_held_out(names[::-1])
+            assert problem.answer == problem.solution in names and problem.level == len(set(names)) == len(names)
+    assert [sum(problem.level == level for problem in task.train) for level in range(2, 9)] == [4_000] * 7
+    for problem, group in zip(task.train, task.warm_start_problems, strict=True):  # all candidates, and the prompt once
+        assert {x.prompt for x in group} == {problem.prompt} and [x.solution for x in group] == problem.prompt[
+            :-1
+        ].split()
+    for side, tolerance in ((task.train, 0.01), (task.test, 0.03)):
+        q = suspects.posterior([problem.prompt for problem in side], name)
+        place = torch.tensor([suspects.listed(problem.prompt).index(problem.answer) for problem in side])
+        assert q.gather(1, place[:, None]).mean().item() == pytest.approx(
+            q.square().sum(-1).mean().item(), abs=tolerance
+        )
 
 
-def test_warm_start_problems_prefer_no_line():
-    task = load_task("lines")
-    counts = torch.zeros(8)
-    for problem in task.warm_start_problems:
-        if problem.level == 8:
-            counts[lines.fitting_lines(problem.prompt).index(problem.answer)] += 1
-    torch.testing.assert_close(counts / counts.sum(), torch.full((8,), 1 / 8), atol=0.02, rtol=0)
+def test_a_fifth_of_all_sets_is_held_out_and_those_evaluated_are_spread_evenly():
+    counts = {m: [len(suspects.all_sets(side)[m]) for side in (True, False)] for m in suspects.LEVELS}
+    assert sum(map(sum, counts.values())) == 39_186 and 0.19 < sum(a for a, _ in counts.values()) / 39_186 < 0.21
+    assert counts[2] == [24, 96]
+    problems = optima.problems_of()
+    assert problems == load_task("suspects").test and len({problem.prompt for problem in problems}) == 48 + 6 * 50
+    pairs = [problem.prompt[:-1].split() for problem in problems if problem.level == 2]
+    assert len(pairs) == 48 and all(pair[::-1] in pairs for pair in pairs)  # all their orders
+    every = suspects.posterior([" ".join(names) + ":" for m in (5, 8) for names in suspects.all_sets(True)[m]])
+    for level in (5, 8):
+        some = every[(every > 0).sum(-1) == level].amax(-1).mean().item()
+        assert Q[LEVELS == level].amax(-1).mean().item() == pytest.approx(some, abs=0.005)
+    # The hidden answers are as they should be: pass@k of the best policy on them is nearly its expectation.
+    place = torch.tensor([problem.prompt[:-1].split().index(problem.answer) for problem in problems])
+    for k in (1, 4, 8):
+        pi = suspects.best_policy(Q, k)
+        seen = 1 - (1 - pi.gather(1, place[:, None])[:, 0]) ** k
+        assert (WEIGHTS @ seen).item() == pytest.approx((WEIGHTS @ optima.pass_at_k(Q, pi, k)).item(), abs=0.008)
+
+
+def test_a_pretrained_model_reads_words_and_a_tokenizer_of_characters_the_list():
+    assert suspects.in_words("Eve Tom Ann:") == "Choose one of Eve, Tom, Ann: I choose"
+    task, problem = load_task("suspects"), Problem("Eve Tom:", "Tom", "Tom", 2)
+    characters = harness.policy.tiny_tokenizer()
+    assert harness.policy.texts_read(characters, task, [problem]) == (["Eve Tom:"], [""])
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert harness.policy.texts_read(words, task, [problem]) == (["Choose one of Eve, Tom: I choose"], [" "])
 
 
 def test_data_is_refused():
     with pytest.raises(BadInput, match="makes its own problems"):
-        load_task("lines", "file.jsonl")
+        load_task("suspects", "file.jsonl")
 
 
 def test_verdicts_on_right_wrong_and_hostile_responses():
-    problem = Problem("7>45:", "3*x+24", "3*x+24", 5)
-    right = ["3*x+24", " 3*x+24\n", "03*x+024", "0" * 10**5 + "3*x+24"]
-    wrong = ["2*x+31", "2*x+031", "3*x+2", "3*x+" + "1" * 10**6, "9" * 10**6 + "*x+24"]
+    problem = Problem("Eve Tom Ann:", "Tom", "Tom", 3)
+    right, wrong = ["Tom", " Tom", "Tom\n"], ["Eve", "Zoe", " Eve"]
     malformed = [
         "",
-        "3",
-        "3*x",
-        "3x+24",
-        "3*x+24.",
-        "3*x-24",
-        "-3*x+24",
-        "3*x+24+0",
-        "3*x+24,3*x+24",
-        "3*y+24",
-        "3*X+24",
+        "tom",
+        "TOM",
+        "Tom.",
+        "Tom Eve",
+        "Tom,",
+        "T om",
+        "Tomx",
+        "Tom\0",
+        "Тоm",
+        "Tom" * 10**6,
+        "I choose Tom",
     ]
-    malformed += ["3*x + 24", "3*x+24\n4*x+17", "٣*x+24", "3*x+²", "3*x+24\0", "3*x+0x18", "0" * 10**6, "3*x+" * 10**5]
-    malformed += ["3*x+2_4", "3e0*x+24", "y=3*x+24", "*x+", "3*x+", "*x+24"]
-    verdict = lines.verify([problem], [right + wrong + malformed])
-    assert verdict.rewards.tolist() == [[1.0] * 4 + [0.0] * (len(wrong) + len(malformed))]
-    votes = verdict.votes[0].tolist()
-    assert votes[:4] == [0] * 4 and votes[4] == votes[5] == 4 and votes[6:9] == [6, 7, 8]
-    assert set(votes[9:]) == {-1} and len(votes) == 9 + len(malformed)
-    verdict = lines.verify([problem, Problem("3>6:", "2*x+0", "", 1)], [["3*x+24", "2*x+0"]] * 2)
+    verdict = suspects.verify([problem], [right + wrong + malformed])
+    assert verdict.rewards.tolist() == [[1.0] * 3 + [0.0] * (len(wrong) + len(malformed))]
+    assert verdict.votes[0].tolist() == [0, 0, 0, 3, 4, 3] + [-1] * len(malformed)
+    verdict = suspects.verify([problem, Problem("Ann Eve:", "Eve", "", 2)], [["Tom", "Eve"]] * 2)
     assert verdict.rewards.tolist() == [[1, 0], [0, 1]] and verdict.votes.tolist() == [[0, 1], [0, 1]]
-    assert lines.line("2*x+000") == "2*x+0"
 
 
 # --- the best policies -----------------------------------------------------------------------------------------------
@@ -125,7 +138,7 @@ def test_verdicts_on_right_wrong_and_hostile_responses():
 @pytest.mark.parametrize("k", (1, 2, 3, 8, 32))
 def test_no_policy_on_a_grid_of_the_simplex_has_more_pass_at_k(k):
     grid = torch.tensor([(i, j, 100 - i - j) for i in range(101) for j in range(101 - i)]).double() / 100  # (G, 3)
-    best = lines.best_policy(SOME, k)
+    best = suspects.best_policy(SOME, k)
     torch.testing.assert_close(best.sum(-1), torch.ones(5).double())
     assert (best >= 0).all() and (best[SOME == 0] == 0).all()
     for q, pi in zip(SOME, best):
@@ -135,9 +148,7 @@ def test_no_policy_on_a_grid_of_the_simplex_has_more_pass_at_k(k):
 
 
 def test_no_random_policy_has_more_pass_at_k_than_the_task_says():
-    task, policies = load_task("lines"), random_policies(Q, 10_000)
-    problems = {lines.posterior([p.prompt])[0].numpy().tobytes(): p for p in optima.prompts_once()}
-    problems = [problems[row.numpy().tobytes()] for row in Q]
+    task, policies, problems = load_task("suspects"), random_policies(Q, 300), optima.problems_of()
     for k in (1, 2, 8, 32):
         best = task.best(problems, k)
         assert best.dtype == torch.float64 and best.shape == (len(Q),)
@@ -163,7 +174,7 @@ def kl_to_uniform(pi):
 
 
 OPTIMA = {
-    "pass@8": (lambda pi: optima.pass_at_k(Q, pi, 8), lambda: lines.best_policy(Q, 8)),
+    "pass@8": (lambda pi: optima.pass_at_k(Q, pi, 8), lambda: suspects.best_policy(Q, 8)),
     "SFT": (lambda pi: torch.special.xlogy(Q, pi).sum(-1), lambda: Q),
     "BoN-SFT": (bon_sft, lambda: optima.bon_sft_policy(Q, 8)),
     "MaxRL": (maxrl, lambda: optima.maxrl_policy(Q, 16)),
@@ -173,9 +184,9 @@ OPTIMA = {
         lambda pi: (Q * pi).sum(-1) - 0.5 * kl_to_uniform(pi),
         lambda: optima.mean_kl_policy(Q, 0.5, optima.uniform(Q)),
     ),
-    "maj@8 - beta KL": (
-        lambda pi: optima.maj_at_k(Q, pi, 8) - 0.5 * kl_to_uniform(pi),
-        lambda: optima.majority_kl_policy(Q, 0.5, optima.uniform(Q)),
+    "maj@4 - beta KL": (
+        lambda pi: optima.maj_at_k(Q, pi, 4) - 0.5 * kl_to_uniform(pi),
+        lambda: optima.majority_kl_policy(Q, 0.5, optima.uniform(Q), 4),
     ),
 }
 
@@ -191,23 +202,48 @@ def test_each_optimum_is_stationary_and_above_its_neighbours(name):
     multiplier = (slope * optimum).sum(-1, keepdim=True)
     torch.testing.assert_close(slope.where(inside, multiplier), multiplier.expand_as(slope), atol=1e-5, rtol=1e-5)
     assert (slope.where((Q > 0) & ~inside, -torch.inf) <= multiplier + 1e-6).all()
-    others = random_policies(Q, 10 if "maj" in name else 1_000)  # (1000, U, 8)
+    others = random_policies(Q, 2 if "maj" in name else 100)  # (100, P, 8)
     for share in (1.0, 0.1, 0.01):
         assert (objective((1 - share) * optimum + share * others) <= objective(optimum) + 1e-9).all()
 
 
-def test_the_optima_are_those_of_the_published_table():
-    """pass@1, 2, 4, 8, 16, 32; computed by other code over 60 random problems a level, hence the tolerance."""
-    expected = {
-        "base": (0.340, 0.489, 0.676, 0.853, 0.963, 0.997), "k1": (0.720,) * 6,
-        "k4": (0.525, 0.712, 0.852, 0.914, 0.937, 0.946), "k8": (0.444, 0.634, 0.823, 0.936, 0.974, 0.985),
-        "k16": (0.392, 0.567, 0.768, 0.920, 0.984, 0.998), "sft": (0.574, 0.728, 0.828, 0.895, 0.947, 0.977),
-        "bon-sft-8": (0.427, 0.612, 0.805, 0.932, 0.982, 0.996), "maxrl-16": (0.616, 0.748, 0.823, 0.876, 0.913, 0.934),
-    }  # fmt: skip
-    policies = optima.optima(Q)
-    for name, row in expected.items():
-        values = [(WEIGHTS @ optima.pass_at_k(Q, policies[name], k)).item() for k in optima.TRIES]
-        assert values == pytest.approx(row, abs=0.0016), name
+def gaps() -> tuple[torch.Tensor, torch.Tensor]:
+    """q (U, 8) and weights (U,) over all 39,186 sets: q depends on the distances between names alone, and levels weigh
+    alike."""
+    found = {}
+    for m in suspects.LEVELS:
+        for places in itertools.combinations(range(16), m):
+            key = tuple(place - places[0] for place in places)
+            found[key] = found.get(key, 0) + 1 / math.comb(16, m) / 7
+    q = torch.zeros(len(found), 8, dtype=torch.float64)
+    for row, key in zip(q, found):
+        row[: len(key)] = torch.tensor([0.7**place for place in key]).double()
+    return q / q.sum(-1, keepdim=True), torch.tensor(list(found.values())).double()
+
+
+TABLE = {  # over all sets, all levels equally, computed by other code: pass@1, 2, 4, 8, 16, 32
+    "base": (optima.uniform, (0.245, 0.415, 0.629, 0.832, 0.958, 0.996)),
+    "best for 1": (lambda q: suspects.best_policy(q, 1), (0.629,) * 6),
+    "best for 2": (lambda q: suspects.best_policy(q, 2), (0.549, 0.704, 0.802, 0.850, 0.870, 0.879)),
+    "best for 4": (lambda q: suspects.best_policy(q, 4), (0.457, 0.669, 0.835, 0.915, 0.940, 0.949)),
+    "best for 8": (lambda q: suspects.best_policy(q, 8), (0.378, 0.597, 0.809, 0.935, 0.975, 0.985)),
+    "best for 16": (lambda q: suspects.best_policy(q, 16), (0.318, 0.522, 0.750, 0.918, 0.985, 0.997)),
+    "best for 32": (lambda q: suspects.best_policy(q, 32), (0.281, 0.470, 0.696, 0.886, 0.979, 0.999)),
+    "SFT": (lambda q: q, (0.501, 0.676, 0.815, 0.904, 0.953, 0.978)),
+}
+SLOW_TABLE = {
+    "BoN-SFT, N = 8": (lambda q: optima.bon_sft_policy(q, 8), (0.358, 0.572, 0.789, 0.930, 0.982, 0.995)),
+    "BoN-SFT, N = 32": (lambda q: optima.bon_sft_policy(q, 32), (0.281, 0.470, 0.696, 0.886, 0.979, 0.999)),
+    "MaxRL, n = 8": (lambda q: optima.maxrl_policy(q, 8), (0.563, 0.700, 0.800, 0.857, 0.884, 0.897)),
+    "MaxRL, n = 16": (lambda q: optima.maxrl_policy(q, 16), (0.535, 0.694, 0.816, 0.889, 0.926, 0.942)),
+}
+
+
+@pytest.mark.parametrize("name", [*TABLE, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TABLE)])
+def test_the_optima_are_those_of_the_table_over_all_sets(name):
+    (optimum, expected), (q, weights) = (TABLE | SLOW_TABLE)[name], gaps()
+    pi = optimum(q)
+    assert [(weights @ optima.pass_at_k(q, pi, k)).item() for k in optima.TRIES] == pytest.approx(expected, abs=0.0006)
 
 
 def test_the_committed_predictions_are_what_theory_says():
@@ -283,7 +319,7 @@ def test_kl_counts_what_is_elsewhere():
 def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it():
     curve = optima.frontier(Q, WEIGHTS, 8, points=6)  # (21, 2)
     assert (curve.diff(dim=0)[:, 0] >= -1e-12).all() and (curve.diff(dim=0)[:, 1] <= 1e-12).all()
-    policies = [*(lines.best_policy(Q, k) for k in (1, 2, 4, 8, 16, 32)), Q, *random_policies(Q, 1_000)]
+    policies = [*(suspects.best_policy(Q, k) for k in (1, 2, 4, 8, 16, 32)), Q, *random_policies(Q, 1_000)]
     points = torch.stack([optima.pass_at_k(Q, torch.stack(policies), k) @ WEIGHTS for k in (1, 8)], -1)
     for weight in torch.linspace(0, 1, 6).double():
         mix = torch.stack([weight, 1 - weight])
@@ -297,11 +333,10 @@ def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it()
 
 @pytest.fixture(scope="module")
 def learned() -> tuple[common.Policy, Task, list[Problem]]:
-    """A tiny policy that has learned the lines of three prompts, somewhat."""
-    problems = [next(p for p in optima.prompts_once() if p.level == level) for level in (1, 3, 5)]
-    solutions = [Problem(p.prompt, line, line) for p in problems for line in lines.fitting_lines(p.prompt)]
-    task = load_task("lines")
-    task.train, task.warm_start_problems = [], solutions
+    """A tiny policy that has learned the names of three prompts, somewhat."""
+    problems = [next(p for p in optima.problems_of() if p.level == level) for level in (2, 3, 5)]
+    task = load_task("suspects")
+    task.train, task.warm_start_problems = [], [suspects.candidates(problem) for problem in problems]
     task.warm_start = {"steps": 60, "batch": 8, "lr": 5e-3}
     return harness.policy.warm_start(task), task, problems
 
@@ -310,12 +345,12 @@ def test_candidate_log_probs_are_those_of_the_model(learned):
     policy, task, problems = learned
     with torch.no_grad():
         log_pi = exact.candidate_log_probs(policy, task, problems)
-        in_parts = exact.candidate_log_probs(policy, task, problems, rows=2)
+        in_parts = exact.candidate_log_probs(policy, task, problems, prompts=2)
         cold = exact.candidate_log_probs(policy, task, problems, temperature=0.5)
     torch.testing.assert_close(log_pi, in_parts, atol=1e-4, rtol=1e-4)
     assert log_pi.shape == (3, 8) and log_pi.dtype == torch.float64
     for problem, row, cold_row in zip(problems, log_pi, cold):
-        fitting = lines.fitting_lines(problem.prompt)
+        fitting = suspects.listed(problem.prompt)
         assert row[len(fitting) :].tolist() == [-math.inf] * (8 - len(fitting))
         for response, value, cold_value in zip(fitting, row, cold_row):
             text = policy.tokenizer(problem.prompt + response).input_ids + [policy.tokenizer.eos_token_id]
@@ -331,15 +366,15 @@ def test_exact_metrics_are_what_sampling_tends_to(learned):
     policy, task, problems = learned
     with torch.no_grad():
         log_pi = exact.candidate_log_probs(policy, task, problems)
-    metrics = exact.exact_metrics(log_pi, problems, "lines", log_pi)
+    metrics = exact.exact_metrics(log_pi, problems, "suspects", log_pi)
     assert metrics["kl"].abs().max() < 1e-9 and (metrics["pass@32"] > 0.3).all()
     prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
     rollouts = common.sample(policy, prompts, 1_000, task.max_new_tokens, generator=torch.Generator().manual_seed(0))
-    q, responses = lines.posterior([p.prompt for p in problems]), common.decode(policy, rollouts)
+    q, responses = suspects.posterior([p.prompt for p in problems]), common.decode(policy, rollouts)
     sampled = {name: torch.zeros(3, dtype=torch.float64) for name in ("pass@1", "pass@8", "elsewhere")}
     for i, problem in enumerate(problems):
-        for line, share in zip(lines.fitting_lines(problem.prompt), q[i]):
-            rewards = task.verify([Problem(problem.prompt, line)], [responses[i]]).rewards
+        for name, share in zip(suspects.listed(problem.prompt), q[i]):
+            rewards = task.verify([Problem(problem.prompt, name)], [responses[i]]).rewards
             sampled["pass@1"][i] += share * rewards.double().mean()
             sampled["pass@8"][i] += share * common.pass_at_k(rewards, 8)[0]
             sampled["elsewhere"][i] += rewards.double().mean()
@@ -350,7 +385,7 @@ def test_exact_metrics_are_what_sampling_tends_to(learned):
 
 def test_exact_log_probs_can_be_differentiated(learned):
     policy, task, problems = learned
-    q = lines.posterior([p.prompt for p in problems])
+    q = suspects.posterior([p.prompt for p in problems])
     log_pi = exact.candidate_log_probs(policy, task, problems)
     value = optima.pass_at_k(q, log_pi.exp(), 4).mean()
     gradients = torch.autograd.grad(value, list(policy.model.parameters()))

@@ -11,7 +11,7 @@ from enumeration import majority_value
 from runs import ROOT
 
 import harness.policy
-from verifiers import Problem, load_task
+from verifiers import load_task, suspects
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 variance, vote = importlib.import_module("variance"), importlib.import_module("vote")
@@ -53,10 +53,10 @@ def test_mean_estimates_are_those_of_enumeration():
 
 @pytest.fixture(scope="module")
 def learned():
-    """A policy that knows the lines of four prompts somewhat, its task, the prompts' problems."""
-    problems = [next(p for p in variance.optima.prompts_once() if p.level == level) for level in (1, 2, 3, 5)]
-    solutions = [Problem(p.prompt, line, line) for p in problems for line in variance.fitting_lines(p.prompt)]
-    task = dataclasses.replace(load_task("lines"), train=[], warm_start_problems=solutions)
+    """A policy that knows the names of four prompts somewhat, its task, the prompts' problems."""
+    problems = [next(p for p in variance.optima.problems_of() if p.level == level) for level in (2, 3, 4, 5)]
+    groups = [suspects.candidates(problem) for problem in problems]
+    task = dataclasses.replace(load_task("suspects"), train=[], warm_start_problems=groups)
     task.warm_start = {"steps": 60, "batch": 8, "lr": 5e-3}
     return harness.policy.warm_start(task), task, problems
 
@@ -77,7 +77,7 @@ def test_estimates_on_the_network_tend_to_their_exact_means(learned):
 
 def test_interference_is_the_cosine_of_the_two_gradients(learned):
     policy, task, problems = learned
-    problems = [next(p for p in variance.optima.prompts_once() if p.level == level) for level in range(1, 9)]
+    problems = [next(p for p in variance.optima.problems_of() if p.level == level) for level in range(2, 9)]
     *levels, total = variance.interference(policy, task, problems)
     gradients = []
     for problem in problems:

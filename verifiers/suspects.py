@@ -1,8 +1,8 @@
 """`suspects`: an underspecified task, whose best policies are known exactly.
 
-One of the people listed did it. The prompt lists 2 to 8 of 16 names in random order, how many is its level: "Eve Tom
-Ann:". The response is one name, "Tom". Who did it stays hidden, as hidden tests do in programming, so that one try and many
-tries ask for different policies. Every candidate stands in the prompt: what is left to learn is the choice.
+One of the people listed did it. The prompt lists some of 16 names in random order, "Eve Tom Ann:"; how many, 2 to 8, is
+its level. The response is one name, "Tom". Who did it stays hidden, as hidden tests do in programming, so that one try
+and many tries ask for different policies. Every candidate stands in the prompt: only the choice is left to learn.
 
 `suspects`: NAMES are ordered by falling guilt; the i-th has the weight .7^i, i = 0..15. `tiny` is warm-started on
 prompts with all their candidates: it knows those listed and prefers none. `suspects_uniform`: all are equally likely.
