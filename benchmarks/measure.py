@@ -130,14 +130,13 @@ def records_json(facts: dict) -> str:
     """The facts as JSON that reads well in a diff: a line for each record of a list and each entry of a dict."""
     parts = []
     for name, value in facts.items():
+        rows, ends = [], ""
         if isinstance(value, dict):
             rows, ends = [f"{json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()], "{}"
         elif isinstance(value, list):
             rows, ends = [json.dumps(row) for row in value], "[]"
-        else:
-            parts.append(f"{json.dumps(name)}: {json.dumps(value)}")
-            continue
-        parts.append(f"{json.dumps(name)}: {ends[0]}\n" + ",\n".join(f"  {row}" for row in rows) + f"\n{ends[1]}")
+        whole = f"{ends[0]}\n  " + ",\n  ".join(rows) + f"\n{ends[1]}" if rows else json.dumps(value)
+        parts.append(f"{json.dumps(name)}: {whole}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 

@@ -279,9 +279,9 @@ def the_task():
 def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
     """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level.
 
-    bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, how often the winner among N is not listed;
-    AUC within problems, the verifier's and that of q on the very same samples. It is sampled, unlike all else, because
-    a verifier scores what is not listed, too, and may like it best.
+    bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, the share of winners among N that are not
+    listed; AUC within problems, the verifier's and that of q on the very same samples. It is sampled, unlike all else,
+    because a verifier scores what is not listed, too, and may like it best.
     """
     task, problems = the_task(), prompts("held-out")
     texts, weights = [problem.prompt for problem in problems], level_weights(problems)

@@ -69,14 +69,23 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def save_figure(folder: Path, evaluations: list[tuple[int, dict]], best: dict, names: Sequence[str], k: int) -> None:
-    """curves.png: each metric family against j before and after, and along training.
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean of each value (S,) and its neighbours within a twentieth of all, fewer at the ends: (S,)."""
+    reach = len(values) // 20
+    return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
 
-    evaluations: (step, result of `by_level`), the first before training and the last after it. best: the best possible
-    values of metrics, name -> (P,), where they are known. names: metric families, such as "pass" for pass@1, pass@2."""
+
+def save_figure(
+    folder: Path, evaluations: list[tuple[int, dict]], steps: Sequence[dict], best: dict, names: Sequence[str], k: int
+) -> None:
+    """curves.png: each metric family against j before and after; and training, step by step, with the evaluations.
+
+    evaluations: (step, result of `by_level`), the first before training and the last after it. steps: the records of
+    training in metrics.jsonl. best: the best possible values of metrics, name -> (P,), where they are known. names:
+    metric families, such as "pass" for pass@1, pass@2."""
     plt = pyplot()
     both = [("before", "tab:gray", evaluations[0][1]), ("after", "tab:blue", evaluations[-1][1])]
-    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.4 * (len(names) + 1), 4.2), layout="constrained")
     for axis, name in zip(axes, names):
         for label, colour, result in both:
             js = [int(key.partition("@")[2]) for key in result["all"] if key.startswith(f"{name}@")]
@@ -89,13 +98,18 @@ def save_figure(folder: Path, evaluations: list[tuple[int, dict]], best: dict, n
         axis.set(xscale="log", xlabel="j", ylabel=f"{name}@j", title=f"{name}@j, held out (± standard error)")
         axis.set_xticks(js, map(str, js))
         axis.minorticks_off()
-        axis.legend()
-    training = axes[-1]
-    for name in sorted({f"{name}@{j}" for name in names for j in (1, k)}):
+    # At one try all families are pass@1, whose mean over a step's samples is the reward.
+    for i, name in enumerate(dict.fromkeys(["pass@1", *(f"{name}@{k}" for name in names if k > 1)])):
+        logged = "reward" if name == "pass@1" else name
+        at, values = np.array([(row["step"], row[logged]) for row in steps if logged in row]).reshape(-1, 2).T
+        axes[-1].plot(at, values, color=f"C{i}", linewidth=0.5, alpha=0.4)
+        axes[-1].plot(at, smoothed(values), color=f"C{i}", linewidth=1.2, label=f"{logged}, training")
         mean, error = zip(*(result["all"][name] for _, result in evaluations))
-        training.errorbar([step for step, _ in evaluations], mean, error, marker="o", markersize=3, label=name)
-    training.set(xlabel="step", title="training")
-    training.legend()
+        at = [step for step, _ in evaluations]
+        axes[-1].errorbar(at, mean, error, fmt="o", markersize=5, color=f"C{i}", mec="black", label=f"{name}, held out")
+    axes[-1].set(xlabel="step", title="training")
+    for axis in axes:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)  # below, where no data are
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
 

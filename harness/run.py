@@ -406,7 +406,9 @@ class Run:
             write_whole(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
         print(report.comparison_table(before, after, best, self.test, columns))
         if world()[0] == 0:
-            report.save_figure(self.folder, self.progress["history"], best, families, k)
+            records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+            steps = [record for record in records if "eval" not in record]
+            report.save_figure(self.folder, self.progress["history"], steps, best, families, k)
         print(f"{self.folder}: metrics.jsonl, curves.png{', policy/' if self.args.steps else ''}")
 
 
