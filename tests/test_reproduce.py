@@ -37,7 +37,7 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
         args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
         assert (args.model, args.seed) == ("tiny-3", 3)
         if name in reproduce.RUNS:
-            samples = args.prompts_per_step * (getattr(args, "n", None) or 16)
+            samples = args.prompts_per_step * (getattr(args, "n", None) or max(getattr(args, "k", 0), 16))
             assert args.steps == (50 if name.endswith("-50") else 150) and 256 <= samples <= 264, name
     assert set(reproduce.QUICK) <= set(reproduce.RUNS) and set(reproduce.POLICIES) <= {"base", *reproduce.RUNS}
 
@@ -90,7 +90,7 @@ def test_best_of_n_by_a_verifier_tends_to_its_exact_value(monkeypatch, tmp_path)
     texts = [problem.prompt for problem in problems]
     groups = [candidates(problem) for problem in problems]
     task = dataclasses.replace(reproduce.the_task(), train=[], warm_start_problems=groups)
-    task.warm_start = {"steps": 90, "batch": 32, "lr": 5e-3}
+    task.warm_start = {"steps": 40, "batch": 8, "lr": 5e-3}
     policy, q = harness.policy.warm_start(task), dict(zip(texts, reproduce.posterior(texts).tolist()))
     (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()
 
