@@ -468,7 +468,7 @@ def policy_gradient_step(
     """`epochs` optimiser steps on the same rollouts, PPO-clipped by `clip` if there are several (Tang).
 
     advantages: (B, n), sum convention. average_gradients: what several processes do before gradients are clipped.
-    Returns the metrics of the last step: loss, grad_norm, signal (the share of rows with an advantage), and skipped: 1
+    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (the share of such rows), and skipped: 1
     if the gradient was not finite and the policy stayed as it was. Raises BadInput if memory lacks for one row."""
     skipped, parameters = 0, list(policy.model.parameters())
 
@@ -483,8 +483,8 @@ def policy_gradient_step(
         if norm.isfinite():
             optimizer.step()
         skipped |= not norm.isfinite()
-    signal = (advantages != 0).float().mean().item()
-    return {"loss": loss, "grad_norm": norm.item(), "signal": signal, "skipped": skipped}
+    nonzero = (advantages != 0).float().mean().item()
+    return {"loss": loss, "grad_norm": norm.item(), "nonzero_advantage": nonzero, "skipped": skipped}
 
 
 @torch.no_grad()

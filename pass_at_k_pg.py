@@ -35,10 +35,10 @@ class Args(RunArgs):
     n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
     estimator: Literal["mean", "unbiased", "biased", "maxrl"] = "unbiased"
     """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL"""
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     kl_coef: float = 0.0  # beta of -beta KL(policy || initial policy), added to the objective
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
@@ -116,7 +116,7 @@ def main(args: Args) -> None:
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
-        run.log(step, rollouts, verdict, record, ("reward", f"pass@{args.k}", "kl", "signal", "tokens_per_s"))
+        run.log(step, rollouts, verdict, record, ("reward", f"pass@{args.k}", "kl", "tokens_per_s"))
     run.finish([f"pass@{j}" for j in sorted({1, args.k, args.eval_n})], ["pass"], args.k)
 
 

@@ -128,7 +128,7 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
 
 def something_was_learnt(folder) -> bool:
     """Whether the run had a gradient at every step, or made none."""
-    return all(record["signal"] > 0 and record["grad_norm"] > 0 for record in steps_of(folder))
+    return all(record["nonzero_advantage"] > 0 and record["grad_norm"] > 0 for record in steps_of(folder))
 
 
 @pytest.mark.parametrize("command", commands())

@@ -259,7 +259,7 @@ def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, 
     result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "5")
     assert result.returncode == 0 and sizes == [10, 16, 8, 8, 8, 2], result.stderr
     first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little-10-4"))
-    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["signal"] > 0
+    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["nonzero_advantage"] > 0
     limit = 0
     result = run(PASS, *flags, "none")
     assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
