@@ -1,6 +1,7 @@
 """A run: the flags that scripts share, the command line, batches, evaluation, logs, and checkpoints to resume from."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -270,17 +271,23 @@ class Run:
 
         A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint."""
         began = time.perf_counter()
-        try:
+        with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses)
             for name in ("rewards", "scores"):
                 for b, i in (~getattr(verdict, name).isfinite()).nonzero().tolist():
                     what = f"the verifier of {self.task.name} gave {name} that are not finite numbers, one of them to"
                     raise BadInput(f"{what} {responses[b][i][:40]!a}: mend it, and --resume {self.folder}")
+        verdict.seconds = time.perf_counter() - began
+        return verdict
+
+    @contextlib.contextmanager
+    def saved_if_this_fails(self) -> Iterator[None]:
+        """Write a checkpoint of the steps done before an exception, of the verifier or a user's file, ends the run."""
+        try:
+            yield
         except Exception:
             self.save()
             raise
-        verdict.seconds = time.perf_counter() - began
-        return verdict
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
         """Append a step's line to metrics.jsonl and one to timings.jsonl; the names in `shown` go to the progress bar.
