@@ -98,7 +98,8 @@ def advantages(
     Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks.
     Example, variational: N = 2, rewards and scores 1 0 | 0 0 | 0 0. Winners are worth 1, 0, 0 and those of the others
     0, .5, .5: the first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels
-    here: what the first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08."""
+    here: what the first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08.
+    """
     rewards, scores = common.checked_rewards(rewards, N), common.checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")
