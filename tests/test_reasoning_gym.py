@@ -65,7 +65,9 @@ def test_hostile_answers_cost_only_themselves(monkeypatch):
     assert verdict.votes[0, 0] == -1 and sum(verdict.counts.values()) == 1
     task = load_task("reasoning_gym/prime_factorization")
     verdict = task.verify([task.test[0]], [["<answer>x</answer>", f"<answer>{task.test[0].answer}</answer>"]])
-    assert verdict.rewards.tolist() == [[0, 1]] and verdict.votes.tolist() == [[-1, 1]] and verdict.counts == {"errors": 1}
+    assert (
+        verdict.rewards.tolist() == [[0, 1]] and verdict.votes.tolist() == [[-1, 1]] and verdict.counts == {"errors": 1}
+    )
     gym.GYM.close()
 
 
@@ -82,7 +84,9 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
 
     names = sorted(set(DATASETS) - {"composite"})
     workers = Workers("reasoning_gym", limit_s=20.0)
-    asked = [[name, 0, index, answer] for name in names for index in range(5) for answer in writes_files(tmp_path / name)]
+    asked = [
+        [name, 0, index, answer] for name in names for index in range(5) for answer in writes_files(tmp_path / name)
+    ]
     results = workers.map(asked)
     workers.close()
     assert {path.name for path in tmp_path.iterdir()} == set(gym.EVALUATED)
@@ -91,9 +95,9 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
 
 
 @needs_library
-@pytest.mark.parametrize("name, how", [("n_queens", "eval"), ("countdown", "sympy.parse_expr")])
-def test_a_data_set_whose_scorer_runs_the_answer_is_refused(name, how):
-    with pytest.raises(BadInput, match=f"'{name}' is refused: its scorer runs the answer as code .{how}."):
+@pytest.mark.parametrize("name", ["n_queens", "countdown"])
+def test_a_data_set_whose_scorer_runs_the_answer_is_refused(name):
+    with pytest.raises(BadInput, match=f"'{name}' is refused: its scorer runs the answer as code .eval or sympy"):
         load_task(f"reasoning_gym/{name}")
 
 

@@ -26,12 +26,9 @@ from .workers import Workers
 
 VERSION = "0.1.25"
 INSTALL = f"pip install reasoning-gym=={VERSION}"
-# data sets whose scorer evaluates the answer -> by what; every scorer of this version was read
-EVALUATED = dict.fromkeys("binary_matrix n_queens spiral_matrix string_insertion".split(), "eval")
-EVALUATED |= dict.fromkeys(
-    "countdown intermediate_integration polynomial_multiplication puzzle24 simple_integration".split(),
-    "sympy.parse_expr",
-)
+# by reading all scorers of this version: the first four call `eval` on the answer, the others sympy's `parse_expr`
+EVALUATED = """binary_matrix n_queens spiral_matrix string_insertion
+countdown intermediate_integration polynomial_multiplication puzzle24 simple_integration""".split()
 # entry i of seed s is drawn from Random(s + i), so seeds must lie further apart than the sizes
 TRAIN_SEED, TRAIN_SIZE = 0, 100_000
 TEST_SEED, TEST_SIZE = 1_000_000_000, 100
@@ -112,7 +109,7 @@ def verify(problems: Sequence[GymProblem], responses: Sequence[Sequence[str]]) -
 
 
 def load(name: str, data: str | None = None) -> Task:
-    """The task `reasoning_gym/<name>`; raises BadInput for names that are unknown or refused, and without the library."""
+    """The task `reasoning_gym/<name>`; raises BadInput for unknown and refused names, and without the library."""
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     if importlib.util.find_spec("reasoning_gym") is None:
@@ -125,8 +122,8 @@ def load(name: str, data: str | None = None) -> Task:
     if dataset not in DATASETS:
         close = difflib.get_close_matches(dataset, DATASETS, cutoff=0.4) or sorted(DATASETS)[:3]
         raise BadInput(f"the reasoning-gym library has no data set {dataset!r}; try {', '.join(close)}")
-    if how := EVALUATED.get(dataset):
-        why = f"its scorer runs the answer as code ({how}), with all your rights"
+    if dataset in EVALUATED:
+        why = "its scorer runs the answer as code (eval or sympy.parse_expr), with all your rights"
         raise BadInput(f"reasoning-gym's {dataset!r} is refused: {why}. Choose another data set")
     test = {problem.prompt: problem for problem in problems_at(dataset, TEST_SEED, range(TEST_SIZE))}
     if not test:

@@ -56,7 +56,7 @@ class Worker:
 
     def receive(self) -> dict | None:
         """Its next line, or None while only a part has come; called when there is something to read, so never waits.
-        Raises EOFError when there will be no line that can be read."""
+        Raises EOFError when there will be no line, ValueError or RecursionError for one that is no JSON."""
         part = os.read(self.process.stdout.fileno(), 1 << 16)
         self.line += part
         if not part or len(self.line) > REPLY_BYTES:
@@ -64,10 +64,7 @@ class Worker:
         if not self.line.endswith(b"\n"):
             return None
         line, self.line = self.line, b""
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EOFError from error
+        return json.loads(line)
 
     def kill(self) -> int:
         """Its exit code, negative for a signal; no zombie stays."""
@@ -120,7 +117,7 @@ class Workers:
                     if time.monotonic() < worker.deadline:
                         continue
                     raise TimeoutError
-            except (EOFError, TimeoutError) as end:
+            except (EOFError, ValueError, RecursionError, TimeoutError) as end:
                 code = self.drop(worker)
                 if not worker.ready:
                     raise RuntimeError(f"the process for {self.function} did not start (exit code {code})") from end
