@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from verifiers import BadInput, Problem, code, load_task
-from verifiers.sandbox import shared
+from verifiers.sandbox import Result, shared
 from verifiers.sandbox_judge import difference
 
 REAL_DATA = os.environ.get("REAL_DATA")
@@ -330,3 +330,44 @@ def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypat
 def test_programs_takes_no_data():
     with pytest.raises(BadInput, match="leave --data out"):
         load_task("programs", "somewhere")
+
+
+# ------------------------------------------------------------------------------------------- what is not the program's
+
+SIZES = {  # of the sanitized MBPP, number 596: its tests use `sys` without importing it
+    **SANITIZED,
+    "prompt": "Write a function to find the size in bytes of the given tuple.",
+    "test_imports": [],
+    "code": "import sys \ndef tuple_size(tuple_list):\n  return (sys.getsizeof(tuple_list))",
+    "test_list": [
+        f"assert tuple_size({t}) == sys.getsizeof({t})" for t in ('("A", 1, "B", 2)', '((1, "Lion"), (2, ))')
+    ],
+}
+
+
+def test_a_module_that_the_reference_imports_is_not_the_program_s(tmp_path):
+    problem = task_of(tmp_path, "mbpp_sanitized", SIZES).test[0]
+    hidden = json.loads(problem.answer)
+    assert hidden["names"] == ["tuple_size"] and hidden["tests"].startswith("import sys\n")
+    forged = "class sys: getsizeof = staticmethod(lambda x: 0)\ndef tuple_size(x): return 0"
+    assert statuses([problem] * 2, [problem.solution, forged]) == ["passed", "failed"]
+
+
+def test_what_the_reference_imports_is_imported_by_tests_that_use_it():
+    solution = "from a import b as c, d\nimport e.f, g as h\nfrom i import d\ndef k(): import l\n"
+    assert code.imports_of(solution, {"c", "e"}) == ["from a import b as c, d", "import e.f, g as h"]
+    assert code.imports_of(solution, {"b", "f", "g", "l", "k"}) == [] and len(code.imports_of(solution, {"d"})) == 2
+
+
+def test_a_value_that_timed_out_is_asked_for_again(monkeypatch):
+    class Crowded:
+        def run(self, programs):
+            return [Result("timed out")] * len(programs)
+
+    expressions = {"x+7*8", "x if x else 9"}
+    with monkeypatch.context() as patch:
+        patch.setattr(code, "shared", Crowded)
+        values = code.values_of(expressions)
+        assert all(values[expression] == ("timed out", None) for expression in expressions)
+    values = code.values_of(expressions)
+    assert values["x+7*8"][1][0] == 53 and values["x if x else 9"][1][3] == 9  # x = -3, x = 0

@@ -23,7 +23,7 @@ import common
 import harness.policy
 import majority_pg
 import pass_at_k_pg
-from verifiers import BadInput, Problem, arithmetic, code, load_task, reasoning_gym, rows, votes_from_answers
+from verifiers import BadInput, Problem, arithmetic, code, load_task, reasoning_gym, rows, votes_from_answers, workers
 from verifiers import math as math_task
 from verifiers.sandbox import STATUSES, Program
 from verifiers.workers import number_key
@@ -442,6 +442,35 @@ def test_values_of_any_expressions_are_integers_or_none(expressions):
     verdict = code.verify_programs([Problem("?", json.dumps([0.5] * len(code.INPUTS)))], [expressions])
     check_form(verdict, [expressions])
     assert not verdict.rewards.any()
+
+
+# --- Worker processes ---
+
+CHILD = """
+import sys, time
+print('{"result": null, "failure": null}', flush=True)
+for line in sys.stdin:
+    ANSWER
+"""
+SAY = "sys.stdout.write(%s); sys.stdout.flush()"
+WHOLE = repr('{"result": 7, "failure": null}\n')
+
+
+@pytest.mark.parametrize("answer, result, failure", [
+    (SAY % WHOLE, 7, None), (SAY % f"{WHOLE}[:9]" + "; time.sleep(.2); " + SAY % f"{WHOLE}[9:]", 7, None),
+    (SAY % repr("{") + "; time.sleep(600)", None, "timeouts"), ("time.sleep(600)", None, "timeouts"),
+    ("while True: " + SAY % repr("{") + "; time.sleep(.001)", None, "timeouts"),
+    ("while True: " + SAY % "'{' * 9999", None, "dead workers"), ("sys.exit(1)", None, "dead workers"),
+    (SAY % r"'{\n'", None, "dead workers"), (SAY % r"'[' * 10**6 + '\n'", None, "dead workers"),
+])  # fmt: skip
+def test_no_answer_of_a_worker_hangs_its_parent_or_fills_it(tmp_path, monkeypatch, answer, result, failure):
+    """A child that says half a line, one byte after the other, a line that never ends, or one that cannot be read."""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD.replace("ANSWER", answer))
+    monkeypatch.setattr(workers, "__file__", str(child))
+    pool = workers.Workers("stand-in", limit_s=1.0, count=2)
+    assert pool.map([[]] * 2) == [(result, failure)] * 2
+    pool.close()
 
 
 # --- reasoning-gym ---

@@ -85,8 +85,9 @@ def mbpp(row: dict) -> Problem:
     text = row["text"] if "text" in row else row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     asserts = row["test_list"]
-    tests = "\n".join([setup, *asserts])
     solution = row["code"].replace("\r\n", "\n")
+    tests = "\n".join([setup, *asserts])
+    tests = "\n".join([*imports_of(solution, names_used(tests)), tests])
     prompt = text + f"\nYour code should pass this test:\n{asserts[0]}"
     return problem_of(prompt, solution, tests, names_of(solution, tests))
 
@@ -154,6 +155,14 @@ def names_of(solution: str, tests: str) -> list[str]:
     own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
     used = names_used(tests)
     return sorted((used & names_defined(solution)) | (used - own - names_defined(tests) - set(dir(builtins))))
+
+
+def imports_of(solution: str, names: set[str]) -> list[str]:
+    """The top-level imports by which the reference solution binds some of these names: tests that use them run them
+    themselves, since a program could bind the names to anything."""
+    nodes = [node for node in tree(solution).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    bound = [{(alias.asname or alias.name).partition(".")[0] for alias in node.names} for node in nodes]
+    return [ast.unparse(node) for node, its in zip(nodes, bound) if its & names]
 
 
 def names_used(source: str) -> set[str]:
@@ -300,12 +309,12 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
 
 def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers below LARGEST.
-    Results are kept for later calls: a policy repeats itself. Expressions of arithmetic alone share programs, by 32,
-    since they cannot touch each other; should such a program run out of time or memory, and for all other expressions,
-    each gets a program of its own."""
+    Results but time-outs are kept for later calls: a policy repeats itself. Expressions of arithmetic alone share
+    programs, by 32, since they cannot touch each other; should such a program run out of time or memory, and for all
+    other expressions, each gets a program of its own."""
     if len(_values) > 100_000:
         _values.clear()
-    new = [expression for expression in expressions if expression not in _values]
+    new = [expression for expression in expressions if _values.get(expression, ("timed out",))[0] == "timed out"]
     found = dict.fromkeys(new, ("failed", None))
     new = sorted(expression for expression in new if 0 < len(expression) <= LONGEST)
     plain = [expression for expression in new if ARITHMETIC.fullmatch(expression)]

@@ -2,9 +2,10 @@
 
 `Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
 line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. The children import neither torch nor this
-package and are not forked from a parent that has threads. Limits: `limit_s` of wall time a job, after which the child
-is killed and replaced; `MEMORY_BYTES` of address space. A child ends with its parent, whether idle (end of stdin) or
-stuck (its own alarm). This guards against slow algebra and accidents; it is no sandbox for hostile programs.
+package and are not forked from a parent that has threads. Limits: `limit_s` of wall time a job, whatever part of an
+answer has come by then, after which the child is killed and replaced; `REPLY_BYTES` an answer; `MEMORY_BYTES` of
+address space. A child ends with its parent, whether idle (end of stdin) or stuck (its own alarm). This guards against
+slow algebra and accidents; it is no sandbox for hostile programs.
 """
 
 import os
@@ -31,6 +32,7 @@ from multiprocessing.connection import wait
 
 START_S = 120  # for the child's imports, on a slow disk
 MEMORY_BYTES = 4 << 30
+REPLY_BYTES = 1 << 20
 # With hash seed 0 the order of sympy's symbols, and so every result, is the same in all children; a thread per core
 # takes address space and gains nothing here.
 CHILD_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -43,7 +45,7 @@ class Worker:
         command = [sys.executable, os.path.abspath(__file__), function, str(limit_s)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, **pipes)
-        self.ready, self.job = False, None
+        self.ready, self.job, self.line = False, None, b""
         self.deadline = time.monotonic() + START_S
 
     def send(self, number: int, job: list, limit_s: float) -> None:
@@ -52,11 +54,16 @@ class Worker:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
 
-    def receive(self) -> dict:
-        """Its next line, which it writes at once. Raises EOFError when there will be no more."""
-        line = self.process.stdout.readline()
-        if not line.endswith(b"\n"):
+    def receive(self) -> dict | None:
+        """Its next line, or None while only a part has come; called when there is something to read, so never waits.
+        Raises EOFError when there will be no line, ValueError or RecursionError for one that is no JSON."""
+        part = os.read(self.process.stdout.fileno(), 1 << 16)
+        self.line += part
+        if not part or len(self.line) > REPLY_BYTES:
             raise EOFError
+        if not self.line.endswith(b"\n"):
+            return None
+        line, self.line = self.line, b""
         return json.loads(line)
 
     def kill(self) -> int:
@@ -105,13 +112,12 @@ class Workers:
         speaking = wait([worker.process.stdout for worker in waiting], max(patience, 0))
         for worker in waiting:
             try:
-                if worker.process.stdout in speaking:
-                    reply = worker.receive()
-                elif time.monotonic() < worker.deadline:
-                    continue
-                else:
+                reply = worker.receive() if worker.process.stdout in speaking else None
+                if reply is None:
+                    if time.monotonic() < worker.deadline:
+                        continue
                     raise TimeoutError
-            except (EOFError, TimeoutError) as end:
+            except (EOFError, ValueError, RecursionError, TimeoutError) as end:
                 code = self.drop(worker)
                 if not worker.ready:
                     raise RuntimeError(f"the process for {self.function} did not start (exit code {code})") from end
