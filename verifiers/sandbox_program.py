@@ -16,6 +16,7 @@ import types
 from verifiers.sandbox_codec import as_json, decode, encode
 
 CHANNEL = 3  # the descriptor of the socket to the judge
+C_STACK = 64 << 20  # bytes: a recursion through `lru_cache` or `map` takes 500 a level, and contests raise the limit
 
 
 def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, stdout: int) -> None:
@@ -39,7 +40,9 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
         os.close(file)
     for what, limit in limits:
         resource.setrlimit(what, limit)
+    resource.setrlimit(resource.RLIMIT_STACK, (C_STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     load_filter()
+    sys.set_int_max_str_digits(0)  # 2**20000 is printed as in any other language
 
     if "numpy" in job["source"]:
         with contextlib.suppress(ImportError):
