@@ -99,7 +99,7 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SCALE = rf"\s*(?:{'|'.join(SCALES)})s?(?![A-Za-z])"
 EXPONENT = r"(?:[eE]|\s*(?:\\times|\\cdot|[x*×])\s*10\s*\^\s*\{?\s*)([-+]?[0-9]{1,3})(?![0-9_])\}?"
-FRACTION = re.compile(r"-?(?:[0-9]+\s*)?\\[dt]?frac\{-?[0-9.]+\}\{[0-9.]+\}")
+FRACTION = re.compile(r"-?(?:(?<![0-9])[0-9]+\s*)?\\[dt]?frac\{-?[0-9.]+\}\{[0-9.]+\}")
 # in "x-3" there is no -3, and in "x12" no 12 and no 2
 NUMBER = re.compile(
     rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_])\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|{DIGITS})(?:{EXPONENT})?"
@@ -262,7 +262,7 @@ NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|
 
 FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
 REPEATING = re.compile(
-    r"(?<![0-9.])([0-9]*)\.([0-9]*?)(?:\\dot\s*\{?([0-9])\}?([0-9]*)\\dot\s*\{?([0-9])\}?|\(([0-9]+)\)|"
+    r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\dot\s*\{?([0-9])\}?([0-9]*)\\dot\s*\{?([0-9])\}?|\(([0-9]+)\)|"
     r"\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?|([0-9]{1,6}?)\8+\s*(?:\.{3}|…|\\[lc]?dots))"
 )
 VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A-Za-z\\])([A-Za-z]+)", re.DOTALL)
