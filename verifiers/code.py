@@ -16,6 +16,9 @@ when all tests pass and 0 otherwise. Tests run outside the program's process, an
 5. Text after the program is dropped: everything from the first line that does not parse. So is all of a response after
    its first 50 000 characters.
 
+TACO's functions have the imports of the data set's own harness; of dicts, keys count as texts, and floats to 6 digits.
+What a function does to its arguments is not looked at.
+
 The rows are those of Hugging Face data sets, or of local files in the same schemas."""
 
 import ast

@@ -12,7 +12,8 @@ Which part of a response is its answer. The response ends where it goes on to a 
 last 10 000 characters are read, and the first rule that finds something decides:
   math     the last \\boxed{}; what follows the last "####"; what follows the last "answer is" or "answer:"; the last
            $...$ or number, whichever ends later
-  gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number
+  gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number. Where one holds
+           several numbers and is no equation, there is no answer (see `number_in`)
 An answer of more than 1000 characters is none. No answer: reward 0 and no vote.
 
 Rewards and votes. An answer that the verifier finds equal to the gold one has reward 1 and votes for "the gold answer";
@@ -22,14 +23,23 @@ never on the other responses: the vote is a partition, the same in any order, an
 reward. Pairwise comparison would not do: to math-verify 5 equals "x = 5" and "y = 5", which differ from each other.
 Plain numbers, choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py).
 A comparison that takes over 5 s, or whose worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
+A comparison that took too long is not tried again in the same run.
 
 Decided, where math-verify or its users differ:
-  several boxes       the last one counts (math-verify: the first, or all); with only commas and "and" between, a list
+  several boxes       the last one counts (math-verify: the first, or all); with commas, "and", "or" between, a list
   "$18", "18 dollars" equal: currency signs, and words after a number, are units, and units are not compared
-  "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice
-  1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 10^-6 plain numbers must agree exactly
-  28% and 28          equal, as in math-verify; so are 28% and 0.28 against a gold 0.28
-  x = 5 and 5         equal when either is gold, as in math-verify
+  "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice; "(C) 12" is either of its parts
+  1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 10^-6, 6 digits count
+  28% and 28          equal, as in math-verify; so are 28% and 0.28, whichever is gold
+  5x, 5ab, 5 cm       letters glued to a number, or one or two behind it, are variables, unless they are a known
+                      unit and no variables of the prompt; a word is a unit
+  121_3 and 121_4     different, as are m^2 and m^3; a base or an exponent of a unit may be left out
+  x < 3 and (-oo, 3)  equal, as sets
+  10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and no 11
+  255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
+  x = 5 and 5         equal when either is gold, as in math-verify; x^2 + y^2 = 5 is a curve, and no 5
+Left as they are: digits of other scripts and the sign for roots (½ is 1/2), colours, a.m. against p.m., and a box
+inside <think> where none follows.
 """
 
 import collections
