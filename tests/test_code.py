@@ -271,7 +271,7 @@ def test_forms_of_a_right_program(tmp_path, response):
 
 
 def test_taco_functions_have_the_imports_of_the_data_set_and_its_comparison(tmp_path):
-    inputs, outputs = [[[0.1, 0.2], {"1": 2}], [[1.0], {"1": 5}]], [[0.3, {"1": 2}], [[1.0, {"1": 5}]]]
+    inputs, outputs = [[[0.1, 0.2], {"1": 2}], [[1.0], {"1": 5}]], [[0.3, {"1": 2}], [[1.0, {"1": 5.0000001}]]]
     row = {**TACO_FUNCTION, "starter_code": "", "solutions": "[]"}
     row["input_output"] = json.dumps({"fn_name": "go", "inputs": inputs, "outputs": outputs})
     task = task_of(tmp_path, "taco", row)

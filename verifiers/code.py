@@ -153,7 +153,7 @@ from typing import *
 FUNCTION_TESTS = """
 def plain(value):
     if isinstance(value, dict):
-        return {{str(key): plain(item) for key, item in value.items()}}
+        return ["dict", *sorted([str(key), plain(item)] for key, item in value.items())]
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 def same(got, wanted):
     if isinstance(wanted, list) and isinstance(got, list):
