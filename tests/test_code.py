@@ -296,7 +296,7 @@ def test_deep_recursion_through_c_and_long_integers(tmp_path):
 
 def test_only_the_start_of_a_long_response_is_read():
     problem = code.humaneval(HUMANEVAL)
-    assert len(code.program_of(problem, " " * 10**7 + "return 2 * x").source) < 10**5
+    assert "return" not in code.program_of(problem, " " * 10**7 + "return 2 * x").source
     assert FULL in code.program_of(problem, FULL + " " * 10**7).source
 
 
