@@ -318,9 +318,16 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
 
 
 def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
-    """The responses as text, special tokens left out: B lists of n strings."""
-    rows = [[ids[keep].tolist() for ids, keep in zip(*group)] for group in zip(rollouts.ids.cpu(), rollouts.mask.cpu())]
-    return [policy.tokenizer.batch_decode(row, skip_special_tokens=True) for row in rows]
+    """The responses as text, special tokens left out: B lists of n strings.
+
+    Each is decoded behind the last token of its prompt, which is then cut off: tokenizers of Llama's kind drop the
+    space that begins what they decode, and with it one of a program's indentation."""
+    texts = []
+    for prompt, *group in zip(rollouts.prompts, rollouts.ids.cpu(), rollouts.mask.cpu()):
+        rows = [prompt[-1:], *(prompt[-1:] + ids[keep].tolist() for ids, keep in zip(*group))]
+        last, *row = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts.append([text.removeprefix(last) for text in row])
+    return texts
 
 
 # --- Training step ----------------------------------------------------------------------------------------------------

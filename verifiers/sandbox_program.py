@@ -18,6 +18,7 @@ from verifiers.sandbox_codec import as_json, decode, encode
 CHANNEL = 3  # the descriptor of the socket to the judge
 TASKS = 63  # of /proc/loadavg, where the limit on processes counts others, too
 open_descriptor = os.open  # which the worker replaces for programs
+C_STACK = 64 << 20  # bytes: a recursion through `lru_cache` or `map` takes 500 a level, and contests raise the limit
 
 
 def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, stdout: int) -> None:
@@ -48,7 +49,9 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
         if what == resource.RLIMIT_NPROC:
             soft = hard = min(soft + tasks, hard)
         resource.setrlimit(what, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_STACK, (C_STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     load_filter()
+    sys.set_int_max_str_digits(0)  # 2**20000 is printed as in any other language
 
     if "numpy" in job["source"]:
         with contextlib.suppress(ImportError):

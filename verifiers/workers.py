@@ -21,12 +21,14 @@ import functools
 import importlib
 import json
 import logging
+import re
 import resource
 import signal
 import subprocess
 import threading
 import time
 import zlib
+from decimal import Decimal
 from fractions import Fraction
 from multiprocessing.connection import wait
 
@@ -142,9 +144,9 @@ class Workers:
 
 def number_key(value: Fraction) -> str:
     """One string for all numbers that agree when rounded to 6 decimals: math-verify's own tolerance, made a partition.
-    A number that would vanish keeps its exact value."""
+    A number that would vanish is rounded to 6 digits."""
     rounded = round(value, 6)
-    return str(rounded if rounded or not value else value)
+    return str(rounded) if rounded or not value else f"{Decimal(value.numerator) / Decimal(value.denominator):.5e}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,9 +162,16 @@ def check_math(gold: str, answer: str) -> list:
     what wrong answers vote by: a function of the answer alone, so an equivalence, which pairwise comparison is not."""
     import math_verify
 
-    correct = math_verify.verify(parsed(gold), parsed(answer), timeout_seconds=None)
+    found = parsed(answer)
+    if "or" in answer and found and type(found[0]).__name__ == "FiniteSet":  # of x < 1 and x > 3: a union
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            found = [functools.reduce(lambda one, other: one | other, (part.as_set() for part in found[0].args))]
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # x < 3 is the interval (-oo, 3)
+    correct = math_verify.verify(parsed(gold), found, **options)
     try:
-        return [correct, canonical(parsed(answer)[0])]
+        form = canonical(parsed(answer)[0])
+        tiny = re.fullmatch("0|[-0-9.]+e-[0-9]+", form)  # math-verify rounds to 6 decimals
+        return [correct and not (tiny and canonical(parsed(gold)[0]) != form), form]
     except Exception:  # unparsed, or algebra that sympy cannot evaluate
         return [correct, "text " + "".join(answer.split())]
 
