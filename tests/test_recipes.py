@@ -70,7 +70,7 @@ def trained(trainer, model, tokenizer, out, reward_funcs, steps=1, processes=1, 
         seen.see(prompts, completion_ids)
         return first(prompts=prompts, completion_ids=completion_ids, step=len(seen.samples) - 1, **columns)
 
-    config_of = trl.RLOOConfig if issubclass(trainer, trl.RLOOTrainer) else partial(trl.GRPOConfig, loss_type="dr_grpo")
+    config_of = partial(trl.GRPOConfig, loss_type="dr_grpo")
     settings = dict(
         max_steps=steps, per_device_train_batch_size=3, num_generations=N, learning_rate=0.0,
         gradient_accumulation_steps=len(problems) * N // 3 // processes, max_completion_length=TOKENS, beta=0.0,
