@@ -14,7 +14,7 @@ network as a baseline; the KL, which is to a moving average of the policy, with 
 
     python bon_rl.py --N 8                                           # exact gradient, the environment selects
     python bon_rl.py --N 8 --estimator variational                   # BoN-RL as in the paper
-    python bon_rl.py --N 16 --estimator rlb-positive                 # BoN-RLB(P)
+    python bon_rl.py --N 16 --estimator rlb-p                        # BoN-RLB(P)
     python bon_rl.py --N 8 --verifier learned                        # BoN-RL-V
     python bon_rl.py --N 8 --estimator mean                          # the baseline, N = 1
 """
@@ -32,9 +32,9 @@ from verifiers import BadInput
 
 # Table 2 of the paper (Gemma 2 2B), for --preset paper
 PAPER = {
-    "lr": 3e-6, "warm_up_steps": 100, "value_lr": 1e-5, "anchor_rate": 0.01, "steps": 2500, "prompts_per_step": 32,
-    "temperature": 1.0, "kl_coef": 1.0, "kl_coef_end": 0.075, "kl_delay": 10, "kl_anneal_steps": 2500,
-    "estimator": "variational", "baseline": "value",
+    "lr": 3e-6, "warm_up_steps": 100, "lr_decay": False, "value_lr": 1e-5, "anchor_rate": 0.01, "steps": 2500,
+    "prompts_per_step": 32, "temperature": 1.0, "kl_coef": 1.0, "kl_coef_end": 0.075, "kl_delay": 10,
+    "kl_anneal_steps": 2500, "estimator": "variational", "baseline": "value",
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class Args(RunArgs):
     preset: Literal["small", "paper"] = "small"  # defaults: ours, or the paper's Table 2; flags given beside it win
     N: int = 8  # samples that the verifier chooses from
     n: int | None = None  # samples per prompt; `variational` takes 3 groups of N or more, 2 with a value network (3 N)
-    estimator: Literal["mean", "exact", "variational", "rlb", "rlb-positive", "rlb-all"] = "exact"
+    estimator: Literal["mean", "exact", "variational", "rlb", "rlb-p", "rlb-all"] = "exact"
     """mean reward (RLOO, the baseline); Best-of-N by leave-one-out; the paper's BoN-RL; its closed forms for a verifier
     that is the 0/1 reward: BoN-RLB, BoN-RLB(P), and the same gradient by all samples"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: BoN-RL-S, or BoN-RL-V (a reward model)
@@ -52,10 +52,10 @@ class Args(RunArgs):
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
     baseline: Literal["loo", "value"] = "loo"  # of mean and variational: the prompt's others, or a value network
     value_lr: float = 1e-4  # learning rate of the value network's AdamW
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     warm_up_steps: int = 0  # steps over which the learning rate rises linearly to lr
     kl_coef: float = 0.0  # beta of -beta KL(policy || anchor) in the objective; the anchor is a moving average
     kl_coef_end: float | None = None  # what beta moves to, linearly (default: it stays)
@@ -90,8 +90,9 @@ def advantages(
                     the other groups, b the mean reward of the winners of the groups that hold neither y nor y'
       rlb           E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ], y the winner of each N-subset,
                     g+ = N p^(N-1) / (1 - p^N),  g- = N p / (1-p),  p the failure rate of the prompt
-      rlb-positive  E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]
-      rlb-all       N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]: the same gradient with less variance
+      rlb-p         E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]
+      rlb-all       N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]: the same gradient, with less variance than
+                    rlb-p where many different answers are right or wrong; where one answer is right rlb-p has less
     The last three need rewards 0 and 1, of which the scores are an increasing function; there they and `exact` have the
     same expectation if p is exact. With N = 1, exact and variational are mean.
 
@@ -129,7 +130,7 @@ def advantages(
         gain = (R.unsqueeze(-1) - b_pair) * other / (n - N)  # (B, G, G): per sample y', of which a winner has n - N
         tilt = common.best_of_n_tilt(N) * (gain.unsqueeze(-1) * beaten).sum(1)  # (B, G, G, N) -> (B, G, N)
         A = ((won * (r - b) + tilt) / G).flatten(1)  # (B, G, N) -> (B, n)
-    elif estimator in ("rlb", "rlb-positive", "rlb-all"):
+    elif estimator in ("rlb", "rlb-p", "rlb-all"):
         if not ((r == 0) | (r == 1)).all():
             raise ValueError(f"{estimator} needs rewards that are 0 or 1")
         if not torch.equal(common.ranks(scores)[0], common.ranks(r)[0]):
@@ -138,7 +139,7 @@ def advantages(
         p, won = p.unsqueeze(-1), common.win_shares(scores, N)  # (B, 1), (B, n)
         if estimator == "rlb":
             A = won * (r * N * p ** (N - 1) / (1 - p**N) + (1 - r) * N * p / (1 - p))
-        elif estimator == "rlb-positive":
+        elif estimator == "rlb-p":
             A = won * r * N * p ** (N - 1) * (1 - p) / (1 - p**N)
         else:
             A = N * p ** (N - 1) * (r - (1 - p)) / n
@@ -161,38 +162,44 @@ def move_towards(anchor: common.Policy, policy: common.Policy, rate: float) -> N
         average.lerp_(parameter, rate)
 
 
-def warmed_up(step: int, lr: float, warm_up_steps: int) -> float:
-    """The learning rate at a step, 1, 2, ...: rising linearly, `lr` from step `warm_up_steps` on (Table 2)."""
-    return lr * min(step / max(warm_up_steps, 1), 1.0)
-
-
 class ValueNetwork(torch.nn.Module):
     """b(x): a scalar head, zero at first, on the last token of the prompt in a copy of the policy's base model."""
 
     def __init__(self, policy: common.Policy):
         super().__init__()
         self.base = copy.deepcopy(policy.model.base_model)
-        self.head = torch.nn.Linear(policy.model.config.hidden_size, 1, device=policy.device)
+        self.head = torch.nn.Linear(policy.model.config.get_text_config().hidden_size, 1, device=policy.device)
         torch.nn.init.zeros_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, prompts: list[list[int]]) -> torch.Tensor:
         """Values (B,) float32 of B prompts of token ids."""
-        ids, mask = common.padded(prompts)  # (B, P), filler on the right, where causal attention never looks
-        device = self.head.weight.device
-        with common.autocast(device):
-            hidden = self.base(input_ids=ids.to(device), use_cache=False).last_hidden_state  # (B, P, H)
-        last = hidden[torch.arange(len(prompts)), mask.sum(-1).to(device) - 1]  # (B, H)
-        return self.head(last.float()).squeeze(-1)
+        ids = torch.zeros(len(prompts), 1, dtype=torch.int64, device=self.head.weight.device)  # (B, 1): any token
+        with common.autocast(ids.device):
+            hidden = common.response_states(self.base, prompts, ids, ids == 0)  # (B, H): at the prompt's last token
+        return self.head(hidden.float()).squeeze(-1)
 
-    def fit(self, optimizer: torch.optim.Optimizer, prompts: list[list[int]], rewards: torch.Tensor) -> float:
-        """One step towards the rewards (B,) of Best-of-N, by squared error; returns its mean before the step."""
-        loss = (self(prompts) - rewards.to(self.head.weight)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(self.parameters())
-        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+    def fit(
+        self, optimizer: torch.optim.Optimizer, policy: common.Policy, prompts: list[list[int]], rewards: torch.Tensor
+    ) -> tuple[torch.Tensor, float]:
+        """One step towards the rewards (B,) of Best-of-N, by squared error. Returns the values (B,) and the mean error
+        before the step, from the same pass. Micro-batches are as large as the policy's."""
+        ids, parameters = torch.zeros(len(prompts), 1, 1, dtype=torch.int64), list(self.parameters())
+        rollouts, rewards = common.Rollouts(prompts, ids, ids == 0, ids.float()), rewards.to(self.head.weight)
+
+        def gradient() -> torch.Tensor:
+            common.zero_gradients(parameters)
+            values = torch.zeros_like(rewards)
+            for batch in common.micro_batches(rollouts, torch.arange(len(prompts)), policy.micro_batch_tokens):
+                part = self(batch.prompts)[batch.of_row]  # (U,) -> (B',)
+                ((part - rewards[batch.rows]).square().sum() / len(prompts)).backward()
+                values[batch.rows] = part.detach()
+            return values
+
+        values = common.halving(policy, rollouts, gradient)  # (B,)
+        average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return loss.item()
+        return values.cpu(), (values - rewards).square().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,25 +246,23 @@ def main(args: Args) -> None:
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
         verdict = run.verdict(problems, common.decode(policy, rollouts))
         best = common.best_of_k(verdict.scores, verdict.rewards, args.N)  # (B,): reward of the winner among N
-        b = value(prompts).detach().cpu() if value else None  # (B,)
+        record, b = {f"{selected}@{args.N}": best.mean().item()}, None
+        if value:
+            target = best if args.estimator == "variational" else verdict.rewards.mean(-1)  # (B,)
+            b, record["value_loss"] = value.fit(value_optimizer, policy, prompts, target)  # (B,)
         A = advantages(verdict.rewards, verdict.scores, args.N, args.estimator, b)  # (B, n)
-        record = {f"{selected}@{args.N}": best.mean().item()}
         if anchor:
-            ratios = common.log_ratios(anchor, rollouts)  # (B, n, T)
+            ratios = common.log_ratios(policy, anchor, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
             beta = kl_coefficient(step, args.kl_coef, args.kl_coef_end, args.kl_delay, args.kl_anneal_steps)
             A = A + beta * common.kl_advantages(ratios) if beta else A
         record |= rollout_metrics(policy, rollouts, verdict, A)
-        run.optimizer.param_groups[0]["lr"] = warmed_up(step, args.lr, args.warm_up_steps)
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
         if anchor:
             move_towards(anchor, policy, args.anchor_rate)
-        if value:
-            target = best if args.estimator == "variational" else verdict.rewards.mean(-1)  # (B,)
-            record["value_loss"] = value.fit(value_optimizer, prompts, target)
-        run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "signal", "tokens_per_s"))
+        run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
     columns += [f"pass@{args.N}"] if selected == "bon" else []
     run.finish(columns, sorted({"pass", selected}, reverse=True), args.N)

@@ -16,6 +16,7 @@ What differs from bon_rl.py: the coefficients below; the expert stands beside th
     python bon_sft.py --N 1 --eval-N 8                 # plain SFT, the baseline
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,7 +27,7 @@ import common
 from harness.parallel import average_gradients
 from harness.policy import expert_rollouts
 from harness.run import Run, RunArgs, run_cli, sizes_up_to
-from verifiers import BadInput
+from verifiers import BadInput, Problem, Task
 from verifiers.rows import load_rows, require_columns
 
 
@@ -35,15 +36,17 @@ class Args(RunArgs):
     N: int = 8  # samples that the verifier chooses from; 1 is plain SFT
     n: int | None = None  # samples per prompt, more than N; all N-subsets are averaged over (2 N; none if N = 1)
     likelihood: Literal["variational", "exact"] = "variational"  # the paper's, or a 0/1 verifier's closed form
-    experts: str | None = None  # JSONL or Parquet with columns problem and response (default: the task's solutions)
+    experts: str | None = None
+    """JSONL or Parquet with columns problem, response and optionally answer; the rows of one problem are weighed alike,
+    1/m each of m (default: the task's solutions)"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts, each with an expert response, in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts, each with an expert response, in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 
 
@@ -107,18 +110,43 @@ def joined(first: common.Rollouts, second: common.Rollouts) -> common.Rollouts:
     return common.Rollouts(second.prompts, *tensors, second.temperature)
 
 
-def with_experts(problems: list, path: str) -> list:
-    """The problems that the file has responses to, those being their solutions. Raises BadInput."""
-    rows = load_rows("", "train", path)
+def mean_over_experts(coefficients: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Coefficients (E, 1 + n) of E experts and their prompts' samples as (B, m + n): each prompt's mean over its own
+    experts. counts: (B,) int64, the experts of each prompt, E in all and m at most.
+
+    Example: counts (2, 1), n = 1 and rows (1, .2), (1, .4), (1, .6) give (.5, .5, .3), (1, 0, .6)."""
+    B, m = len(counts), int(counts.max())
+    own = torch.arange(m) < counts.unsqueeze(-1)  # (B, m)
+    experts = torch.zeros(B, m).masked_scatter(own, coefficients[:, 0].float()) / counts.unsqueeze(-1)
+    of_prompt = torch.arange(B).repeat_interleave(counts)  # (E,)
+    samples = torch.zeros(B, coefficients.shape[1] - 1).index_add(0, of_prompt, coefficients[:, 1:].float())
+    return torch.cat([experts, samples / counts.unsqueeze(-1)], -1)
+
+
+def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, list[Problem]]:
+    """The file's responses by prompt: one problem a row, whose solution is the response. Its answer is the row's own
+    or, without one, the answer of the prompt's first problem for which the verifier takes the response for right, else
+    of its first. Raises BadInput."""
+    rows, of_prompt, result = load_rows("", "train", path), {}, {}
     require_columns(rows, ["problem", "response"], path)
-    of_prompt, result = {problem.prompt: problem for problem in problems}, []
+    for problem in problems:
+        of_prompt.setdefault(problem.prompt, {}).setdefault(problem.answer, problem)
     for number, row in enumerate(rows, start=1):
-        problem = of_prompt.get(row["problem"]) if isinstance(row["problem"], str) else None
-        if problem is None:
+        if not isinstance(row["problem"], str) or row["problem"] not in of_prompt:
             raise BadInput(f"{path}, row {number}: {str(row['problem'])[:40]!r} is no training problem of the task")
-        if not isinstance(row["response"], str) or not row["response"]:
-            raise BadInput(f"{path}, row {number}: the response must be a text, not {str(row['response'])[:40]!r}")
-        result.append(replace(problem, solution=row["response"]))
+        for name in ("response", "answer"):
+            if not (isinstance(row.get(name), str) and row[name] or name == "answer" and row.get(name) is None):
+                raise BadInput(f"{path}, row {number}: the {name} must be a text, not {str(row[name])[:40]!r}")
+    pairs = [(row, problem) for row in rows for problem in of_prompt[row["problem"]].values()]
+    rewards = task.verify([problem for _, problem in pairs], [[row["response"]] for row, _ in pairs]).rewards  # (., 1)
+    solved: dict[int, str] = {}  # row -> the answer of the first problem that its response solves
+    for (row, problem), reward in zip(pairs, rewards):
+        if reward > 0:
+            solved.setdefault(id(row), problem.answer)
+    for row in rows:
+        problem = next(iter(of_prompt[row["problem"]].values()))
+        answer = row.get("answer") or solved.get(id(row), problem.answer)
+        result.setdefault(problem.prompt, []).append(replace(problem, answer=answer, solution=row["response"]))
     return result
 
 
@@ -134,16 +162,18 @@ def main(args: Args) -> None:
     run = Run(args, args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
     policy, task, ks = run.policy, run.task, sizes_up_to(args.eval_n, args.eval_N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
+    experts = experts_of(args.experts, task, run.train) if args.experts and args.steps else {}
 
-    def experts(problems, prompts) -> common.Rollouts:
-        return expert_rollouts(policy, task, prompts, [problem.solution for problem in problems], args.temperature)
+    def groups_of(problems) -> list[list[Problem]]:
+        """The experts of each problem's prompt: the file's, or the problem with its own solution."""
+        return [experts.get(problem.prompt, [problem]) for problem in problems]
 
     if args.steps:
-        run.train = with_experts(run.train, args.experts) if args.experts else run.train
+        run.train = [group[0] for group in experts.values()] or run.train
         if isinstance(run.train, list):  # what is missing or too long is found now, not at step 300
             if not all(problem.solution for problem in run.train):
                 raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
-            experts(run.train, run.encoded(run.train))
+            expert_rollouts(policy, task, run.encoded(run.train), groups_of(run.train))
     if args.verifier == "learned":
         run.use_learned_verifier()
 
@@ -155,12 +185,16 @@ def main(args: Args) -> None:
 
     for step in run.steps(metrics, f"{args.likelihood} N={args.N}"):
         problems, prompts, generator = run.batch(step)
-        samples, rollouts = None, experts(problems, prompts)  # (B, 1, T)
+        groups, samples, drawn = groups_of(problems), None, [[]] * len(problems)
+        rollouts = expert_rollouts(policy, task, prompts, groups, args.temperature)  # (B, m, T)
+        written = common.decode(policy, rollouts)
         if args.N > 1:
             samples = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
-            rollouts = joined(rollouts, samples)  # (B, 1 + n, T)
-        verdict = run.verdict(problems, common.decode(policy, rollouts))
-        A = coefficients(verdict.scores[:, 0], verdict.scores[:, 1:], args.N, args.likelihood)  # (B, 1 + n)
+            rollouts, drawn = joined(rollouts, samples), common.decode(policy, samples)  # (B, m + n, T)
+        rows = [(x, [text, *own]) for group, texts, own in zip(groups, written, drawn) for x, text in zip(group, texts)]
+        verdict = run.verdict(*zip(*rows))  # E rows, an expert with its prompt's samples: (E, 1 + n)
+        C = coefficients(verdict.scores[:, 0], verdict.scores[:, 1:], args.N, args.likelihood)  # (E, 1 + n)
+        A = mean_over_experts(C, torch.tensor([len(group) for group in groups]))  # (B, m + n)
         record = {"expert_reward": verdict.rewards[:, 0].mean().item()}
         record |= {"reward": verdict.rewards[:, 1:].mean().item()} if samples else {}
         record |= common.policy_gradient_step(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from verifiers import BadInput
 
@@ -182,11 +183,6 @@ class Rollouts:
         prompts = [prompt for prompt in self.prompts for _ in range(self.ids.shape[1])]
         return prompts, *(x.flatten(0, 1) for x in (self.ids, self.mask, self.log_probs))  # (B, n, T) -> (R, T)
 
-    def lengths(self) -> torch.Tensor:
-        """Tokens of each prompt and response together, (R,) int64 on the CPU."""
-        prompts = torch.tensor([len(prompt) for prompt in self.prompts]).unsqueeze(-1)  # (B, 1)
-        return (prompts + self.mask.sum(-1).cpu()).flatten()  # (B, n) -> (R,)
-
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids as one (R, L) int64 tensor, filled with 0, and its (R, L) bool mask of real tokens."""
@@ -194,20 +190,20 @@ def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Ten
     column = torch.arange(int(length.max()))  # (L,)
     mask = column >= column.numel() - length if left else column < length  # (R, L)
     ids = torch.zeros(mask.shape, dtype=torch.int64)
-    ids[mask] = torch.tensor([i for row in rows for i in row])
+    ids[mask] = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
     return ids, mask
 
 
 def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Next-token logits (..., V) float32 of last hidden states (..., H)."""
     scores = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def recompute_activations(model: torch.nn.Module, on: bool) -> None:
-    """Turn gradient checkpointing, if enabled, on for training or off for sampling. Transformers ties it to training
-    mode, and so to dropout: only checkpointed modules change mode, not the dropout modules in them."""
+    """Turn gradient checkpointing, if enabled, on for training or off for sampling. Transformers ties it to the
+    training mode of the checkpointed modules."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = on
@@ -218,14 +214,15 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def halved(amount: int, least: int, error: RuntimeError, what: str) -> int:
+def halved(amount: int, least: int, error: Exception, what: str) -> int:
     """Half of an amount that did not fit in memory. Raises an error about something else again; BadInput at `least`."""
-    if not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):  # the latter: on the CPU
+    on_cpu = isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
+    if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
         raise error
     if amount <= least:
-        mend = "use a smaller model, shorter responses (--max-new-tokens) or --gradient-checkpointing"
+        mend = "use a smaller model, shorter responses or gradient checkpointing"
         raise BadInput(f"out of memory with one response at a time: {mend}") from error
-    tqdm.write(f"out of memory: going on with {what} {amount // 2}")
+    tqdm.write(f"out of memory: going on with {what} = {amount // 2}")
     torch.cuda.empty_cache()  # does nothing elsewhere
     return amount // 2
 
@@ -237,6 +234,14 @@ class CompactCache(DynamicCache):
         return super().update(key_states.to(value_states.dtype), value_states, *where, **options)
 
 
+def can_share_prompts(model: torch.nn.Module) -> bool:
+    """Whether a prompt may be read once for all its rows in training. Every layer must be attention, whose cache can be
+    differentiated (a linear layer updates its state in place), and activations must not be recomputed, which rules a
+    cache out."""
+    plain = (type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in CompactCache(config=model.config).layers)
+    return all(plain) and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @torch.no_grad()
 def sample(
     policy: Policy, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 1.0,
@@ -244,7 +249,7 @@ def sample(
 ) -> Rollouts:  # fmt: skip
     """n responses to each prompt by pure temperature sampling, each up to and including its end token.
 
-    A random number belongs to a response and a position, so that the tokens do not depend on `policy.sample_rows`.
+    A random number belongs to a response and a position. The tokens therefore do not depend on `policy.sample_rows`.
     Runs on the policy's device and returns there. Raises BadInput when memory runs out with a single response."""
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
@@ -255,25 +260,24 @@ def sample(
         try:
             parts.append(sampled_rows(policy, rows[part], uniform[part], temperature))
             start = part.stop
-        except RuntimeError as error:
-            policy.sample_rows = halved(min(policy.sample_rows, len(rows)), 1, error, "--sample-rows")
+        except (RuntimeError, MemoryError) as error:
+            policy.sample_rows = halved(min(policy.sample_rows, len(rows)), 1, error, "sample_rows")
     ids, mask, log_probs = (torch.cat(x) for x in zip(*parts))  # (R, max_new_tokens) each
     T = int(mask.any(0).sum())
     return Rollouts(prompts, *(x[:, :T].unflatten(0, (-1, n)) for x in (ids, mask, log_probs)), temperature)
 
 
 def read_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple:
-    """Each different prompt, read once and shared out to its rows among R: the last hidden states (R, 1, H), the cache
-    of keys and values, the attention mask (R, P), and the last positions (R, 1)."""
+    """Each different prompt, read once and shared out to its rows among R: the last hidden states (R, 1, H), the cache,
+    the attention mask (R, P), and the last positions (R, 1)."""
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)  # (R,): among G prompts
     ids, seen = (x.to(model.device) for x in padded(list(place), left=True))  # (G, P)
     position, cache = seen.cumsum(-1) - 1, CompactCache(config=model.config)
     inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": position.clamp(min=0)}
-    hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-    # Not x[of_row]: on the CPU its gradient is summed in the order in which threads come by, another one on a busy day.
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.index_select(0, of_row), layer.values.index_select(0, of_row)
+    hidden = model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1:]
+    # index_select, not x[of_row]: the gradient of the latter is summed in thread order, which varies on the CPU.
+    cache.reorder_cache(of_row)
     return hidden.index_select(0, of_row), cache, seen[of_row], position[of_row, -1:]  # (G, ...) -> (R, ...)
 
 
@@ -302,12 +306,14 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
             if running == 0 or t == T - 1:
                 break
             if running <= len(rows) // 2:
-                cache.batch_select_indices(alive.nonzero()[:, 0])
+                cache.reorder_cache(alive.nonzero()[:, 0])
                 rows, token, seen, position = rows[alive], token[alive], seen[alive], position[alive]
                 alive = alive[alive]
             seen, position = F.pad(seen, (0, 1), value=True), position + 1
-            inputs = {"input_ids": token, "attention_mask": seen.long(), "position_ids": position}
-            hidden = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            # A model of linear layers alone (Mamba) would take the mask for that of this token.
+            inputs = {"input_ids": token, "attention_mask": None if all(cache.is_linear) else seen.long()}
+            inputs["position_ids"] = position
+            hidden = model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state
     return ids, mask, log_probs
 
 
@@ -322,6 +328,86 @@ def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
 LOGITS_PER_CHUNK = 2**25  # float32 logits held at once: 128 MiB, whatever the vocabulary
 
 
+@dataclasses.dataclass
+class MicroBatch:
+    """Rows of rollouts that go through the model in one pass: R' rows, U of them different.
+
+    rows: (R',) int64, their places among the rollouts' R. of_row: (R',) int64, each one's place among the U. prompts: U
+    lists of ids. ids, mask: (U, T), T the longest response among them."""
+
+    rows: torch.Tensor
+    of_row: torch.Tensor
+    prompts: list[list[int]]
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterator[MicroBatch]:
+    """The given rows (any of the R = B n, int64) of the rollouts, longest first, in micro-batches of at most `budget`
+    tokens, or of one row. A micro-batch counts U times its longest prompt and its longest response.
+
+    Equal rows are computed once: a policy that has learnt to answer gives the same response again and again."""
+    prompts, ids, mask, _ = rollouts.flat()
+    same: dict[tuple, list[int]] = {}
+    filled, responses = ids.masked_fill(~mask, -1).cpu(), mask.sum(-1).tolist()
+    for row, tokens in zip(rows.tolist(), filled[rows.cpu()].tolist()):
+        same.setdefault((*prompts[row], *tokens), []).append(row)
+
+    def size(group: list[int]) -> tuple[int, int]:
+        return len(prompts[group[0]]), responses[group[0]]
+
+    groups = sorted(same.values(), key=lambda group: -sum(size(group)))
+    while groups:
+        U, P, T = 0, 0, 0
+        for group in groups:  # as many as fit
+            P, T = max(P, size(group)[0]), max(T, size(group)[1])
+            if U and (U + 1) * (P + T) > budget:
+                break
+            U += 1
+        part, groups = groups[:U], groups[U:]
+        first = [group[0] for group in part]
+        of_row = torch.tensor([place for place, group in enumerate(part) for _ in group], device=ids.device)
+        T = max(responses[row] for row in first)
+        rows = torch.tensor([row for group in part for row in group])
+        yield MicroBatch(rows, of_row, [prompts[row] for row in first], ids[first, :T], mask[first, :T])
+
+
+def halving(policy: Policy, rollouts: Rollouts, compute: Callable):
+    """compute(), a pass over micro-batches of these rollouts. It starts again with half of `policy.micro_batch_tokens`
+    whenever memory runs out. Raises BadInput if memory lacks for one row."""
+    longest = max(map(len, rollouts.prompts)) + rollouts.ids.shape[-1]
+    while True:
+        try:
+            return compute()
+        except (RuntimeError, MemoryError) as error:
+            policy.micro_batch_tokens = halved(policy.micro_batch_tokens, longest, error, "micro_batch_tokens")
+
+
+def response_states(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The last hidden states from which the response tokens ids[mask] are predicted, (M, H). Differentiable.
+
+    prompts: R lists of ids. ids, mask: (R, T), on the model's device. Rows with equal prompts share one pass over them
+    where the model can (`can_share_prompts`), unless that saves little."""
+    recompute_activations(model, torch.is_grad_enabled())
+    tokens, different = sum(map(len, prompts)), sum(map(len, set(map(tuple, prompts))))
+    saves = ids.shape[1] > 1 and 10 * (tokens - different) >= tokens + int(mask.sum())
+    if saves and can_share_prompts(model):
+        first, cache, seen, position = read_prompts(model, prompts)
+        seen = F.pad(seen, (0, ids.shape[1] - 1), value=True).long()  # (R, P + T - 1)
+        position = position + torch.arange(1, ids.shape[1], device=ids.device)  # (R, T-1)
+        inputs = {"input_ids": ids[:, :-1], "attention_mask": seen, "position_ids": position}
+        rest = model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state
+        return torch.cat([first, rest], 1)[mask]  # (R, 1, H) and (R, T-1, H) -> (R, T, H) -> (M, H)
+    # Filler stands on the right, where causal attention never looks: the fast kernels without a mask apply.
+    rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
+    states = model.base_model(input_ids=padded(rows)[0].to(ids.device), use_cache=False).last_hidden_state
+    before = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device).unsqueeze(-1)  # (R, 1)
+    column = torch.arange(states.shape[1], device=ids.device)  # (L,)
+    return states[(column >= before) & (column < before + mask.sum(-1, keepdim=True))]  # (R, L, H) -> (M, H)
+
+
 def response_log_probs(
     policy: Policy, prompts: Sequence[Sequence[int]], ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -329,52 +415,19 @@ def response_log_probs(
 
     prompts: R lists of ids. ids, mask: (R, T), as in `Rollouts`. Differentiable. The output layer is applied to the
     response positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists."""
-    model, device, ids, mask = policy.model, policy.device, ids.to(policy.device), mask.to(policy.device)
-    recompute_activations(model, torch.is_grad_enabled())
+    model, ids, mask = policy.model, ids.to(policy.device), mask.to(policy.device)
 
     def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         scores = logits(model, hidden)
         scores = scores if temperature == 1 else scores / temperature  # dividing by 1 would copy all logits
         return -F.cross_entropy(scores, targets, reduction="none")
 
-    # Equal rows count as one: a policy that has learnt to answer says the same again. Below R is without the others.
-    keys = [(*prompt, *row) for prompt, row in zip(prompts, ids.masked_fill(~mask, -1).tolist())]
-    last = {key: i for i, key in enumerate(keys)}
-    kept, of_row = torch.tensor([last[key] for key in keys], device=device).unique(return_inverse=True)
-    prompts, ids, mask = [prompts[i] for i in kept.tolist()], ids[kept], mask[kept]  # (all, T) -> (R, T)
-    # Rows with equal prompts share one pass over them (see benchmarks/README.md), unless that saves little or
-    # activations are recomputed, which rules out a cache.
-    tokens, different = sum(map(len, prompts)), sum(map(len, set(map(tuple, prompts))))
-    shared = ids.shape[1] > 1 and 10 * (tokens - different) >= tokens + int(mask.sum())
-    with autocast(device):
-        if shared and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            first, cache, seen, position = read_prompts(model, prompts)
-            seen = F.pad(seen, (0, ids.shape[1] - 1), value=True).long()  # (R, P + T - 1)
-            position = position + torch.arange(1, ids.shape[1], device=device)  # (R, T-1)
-            inputs = {"input_ids": ids[:, :-1], "attention_mask": seen, "position_ids": position}
-            rest = model.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-            hidden = torch.cat([first, rest], 1)[mask]  # (R, 1, H) and (R, T-1, H) -> (R, T, H) -> (M, H)
-        else:  # filler on the right, where causal attention never looks: the fast kernels without a mask apply
-            rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
-            states = model.base_model(input_ids=padded(rows)[0].to(device), use_cache=False).last_hidden_state
-            before = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device).unsqueeze(-1)  # (R, 1)
-            column = torch.arange(states.shape[1], device=device)  # (L,)
-            hidden = states[(column >= before) & (column < before + mask.sum(-1, keepdim=True))]  # (R, L, H) -> (M, H)
-        size = max(1, LOGITS_PER_CHUNK // model.config.vocab_size)
+    with autocast(policy.device):
+        hidden = response_states(model, prompts, ids, mask)  # (M, H)
+        size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
         chunks = zip(hidden.split(size), ids[mask].split(size))
         parts = [checkpoint(token_log_probs, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
-    log_probs = torch.zeros(mask.shape, device=device).masked_scatter(mask, torch.cat(parts))  # (M,) -> (R, T)
-    return log_probs.index_select(0, of_row)  # (all, T)
-
-
-def micro_batches(lengths: torch.Tensor, budget: int) -> Iterator[torch.Tensor]:
-    """Indices of rows, longest first, in groups whose padded size (rows times longest row) is at most `budget` tokens,
-    or that are one row. lengths: (R,) int64."""
-    order = lengths.argsort(descending=True, stable=True)
-    while len(order):
-        rows = max(1, budget // int(lengths[order[0]]))
-        yield order[:rows]
-        order = order[rows:]
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, torch.cat(parts))  # (M,) -> (R, T)
 
 
 def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Tensor, clip: float | None = None):
@@ -384,24 +437,27 @@ def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Te
 
     advantages: (B, n). clip: None, or PPO's epsilon: log pi(y) is then replaced, token by token, by the clipped ratio
     to the log-probs of sampling; the gradients are the same where the ratio is 1. Rows of advantage 0 are left out."""
-    prompts, ids, mask, old = rollouts.flat()
+    old, total = rollouts.log_probs.flatten(0, 1), 0.0  # (B, n, T) -> (R, T)
     advantages = advantages.flatten().to(policy.device, torch.float32)  # (B, n) -> (R,)
-    signal, lengths, total = advantages.nonzero()[:, 0].cpu(), rollouts.lengths(), 0.0
-    for batch in micro_batches(lengths[signal], policy.micro_batch_tokens):
-        rows = signal[batch]
-        T = int(mask[rows].sum(-1).max())
-        row_prompts = [prompts[row] for row in rows.tolist()]
-        log_p = response_log_probs(policy, row_prompts, ids[rows, :T], mask[rows, :T], rollouts.temperature)  # (R', T)
-        A = advantages[rows].unsqueeze(-1)  # (R', 1)
+    for batch in micro_batches(rollouts, advantages.nonzero()[:, 0], policy.micro_batch_tokens):
+        log_p = response_log_probs(policy, batch.prompts, batch.ids, batch.mask, rollouts.temperature)  # (U, T)
+        log_p, A = log_p.index_select(0, batch.of_row), advantages[batch.rows].unsqueeze(-1)  # (R', T), (R', 1)
         if clip is None:
             objective = A * log_p
         else:
-            ratio = (log_p - old[rows, :T]).exp()
-            objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) * mask[rows, :T]
+            ratio = (log_p - old[batch.rows, : log_p.shape[1]]).exp()
+            clipped = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+            objective = clipped * batch.mask[batch.of_row]
         loss = -objective.sum() / len(rollouts.prompts)
         loss.backward()
         total += loss.item()
     return total
+
+
+def zero_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Zeros, not None: a step without any signal is still a step of the optimiser, also right after a resume."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
 
 def policy_gradient_step(
@@ -412,38 +468,42 @@ def policy_gradient_step(
     """`epochs` optimiser steps on the same rollouts, PPO-clipped by `clip` if there are several (Tang).
 
     advantages: (B, n), sum convention. average_gradients: what several processes do before gradients are clipped.
-    Returns the metrics of the last step: loss, grad_norm, signal (the share of rows with an advantage), and skipped: 1
+    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (the share of such rows), and skipped: 1
     if the gradient was not finite and the policy stayed as it was. Raises BadInput if memory lacks for one row."""
-    skipped, parameters, longest = 0, list(policy.model.parameters()), int(rollouts.lengths().max())
+    skipped, parameters = 0, list(policy.model.parameters())
+
+    def gradient() -> float:
+        zero_gradients(parameters)
+        return accumulate_gradient(policy, rollouts, advantages, clip if epochs > 1 else None)
+
     for _ in range(epochs):
-        loss = None
-        while loss is None:
-            # Zeros, not None: a step without any signal is still a step of the optimiser, also right after a resume.
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-            try:
-                loss = accumulate_gradient(policy, rollouts, advantages, clip if epochs > 1 else None)
-            except RuntimeError as error:
-                policy.micro_batch_tokens = halved(policy.micro_batch_tokens, longest, error, "--micro-batch-tokens")
+        loss = halving(policy, rollouts, gradient)
         average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         if norm.isfinite():
             optimizer.step()
         skipped |= not norm.isfinite()
-    signal = (advantages != 0).float().mean().item()
-    return {"loss": loss, "grad_norm": norm.item(), "signal": signal, "skipped": skipped}
+    nonzero = (advantages != 0).float().mean().item()
+    return {"loss": loss, "grad_norm": norm.item(), "nonzero_advantage": nonzero, "skipped": skipped}
 
 
 @torch.no_grad()
-def log_ratios(reference: Policy, rollouts: Rollouts) -> torch.Tensor:
-    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler; the log-probs of pi
-    are those of sampling. The sum over T is a response's log ratio."""
-    prompts, ids, mask, log_probs = rollouts.flat()
-    ratios = log_probs.cpu().clone()  # (R, T)
-    for rows in micro_batches(rollouts.lengths(), reference.micro_batch_tokens):
-        row_prompts = [prompts[row] for row in rows.tolist()]
-        ratios[rows] -= response_log_probs(reference, row_prompts, ids[rows], mask[rows], rollouts.temperature).cpu()
-    return ratios.view(rollouts.ids.shape)  # (R, T) -> (B, n, T)
+def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.Tensor:
+    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler. The sum over T is a
+    response's log ratio.
+
+    Both policies make the same pass over the same rows and round alike: a policy that has not moved has ratios of
+    exactly 0. The log-probs of sampling would leave 1e-7 there, of which AdamW makes full steps."""
+
+    def compute() -> torch.Tensor:
+        ratios = torch.zeros(rollouts.mask.flatten(0, 1).shape)  # (R, T)
+        for batch in micro_batches(rollouts, torch.arange(len(ratios)), policy.micro_batch_tokens):
+            rows = batch.prompts, batch.ids, batch.mask, rollouts.temperature
+            difference = (response_log_probs(policy, *rows) - response_log_probs(reference, *rows)).cpu()  # (U, T')
+            ratios[batch.rows, : difference.shape[1]] = difference[batch.of_row.cpu()]  # (R', T')
+        return ratios.view(rollouts.ids.shape)  # (R, T) -> (B, n, T)
+
+    return halving(policy, rollouts, compute)
 
 
 def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
@@ -457,4 +517,5 @@ def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
 def kl_estimate(ratios: torch.Tensor) -> float:
     """KL(pi || pi_ref) in nats a response, from (B, n, T) log ratios of tokens: E[1/w - 1 + log w] summed over tokens,
     which is unbiased and, unlike the mean of log w, never negative (Schulman's k3)."""
-    return ((-ratios).exp() - 1 + ratios).sum(-1).mean().item()
+    ratios = ratios.double()
+    return (torch.expm1(-ratios) + ratios).sum(-1).mean().item()

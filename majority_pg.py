@@ -35,10 +35,10 @@ class Args(RunArgs):
     n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
     estimator: Literal["mean", "unbiased", "biased"] = "biased"
     """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     kl_coef: float = 0.3  # beta of -beta KL(policy || initial policy), added to the objective
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
@@ -152,14 +152,14 @@ def main(args: Args) -> None:
         A = advantages(verdict.votes, verdict.rewards, args.k, args.estimator)  # (B, n)
         record = {f"maj@{args.k}": majority_at_k(verdict.votes, verdict.rewards, args.k).mean().item()}
         if initial:
-            ratios = common.log_ratios(initial, rollouts)  # (B, n, T)
+            ratios = common.log_ratios(policy, initial, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
             A = A + args.kl_coef * common.kl_advantages(ratios) if args.kl_coef else A  # Tang: J_k - beta KL
         record |= rollout_metrics(policy, rollouts, verdict, A)
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
-        run.log(step, rollouts, verdict, record, ("reward", f"maj@{args.k}", "kl", "signal", "tokens_per_s"))
+        run.log(step, rollouts, verdict, record, ("reward", f"maj@{args.k}", "kl", "tokens_per_s"))
     columns = [f"maj@{j}" for j in sorted({1, args.k, args.eval_n})]
     run.finish([*columns, f"pass@{args.eval_n}"], ["pass", "maj"], args.k)
 

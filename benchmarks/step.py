@@ -95,7 +95,7 @@ class OurStep:
 
         part = {"sample": measure.seconds(sample), "verify": measure.seconds(verify), "train": measure.seconds(train)}
         part["total"] = sum(part.values())
-        self.parts.append(part | {"signal": self.stats["signal"], "tokens": int(self.rollouts.mask.sum())})
+        self.parts.append(part | {"signal": self.stats["nonzero_advantage"], "tokens": int(self.rollouts.mask.sum())})
 
 
 def pair(name: str, case: str, args: Args) -> tuple[list[float], list[dict]]:
@@ -113,7 +113,7 @@ def pair(name: str, case: str, args: Args) -> tuple[list[float], list[dict]]:
 
     def prompt(problem) -> str | list[dict]:
         if peer.tokenizer.chat_template:
-            return harness.policy.chat(problem, task)
+            return [{"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}".strip()}]
         return task.template.replace("{prompt}", problem.prompt)
 
     ours = OurStep(policy(), task, problems, args.n, args.k, args.tokens, case)

@@ -1,5 +1,6 @@
 """Policies: loaded from the hub or a folder, saved, fed with prompts; and the embedded `tiny`, trained here once."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -16,15 +17,25 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from common import Policy, Rollouts, logits, padded, response_log_probs
+from common import (
+    Policy,
+    Rollouts,
+    accumulate_gradient,
+    autocast,
+    padded,
+    recompute_activations,
+    response_log_probs,
+    sample,
+    zero_gradients,
+)
 from verifiers import BadInput, Problem, Task
 
 from .parallel import in_first_process
 
 
-def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpointing: bool = False) -> Policy:
+def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=False, chat=True) -> Policy:
     """The policy: "tiny" (warm-started on `task`, cached), "tiny-S" (the same from seed S), or a Hugging Face causal LM
-    by hub id or folder.
+    by hub id or folder, without its chat template unless `chat`.
 
     Weights are float32; on CUDA they are used under bfloat16 autocast. Dropout is off for good: the log-probs that
     training differentiates must be those of the distribution that was sampled from. Raises BadInput."""
@@ -35,22 +46,74 @@ def load_policy(name: str, task: Task, device: str = "auto", gradient_checkpoint
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
+        turn_off_dropout(model)
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    except Exception as error:  # transformers, the hub and the device raise many types
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"cannot load --model {name!r} on device {device!r}: {reason}") from error
-    stop_ids = model.generation_config.eos_token_id if model.generation_config else None
-    stop_ids = {*(stop_ids if isinstance(stop_ids, list) else [stop_ids]), tokenizer.eos_token_id} - {None}
-    if not stop_ids:
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    if not (stop_ids := ends_of_response(tokenizer, model.generation_config)):
         raise BadInput(f"--model {name!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model, tokenizer, sorted(stop_ids))
-    ids = torch.tensor([[policy.stop_ids[0], 0, 1]], device=model.device)
-    with torch.no_grad():  # whether the model does more between its last hidden state and its logits than we know of
-        hidden = getattr(model.base_model(ids), "last_hidden_state", None)
-        if hidden is None or not torch.allclose(logits(model, hidden), model(ids).logits, atol=1e-3, rtol=1e-3):
-            raise BadInput(f"--model {name!r}: {type(model).__name__} computes its logits in an unsupported way")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise BadInput(f"--model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model knows {rows} of them")
+    policy = Policy(model, tokenizer, stop_ids)
+    try:
+        trouble = disagreement(policy)
+    except Exception as error:
+        trouble = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if trouble:
+        raise BadInput(f"--model {name!r}: {type(model).__name__} cannot be trained here: {trouble}")
     return policy
+
+
+def turn_off_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout probability to 0. Gradient checkpointing puts layers into training mode, where dropout would
+    make the log-probs of training differ from those of sampling."""
+    for owner in (*model.modules(), *(getattr(module, "config", None) for module in model.modules())):
+        for name, value in vars(owner).items() if owner else ():
+            if isinstance(value, float) and ("drop" in name or isinstance(owner, torch.nn.modules.dropout._DropoutNd)):
+                setattr(owner, name, 0.0)
+
+
+def disagreement(policy: Policy) -> str:
+    """How the model's ways to compute log-probs differ, "" if they agree: sampling with its cache, the training pass
+    over several rows and over one (with gradient checkpointing if it is on), and a plain forward pass of each row
+    without filler. The gradients of training and of the plain pass are compared as well."""
+    V = policy.model.config.get_text_config().vocab_size
+    half = dataclasses.replace(policy, stop_ids=list(range(0, V, 2)))  # responses of different lengths
+    short, long = ([V // 2 + i for i in range(length)] for length in (3, 8))
+    rollouts = sample(half, [short, long], 6, 6, generator=torch.Generator(policy.device).manual_seed(0))
+    prompts, ids, mask, sampled = rollouts.flat()
+
+    def plain(prompt: list[int], row: torch.Tensor) -> torch.Tensor:
+        """The log-probs of one response, (T,), by the model's own forward pass."""
+        recompute_activations(policy.model, False)
+        whole = torch.tensor([[*prompt, *row.tolist()]], device=policy.device)  # (1, P + T)
+        with autocast(policy.device):
+            scores = policy.model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (T, V)
+        return scores.float().log_softmax(-1).gather(-1, row.unsqueeze(-1))[:, 0]
+
+    def gradient(log_probs: torch.Tensor) -> torch.Tensor:
+        """The norm of each parameter's gradient."""
+        grads = torch.autograd.grad(log_probs.sum(), parameters, allow_unused=True)
+        return torch.stack([torch.zeros((), device=policy.device) if g is None else g.norm() for g in grads])
+
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    truth = torch.cat([plain(prompt, row[keep]) for prompt, row, keep in zip(prompts, ids, mask)])  # (M,)
+    trained = response_log_probs(policy, prompts, ids, mask)
+    alone = [response_log_probs(policy, [x], i[None], m[None]) for x, i, m in zip(prompts, ids, mask)]
+    tolerance = 0.05 if policy.device.type == "cuda" else 5e-4  # of bfloat16, of float32
+    ways = {"sampling": sampled, "training": trained, "training a row alone": torch.cat(alone)}
+    for way, log_probs in ways.items():
+        apart = (log_probs[mask] - truth).abs().mean().item()
+        if not apart <= tolerance:  # nan is not
+            return f"the log-probs of {way} and of a plain forward pass differ by {apart:.2g} nats a token"
+    wanted, got = gradient(truth), gradient(trained)
+    if not (wanted - got).norm() <= 10 * tolerance * wanted.norm():
+        return "the gradient of training differs from the gradient of a plain forward pass"
+    return ""
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
@@ -59,22 +122,62 @@ def save_policy(policy: Policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def chat(problem: Problem, task: Task, response: str | None = None) -> list[dict]:
-    """A chat's turns: the user's, with the problem and the task's instruction, and the response, if there is one."""
-    turns = [{"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}".strip()}]
-    return turns if response is None else [*turns, {"role": "assistant", "content": response}]
+def chat(tokenizer) -> tuple[str, str, str]:
+    """A user's and an assistant's turn as the chat template writes them: what the assistant reads, with {prompt} for
+    the user's words; the whitespace, if any, between that and a response; and what follows a response.
+
+    Raises BadInput if the template fails, or does not write the user's words."""
+    turns = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{response}"}]
+    try:
+        read = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).partition("{response}")
+    except Exception as error:  # a template is a program of the model's, which may raise anything
+        why = str(error).partition("\n")[0]
+        raise BadInput(f"the chat template cannot be rendered ({why}): mend it, or ignore it by --no-chat") from error
+    if "{prompt}" not in read:
+        raise BadInput("the chat template does not write the user's text: mend it, or ignore it by --no-chat")
+    gap = before.removeprefix(read)  # some templates write an empty thought here, which a response need not repeat
+    return read, gap if gap.isspace() else "", after
+
+
+def ends_of_response(tokenizer, generation_config) -> list[int]:
+    """The tokens that end a response, first the one that ends an expert's: what the chat template writes behind an
+    assistant's turn, its first added token that is not whitespace (Qwen: <|im_end|>); the end-of-sequence tokens."""
+    after = tokenizer(chat(tokenizer)[2], add_special_tokens=False).input_ids if tokenizer.chat_template else []
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    eos = generation_config.eos_token_id if generation_config else None
+    ends = [*[i for i in after if i in added][:1], tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    return [i for i in dict.fromkeys(ends) if i is not None]
+
+
+def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
+    """The text that a policy reads of each problem, and the whitespace that stands between it and a response.
+
+    A chat template, if there is one, is asked for both. A tokenizer of characters (`tiny`) reads the prompt alone,
+    others read the task's words or its template; a space follows a word."""
+    if tokenizer.chat_template:
+        read, gap, _ = chat(tokenizer)
+        words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
+        return [read.replace("{prompt}", text) for text in words], [gap] * len(words)
+    characters = len(tokenizer.tokenize("answer")) == len("answer")
+    if characters or task.words:
+        texts = [problem.prompt if characters else task.words(problem.prompt) for problem in problems]
+    else:
+        texts = [task.template.replace("{prompt}", problem.prompt) for problem in problems]
+    return texts, ["" if characters or text[-1:].isspace() else " " for text in texts]
 
 
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt: by the tokenizer's chat template if it has one, else by the task's plain template.
+    """Token ids of each prompt, see `texts_read`. The special tokens are those that the chat template writes, if there
+    is one, else those that the tokenizer puts in front.
 
     Raises BadInput if a prompt and its response would not fit the model's context."""
-    if policy.tokenizer.chat_template:
-        turns = [chat(problem, task) for problem in problems]
-        texts = policy.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        prompts = policy.tokenizer(texts, add_special_tokens=False).input_ids  # the template has written them
-    else:
-        prompts = policy.tokenizer([task.template.replace("{prompt}", p.prompt) for p in problems]).input_ids
+    if not problems:
+        return []
+    (texts, _), special = texts_read(policy.tokenizer, task, problems), not policy.tokenizer.chat_template
+    coded = policy.tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True)
+    behind = [[*mask[::-1], 0].index(0) for mask in coded.special_tokens_mask]  # an end token would end the prompt
+    prompts = [ids[: len(ids) - count] for ids, count in zip(coded.input_ids, behind)]
     for problem, ids in zip(problems, prompts):
         if not ids:
             raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
@@ -84,37 +187,38 @@ def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_
 
 
 def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
-    """Raise BadInput if what is so many tokens long exceeds the model's context."""
-    context = getattr(policy.model.config, "max_position_embeddings", None) or math.inf
-    if length > context:
-        raise BadInput(f"{what} exceed the model's context of {context}: {text[:40]!r} (shorten it or remove it)")
-
-
-def end_of_response(policy: Policy, task: Task) -> int:
-    """The token that ends a response: what ends the assistant's turn in the chat template (Gemma: <end_of_turn>), else
-    the end-of-sequence token."""
-    if policy.tokenizer.chat_template:
-        text = policy.tokenizer.apply_chat_template(chat(Problem("?", ""), task, "!"), tokenize=False)
-        ends = [i for i in policy.tokenizer(text, add_special_tokens=False).input_ids if i in policy.stop_ids]
-        if ends:
-            return ends[-1]
-    end = policy.tokenizer.eos_token_id
-    return policy.stop_ids[0] if end is None else end
+    """Raise BadInput if what is so many tokens long exceeds the model's context, or the length from which on its
+    rotary embeddings depend on the length of the whole: samples and training would then differ."""
+    config = policy.model.config.get_text_config()
+    limits, why = [getattr(config, "max_position_embeddings", None) or math.inf], ""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))):  # one, or one a kind of layer
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            limits.append(rope.get("original_max_position_embeddings") or math.inf)
+            why = f", beyond which {rope['rope_type']} embeddings make samples and training differ"
+    if length > min(limits):
+        why = why if min(limits) < limits[0] else ""
+        raise BadInput(f"{what} exceed the model's context of {min(limits)}{why}: {text[:40]!r} (shorten or remove it)")
 
 
 def expert_rollouts(
-    policy: Policy, task: Task, prompts: list[list[int]], responses: Sequence[str], temperature: float = 1.0
+    policy: Policy, task: Task, prompts: list[list[int]], groups: Sequence[Sequence[Problem]], temperature: float = 1.0
 ) -> Rollouts:
-    """Given responses as rollouts, one to each prompt, with an end token behind; log_probs are 0: (B, 1, T).
+    """The solutions of B groups of problems that share a prompt, as rollouts with an end token behind; log_probs are 0.
+    Returns (B, m, T), m the size of the largest group; the rows that a smaller one lacks have no token.
 
     Raises BadInput if a prompt and its response do not fit the model's context."""
-    space = " " if task.template.endswith(":") and not policy.tokenizer.chat_template else ""
-    rows = policy.tokenizer([space + response for response in responses], add_special_tokens=False).input_ids
-    rows = [[*row, end_of_response(policy, task)] for row in rows]
-    for prompt, row, response in zip(prompts, rows, responses):
-        length = len(prompt) + len(row)
-        refuse_too_long(policy, length, f"a prompt and its expert response, {length} tokens,", response)
-    ids, mask = (x.unsqueeze(1).to(policy.device) for x in padded(rows))  # (B, T) -> (B, 1, T)
+    problems, m = [problem for group in groups for problem in group], max(map(len, groups))
+    _, spaces = texts_read(policy.tokenizer, task, problems)
+    texts = [space + problem.solution for space, problem in zip(spaces, problems)]
+    encoded, rows = iter(policy.tokenizer(texts, add_special_tokens=False).input_ids), []
+    for prompt, group in zip(prompts, groups):
+        own = [[*next(encoded), policy.stop_ids[0]] for _ in group]
+        for problem, row in zip(group, own):
+            length = len(prompt) + len(row)
+            refuse_too_long(policy, length, f"a prompt and its expert response, {length} tokens,", problem.solution)
+        rows += own + [[]] * (m - len(own))
+    ids, mask = (x.view(len(groups), m, -1).to(policy.device) for x in padded(rows))  # (B m, T) -> (B, m, T)
     return Rollouts(prompts, ids, mask, torch.zeros(ids.shape, device=policy.device), temperature)
 
 
@@ -150,7 +254,7 @@ def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
     """Where the warm-started `tiny` policy for this task lies, named by a hash of its recipe; see `cached`."""
     if task.warm_start is None:
         raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
-    problems = [(problem.prompt, problem.solution) for problem in task.warm_start_problems or task.train]
+    problems = [[(problem.prompt, problem.solution) for problem in group] for group in warm_start_groups(task)]
     key = hashlib.sha256(json.dumps([TINY, seed, task.warm_start, problems]).encode()).hexdigest()[:12]
     name = f"tiny-{task.name.replace('/', '-')}-{key}"
     return cached(name, lambda folder: save_policy(warm_start(task, seed), folder))
@@ -179,8 +283,16 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
                 raise
 
 
+def warm_start_groups(task: Task) -> Sequence[Sequence[Problem]]:
+    """What tiny learns from: groups of problems that share a prompt, each group read once."""
+    return task.warm_start_problems or [(problem,) for problem in task.train]
+
+
 def warm_start(task: Task, seed: int = 0) -> Policy:
-    """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and threads."""
+    """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and threads.
+
+    A group of m solutions to one prompt is weighed 1/m each: they are read once, and the target is the uniform choice
+    among them."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -195,22 +307,24 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
     others = [p for p in policy.model.parameters() if p not in momenta]
     optimizer = torch.optim.AdamW(others, lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=recipe["steps"])
+    groups, slips = warm_start_groups(task), recipe.get("slips", 0.0)
     bar = tqdm(range(recipe["steps"]), desc=f"warm-starting tiny on {task.name} (once)", unit="step")
     for _ in bar:
-        problems = rng.choices(task.warm_start_problems or task.train, k=recipe["batch"])
-        prompts = tokenizer([problem.prompt for problem in problems]).input_ids
-        solutions = [with_slips(problem.solution, recipe.get("slips", 0.0), rng) for problem in problems]
-        ids, mask = padded(tokenizer([solution + tokenizer.eos_token for solution in solutions]).input_ids)
-        loss = -response_log_probs(policy, prompts, ids, mask)[mask].mean()
-        policy.model.zero_grad()
-        loss.backward()
+        chosen = rng.choices(groups, k=recipe["batch"])
+        batch = [[with_slips(problem, slips, rng) for problem in group] for group in chosen]
+        prompts = encode_prompts(policy, task, [group[0] for group in batch], 1)
+        experts = expert_rollouts(policy, task, prompts, batch)
+        weights = experts.mask.any(-1) / experts.mask.any(-1).sum(-1, keepdim=True)  # (B, m): 1/m a solution
+        weights = weights / (weights * experts.mask.sum(-1)).sum() * len(batch)  # the loss is a mean over tokens
+        zero_gradients(policy.model.parameters())
+        loss = accumulate_gradient(policy, experts, weights)
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for p, momentum in momenta.items():  # Muon (Jordan et al. 2024) learns in half of AdamW's steps
             momentum.lerp_(p.grad, 0.05)
             p.data -= 2 * schedule.get_last_lr()[0] * orthogonal(p.grad.lerp(momentum, 0.95))
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss:.3f}")
     policy.model.eval()
     return policy
 
@@ -228,6 +342,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return math.sqrt(m / n) * X.T if m > n else X
 
 
-def with_slips(solution: str, rate: float, rng: random.Random) -> str:
-    """The solution with each digit replaced by a random one with probability `rate`."""
-    return "".join(rng.choice("0123456789") if c.isdigit() and rng.random() < rate else c for c in solution)
+def with_slips(problem: Problem, rate: float, rng: random.Random) -> Problem:
+    """The problem with each digit of its solution replaced by a random one with probability `rate`."""
+    solution = "".join(rng.choice("0123456789") if c.isdigit() and rng.random() < rate else c for c in problem.solution)
+    return dataclasses.replace(problem, solution=solution)

@@ -63,7 +63,7 @@ def skilled(tmp_path_factory):
     policy = harness.policy.load_policy(folder, task, "cpu")
     problems = sorted({p.prompt: p for p in task.train if p.level == 1}.values(), key=lambda p: p.prompt)
     prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
-    experts = harness.policy.expert_rollouts(policy, task, prompts, [p.solution for p in problems])
+    experts = harness.policy.expert_rollouts(policy, task, prompts, [[problem] for problem in problems])
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()

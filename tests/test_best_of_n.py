@@ -16,6 +16,7 @@ from enumeration import (
     expected_gradient,
     log_policy,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import bon_rl
 import common
@@ -103,7 +104,7 @@ def test_ties_between_the_papers(N, n):
     Tang's pass@N estimator all have the gradient of pass@N as their expectation."""
     exact = exact_gradient(lambda b, y: max(BINARY[b, a].item() for a in y), N)
     p = failure_rates()
-    for estimator in ("rlb", "rlb-positive", "rlb-all"):
+    for estimator in ("rlb", "rlb-p", "rlb-all"):
         estimate = expected_gradient(sampled(N, estimator, BINARY, BINARY, p_fail=p), n)
         torch.testing.assert_close(estimate, exact, **EXACT, msg=lambda text, name=estimator: f"{name}: {text}")
     rewards = BINARY[0][all_tuples(n)]
@@ -130,7 +131,7 @@ def test_closed_forms_with_p_from_the_samples():
     r = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
     plus, minus = 2 * 0.75 / (1 - 0.75**2), 2 * 0.75 / 0.25
     assert advantages(r, r, 2, "rlb")[0].tolist() == pytest.approx([plus / 2, minus / 6, minus / 6, minus / 6])
-    assert advantages(r, r, 2, "rlb-positive")[0].tolist() == pytest.approx([plus / 2 * 0.25, 0, 0, 0])
+    assert advantages(r, r, 2, "rlb-p")[0].tolist() == pytest.approx([plus / 2 * 0.25, 0, 0, 0])
     assert advantages(r, r, 2, "rlb-all")[0].tolist() == pytest.approx(
         [1.5 / 4 * x for x in (0.75, -0.25, -0.25, -0.25)]
     )
@@ -187,8 +188,6 @@ def test_tilt():
 def test_schedules():
     beta = [bon_rl.kl_coefficient(step, 1.0, 0.075, delay=10, anneal_steps=100) for step in (1, 10, 60, 110, 500)]
     assert beta == pytest.approx([1, 1, 0.5375, 0.075, 0.075])
-    assert [bon_rl.warmed_up(step, 2.0, 4) for step in (1, 2, 4, 9)] == [0.5, 1, 2, 2]
-    assert bon_rl.warmed_up(1, 2.0, 0) == 2
 
 
 def test_anchor_is_an_exponential_moving_average():
@@ -199,19 +198,32 @@ def test_anchor_is_an_exponential_moving_average():
     assert anchor.model.weight.item() == pytest.approx(1 - 0.9**3) and policy.model.weight.item() == 1
 
 
-def test_value_network_learns_the_reward_of_each_prompt():
+def test_value_network_learns_the_reward_of_each_prompt(monkeypatch):
+    """It reads the last token of the prompt, a micro-batch at a time, and averages its gradients over processes."""
     torch.manual_seed(0)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    value = bon_rl.ValueNetwork(common.Policy(LlamaForCausalLM(config), None, [1]))
+    policy = common.Policy(LlamaForCausalLM(config), None, [1], micro_batch_tokens=5)
+    value = bon_rl.ValueNetwork(policy)
     prompts, rewards = [[3, 4, 5], [6, 7], [8]], torch.tensor([1.0, 0.0, 0.5])
     assert value(prompts).tolist() == [0, 0, 0]
-    optimizer = torch.optim.AdamW(value.parameters(), lr=1e-2)
-    losses = [value.fit(optimizer, prompts, rewards) for _ in range(100)]
-    assert losses[0] == pytest.approx(1.25 / 3) and value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)
+    optimizer, averaged = torch.optim.AdamW(value.parameters(), lr=1e-2), []
+    monkeypatch.setattr(bon_rl, "average_gradients", lambda parameters: averaged.append([p.grad for p in parameters]))
+    values, loss = value.fit(optimizer, policy, prompts, rewards)
+    assert values.tolist() == [0, 0, 0] and loss == pytest.approx(1.25 / 3)
+    # d/dw of the mean of (h w + b - r)^2 at w = b = 0 is -2/3 sum r h, and -2/3 sum r
+    with torch.no_grad():
+        states = [policy.model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts]
+    expected = -2 / 3 * (rewards.unsqueeze(-1) * torch.stack(states)).sum(0)
+    (gradients,) = averaged
+    norm = torch.cat([expected, -2 / 3 * rewards.sum().view(1)]).norm()  # it was clipped to 1, after the averaging
+    torch.testing.assert_close(gradients[-2][0], expected / max(norm, 1), rtol=1e-4, atol=1e-6)
+    before = [value(prompts).tolist(), value.fit(optimizer, policy, prompts, rewards)[0].tolist()]
+    assert before[0] == pytest.approx(before[1], abs=1e-6)
+    for _ in range(100):
+        value.fit(optimizer, policy, prompts, rewards)
+    assert value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)
     torch.testing.assert_close(value(prompts)[1:2], value([prompts[1]]))  # filler is not read
 
 

@@ -1,15 +1,19 @@
 """The coefficients of bon_sft.py against the exact gradient of log pi_bon(y*), and N = 1 against plain SFT."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from enumeration import BINARY, PROMPTS, THETA, K, all_tuples, log_policy
 from test_best_of_n import EXACT, SCORES, best_of_n_policy, failure_rates
+from transformers import LlamaConfig
 
 import bon_sft
 import common
 import harness.policy
-from bon_sft import Args, coefficients, with_experts
-from verifiers import BadInput, Problem, load_task
+from bon_sft import Args, coefficients, experts_of, mean_over_experts
+from verifiers import BadInput, Problem, Task, Verdict, load_task
 from verifiers.problems import training_batch
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
@@ -107,30 +111,90 @@ def test_n_1_is_plain_sft_to_the_bit(untrained, tmp_path, monkeypatch):
 
 
 def test_experts_from_a_file(tmp_path):
-    problems = [Problem("1+1=", "2", "2"), Problem("1+2=", "3", "3")]
+    """Rows of one prompt are one group. The answer is the row's own, or the one for which the response is right."""
+    task = load_task("arithmetic")
+    problems = [Problem("1+1=", "2", "2"), Problem("1+2=", "3", "3"), Problem("1+2=", "4", "4")]
     path = tmp_path / "experts.jsonl"
-    path.write_text('{"problem": "1+2=", "response": "03"}\n{"problem": "1+2=", "response": "3"}\n')
-    assert [(p.prompt, p.solution) for p in with_experts(problems, str(path))] == [("1+2=", "03"), ("1+2=", "3")]
+    rows = [{"response": "4"}, {"response": "3"}, {"response": "9"}, {"response": "3", "answer": "7"}]
+    path.write_text("".join(json.dumps({"problem": "1+2=", **row}) + "\n" for row in rows))
+    experts = experts_of(str(path), task, problems)
+    assert list(experts) == ["1+2="]
+    assert [(p.solution, p.answer) for p in experts["1+2="]] == [("4", "4"), ("3", "3"), ("9", "3"), ("3", "7")]
     for row, complaint in (('{"problem": "2+2=", "response": "4"}', "row 1: '2\\+2=' is no training problem"),
                            ('{"problem": "1+2=", "response": null}', "row 1: the response must be a text"),
+                           ('{"problem": "1+2=", "response": "3", "answer": 3}', "row 1: the answer must be a text"),
                            ('{"problem": "1+2="}', "row 1: no column response")):  # fmt: skip
         path.write_text(row + "\n")
         with pytest.raises(BadInput, match=complaint):
-            with_experts(problems, str(path))
+            experts_of(str(path), task, problems)
+
+
+def test_coefficients_are_averaged_over_a_prompts_experts():
+    rows = torch.tensor([[1, 0.2, 0.0], [1, 0.4, 1.0], [1, 0.6, -1.0]])
+    expected = torch.tensor([[0.5, 0.5, 0.3, 0.5], [1.0, 0.0, 0.6, -1.0]])
+    torch.testing.assert_close(mean_over_experts(rows, torch.tensor([2, 1])), expected)
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_step_on_several_experts_of_a_prompt_by_value(N, untrained, tmp_path, monkeypatch):
+    """What reaches the training step from a file of two experts of one prompt and one of another: 1/m each, and for
+    N = 2 the mean of the coefficients that each expert has beside the prompt's samples, scored by its own answer."""
+    monkeypatch.chdir(tmp_path)
+    rows = [("4*2=", "8", "8"), ("4*2=", "9", "9"), ("3*2=", "6", "6")]
+    prompts = {problem.prompt for problem in load_task("arithmetic").train}
+    assert prompts >= {prompt for prompt, _, _ in rows}
+    lines = [json.dumps({"problem": x, "response": y, "answer": a}) for x, y, a in rows]
+    (tmp_path / "experts.jsonl").write_text("\n".join(lines))
+    seen, samples = {}, ["8", "9", "8", "5"]
+
+    def verify(problems, responses):
+        return Verdict(
+            torch.tensor([[float(r == p.answer) for r in row] for p, row in zip(problems, responses)]),
+            -torch.ones(len(problems), len(responses[0])).long(),
+        )
+
+    def step(policy, optimizer, rollouts, A, *args, **options):
+        seen.update(rollouts=rollouts, A=A, texts=decode(policy, rollouts))
+        return {"loss": 0.0, "grad_norm": 0.0, "nonzero_advantage": 1.0, "skipped": 0}
+
+    decode, sample = common.decode, common.sample
+    monkeypatch.setattr("verifiers.arithmetic.verify", verify)
+    monkeypatch.setattr(common, "policy_gradient_step", step)
+    monkeypatch.setattr(
+        common, "decode", lambda policy, rollouts: [samples] * 2 if rollouts is drawn[-1] else decode(policy, rollouts)
+    )
+    drawn = [None]
+    monkeypatch.setattr(common, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1])
+    small = {"task": "arithmetic", "eval_n": 2, "eval_problems": 1, "steps": 1, "prompts_per_step": 2, "eval_every": 0}
+    bon_sft.main(Args(N=N, n=4, eval_N=2, model=untrained, experts="experts.jsonl", run_name="r", **small))
+    where = [texts[:2] for texts in seen["texts"]].index(["8", "9"])  # the prompt with two experts
+    assert seen["texts"][1 - where][:2] == ["6", ""]
+    one, scores = torch.ones(1), torch.tensor([[float(text == answer) for text in samples] for answer in "896"])
+    own = [coefficients(one, row.unsqueeze(0), N)[0, 1:] for row in scores]  # each expert is right by its own answer
+    expected = [
+        torch.cat([torch.tensor([0.5, 0.5]), (own[0] + own[1]) / 2]),
+        torch.cat([torch.tensor([1.0, 0.0]), own[2]]),
+    ]
+    if N == 1:
+        expected = [row[:2] for row in expected]
+    torch.testing.assert_close(seen["A"], torch.stack(expected if where == 0 else expected[::-1]))
+    assert seen["rollouts"].ids.shape[:2] == seen["A"].shape
 
 
 def test_expert_rollouts_and_samples_are_joined():
-    policy = common.Policy(torch.nn.Linear(1, 1), harness.policy.tiny_tokenizer(), [1])
-    policy = common.Policy(type("Model", (), {"config": None, "device": "cpu"})(), policy.tokenizer, [1])
-    task = type("Task", (), {"template": "{prompt}"})()
-    ids = policy.tokenizer(["12", "7"]).input_ids
-    experts = harness.policy.expert_rollouts(policy, task, [[5], [6]], ["12", "7"])
-    assert experts.ids.tolist() == [[[*ids[0], 1]], [[*ids[1], 1, 0]]]
-    assert experts.mask.tolist() == [[[True] * 3], [[True, True, False]]]
+    config = LlamaConfig()
+    policy = common.Policy(SimpleNamespace(config=config, device="cpu"), harness.policy.tiny_tokenizer(), [1])
+    task = Task("toy", [], [], None)
+    ids = policy.tokenizer(["12", "7", "3"]).input_ids
+    groups = [[Problem("?", "", "12")], [Problem("?", "", "7"), Problem("?", "", "3")]]
+    experts = harness.policy.expert_rollouts(policy, task, [[5], [6]], groups)
+    assert experts.ids.tolist() == [[[*ids[0], 1], [0] * 3], [[*ids[1], 1, 0], [*ids[2], 1, 0]]]
+    assert experts.mask.tolist() == [[[True] * 3, [False] * 3], [[True, True, False]] * 2]
     samples = common.Rollouts([[5], [6]], torch.ones(2, K, 5).long(), torch.ones(2, K, 5).bool(), torch.ones(2, K, 5))
     both = bon_sft.joined(experts, samples)
-    assert both.ids.shape == (2, 1 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
-    assert both.mask.sum(-1).tolist() == [[3, 5, 5, 5, 5], [2, 5, 5, 5, 5]] and both.log_probs[:, 0].abs().sum() == 0
+    assert both.ids.shape == (2, 2 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
+    assert both.mask.sum(-1).tolist() == [[3, 0, 5, 5, 5, 5], [2, 2, 5, 5, 5, 5]]
+    assert both.log_probs[:, :2].abs().sum() == 0
 
 
 def test_the_example_of_the_coefficients():

@@ -66,7 +66,7 @@ def test_a_step_of_each_script(script, run, skilled, tmp_path):
     result = run(script, *flags)
     assert result.returncode == 0, result.stderr
     log, timings = steps_of(tmp_path / "runs/a"), (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()
-    assert any(r["signal"] > 0 and r["grad_norm"] > 0 for r in log) and not any(r["skipped"] for r in log)
+    assert any(r["nonzero_advantage"] > 0 and r["grad_norm"] > 0 for r in log) and not any(r["skipped"] for r in log)
     assert json.loads(timings[-1])["peak_memory_mib"] > 1
     moved = flat_weights(tmp_path / "runs/a/policy") - flat_weights(Path(skilled))
     assert moved.isfinite().all() and moved.norm() > 0

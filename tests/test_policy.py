@@ -1,54 +1,241 @@
-"""harness/policy.py beyond the embedded policy: how prompts and responses become tokens."""
+"""harness/policy.py beyond the embedded policy: how prompts and responses become tokens, by whose template.
 
+The templates are written here, in the styles of well-known models: what their turns begin and end with."""
+
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from runs import SMALL, save_untrained
+from tokenizers import Regex, pre_tokenizers, processors
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import common
 import harness.policy
-from verifiers import Problem, Task
+from harness.policy import encode_prompts, ends_of_response, expert_rollouts, texts_read
+from verifiers import BadInput, Problem, Task
 
-GEMMA = (
-    "{% for message in messages %}<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
-    "{{ message.content }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
 TASK = Task("toy", [], [], None, template="Question: {prompt}\nAnswer:", instruction="Be brief.")
+PROBLEMS = [Problem("1+1?", "2", "2"), Problem(" 6+6?\n", "12", "12")]
+WORDS = ["1+1?\n\nBe brief.", "6+6?\n\n\nBe brief."]  # what a user says of them
 
-
-def policy_with(template: str | None, stops: list[str]) -> common.Policy:
-    """A tokenizer of characters and of a chat's special tokens, and no model to speak of."""
-    tokenizer = harness.policy.tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
-    tokenizer.chat_template = template
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=100), device="cpu")
-    return common.Policy(model, tokenizer, sorted(tokenizer.convert_tokens_to_ids(stops)))
-
-
-@pytest.mark.parametrize(
-    "template, stops, end",
-    [
-        (GEMMA, ["<eos>", "<end_of_turn>"], "<end_of_turn>"),  # Gemma: its turns do not end with the tokenizer's <eos>
-        (GEMMA.replace("<end_of_turn>", "<eos>"), ["<eos>", "<end_of_turn>"], "<eos>"),
-        (GEMMA, ["<eos>"], "<eos>"),  # a model that never stops at the end of a turn
-        (None, ["<eos>", "<end_of_turn>"], "<eos>"),
-    ],
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-def test_an_experts_response_ends_as_the_policys_own_would(template, stops, end):
-    policy = policy_with(template, stops)
-    problems = [Problem("1+1?", "2", "2"), Problem("6+6?", "12", "12")]
-    prompts = harness.policy.encode_prompts(policy, TASK, problems, 8)
-    experts = harness.policy.expert_rollouts(policy, TASK, prompts, [problem.solution for problem in problems])
-    texts = [policy.tokenizer.decode(ids[mask]) for ids, mask in zip(experts.ids[:, 0], experts.mask[:, 0])]
-    space = "" if template else " "
-    assert texts == [f"{space}2{end}", f"{space}12{end}"]
-    assert common.decode(policy, experts) == [[f"{space}2"], [f"{space}12"]]
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set parts = m.content.split('</think>') %}<think>\n{{ parts[0] if parts|length > 1 }}\n</think>\n\n"
+    "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA = (
+    "{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+NOTHING = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"  # noqa: E501
 
 
-def test_a_prompt_is_read_through_the_chat_template_where_there_is_one():
-    for template, text in (
-        (GEMMA, "<start_of_turn>user\n1+1?\n\nBe brief.<end_of_turn>\n<start_of_turn>model\n"),
-        (None, "Question: 1+1?\nAnswer:"),
-    ):
-        policy = policy_with(template, ["<eos>"])
-        (ids,) = harness.policy.encode_prompts(policy, TASK, [Problem("1+1?", "2")], 8)
-        assert policy.tokenizer.decode(ids) == text
+def tokenizer_of(template: str | None, specials: str = "<s> </s>", front: bool = True, behind: bool = False):
+    """A tokenizer of characters and of the word "answer", with special tokens of which the second ends a sequence. It
+    puts the first in `front` of a text and the second `behind` it, as it is asked to."""
+    tokenizer, (bos, eos, *others) = harness.policy.tiny_tokenizer(), specials.split()
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"answer|[\s\S]"), "isolated")
+    vocabulary = tokenizer.get_vocab() | {"answer": len(tokenizer)}
+    backend.model = type(backend.model)(vocabulary, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=others, chat_template=template,
+    )  # fmt: skip
+    single = " ".join([bos] * front + ["$A"] + [eos] * behind)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return tokenizer
+
+
+def policy_of(tokenizer, eos: str | None = None) -> common.Policy:
+    """No model to speak of, with the tokens that end a response; eos: those of a generation_config.json."""
+    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=200), device="cpu")
+    config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(eos.split()) if eos else None)
+    return common.Policy(model, tokenizer, ends_of_response(tokenizer, config))
+
+
+QWEN, PHIS = "<s> <|endoftext|> <|im_start|> <|im_end|>", "<s> <|endoftext|> <|user|> <|assistant|> <|end|>"
+HEADERS = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
+# template, special tokens, generation config's ends; what is read before and behind the user's words; how an expert's
+# response "2" is written, and all tokens that end a response
+STYLES = {
+    "Qwen, base": (
+        CHATML, QWEN, "<|endoftext|>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
+        "2<|im_end|>", "<|im_end|> <|endoftext|>",
+    ),
+    "Qwen 3": (
+        THINKING, QWEN + " <think> </think>", "<|im_end|> <|endoftext|>", "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>", "<|im_end|> <|endoftext|>",
+    ),
+    "thinking, by default": (  # the model reads the beginning of a thought, which a finished turn leaves out
+        CHATML.replace("assistant\n", "assistant\n<think>\n"), QWEN + " <think> </think>", None, "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n", "2<|im_end|>", "<|im_end|> <|endoftext|>",
+    ),
+    "Phi": (
+        PHI, PHIS, "<|endoftext|> <|end|>", "<|user|>\n", "<|end|>\n<|assistant|>\n",
+        "2<|end|>", "<|end|> <|endoftext|>",
+    ),
+    "Phi, of which only the tokenizer knows an end": (
+        PHI, PHIS, None, "<|user|>\n", "<|end|>\n<|assistant|>\n", "2<|end|>", "<|end|> <|endoftext|>",
+    ),
+    "Gemma": (
+        GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "<bos><start_of_turn>user\n",
+        "<end_of_turn>\n<start_of_turn>model\n", "2<end_of_turn>", "<end_of_turn> <eos>",
+    ),
+    "Llama 3": (
+        LLAMA, HEADERS, "<|end_of_text|> <|eot_id|>", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "2<|eot_id|>", "<|eot_id|> <|end_of_text|>",
+    ),
+    "Mistral": (MISTRAL, "<s> </s>", "</s>", "<s>[INST] ", " [/INST]", " 2</s>", "</s>"),
+    "nothing behind a turn": (NOTHING, "<s> </s>", "</s>", "user: ", "\nassistant:", " 2</s>", "</s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["", "a tokenizer that adds an end token"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_chats_turns_are_those_of_its_template(style, behind):
+    template, specials, eos, before, between, expert, stops = STYLES[style]
+    policy = policy_of(tokenizer_of(template, specials, behind=behind), eos)
+    assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == stops.split()
+    prompts = encode_prompts(policy, TASK, PROBLEMS, 8)
+    assert [policy.tokenizer.decode(ids) for ids in prompts] == [before + words + between for words in WORDS]
+    chats = [[{"role": "user", "content": words}] for words in WORDS]
+    assert prompts == policy.tokenizer.apply_chat_template(chats, add_generation_prompt=True).input_ids
+    assert texts_read(policy.tokenizer, TASK, PROBLEMS)[1] == [expert[: expert.index("2")]] * 2
+    experts = expert_rollouts(policy, TASK, prompts, [[replace(problem, solution="2")] for problem in PROBLEMS])
+    assert [policy.tokenizer.decode(ids) for ids in experts.ids[:, 0]] == [expert] * 2
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("behind", [False, True])
+def test_without_a_chat_template_the_tasks_words_are_read(front, behind):
+    """A tokenizer's beginning token stands in front once; its end token would end the prompt."""
+    policy = policy_of(tokenizer_of(None, front=front, behind=behind))
+    prompts = encode_prompts(policy, TASK, PROBLEMS, 8)
+    texts = ["Question: 1+1?\nAnswer:", "Question:  6+6?\n\nAnswer:"]
+    assert [policy.tokenizer.decode(ids) for ids in prompts] == ["<s>" * front + text for text in texts]
+    experts = expert_rollouts(policy, TASK, prompts, [[problem] for problem in PROBLEMS])
+    written = [policy.tokenizer.decode(ids[mask]) for ids, mask in zip(experts.ids[:, 0], experts.mask[:, 0])]
+    assert written == [" 2</s>", " 12</s>"] and common.decode(policy, experts) == [[" 2"], [" 12"]]
+    assert encode_prompts(policy, TASK, [], 8) == []
+
+
+def test_a_space_follows_a_word_but_no_whitespace():
+    bare = Task("toy", [], [], None)
+    assert texts_read(tokenizer_of(None), bare, PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_tokenizer_of_characters_reads_the_prompt_alone(behind):
+    tokenizer = harness.policy.tiny_tokenizer()
+    if behind:
+        single, ids = "$A <eos>", [("<eos>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    assert texts_read(tokenizer, TASK, PROBLEMS) == (["1+1?", " 6+6?\n"], ["", ""])
+    policy = policy_of(tokenizer)
+    (ids,) = encode_prompts(policy, TASK, PROBLEMS[:1], 8)
+    assert tokenizer.decode(ids) == "1+1?" and policy.stop_ids == [tokenizer.eos_token_id]
+
+
+def test_whitespace_among_the_added_tokens_does_not_end_a_turn():
+    """Gemma has newlines as added tokens. The first other one ends a turn, special or not; what follows does not."""
+    tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "\n\n[end]<|im_start|>"), QWEN)
+    tokenizer.add_tokens(["\n\n", "[end]"])
+    assert tokenizer.convert_ids_to_tokens(policy_of(tokenizer).stop_ids) == ["[end]", "<|endoftext|>"]
+
+
+def test_the_ends_of_a_generation_config_count_and_need_not_be_there():
+    tokenizer = tokenizer_of(None)
+    assert ends_of_response(tokenizer, GenerationConfig(eos_token_id=[7, 3, 7])) == [tokenizer.eos_token_id, 7, 3]
+    assert ends_of_response(tokenizer, GenerationConfig(eos_token_id=0)) == [tokenizer.eos_token_id, 0]
+    assert ends_of_response(tokenizer, None) == [tokenizer.eos_token_id]
+    tokenizer.eos_token = None
+    assert ends_of_response(tokenizer, GenerationConfig()) == []
+
+
+def test_a_template_is_not_rendered_once_a_problem(monkeypatch):
+    tokenizer, rendered = tokenizer_of(GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>"), []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **b: rendered.append(1) or render(*a, **b))
+    policy = policy_of(tokenizer)
+    del rendered[:]
+    prompts = encode_prompts(policy, TASK, PROBLEMS * 50, 8)
+    expert_rollouts(policy, TASK, prompts, [[problem] for problem in PROBLEMS * 50])
+    assert len(rendered) == 4  # what is read, and a whole turn: for the prompts, and for the responses
+
+
+BROKEN = {
+    "{{ raise_exception('no\nsystem prompt') }}": r"cannot be rendered \(no\): mend it, or ignore it by --no-chat",
+    "{% for m in messages %}{{ m.content / 2 }}{% endfor %}": r"cannot be rendered \(unsupported operand",
+    "{% if %}": "cannot be rendered",
+    "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}": "does not write the user's",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_a_template_that_fails_is_refused_in_one_line(template):
+    with pytest.raises(BadInput, match=BROKEN[template]) as refusal:
+        policy_of(tokenizer_of(template))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def chatting(tmp_path):
+    """save(template) -> the folder of an untrained policy with this chat template."""
+
+    def save(template: str) -> str:
+        folder = save_untrained(tmp_path / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def test_no_chat_ignores_the_template(chatting, run):
+    """Of a base model that ships one: the policy that is trained without a template is saved without one."""
+    model = chatting("{% for m in messages %}{{ m.role }}: {{ m.content }}<unk>{% endfor %}")
+    task = Task("toy", [], [], None)
+    assert harness.policy.load_policy(model, task, "cpu").stop_ids == [2, 1]  # <unk>, <eos>
+    assert harness.policy.load_policy(model, task, "cpu", chat=False).stop_ids == [1]
+    shown = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt").stdout
+    plain = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt", "--no-chat").stdout
+    assert shown == f"user: {plain.strip()}<unk>\n" and plain.strip().endswith("=")
+    result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--no-chat", "--run-name", "a")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(open("runs/a/args.json").read())["chat"] is False
+    again = run("pass_at_k_pg.py", *SMALL, "--model", "runs/a/policy", "--show-prompt").stdout
+    assert again == plain
+
+
+def test_a_script_says_in_one_line_that_a_template_fails(chatting, run):
+    model = chatting("{{ raise_exception('no such role') }}")
+    result = run("pass_at_k_pg.py", *SMALL, "--model", model)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "the chat template cannot be rendered (no such role): mend it, or ignore it by --no-chat" in result.stderr
+    assert run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt", "--no-chat").returncode == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import SMALL, steps_of
+from safetensors.torch import load_file
 
 import bon_rl
 import common
@@ -166,7 +167,9 @@ def spied(skilled, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_copy_of_the_policy_is_kept_where_a_kl_is_asked_for_alone(name, spied):
     spies, log = spied(name)
-    assert spies.copies == 0 and not any("kl" in record for record in log) and any(r["signal"] > 0 for r in log)
+    assert (
+        spies.copies == 0 and not any("kl" in record for record in log) and any(r["nonzero_advantage"] > 0 for r in log)
+    )
     rewards_alone = spies.trained
     spies, log = spied(name, log_kl=True)
     assert spies.copies == 1 and log[-1]["kl"] > 1e-4 and spies.kl == []
@@ -241,3 +244,42 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
     monkeypatch.setattr(harness.run, "from_all", lambda value: shares)
     run.evaluate()
     assert whole == [list(range(5)), list(range(5))]
+
+
+NO_REWARD = (
+    "--task arithmetic --levels 1 --n 4 --prompts-per-step 2 --eval-n 4 --eval-problems 1 --eval-every 0".split()
+)
+
+
+@pytest.mark.parametrize("script", ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py"])
+def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp_path):
+    """The policy is its own reference until a reward moves it: ratios, advantages and gradients are exactly 0."""
+    flags = [*NO_REWARD, "--k", "2", "--steps", "3", "--kl-coef", "0.3", "--max-new-tokens", "3"]
+    ended = run(script, *flags, "--model", untrained, "--run-name", "r")
+    assert ended.returncode == 0, ended.stderr
+    for record in steps_of(tmp_path / "runs/r"):
+        assert (record["kl"], record["nonzero_advantage"], record["prompts_without_signal"], record["grad_norm"]) == (
+            0,
+            0,
+            1,
+            0,
+        )
+    before, after = (
+        load_file(Path(folder) / "model.safetensors") for folder in (untrained, tmp_path / "runs/r/policy")
+    )
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_a_run_without_a_signal_says_so_once(run, untrained, skilled):
+    warning = "none of the first 20 steps had a signal"
+    flags = [*NO_REWARD, "--k", "2", "--steps", "22", "--max-new-tokens", "2"]
+    ended = run("pass_at_k_pg.py", *flags, "--model", untrained)
+    assert (ended.stdout + ended.stderr).count(warning) == 1 and "--show-samples" in ended.stdout + ended.stderr
+    ended = run("pass_at_k_pg.py", *flags, "--model", skilled)
+    assert warning not in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("script", ["pass_at_k_pg.py", "majority_pg.py"])
+def test_biased_with_k_1_is_refused(script, run, untrained):
+    ended = run(script, *NO_REWARD, "--steps", "1", "--k", "1", "--estimator", "biased", "--model", untrained)
+    assert ended.returncode == 2 and "--estimator biased with --k 1 is zero by definition" in ended.stderr

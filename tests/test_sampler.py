@@ -1,5 +1,6 @@
 """Sampling and the training step, on random weights of three architectures, with ragged prompts."""
 
+import copy
 import dataclasses
 import math
 import subprocess
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import ROOT
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 import common
@@ -349,12 +351,24 @@ def test_clipped_objective_has_the_same_gradient_on_policy_and_none_where_clippe
     assert (actual - math.e * expected).norm() <= 1e-3 * actual.norm()
 
 
-def test_micro_batches_keep_the_budget_and_lose_no_row():
-    lengths = torch.tensor([3, 9, 4, 4, 30, 1])
-    batches = list(common.micro_batches(lengths, 16))
-    assert sorted(torch.cat(batches).tolist()) == list(range(6))
-    assert all(len(rows) == 1 or len(rows) * int(lengths[rows].max()) <= 16 for rows in batches)
-    assert batches[0].tolist() == [4]
+def test_micro_batches_by_value():
+    """Longest first; a batch counts its rows times its longest prompt and its longest response; equal rows are one."""
+    prompts, lengths = [[3] * 6, [4] * 2], [[2, 1, 2], [1, 5, 3]]
+    mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(-1)  # (2, 3, 5)
+    rollouts = common.Rollouts(prompts, torch.arange(30).view(2, 3, 5), mask, torch.zeros(2, 3, 5))
+    rollouts.ids[0, 2] = rollouts.ids[0, 0]
+    # prompt + response: rows 0 and 2, equal, 6 + 2; row 1, 6 + 1; row 4, 2 + 5; row 5, 2 + 3; row 3, 2 + 1
+    for budget, expected in (
+        (22, [[0, 2, 1], [4, 5, 3]]),
+        (20, [[0, 2, 1], [4, 5], [3]]),
+        (1, [[0, 2], [1], [4], [5], [3]]),
+    ):
+        batches = list(common.micro_batches(rollouts, torch.arange(6), budget))
+        assert [batch.rows.tolist() for batch in batches] == expected
+    first = next(common.micro_batches(rollouts, torch.arange(6), 22))
+    assert first.of_row.tolist() == [0, 0, 1] and first.prompts == [[3] * 6] * 2
+    assert first.ids.tolist() == [[0, 1], [5, 6]] and first.mask.tolist() == [[True, True], [True, False]]
+    assert [b.rows.tolist() for b in common.micro_batches(rollouts, torch.tensor([3, 2]), 99)] == [[2, 3]]
 
 
 def test_kl_advantages_are_the_gradient_of_minus_kl():
@@ -371,19 +385,60 @@ def test_kl_advantages_are_the_gradient_of_minus_kl():
 
 
 def test_kl_estimate_and_log_ratios(policy):
-    """Zero against itself; against other weights, never negative and close to the plain mean of many samples."""
+    """Exactly 0 against a copy; against other weights, never negative and close to the plain mean of many samples."""
     policy.micro_batch_tokens = 200
     rollouts = rollouts_of(policy, n=200, length=4)
-    assert common.kl_estimate(common.log_ratios(policy, rollouts)) == pytest.approx(0, abs=1e-5)
+    assert (common.log_ratios(policy, copy.deepcopy(policy), rollouts) == 0).all()
     other = random_policy(
         {"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(type(policy.model).__name__, "qwen2")
     )
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter, generator=None))
-    ratios = common.log_ratios(other, rollouts)
+    ratios = common.log_ratios(policy, other, rollouts)
     assert ratios.shape == rollouts.ids.shape and (ratios[~rollouts.mask] == 0).all()
+    expected = rollouts.log_probs - naive_log_probs(other, rollouts, 1.0)
+    torch.testing.assert_close(ratios, expected.detach() * rollouts.mask, atol=1e-5, rtol=1e-5)
     plain = ratios.sum(-1).flatten()
     error = 4 * plain.std() / math.sqrt(len(plain))
     assert common.kl_estimate(ratios) == pytest.approx(plain.mean().item(), abs=error.item())
     assert common.kl_estimate(ratios) > 0
+
+
+def test_kl_estimate_of_tiny_ratios_does_not_cancel():
+    ratios = torch.tensor([[[1e-5, -1e-5], [2e-5, 0.0]]])  # e^-x - 1 + x is x^2/2: 1e-10 and 2e-10 a response
+    assert common.kl_estimate(ratios) == pytest.approx(1.5e-10, rel=1e-4)
+
+
+def test_log_ratios_are_those_of_the_temperature_that_was_sampled_at(policy):
+    rollouts, other = rollouts_of(policy, temperature=0.7), copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(1.1)
+    expected = naive_log_probs(policy, rollouts, 0.7) - naive_log_probs(other, rollouts, 0.7)
+    actual = common.log_ratios(policy, other, rollouts)
+    assert actual.abs().max() > 0.01
+    torch.testing.assert_close(actual, expected.detach() * rollouts.mask, atol=2e-5, rtol=1e-4)
+
+
+LITTLE_MEMORY = """
+import resource, sys, torch, common
+sys.path.insert(0, "tests")
+from test_sampler import random_policy
+policy = random_policy("llama", vocabulary=50_000)
+prompts, policy.sample_rows = [[5, 6, 7]] * 8, 64
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 30 * 2**20, -1))
+rollouts = common.sample(policy, prompts, 8, 4, generator=torch.Generator().manual_seed(0))
+assert rollouts.ids.shape[:2] == (8, 8)
+print("fits", policy.sample_rows)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux")
+def test_memory_that_really_runs_out_on_the_cpu_halves_the_rows():
+    """In a process whose address space is limited: 64 rows of 50,000 logits do not fit, some of them do."""
+    ended = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "out of memory: going on with sample_rows = 32" in ended.stdout
+    assert 1 <= int(ended.stdout.split("fits")[1]) < 64

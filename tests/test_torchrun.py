@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from runs import EXTRA, FLAGS, ROOT, SCRIPTS, SMALL, of_script, outcome, steps_of, wrapped
+from runs import EXTRA, FLAGS, ROOT, SCRIPTS, SMALL, of_script, outcome, records, steps_of, wrapped
 from test_sampler import random_policy, rollouts_of
 
 import common
@@ -103,7 +103,7 @@ def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skill
     assert returncode == 0, err
     assert out.count("writing to runs/whole") == 1 and sorted(os.listdir(tmp_path / "runs")) == ["whole"]
     log = steps_of(whole)
-    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["signal"] > 0 for r in log) >= 3
+    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["nonzero_advantage"] > 0 for r in log) >= 3
 
     broken = wrapped(tmp_path, script, INTERRUPTIONS)
     returncode, _, err = ended(torchrun(broken, *flags, "--run-name", "killed", cwd=tmp_path))
@@ -162,7 +162,7 @@ def test_what_one_process_makes_for_all_does_not_hang(model, untrained, monkeypa
     assert returncode == 0 and "bon@2" in out, err
     made = [line for line in err.splitlines() if line.startswith("rank ")]
     assert made == [*["rank 0 warm_start"] * (model == "tiny"), "rank 0 trained_verifier"]
-    assert steps_of(tmp_path / "runs/a")[0]["signal"] > 0
+    assert steps_of(tmp_path / "runs/a")[0]["nonzero_advantage"] > 0
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,48 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(untrained, tmp_path):
     script = wrapped(tmp_path, "pass_at_k_pg.py", code)
     returncode, _, err = ended(torchrun(script, *SMALL, "--model", untrained, cwd=tmp_path))
     assert returncode != 0 and "error in rank 1: cannot load --model 'no/such'" in err
+
+
+# A verifier that raises in rank 1 alone: at the evaluation before the first step, or in step 2.
+ONE_RAISES = """
+from verifiers import arithmetic
+verify, calls = arithmetic.verify, []
+def raising(problems, rows):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == {call}:
+        raise ZeroDivisionError("what a verifier says")
+    return verify(problems, rows)
+arithmetic.verify = raising
+"""
+
+
+@pytest.mark.parametrize("call, step", [(3, 1), pytest.param(1, 0, marks=pytest.mark.slow)])
+def test_a_verifier_that_raises_in_one_process_ends_all_after_a_checkpoint(call, step, untrained, tmp_path):
+    script, folder = wrapped(tmp_path, "pass_at_k_pg.py", ONE_RAISES.format(call=call)), tmp_path / "runs/a"
+    returncode, out, err = ended(torchrun(script, *SMALL, "--model", untrained, "--run-name", "a", cwd=tmp_path), 120)
+    assert returncode != 0 and "ZeroDivisionError: what a verifier says" in err
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["step"] == step == len(steps_of(folder))
+    returncode, out, err = ended(torchrun(ROOT / "pass_at_k_pg.py", "--resume", "runs/a", cwd=tmp_path))
+    assert returncode == 0 and f"resuming at step {step}" in out and len(steps_of(folder)) == 2, err
+
+
+def test_a_process_whose_verifier_works_says_which_one_does_not(untrained, run, monkeypatch):
+    monkeypatch.setattr(harness.run, "from_all", lambda mine: [mine] if mine is not None else [None, "KeyError: 'x'"])
+    result = run("pass_at_k_pg.py", *SMALL, "--model", untrained, "--run-name", "a")
+    line = "error: the verifier raised in rank 1: KeyError: 'x' (mend it, and --resume runs/a)"
+    assert result.returncode == 2 and result.stderr.splitlines()[-1] == line
+
+
+def test_fewer_held_out_problems_than_processes(untrained, tmp_path):
+    """The second process has none: the first one's samples are all there are, those of a run of one process."""
+    flags = [*SMALL, "--model", untrained, *"--eval-problems 1 --eval-n 32 --steps 1 --run-name".split()]
+    script = wrapped(tmp_path, "pass_at_k_pg.py", COLD)
+    returncode, out, err = ended(torchrun(script, *flags, "two", cwd=tmp_path), 120)
+    assert returncode == 0, err
+    subprocess.run([sys.executable, script, *flags, "one"], cwd=tmp_path, check=True, capture_output=True)
+    one, two = (records(tmp_path / "runs" / name)[0] for name in ("one", "two"))
+    assert one == two and 0 < one["eval"]["all"]["pass@1"][0] < 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(run, monkeypatch):

@@ -39,7 +39,7 @@ class LearnedVerifier:
         else:
             end = self.tokenizer.eos_token or ""
             texts = [self.task.template.replace("{prompt}", p) + r + end for p, r in zip(prompts, responses)]
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.tokenizer.truncation_side = "left"
         return self.tokenizer(
             texts, return_tensors="pt", padding=True, padding_side="right", truncation=context is not None,

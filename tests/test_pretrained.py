@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ROOT, records, steps_of
+from verifiers.lines import fitting_lines
 
 import common
 import harness.policy
 from verifiers import load_task
-from verifiers.lines import fitting_lines
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import real_model  # noqa: E402
@@ -80,7 +80,8 @@ def test_a_line_has_the_probability_that_the_chat_template_gives_it(model):
             lines = fitting_lines(problem.prompt)
             assert len(lines) == problem.level and (row[len(lines) :] == -torch.inf).all()
             for line, log_pi in zip(lines, row):
-                chat = harness.policy.chat(problem, task, line)
+                words = {"role": "user", "content": f"{problem.prompt}\n\n{task.instruction}"}
+                chat = [words, {"role": "assistant", "content": line}]
                 texts = (policy.tokenizer.apply_chat_template(turns, tokenize=False) for turns in (chat[:1], chat))
                 before, whole = (policy.tokenizer(text, add_special_tokens=False).input_ids for text in texts)
                 start = len(before) + len(policy.tokenizer("<|im_start|>assistant\n").input_ids)

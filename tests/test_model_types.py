@@ -1,0 +1,100 @@
+"""Every type of causal language model in transformers trains right or is refused in one line when it is loaded."""
+
+import pytest
+import torch
+from model_zoo import KINDS, save_tiny
+from runs import steps_of
+
+import harness.policy
+from verifiers import BadInput, Verdict, load_task
+
+FAST = ["gemma3", "gpt2", "lfm2", "mamba", "opt", "qwen3", "qwen3_5_text", "zamba2"]
+
+
+@pytest.fixture
+def rewarded(monkeypatch):
+    """A verifier that gives half of the responses a reward: an untrained model earns none of its own."""
+
+    def verify(problems, responses):
+        rewards = torch.tensor([[float(i % 2) for i, _ in enumerate(row)] for row in responses])
+        return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
+
+    monkeypatch.setattr("verifiers.arithmetic.verify", verify)
+
+
+SMALL = "--task arithmetic --levels 1 --steps 2 --k 2 --n 4 --prompts-per-step 2 --eval-n 2 --eval-problems 1".split()
+
+
+@pytest.mark.parametrize("checkpointing", [[], ["--gradient-checkpointing"]], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("kind", FAST)
+def test_models_of_every_family_train(kind, checkpointing, run, rewarded, tmp_path):
+    """Attention, sliding windows, linear layers alone and beside attention, dropout in the configuration, composite."""
+    folder = save_tiny(kind, tmp_path / "model")
+    ended = run("pass_at_k_pg.py", *SMALL, "--model", folder, *checkpointing, "--run-name", "r")
+    assert ended.returncode == 0, ended.stderr
+    assert all(record["grad_norm"] > 0 and not record["skipped"] for record in steps_of(tmp_path / "runs/r"))
+
+
+@pytest.mark.parametrize(
+    "kind, changes, flags, complaint",
+    [
+        ("bert", {"is_decoder": False}, [], "differ by"),  # looks both ways
+        ("cohere", {}, [], "the log-probs of sampling and of a plain forward pass differ by"),  # scales its logits
+        ("recurrent_gemma", {}, [], "differ by"),
+        ("ctrl", {}, ["--gradient-checkpointing"], "does not support activation checkpointing"),
+        ("llama", {"vocab_size": 90}, [], "the tokenizer has 99 tokens, the model knows 90 of them"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused_in_one_line(kind, changes, flags, complaint, run, tmp_path):
+    folder = save_tiny(kind, tmp_path / "model", **changes)
+    ended = run("pass_at_k_pg.py", *SMALL, "--model", folder, *flags)
+    assert ended.returncode == 2 and complaint in ended.stderr
+    assert ended.stderr.count("error:") == 1 and "Traceback" not in ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_gradient_that_is_wrong_is_refused(tmp_path, monkeypatch):
+    """The log-probs agree here; a part of the network is cut out of the backward pass of training alone."""
+    folder, task = save_tiny("llama", tmp_path / "model"), load_task("arithmetic")
+    states = harness.policy.response_log_probs
+    monkeypatch.setattr(harness.policy, "response_log_probs", lambda *a: 2 * (x := states(*a)) - x.detach())
+    with pytest.raises(BadInput, match="the gradient of training differs"):
+        harness.policy.load_policy(folder, task, "cpu")
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_embeddings_that_depend_on_the_length_of_the_whole_stop_at_the_original_context(rope_type, tmp_path):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "original_max_position_embeddings": 32, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
+    folder, task = save_tiny("llama", tmp_path / "model", rope_parameters=rope), load_task("arithmetic")
+    policy = harness.policy.load_policy(folder, task, "cpu")
+    problem = task.train[0]
+    harness.policy.encode_prompts(policy, task, [problem], 32 - len(problem.prompt))
+    with pytest.raises(BadInput, match=f"context of 32, beyond which {rope_type} embeddings make samples"):
+        harness.policy.encode_prompts(policy, task, [problem], 33 - len(problem.prompt))
+
+
+@pytest.mark.slow
+def test_a_sweep_of_all_types(tmp_path, capsys):
+    """A table, `pytest -s`: each type trains (the self-test at load passed), with and without gradient checkpointing,
+    or is refused with its reason, or has no tiny configuration here."""
+    task, table = load_task("arithmetic"), {}
+    for kind in KINDS:
+        folder = tmp_path / kind
+        try:
+            save_tiny(kind, folder)
+        except Exception as error:
+            table[kind] = f"not built ({type(error).__name__})"
+            continue
+        verdicts = []
+        for checkpointing in (False, True):
+            try:
+                harness.policy.load_policy(str(folder), task, "cpu", checkpointing)
+                verdicts.append("trains")
+            except BadInput as refusal:
+                assert "\n" not in str(refusal)
+                verdicts.append(str(refusal).removeprefix(f"--model {str(folder)!r}: "))
+        table[kind] = verdicts[0] if len(set(verdicts)) == 1 else f"{verdicts[0]}; checkpointed: {verdicts[1]}"
+    with capsys.disabled():
+        print("", *(f"{kind:26} {verdict}" for kind, verdict in table.items()), sep="\n")
+    assert sum(verdict.startswith("trains") for verdict in table.values()) >= 120
