@@ -1,11 +1,11 @@
 """Do the baselines of pass@k differ in training? Four estimators of one gradient, 5 seeds each, by exact evaluation.
 
-    python benchmarks/baselines.py                            # --task suspects, k = 8, n = 16, 150 steps of 16 prompts
+    python benchmarks/baselines.py                            # `suspects`, k = 8, 150 steps of 4 prompts x 16 samples
     python benchmarks/baselines.py --report                   # the table of runs that are there
 
 Each estimator is a function of recipes/baselines.py, run by pass_at_k_pg.py --estimator FILE:NAME from the same initial
-policies (tiny-0, tiny-1, ...). Runs that are there are kept, so that the command can be stopped and started again. What
-is compared is what the script's last evaluation says; a task that evaluates exactly leaves no noise of sampling in it.
+policies (tiny-0, tiny-1, ...). Policies are evaluated without sampling (exact.py) on held-out prompts. Runs that are
+there are kept, so that the command can be stopped and started again.
 """
 
 import json
@@ -15,11 +15,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import measure  # first: puts the repository on the path
+import exact  # first: puts the repository on the path
+import measure
 import numpy as np
+import optima
+import torch
 import tyro
 
-from verifiers import BadInput
+from harness.policy import load_policy
+from verifiers import BadInput, load_task
 
 ROOT = Path(__file__).parent.parent
 ESTIMATORS = {
@@ -29,8 +33,6 @@ ESTIMATORS = {
 
 @dataclass
 class Args:
-    task: str = "suspects"
-    """which problems, see verifiers/"""
     k: int = 8
     """tries"""
     n: int = 16
@@ -39,10 +41,10 @@ class Args:
     """2 to 10"""
     steps: int = 150
     """of a run"""
-    prompts_per_step: int = 16
+    prompts_per_step: int = 4
     """in a step"""
-    lr: float = 1e-4
-    """constant"""
+    lr: float = 2e-4
+    """learning rate"""
     more: str = ""
     """further flags of pass_at_k_pg.py, in one string"""
     folder: Path = Path("runs/baselines")
@@ -53,21 +55,27 @@ class Args:
 
 def command(args: Args, name: str, seed: int) -> list[str]:
     """The command of one run, which leaves runs/NAME."""
-    flags = f"--task {args.task} --model tiny-{seed} --seed {seed} --k {args.k} --n {args.n} --steps {args.steps} "
+    flags = f"--task suspects --model tiny-{seed} --seed {seed} --k {args.k} --n {args.n} --steps {args.steps} "
     flags += f"--prompts-per-step {args.prompts_per_step} --lr {args.lr} {args.more}"
     where = ["--estimator", f"{ROOT / 'recipes' / 'baselines.py'}:{name}", "--run-name", f"baselines-{name}-{seed}"]
     return [sys.executable, str(ROOT / "pass_at_k_pg.py"), *flags.split(), *where]
 
 
 def result(folder: Path, k: int) -> tuple[float, float, float]:
-    """pass@k at the last evaluation, the share of samples with a signal and the median seconds of a step."""
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """pass@k on held-out prompts, exact; the mean share of samples with an advantage; the median seconds of a step."""
+    task, problems = load_task("suspects"), optima.problems_of()
+    with torch.no_grad():
+        log_pi = exact.candidate_log_probs(load_policy(folder / "policy", task, "cpu"), task, problems)
+    value = optima.level_weights(problems) @ exact.exact_metrics(log_pi, problems)[f"pass@{k}"]
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    signal = np.mean([record["nonzero_advantage"] for record in steps if "nonzero_advantage" in record])
     seconds = [json.loads(line)["seconds"] for line in (folder / "timings.jsonl").read_text().splitlines()]
-    last = [record for record in log if "eval" in record][-1]["eval"]["all"][f"pass@{k}"][0]
-    return last, float(np.mean([record["signal"] for record in log if "signal" in record])), float(np.median(seconds))
+    return value.item(), float(signal), float(np.median(seconds))
 
 
 def main(args: Args) -> None:
+    if args.k not in optima.TRIES:
+        raise BadInput(f"--k must be one of {', '.join(map(str, optima.TRIES))}, not {args.k}")
     if args.n <= args.k:
         raise BadInput(f"--n must be more than --k {args.k}, which b(k+1) takes, not {args.n}")
     for seed in range(args.seeds):

@@ -41,8 +41,8 @@ def test_the_commands_are_found():
 
 @pytest.mark.slow
 def test_four_estimators_two_seeds(tmp_path, skilled):
-    flags = "--task arithmetic --k 2 --n 4 --seeds 2 --steps 2 --prompts-per-step 4".split()
-    more = f"--levels 1 --eval-n 4 --eval-problems 2 --model {skilled}"
+    flags = "--k 2 --n 4 --seeds 2 --steps 2".split()
+    more = f"--eval-n 4 --eval-problems 2 --model {skilled}"
     command = [sys.executable, str(ROOT / "benchmarks" / "baselines.py"), *flags, f"--more={more}"]
     for _ in range(2):  # the second time nothing is run
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
