@@ -60,22 +60,14 @@ class Args(RunArgs):
 def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
     """Advantages A of the pass@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
 
-    rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype (float32 for integers and bools).
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
-      biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of pass@(k-1)
-      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k: the gradient of sum_{j<n} pass@j / j, the log-likelihood of
-                a right response cut off at order n-1. With c of n rewards 1, the others 0: (r_i - c/n) / c    (MaxRL)
-    With k = 1 pass@k is the mean reward: unbiased is mean, and biased is zero. With n = 1, mean has no baseline.
+      biased    the same less the subset's mean advantage: the gradient of pass@(k-1); zero for k = 1         (Tang)
+      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k; (r_i - c/n) / c with c of n rewards 1, others 0  (MaxRL)
+
+    rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype (float32 for integers and bools).
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
-
-    Sort the rewards upwards, let d_l = r_(l+1) - r_(l), and let p_l = C(l, k-1) / C(n-1, k-1) be the share of the
-    subsets with a given member whose others all lie among the l lowest. Then (PKPO, arXiv 2505.15201, "loo-1")
-
-      unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
-      biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
-
-    An example: rewards 0, 1, .5. For k = 3 only the best sample matters, by what it adds to the second best: 0, .5, 0.
+    Example: rewards 0, 1, .5. For k = 3 only the best sample matters, by what it adds to the second best: 0, .5, 0.
     For k = 2 it adds 1 and .5 to its two pairs, (2/3) (1 + .5)/2 = .5, and the second best .5 to one, (2/3) .5/2 = 1/6.
     """
     rewards, n = common.checked_rewards(rewards, k), rewards.shape[-1]
@@ -85,6 +77,10 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
         return sum((advantages(rewards, j, "biased") / (j - 1) for j in range(2, n + 1)), torch.zeros_like(rewards))
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased, biased or maxrl")
+    # Sorted upwards, with d_l = r_(l+1) - r_(l) and p_l = C(l, k-1) / C(n-1, k-1) the share of the subsets with a given
+    # member whose others all lie among the l lowest (PKPO, arXiv 2505.15201, "loo-1"):
+    #   unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
+    #   biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
     r, order = rewards.double().sort(dim=-1)
     l = torch.arange(1, n, dtype=torch.float64, device=rewards.device)  # (n-1,): 1 .. n-1
     # p_l in product form: p_{n-1} = 1 and p_{l-1} = p_l (l-k+1)/l; it neither overflows nor cancels
