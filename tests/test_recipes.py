@@ -10,7 +10,7 @@ import pytest
 import torch
 from named_estimators import ESTIMATORS, B, N, by_recipe, ours, rewards_and_scores
 from runs import ROOT
-from test_smollm2 import model as smollm2  # noqa: F401
+from test_pretrained import model as smollm2  # noqa: F401
 from test_torchrun import ended, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
