@@ -8,6 +8,7 @@ import sys
 import pytest
 from runs import ROOT, steps_of
 
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script that is started there
 DOC = (ROOT / "docs" / "own.md").read_text()
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", DOC, re.M | re.S) for line in block.splitlines()]
 
