@@ -258,7 +258,7 @@ RATES = (0.05, 0.2, 0.4, 0.6, 0.8)
 
 def as_text(x: float, tolerance: float = 1e-9) -> str:
     """A number as a fraction of small denominator if it is one, else with three digits."""
-    near = Fraction(x).limit_denominator(1000)
+    near = Fraction(x).limit_denominator(1000 if tolerance < 1e-6 else 30)
     return str(near) if abs(near - x) <= tolerance * abs(x) else f"{x:.3g}"
 
 

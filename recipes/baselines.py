@@ -1,7 +1,6 @@
 """Unbiased estimators of the gradient of pass@k that differ in their baseline alone, for --estimator FILE:NAME."""
 
-import torch
-
+from common import subset_weights
 from pass_at_k_pg import advantages
 
 
@@ -20,5 +19,5 @@ def others(rewards, k):
 
 def posterior(rewards, k):  # for rewards 0 and 1
     n, m = rewards.shape[-1], rewards.sum(-1, keepdim=True) - rewards  # (B, n): m of the others are right
-    worth = u(torch.ones(n, n).to(rewards).tril(), k)[:, 0]  # (n,): of a right one, with m = 0..n-1 others right
+    worth = subset_weights(n, k).flip(0).to(rewards)  # (n,): D(m) = C(n-1-m, k-1) / C(n, k)
     return worth[m.long()] * (rewards - (m + 1) / (n + 1))

@@ -158,7 +158,7 @@ def test_the_printed_bound_covers_the_error_of_the_weights(n):
     errors = [abs(float(Fraction(x) - y)) for x, y in zip(spectrum.weights(D), exact_grpo(n))]
     bounds = spectrum.error_bounds(D)
     assert all(error <= 4 * bound for error, bound in zip(errors, bounds)) and max(errors) > 0
-    assert bounds[2] == pytest.approx(math.comb(n, 3) * 4 * 2.0**-52 * D.max().item())
+    assert bounds[2] == pytest.approx(math.comb(n, 3) * 4 * 2.0**-52 * D.max().item(), rel=1e-9, abs=0)
 
 
 @pytest.mark.parametrize("n", [32, 48])
