@@ -80,29 +80,26 @@ def advantages(
 ) -> torch.Tensor:
     """Advantages A of the Best-of-N policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over n samples.
 
-    rewards: (B, n), of the environment, n >= N, any real numbers. scores: (B, n), the verifier's; equal scores share.
-    Returns (B, n), of the dtype of `rewards` (float32 for integers and bools).
-      mean          A_i = (1/n) (r_i - b),  b the mean of the others                                            (RLOO)
-      exact         Tang's Lemma 1 for f = reward of the best-scored, averaged over all N-subsets T containing i:
-                    A_i = (N/n) mean of [ f(T) - f(T without i) ]; unbiased for grad J
-      variational   E_{y ~ pi_bon}[ h(y) (R(y) - b) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')}
-                    grad log pi(y') ]: the mean over the n / N groups of N, y being a group's winner, y' all samples of
-                    the other groups, b the mean reward of the winners of the groups that hold neither y nor y'
-      rlb           E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ], y the winner of each N-subset,
-                    g+ = N p^(N-1) / (1 - p^N),  g- = N p / (1-p),  p the failure rate of the prompt
-      rlb-p         E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]
-      rlb-all       N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]: the same gradient, with less variance than
-                    rlb-p where many different answers are right or wrong; where one answer is right rlb-p has less
-    The last three need rewards 0 and 1, of which the scores are an increasing function; there they and `exact` have the
-    same expectation if p is exact. With N = 1, exact and variational are mean.
+      mean         A_i = (1/n) (r_i - b),  b the mean of the others                                            (RLOO)
+      exact        A_i = (N/n) mean over N-subsets T containing i of [ f(T) - f(T without i) ], f the reward of the
+                   best-scored                                                                         (Tang, Lemma 1)
+      variational  E_{y ~ pi_bon}[ h(y) (R(y) - b) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')}
+                   grad log pi(y') ]: y the winner of a group of N, y' all samples of the other groups, b the mean
+                   reward of the winners of the groups that hold neither                               (Chow, BoN-RL)
+      rlb          E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ], g+ = N p^(N-1) / (1 - p^N), g- = N p / (1-p)
+      rlb-p        E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]           (Chow, BoN-RLB, BoN-RLB(P))
+      rlb-all      N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]: all samples; less variance than rlb-p where many
+                   answers are right or wrong, more where one is right
 
+    rewards: (B, n), the environment's, n >= N, any real numbers. scores: (B, n), the verifier's; equal scores share.
+    baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), the failure rate p of rlb*,
+    else the share of failures among the n samples, clipped to [0.01, 0.99]. rlb* need rewards 0 and 1, of which the
+    scores are an increasing function. Returns (B, n), of the dtype of `rewards` (float32 for integers and bools).
+    Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks.
     Example, variational: N = 2, rewards and scores 1 0 | 0 0 | 0 0. Winners are worth 1, 0, 0 and those of the others
     0, .5, .5: the first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels
     here: what the first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08.
-
-    baseline: (B,), b(x) of mean and variational that does not depend on these samples, in place of the others' mean.
-    p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
-    Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks."""
+    """
     rewards, scores = common.checked_rewards(rewards, N), common.checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")

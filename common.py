@@ -36,8 +36,8 @@ def k_sample_advantages(
     With k = 1 biased is zero, and unbiased has M_1(-i) in place of M_0: RLOO. A single sample (n = 1) has no baseline.
     Example: the maximum (pass_at_k) of k = 2 from three rewards 3, 1, 0. The pairs have the maxima 3, 3, 1, so that
     M_2 = 7/3; without the first sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = (1 + 0) / 2. A_1 = 7/3 - 1/3 - 1/3 = 5/3,
-    as by definition: (2/3) mean(3 - max(1), 3 - max(0)). README has pass^k, all of k right, in one line. Memory grows
-    as B n^2. Raises ValueError unless 1 <= k <= n, and for any other estimator."""
+    as by definition: (2/3) mean(3 - max(1), 3 - max(0)). recipes/all_right.py has pass^k. Memory grows as B n^2.
+    Raises ValueError unless 1 <= k <= n, and for any other estimator."""
     n = samples[0].shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
@@ -318,9 +318,16 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
 
 
 def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
-    """The responses as text, special tokens left out: B lists of n strings."""
-    rows = [[ids[keep].tolist() for ids, keep in zip(*group)] for group in zip(rollouts.ids.cpu(), rollouts.mask.cpu())]
-    return [policy.tokenizer.batch_decode(row, skip_special_tokens=True) for row in rows]
+    """The responses as text, special tokens left out: B lists of n strings.
+
+    Each is decoded behind the last token of its prompt, which is then cut off: tokenizers of Llama's kind drop the
+    space that begins what they decode, and with it one of a program's indentation."""
+    texts = []
+    for prompt, *group in zip(rollouts.prompts, rollouts.ids.cpu(), rollouts.mask.cpu()):
+        rows = [prompt[-1:], *(prompt[-1:] + ids[keep].tolist() for ids, keep in zip(*group))]
+        last, *row = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts.append([text.removeprefix(last) for text in row])
+    return texts
 
 
 # --- Training step ----------------------------------------------------------------------------------------------------

@@ -51,15 +51,13 @@ class Args(RunArgs):
 def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
     """Advantages A of the maj@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
 
-    votes: (B, n) int64, n >= k, equal = same answer, -1 = none (casts no vote). rewards: (B, n), a function of the
-    answer (where it is not, an answer's mean reward counts). Returns (B, n), of the dtype of rewards (float32 for
-    integers and bools).
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]             (n = k: Tang)
-      biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of maj@(k-1)
-    where f is the reward of the majority: ties are split, no votes at all are worth 0. With k = 1 the vote is the
-    response's own: unbiased is mean over responses with an answer, and biased is zero.
-    Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator."""
+      biased    the same less the subset's mean advantage: the gradient of maj@(k-1); zero for k = 1          (Tang)
+
+    f is the reward of the majority, see `majority_at_k`. votes: (B, n) int64, n >= k, equal = same answer, -1 = none.
+    rewards: (B, n). Returns (B, n), of the dtype of rewards (float32 for integers and bools). Raises ValueError unless
+    1 <= k <= n, for rewards that are not finite, and for an unknown estimator."""
     rewards = common.checked_rewards(rewards, k)
     if estimator == "mean":
         return common.mean_advantages(rewards)

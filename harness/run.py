@@ -1,6 +1,7 @@
 """A run: the flags that scripts share, the command line, batches, evaluation, logs, and checkpoints to resume from."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -284,14 +285,23 @@ class Run:
         """The verifier's verdict on n responses to each of B problems, with the seconds it took. All processes call it.
 
         A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint."""
-        began, failure, none = time.perf_counter(), None, torch.zeros(0, self.args.eval_n)
-        try:
+        began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
+        with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
             for name in ("rewards", "scores"):
                 for b, i in (~getattr(verdict, name).isfinite()).nonzero().tolist():
                     what = f"the verifier of {self.task.name} gave {name} that are not finite numbers, one of them to"
                     raise BadInput(f"{what} {responses[b][i][:40]!a}: mend it, and --resume {self.folder}")
-            verdict.seconds = time.perf_counter() - began
+        verdict.seconds = time.perf_counter() - began
+        return verdict
+
+    @contextlib.contextmanager
+    def saved_if_this_fails(self) -> Iterator[None]:
+        """Around the user's code, a verifier or an estimator, in all processes alike: where it raises in one of them,
+        the first writes a checkpoint of the steps done, and all end."""
+        failure = None
+        try:
+            yield
         except Exception as error:
             failure = error
         reasons = from_all(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
@@ -299,7 +309,6 @@ class Run:
             in_first_process(self.save)  # the first process to die takes the others with it
             why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
             raise failure or BadInput(f"the verifier raised in {why} (mend it, and --resume {self.folder})")
-        return verdict
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
         """Append a step's line to metrics.jsonl and one to timings.jsonl; the names in `shown` go to the progress bar.

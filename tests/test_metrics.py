@@ -134,7 +134,7 @@ def test_mean_advantages_are_rloo():
 
 
 def pass_hat_k(rewards, k):
-    """pass^k, all of k right: README's example of an objective of one's own; min for graded rewards."""
+    """pass^k, all of k right: the example of an objective of one's own in docs/own.md; min for graded rewards."""
     return -common.pass_at_k(-rewards, k)
 
 

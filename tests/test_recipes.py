@@ -8,71 +8,24 @@ from functools import partial
 
 import pytest
 import torch
-from engines import ESTIMATORS, B, N, by_recipe, ours, rewards_and_scores, rewards_of
+from named_estimators import ESTIMATORS, B, N, by_recipe, ours, rewards_and_scores
 from runs import ROOT
-from test_smollm2 import model as smollm2  # noqa: F401
+from test_pretrained import model as smollm2  # noqa: F401
 from test_torchrun import ended, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import common
 import harness.policy
 import majority_pg
-from pass_at_k_pg import advantages
 from verifiers import votes_from_answers
 
 sys.path.insert(0, str(ROOT / "recipes"))
-from trl_pass_at_k import pass_at_k_reward
-
 needs_trl = pytest.mark.skipif(
     not importlib.util.find_spec("trl"), reason="trl is not installed: pip install -r benchmarks/requirements.txt"
 )
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed: pip install peft")
 TOKENS, TEMPERATURE = 7, 0.8
 PROBLEMS = ["1+2=", "47*85=", "9="]  # of several lengths
-
-
-def centred(values):
-    """What GRPOTrainer does to a reward function's (B, n) values with scale_rewards="none"."""
-    return values - values.mean(-1, keepdim=True)
-
-
-@pytest.mark.parametrize("k", range(2, N + 1))
-def test_what_centring_does_to_each_estimator(k):
-    rewards = rewards_of()
-    for estimator in ("mean", "biased"):
-        A = advantages(rewards, k, estimator)
-        torch.testing.assert_close(centred(A), A)
-    A = advantages(rewards, k, "unbiased")
-    gain = common.pass_at_k(rewards, k) - common.pass_at_k(rewards, k - 1)
-    torch.testing.assert_close(A.sum(-1), k * gain)
-    assert gain[0] > 0.01  # so it does not sum to zero
-    above = advantages(rewards, k + 1, "biased") if k < N else 0
-    torch.testing.assert_close(centred(A), (1 - k / N) * above + k / N * advantages(rewards, k, "biased"))
-
-
-@pytest.mark.parametrize("k", range(1, N))
-def test_trl_reward_function_survives_centring_and_the_leave_one_out_baseline(k):
-    rewards, metrics = rewards_of(), {}
-    prompts = [f"prompt {b}" for b in range(B) for _ in range(N)]
-    function = pass_at_k_reward(lambda prompts, completions, answer: completions, N, k, scale=10.0)
-    values = function(
-        prompts,
-        rewards.flatten().tolist(),
-        answer=prompts,
-        log_metric=lambda name, value: metrics.update({name: value}),
-    )
-    values, A = torch.tensor(values, dtype=torch.float64).view(B, N), advantages(rewards, k + 1, "biased")
-    torch.testing.assert_close(centred(values) / 10, A)
-    others = (values.sum(-1, keepdim=True) - values) / (N - 1)  # RLOOTrainer's baseline
-    torch.testing.assert_close((values - others) / 10, N / (N - 1) * A)
-    assert metrics == {"true_reward": pytest.approx(rewards.mean().item())}
-
-
-def test_trl_reward_function_refuses_split_groups():
-    function = pass_at_k_reward(lambda prompts, completions: [0.0] * len(prompts), 2, 1, 1.0)
-    for prompts in (["a", "a", "b"], ["a", "b", "b", "a"]):
-        with pytest.raises(ValueError, match="groups of 2 are split"):
-            function(prompts, prompts, log_metric=None)
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
@@ -117,7 +70,7 @@ def trained(trainer, model, tokenizer, out, reward_funcs, steps=1, processes=1, 
         seen.see(prompts, completion_ids)
         return first(prompts=prompts, completion_ids=completion_ids, step=len(seen.samples) - 1, **columns)
 
-    config_of = trl.RLOOConfig if issubclass(trainer, trl.RLOOTrainer) else partial(trl.GRPOConfig, loss_type="dr_grpo")
+    config_of = partial(trl.GRPOConfig, loss_type="dr_grpo")
     settings = dict(
         max_steps=steps, per_device_train_batch_size=3, num_generations=N, learning_rate=0.0,
         gradient_accumulation_steps=len(problems) * N // 3 // processes, max_completion_length=TOKENS, beta=0.0,
@@ -159,24 +112,6 @@ def assert_equal_gradients(theirs, ours, atol=1e-5):
         torch.testing.assert_close(
             theirs[name] / scale, ours[name] / scale, rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
         )
-
-
-@needs_trl
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_the_unmodified_trainer_has_the_gradient_of_the_reward_function(name, tmp_path):
-    import trl
-
-    rewards, k, tokenizer = rewards_of().float(), 2, harness.policy.tiny_tokenizer()
-    special = {"GRPO": {"scale_rewards": "none"}, "RLOO": {}}[name]
-    reward = pass_at_k_reward(
-        lambda *_, **__: rewards.flatten().tolist(), N, k, {"GRPO": N * TOKENS, "RLOO": N - 1}[name]
-    )
-    trainer = getattr(trl, f"{name}Trainer")
-    trainer, seen = trained(trainer, small_llama(), tokenizer, tmp_path, [reward], config=special)
-    expected = our_gradient(
-        small_llama(), tokenizer, seen.samples[0], advantages(rewards, k + 1, "biased"), seen.weights[0]
-    )
-    assert_equal_gradients(seen.gradients[0], expected)
 
 
 def answer_of(completion: str) -> str | None:

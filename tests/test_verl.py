@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 import numpy as np  # noqa: E402
 import verl_k_sample  # noqa: E402
-from engines import ESTIMATORS, B, N, by_recipe, ours, rewards_and_scores  # noqa: E402
+from named_estimators import ESTIMATORS, B, N, by_recipe, ours, rewards_and_scores  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from verl import DataProto  # noqa: E402
 from verl.trainer.config import AlgoConfig  # noqa: E402

@@ -1,0 +1,106 @@
+"""docs/engines.md is what benchmarks/engines.py measures in an environment that has the engine; see its first lines."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # what conftest.py does elsewhere: this file runs without it, too
+engines = importlib.import_module("engines")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_the_tables_of_the_page_are_measured_again(engine):
+    """In a process of its own: engines change what they import."""
+    if not importlib.util.find_spec(engine):
+        pytest.skip(f"{engine} is not installed: see the top of benchmarks/engines.py")
+    code = f"import engines; print(engines.tables({engine!r}))"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith(engines.in_document(engine)), result.stdout
+
+
+def test_the_page_has_what_an_engine_is_known_for():
+    grpo = "0.309 0.247 0.218 0.207 0.207 0.218 0.247 0.309"
+    assert f'GRPO, scale_rewards="group" | {grpo}' in engines.in_document("trl")
+    assert f"grpo, norm_adv_by_std_in_grpo=True | {grpo}" in engines.in_document("verl")
+    assert f"grpo, grpo_norm_by_std=True | {grpo}" in engines.in_document("skyrl")
+    assert "n b(5) | 0.500 0.286 0.143 0.057 0.014" in engines.in_document("trl")
+
+
+def in_groups(rewards, mask, index):
+    """A rule of token-level rewards: (r - mean) for each group, at all tokens."""
+    total = rewards.sum(-1)
+    A = torch.stack([total[i] - total[torch.tensor(index == index[i])].mean() for i in range(len(total))])
+    return A.unsqueeze(-1) * mask
+
+
+def by_length(rewards, mask, index):
+    """The same less a mean that is weighted by lengths."""
+    total, length = rewards.sum(-1), mask.sum(-1)
+    own = [torch.tensor(index == x) for x in index]
+    A = torch.stack([total[i] - (total[x] * length[x]).sum() / length[x].sum() for i, x in enumerate(own)])
+    return A.unsqueeze(-1) * mask
+
+
+def test_a_row_of_the_table():
+    name, D, w, words, remark = engines.row("mine", engines.of_tokens(in_groups), True)
+    assert (name, words, remark) == ("mine", "7/8 of the gradient of pass@1", "")
+    assert D == " ".join(["0.109"] * 8) and w.startswith("0.875 0.000")
+    *_, words, remark = engines.row("mine", engines.of_tokens(by_length), True)
+    assert words == "7/8 of the gradient of pass@1" and "equally long" in remark
+    *_, words, remark = engines.row("mine", engines.of_tokens(by_length), False)
+    assert words == "refused" and remark.startswith("not symmetric")
+    assert engines.row("mine", "takes values", True)[3:] == ["not run", "takes values"]
+
+    def whitened(rewards, mask, index):
+        total = rewards.sum(-1)
+        return ((total - total.mean()) / (total.std() + 1e-6)).unsqueeze(-1) * mask
+
+    assert engines.row("mine", engines.of_tokens(whitened), True)[3:] == [
+        "refused", "dependent on the other rows of the batch"
+    ]  # fmt: skip
+    tokens = engines.row("mine", engines.of_tokens(lambda r, mask, index: r), True)
+    assert tokens[3:] == ["refused", "tokens of one response have different advantages"]
+
+
+def test_what_a_loss_makes_of_a_token():
+    mask = engines.TOKENS  # lengths 1, 3, 2, 1
+    assert engines.token_weights(-mask / 7).startswith("1 / all tokens")
+    assert engines.token_weights(-mask / 4).startswith("1 / rows")
+    assert engines.token_weights(-mask / 12).startswith("1 / (rows x longest")
+    assert engines.token_weights(-mask / mask.sum(-1, keepdim=True) / 4).startswith("1 / (rows x own length)")
+    prompt = torch.tensor([[4.0], [4], [3], [3]])
+    assert engines.token_weights(-mask / (2 * prompt)).startswith("1 / (prompts x all tokens")
+    assert engines.token_weights(-mask / 5).startswith("something else")
+
+
+def test_without_an_engine_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(engines, "ENGINES", {})
+    with pytest.raises(engines.BadInput, match="none of trl, verl and skyrl is installed"):
+        engines.main(engines.Args())
+
+
+def test_the_doc_example_returns_what_the_table_ran():
+    """The ten lines beside the table, with a verifier that compares."""
+    text = engines.DOC.read_text()
+    code = text.partition("```python\n")[2].partition("\n\n\ntrainer")[0]
+    from pass_at_k_pg import advantages
+
+    names = {"torch": torch, "advantages": advantages, "verify": lambda c, a: c == a}
+    exec(code, names)
+    answers = ["x"] * 16
+    completions = ["x", *"abcdefg", "x", "x", *"abcdef"]
+    values = torch.tensor(names["pass_at_4"](completions, answers)).view(2, 8)
+    rewards = torch.tensor([[1.0] + [0] * 7, [1.0, 1] + [0] * 6])
+    torch.testing.assert_close(values, 8 * advantages(rewards, 5, "biased"))

@@ -1,0 +1,446 @@
+"""docs/papers.md: each method's formula, restated from its paper, against our call; and which objective it ascends.
+
+M_i is the mean of f over the k-subsets of the n samples that contain i, M_-i over those that do not, M over all.
+"""
+
+import importlib
+import itertools
+import math
+import re
+import sys
+from functools import partial
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from enumeration import ANSWERS, BINARY, GRADED, best_of_value, exact_gradient, expected_gradient, majority_value
+from runs import ROOT
+
+import bon_rl
+import bon_sft
+import common
+import majority_pg
+from pass_at_k_pg import advantages
+
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+spectrum, baselines = importlib.import_module("spectrum"), importlib.import_module("recipes.baselines")
+all_right = importlib.import_module("recipes.all_right").all_right
+DOC = ROOT / "docs" / "papers.md"
+close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+
+
+def rewards_of(n, seed=0):
+    """(20, n) of five values, with ties; the last row is 0 throughout."""
+    r = torch.randint(5, (20, n), generator=torch.Generator().manual_seed(seed)).double() / 4
+    r[-1] = 0
+    return r
+
+
+def right_or_wrong(n):
+    """All rows of n rewards 0 and 1: (2^n, n)."""
+    return torch.tensor(list(itertools.product((0.0, 1.0), repeat=n)), dtype=torch.float64)
+
+
+def by_subsets(f, row, k):
+    """M_i, M_-i, (n,) each (M_-i is None if k = n), and M, of one row: a list of samples; f of a list."""
+    n = len(row)
+    values = {T: f([row[i] for i in T]) for T in itertools.combinations(range(n), k)}
+
+    def mean(kept):
+        kept = [value for T, value in values.items() if kept(T)]
+        return sum(kept) / len(kept)
+
+    inside = [mean(lambda T: i in T) for i in range(n)]
+    outside = [mean(lambda T: i not in T) for i in range(n)] if k < n else None
+    return inside, outside, mean(lambda T: True)
+
+
+def credits(f, rows, k):
+    """The same of many rows, as tensors: (B, n), (B, n) and (B, 1)."""
+    parts = [by_subsets(f, row, k) for row in rows]
+    inside, outside, all_ = (torch.tensor([p[i] for p in parts], dtype=torch.float64) for i in range(3))
+    return inside, outside, all_.unsqueeze(-1)
+
+
+# --- five set functions, as f of a list and as the mean over all k-subsets --------------------------------------------
+
+
+def different_right(pairs):
+    """How many different right answers among (vote, reward) pairs."""
+    return float(len({vote for vote, reward in pairs if reward == 1 and vote >= 0}))
+
+
+def largest_block(votes):
+    return float(max(map(votes.count, votes), default=0))
+
+
+def metric_of(f):
+    """The mean of f over all k-subsets, (B, n) columns -> (B,), by listing them."""
+
+    def metric(*columns):
+        *columns, k = columns
+        rows = [list(zip(*row)) if len(row) > 1 else list(row[0]) for row in zip(*(c.tolist() for c in columns))]
+        return torch.tensor([by_subsets(f, row, k)[2] for row in rows], dtype=torch.float64)
+
+    return metric
+
+
+def columns_of(name, n, seed=0):
+    """The columns that a set function reads, (6, n) each, and its rows as lists of samples."""
+    draw = torch.Generator().manual_seed(seed)
+    votes = torch.randint(-1, 3, (6, n), generator=draw)
+    rewards = rewards_of(n, seed)[:6]
+    if name in ("max", "min"):
+        return (rewards,), rewards.tolist()
+    if name == "different right answers":
+        correct = (votes % 2 == 0).double()
+        return (votes, correct), [list(zip(*row)) for row in zip(votes.tolist(), correct.tolist())]
+    if name == "majority":
+        by_answer = torch.tensor([0.25, 1.0, 0.5, 0.0], dtype=torch.float64)[votes]
+        return (votes, by_answer), [list(zip(*row)) for row in zip(votes.tolist(), by_answer.tolist())]
+    scores = torch.randint(4, (6, n), generator=draw).double()
+    return (scores, rewards), [list(zip(*row)) for row in zip(scores.tolist(), rewards.tolist())]
+
+
+SET_FUNCTIONS = {
+    "max": (max, common.pass_at_k),
+    "min": (min, lambda r, k: -common.pass_at_k(-r, k)),
+    "majority": (majority_value, majority_pg.majority_at_k),
+    "Best-of-N": (best_of_value, common.best_of_k),
+    "different right answers": (different_right, metric_of(different_right)),
+}
+
+
+@pytest.mark.parametrize("k, n", [(1, 4), (2, 5), (3, 5), (4, 5)])
+@pytest.mark.parametrize("name", SET_FUNCTIONS)
+def test_one_identity_behind_three_papers(name, k, n):
+    """M_i - M = (n-k)/k b(k+1), and b(k+1) = (k/n) (M_i - M_-i): any set function, ties and all."""
+    f, metric = SET_FUNCTIONS[name]
+    columns, rows = columns_of(name, n)
+    inside, outside, all_ = credits(f, rows, k)
+    b = common.k_sample_advantages(metric, *columns, k=k + 1, estimator="biased")
+    assert b.abs().max() > 0.01
+    close(inside - all_, (n - k) / k * b)
+    close(b, k / n * (inside - outside))
+
+
+@pytest.mark.parametrize("name", SET_FUNCTIONS)
+def test_the_identity_is_zero_where_k_is_n(name):
+    f, _ = SET_FUNCTIONS[name]
+    for row in columns_of(name, 4)[1]:
+        inside, _, all_ = by_subsets(f, row, 4)
+        assert inside == [all_] * 4
+
+
+# --- a method, its formula, our call ----------------------------------------------------------------------------------
+
+
+def test_tang_unbiased_and_biased():
+    """A_i = f(y_1..y_k) - f(y_-i), and the same less its mean over i."""
+    r, k = rewards_of(4), 4
+    without = torch.stack([r[:, [j for j in range(k) if j != i]].amax(-1) for i in range(k)], -1)  # (B, k)
+    A = r.amax(-1, keepdim=True) - without
+    close(advantages(r, k), A)
+    close(advantages(r, k, "biased"), A - A.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("k, n", [(2, 5), (3, 5), (4, 5)])
+def test_pkpo_has_two_forms(k, n):
+    """loo-1: max T less max (T without i), over the k-subsets with i; leave-one-out: (k/n) M_i - k/(n-1) M_-i."""
+    r = rewards_of(n)
+    inside, outside, _ = credits(max, r.tolist(), k)
+    loo1 = []
+    for row in r.tolist():
+        rest = [by_subsets(max, [x for j, x in enumerate(row) if j != i], k - 1)[2] for i in range(n)]
+        loo1.append(rest)  # the mean of max over the (k-1)-subsets of the others
+    close(advantages(r, k), k / n * (inside - torch.tensor(loo1, dtype=torch.float64)))
+    second = k / n * inside - k / (n - 1) * outside
+    close(second, advantages(r, k + 1, "biased") - k / (n * (n - 1)) * outside)
+    assert second.sum(-1).abs().max() > 0.1  # not centred
+
+
+def test_pkpo_second_form_is_unbiased():
+    def second(b, y):
+        inside, outside, _ = credits(max, GRADED[b][y].tolist(), 2)
+        return 2 / 4 * inside - 2 / 3 * outside
+
+    exact = exact_gradient(lambda b, y: max(GRADED[b, a].item() for a in y), 2)
+    close(expected_gradient(second, 4), exact, rtol=1e-10)
+
+
+@pytest.mark.parametrize("k, n", [(1, 8), (4, 8), (7, 8)])
+def test_chen_et_al_are_b_divided_by_a_standard_deviation(k, n):
+    """Analytic pass@k for 0/1: reward of a group R = 1 - C(N_neg, k)/C(n, k), sigma = sqrt(R (1 - R)); a positive has
+    (1 - R)/sigma, a negative (1 - R - C(N_neg - 1, k - 1)/C(n - 1, k - 1))/sigma."""
+    for c in range(1, n + 1):
+        r = torch.tensor([[1.0] * c + [0.0] * (n - c)], dtype=torch.float64)
+        R = 1 - math.comb(n - c, k) / math.comb(n, k)
+        sigma = math.sqrt(R * (1 - R))
+        if sigma == 0:
+            continue
+        negative = (1 - R - math.comb(n - c - 1, k - 1) / math.comb(n - 1, k - 1)) / sigma if c < n else 0
+        A = r * (1 - R) / sigma + (1 - r) * negative
+        close(A, (n - k) / k * advantages(r, k + 1, "biased") / sigma)
+
+
+def test_maxrl():
+    """(r_i - c/n) / c with c right ones; 0 without any."""
+    r = right_or_wrong(6)
+    c = r.sum(-1, keepdim=True)
+    close(advantages(r, 1, "maxrl"), torch.where(c > 0, (r - c / 6) / c.clamp(min=1), 0))
+
+
+def test_tailrl_is_maxrl_for_graded_rewards():
+    """Uncentred, sum over k of A^(k)/k, A^(1) = r/n: 1, .5, 0, 0 give .75, .25, 0, 0 and not r over their sum."""
+    r = torch.tensor([[1.0, 0.5, 0, 0]], dtype=torch.float64)
+    A = r / 4 + sum(advantages(r, k) / k for k in range(2, 5))
+    close(A, torch.tensor([[0.75, 0.25, 0, 0]], dtype=torch.float64))
+
+
+def rs_grpo(r, beta):
+    """(e^(beta r) / mean e^(beta r) - 1) / beta, over n."""
+    e = (beta * r).exp()
+    return (e / e.mean(-1, keepdim=True) - 1) / beta / r.shape[-1]
+
+
+def test_rs_grpo_by_the_spectrum():
+    """Population: (1/beta) sum_j (1-e^-beta)^j / j pass@j. With n = 8 and beta = 1 its weights are others."""
+    r = right_or_wrong(8)
+    close(spectrum.rs_grpo(r, 4), rs_grpo(r, 1.0))
+    w = spectrum.weights(spectrum.worth(partial(rs_grpo, beta=1.0), 8))
+    assert [round(x, 3) for x in w[:3]] == [0.601, 0.169, 0.058]
+    series = [(1 - math.exp(-1)) ** j / j for j in (1, 2, 3)]
+    assert [round(x, 3) for x in series] == [0.632, 0.200, 0.084]
+    for beta in (0.5, 2.0):  # n to infinity, by the slope U' = n sum_m D(m) Binom(m; n-1, p) at n = 2000
+        p, n = 0.3, 2000
+        m = torch.arange(n, dtype=torch.float64)
+        e = math.expm1(beta)
+        D = e / beta / (n + (m + 1) * e) + (1 / (1 + m * e / n) - 1 / (1 + (m + 1) * e / n)) / beta / n
+        slope = n * (D * spectrum.binomial(n - 1, torch.tensor(p))).sum().item()
+        q = 1 - math.exp(-beta)
+        population = sum(q**j * (1 - p) ** (j - 1) for j in range(1, 400)) / beta
+        assert slope == pytest.approx(population, rel=2e-3)
+
+
+def test_maxrl_is_the_limit_of_rs_grpo():
+    """(beta/n) sum convention: beta A_RS -> (r - c/n)/c where there is a right one."""
+    r = right_or_wrong(5)[1:]
+    close(40 * rs_grpo(r, 40.0), advantages(r, 1, "maxrl"))
+
+
+def test_maxpo_leaves_two_out():
+    """Over the (k+1)-subsets T with i: the mean of f(T without j), j in T, less f(T without i). Exactly centred."""
+    n, k = 5, 2
+    r = rewards_of(n)
+    A = torch.zeros_like(r)
+    subsets = list(itertools.combinations(range(n), k + 1))
+    for T in subsets:
+        left = torch.stack([r[:, [j for j in T if j != i]].amax(-1) for i in T], -1)  # (B, k+1)
+        A[:, list(T)] += (left.mean(-1, keepdim=True) - left) / len(subsets)
+    close(advantages(r, k + 1, "biased"), A)
+    close(A.sum(-1), torch.zeros(20, dtype=torch.float64))
+
+
+def test_poly_epo_with_the_number_of_different_right_answers():
+    """Credit: the mean of f over the k-subsets with i, less its mean over all."""
+    columns, rows = columns_of("different right answers", 5, seed=3)
+    inside, _, all_ = credits(different_right, rows, 3)
+    b = common.k_sample_advantages(metric_of(different_right), *columns, k=4, estimator="biased")
+    close(inside - all_, (5 - 3) / 3 * b)
+    assert b.abs().max() > 0.05
+
+
+def test_ttrl_is_the_largest_block_but_for_ties():
+    """Reward 1 for the most frequent answer, centred, is b(n) of f = size of the largest block where that is unique."""
+    votes = torch.tensor([[0, 0, 1, 2], [0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 2, 3]])
+    b = common.k_sample_advantages(metric_of(largest_block), votes, k=4, estimator="biased")
+    for row, A in zip(votes.tolist(), b):
+        top = [x for x in set(row) if row.count(x) == max(map(row.count, row))]
+        reward = torch.tensor([float(x == top[0]) for x in row], dtype=torch.float64)
+        close(A, reward - reward.mean() if len(top) == 1 else torch.zeros(4, dtype=torch.float64))
+
+
+def test_pass_hat_k_is_the_minimum():
+    r, k = right_or_wrong(5), 3
+    inside, _, _ = credits(min, r.tolist(), k)
+    rest = [[by_subsets(min, row[:i] + row[i + 1 :], k - 1)[2] for i in range(5)] for row in r.tolist()]
+    close(all_right(r, k), k / 5 * (inside - torch.tensor(rest, dtype=torch.float64)))
+    assert (
+        spectrum.maximises(spectrum.worth(partial(all_right, k=3), 5)) == "the gradient of pass^3, all of 3 tries right"
+    )
+
+
+def test_chow_in_closed_form():
+    """y the winner of N of n: R g+ + (1-R) g-, g+ = N p^(N-1)/(1-p^N), g- = N p/(1-p); positives alone; all samples."""
+    r, N, n = right_or_wrong(6), 3, 6
+    p = torch.linspace(0.1, 0.9, len(r), dtype=torch.float64).unsqueeze(-1)
+    positives = next(x for x in get_args(get_type_hints(bon_rl.Args)["estimator"]) if x.startswith("rlb-p"))
+    subsets = list(itertools.combinations(range(n), N))
+    won = torch.zeros_like(r)
+    for T in subsets:
+        part = r[:, list(T)]
+        best = (part == part.amax(-1, keepdim=True)).double()
+        won[:, list(T)] += best / best.sum(-1, keepdim=True) / len(subsets)
+    plus, minus = N * p ** (N - 1) / (1 - p**N), N * p / (1 - p)
+    call = partial(bon_rl.advantages, r, r, N, p_fail=p.squeeze(-1))
+    close(call("rlb"), won * (r * plus + (1 - r) * minus))
+    close(call(positives), won * r * N * p ** (N - 1) * (1 - p) / (1 - p**N))
+    close(call("rlb-all"), N * p ** (N - 1) * (r - (1 - p)) / n)
+    close(bon_rl.advantages(r, r, N, "exact"), advantages(r, N))  # the two papers meet
+    close(bon_rl.advantages(r, r, N, "mean"), advantages(r, N, "mean"))
+
+
+def test_chow_variational_and_sft():
+    """h(y) (R(y) - b) summed over three groups of two; log pi_bon(y*) for a 0/1 verifier, p known."""
+    r = torch.tensor([[1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    tilt = common.best_of_n_tilt(2)
+    # Winners are worth 1, 0, 0 and those of the others 0, 1/2, 1/2. The first winner beats the four of the other groups
+    # and gains 1 - 0 from each; each tied one loses as much to the other tied group, by 0 - 1, and none to the first.
+    first = 1 / 3
+    tied = -0.5 / 3 / 2 + tilt / 3 / 4 * (1 - 1)
+    close(bon_rl.advantages(r, r, 2, "variational"), torch.tensor([[first, 0, *[tied] * 4]], dtype=torch.float64))
+    p, N = 0.25, 4
+    A = bon_sft.coefficients(torch.tensor([1.0]), r, N, "exact", torch.tensor([p]))
+    w = 1 / (1 - p) - N * p ** (N - 1) / (1 - p**N)
+    close(A, torch.tensor([[1, (0 - p) / 6 * w, *[(1 - p) / 6 * w] * 5]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_grpo_dr_grpo_rloo_reinforce(n):
+    """Over n: (r - mean)/std of n - 1 degrees; (r - mean); r less the mean of the others; r."""
+    r = right_or_wrong(n)
+    c = r.sum(-1, keepdim=True)
+    std = (c * (n - c) / n / (n - 1)).sqrt()
+    close(spectrum.grpo(r, 1), torch.where(std > 0, (r - c / n) / std.clamp(min=1e-9), 0) / n)
+    close(spectrum.dr_grpo(r, 1), (r - c / n) / n)
+    close(advantages(r, 1, "mean"), (r - (c - r) / (n - 1)) / n)
+    close(spectrum.reinforce(r, 1), r / n)
+    D = spectrum.worth(partial(spectrum.grpo, k=1), n)
+    # E[sum A S] = U' grad p, by all draws of n at p = .3
+    p = 0.3
+    A, chance = spectrum.grpo(r, 1), (0.3**r * 0.7 ** (1 - r)).prod(-1)
+    slope = (chance * (A * (r / p - (1 - r) / (1 - p))).sum(-1)).sum()
+    mass = spectrum.binomial(n - 1, p)
+    close(slope, n * (D * mass).sum())
+
+
+@pytest.mark.parametrize("k, n", [(3, 5), (2, 4)])
+def test_mistakes_seen_in_the_wild(k, n):
+    """Plain subset credit less the group's mean is (n-k)/n b(k+1) and so (1 - k/n) grad J_k, 0 at n = k. A public
+    "pkpo", the mean over T with i of f(T) - f(T without i), less the others' mean, mixes b(k+1) and b(k)."""
+    r = rewards_of(n)
+    inside, _, _ = credits(max, r.tolist(), k)
+    credit = k / n * inside
+    close(credit - credit.mean(-1, keepdim=True), (n - k) / n * advantages(r, k + 1, "biased"))
+    credit = n / k * advantages(r, k)
+    others = (credit.sum(-1, keepdim=True) - credit) / (n - 1)
+    above, own = advantages(r, k + 1, "biased"), advantages(r, k, "biased")
+    close(credit - others, n**2 / (k * (n - 1)) * ((1 - k / n) * above + k / n * own))
+
+
+@pytest.mark.parametrize("k, n", [(1, 5), (3, 5), (5, 5)])
+def test_what_centring_does_to_each_estimator(k, n):
+    """As TRL's scale_rewards="none" does: b(k) stays, u(k) becomes a mixture of the gradients for k and for k - 1."""
+    r = rewards_of(n)
+    u, own = unbiased(common.pass_at_k, [r], k, n), advantages(r, k, "biased")
+    above = advantages(r, k + 1, "biased") if k < n else 0 * r
+    close(own - own.mean(-1, keepdim=True), own)
+    close(u - u.mean(-1, keepdim=True), (1 - k / n) * above + k / n * own)
+
+
+# --- the baselines of pass@k ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, n", [(1, 5), (2, 5), (4, 5), (5, 5)])
+def test_the_family_has_one_worth_and_these_baselines(k, n):
+    m = torch.arange(n, dtype=torch.float64)
+    expected = {baselines.u: 0 * m, baselines.others: m / (n - 1), baselines.posterior: (m + 1) / (n + 1)}
+    if k < n:
+        expected[baselines.b] = m / (n - k)
+    D = torch.tensor([float(x) for x in spectrum.worth_of_pass_at(n, k)], dtype=torch.float64)
+    for rule, beta in expected.items():
+        if rule is baselines.u and k == 1:
+            beta = m / (n - 1)  # u(1) has RLOO's baseline
+        close(spectrum.worth(partial(rule, k=k), n), D)
+        seen = spectrum.baseline(partial(rule, k=k), n)
+        close(seen[D > 0], beta[D > 0])
+
+
+FAMILY = {
+    "max": (common.pass_at_k, lambda b: (GRADED[b],), lambda b, y: max(GRADED[b, a].item() for a in y)),
+    "majority": (
+        majority_pg.majority_at_k, lambda b: (ANSWERS[b], BINARY[b]),
+        lambda b, y: majority_value([(ANSWERS[b, a].item(), BINARY[b, a].item()) for a in y]),
+    ),
+    "Best-of-N": (
+        common.best_of_k, lambda b: (BINARY[b], GRADED[b]),
+        lambda b, y: best_of_value([(BINARY[b, a].item(), GRADED[b, a].item()) for a in y]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("k, n", [(1, 3), (2, 3), (2, 4), (3, 3)])
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_baseline_of_the_others_is_unbiased_for_any_set_function(name, k, n):
+    """(1-s) u(k) + s b(k+1), s = (n-k)/(n-1): by the exact gradient; ties, graded rewards."""
+    metric, columns, f = FAMILY[name]
+    s = (n - k) / (n - 1)
+
+    def estimate(b, y):
+        samples = [column[y] for column in columns(b)]
+        u = unbiased(metric, samples, k, n)
+        if k == n:
+            return u
+        return (1 - s) * u + s * common.k_sample_advantages(metric, *samples, k=k + 1, estimator="biased")
+
+    close(expected_gradient(estimate, n), exact_gradient(f, k), rtol=1e-10)
+
+
+def unbiased(metric, samples, k, n):
+    """u(k) with M_0 = 0, at k = 1, too, where `k_sample_advantages` has RLOO's baseline."""
+    if k > 1:
+        return common.k_sample_advantages(metric, *samples, k=k)
+    own = torch.stack([metric(*(x[:, [i]] for x in samples), 1) for i in range(n)], -1)
+    return own / n
+
+
+def test_the_family_ends_in_rloo_and_in_tang():
+    r = rewards_of(5)
+    close(baselines.others(r, 1), advantages(r, 1, "mean"))
+    close(baselines.others(r, 5), advantages(r, 5))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_the_page_names_a_test_and_every_call_is_there():
+    text = DOC.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and "`test_" in line]
+    assert len(rows) >= 18
+    known = {name for name in globals() if name.startswith("test_")}
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert name in known, name
+    for module, name in re.findall(r"`(pass_at_k_pg|common|bon_rl|bon_sft|majority_pg)\.(\w+)", text):
+        assert hasattr(importlib.import_module(module), name), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (DOC.parent / link).exists(), link
+
+
+def test_the_weights_that_the_page_shows_are_those_of_the_spectrum():
+    """Rows "| rule | D(0) .. D(7) | w |" of its second table."""
+    text = DOC.read_text()
+    rules = {
+        "REINFORCE, RLOO": partial(advantages, k=4, estimator="mean"),
+        "Dr. GRPO": partial(spectrum.dr_grpo, k=4),
+        "GRPO": partial(spectrum.grpo, k=4),
+        "RS-GRPO, β = 1": partial(rs_grpo, beta=1.0),
+        "MaxRL": partial(advantages, k=4, estimator="maxrl"),
+        "unbiased, k = 4": partial(advantages, k=4),
+        "biased, k = 4": partial(advantages, k=4, estimator="biased"),
+        "pass^4": partial(all_right, k=4),
+    }
+    for name, rule in rules.items():
+        D = spectrum.worth(rule, 8)
+        cells = [f"{x:.3f}" for x in D.tolist()], [f"{float(x) + 0:.3f}" for x in spectrum.spectrum(D)]
+        line = f"| {name} | {' '.join(cells[0])} | {' '.join(x.replace('-0.000', '0.000') for x in cells[1])} |"
+        assert line in text, line
