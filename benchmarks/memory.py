@@ -1,7 +1,7 @@
 """Peak memory of the training pass at a vocabulary of 152k, beside the naive step that holds all logits.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --model runs/gemma3 --rounds 1    # a real model of 262k tokens, see smollm2.py
+    python benchmarks/memory.py --model runs/gemma3 --rounds 1    # a real model of 262k tokens, see pretrained.py
 
 The naive step is `log_softmax(model(ids).logits)`, gathered at the sampled tokens, all rows in one pass; ours is
 common.accumulate_gradient. Without --model a small one (hidden 128, 2 layers), so that the logits dominate. First both

@@ -1,7 +1,7 @@
 """Sampled tokens a second: common.sample beside transformers' generate.
 
     python benchmarks/sample.py
-    python benchmarks/sample.py --model runs/smollm2 --prompts 8 --tokens 12     # on the task `sums`, see smollm2.py
+    python benchmarks/sample.py --model runs/smollm2 --prompts 8 --tokens 12     # on the task `sums`, see pretrained.py
 
 The peer is `model.generate(do_sample=True, top_k=0, num_return_sequences=n)` on the same weights and left-padded
 prompts, in the same precision (float32; bfloat16 autocast on CUDA), and it does less: ours also returns the log-prob of

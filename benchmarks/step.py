@@ -2,7 +2,7 @@
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/step.py
-    python benchmarks/step.py --model runs/smollm2 --prompts 8 --tokens 12      # on the task `sums`, see smollm2.py
+    python benchmarks/step.py --model runs/smollm2 --prompts 8 --tokens 12      # on the task `sums`, see pretrained.py
 
 Ours is the step of pass_at_k_pg.py: sample, decode and verify, advantages, policy_gradient_step (without a KL, which
 needs a copy of the policy; TRL with beta = 0 has none either). TRL runs its own `train()`; a callback
