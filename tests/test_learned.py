@@ -35,6 +35,16 @@ def test_a_trained_verifier_tells_right_from_wrong(parity):
     assert learned.auc(scores.flatten(), rewards.flatten()) > 0.95
 
 
+def test_what_a_verifier_reads(parity):
+    """A prompt and a response by the task's template, an end token, filler on the right; what exceeds the context of 64
+    is cut off at the front."""
+    verifier, _ = parity
+    tokens = verifier.tokens(["7", "8" * 70], ["12", "345"])
+    read = [verifier.tokenizer.decode(ids[keep > 0]) for ids, keep in zip(tokens.input_ids, tokens.attention_mask)]
+    assert read == ["7=12<eos>", "8" * 59 + "=345<eos>"]
+    assert tokens.attention_mask[0].tolist() == [1] * 5 + [0] * 59
+
+
 def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
     verifier, digits = parity
     scores = verifier.score(["7", "8888"], [digits, digits])
