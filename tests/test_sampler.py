@@ -129,7 +129,10 @@ def test_samples_follow_the_models_distribution():
 
 def test_a_number_picks_the_token_in_whose_share_it_falls(monkeypatch):
     """A token of probability 0 has none, not even the number 0. Scores that are not numbers give any token."""
-    policy, uniform = random_policy("llama", vocabulary=6), torch.tensor([[0.0], [0.19], [0.21], [0.49], [0.51], [0.9999]])
+    policy, uniform = (
+        random_policy("llama", vocabulary=6),
+        torch.tensor([[0.0], [0.19], [0.21], [0.49], [0.51], [0.9999]]),
+    )
     p = torch.tensor([0, 0.2, 0.3, 0, 0.5, 0])
     monkeypatch.setattr(common, "logits", lambda model, hidden: p.log().expand(len(hidden), 6))
     ids, mask, log_probs = common.sampled_rows(policy, [[4, 5], [3]] * 3, uniform, 1.0)

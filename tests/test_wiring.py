@@ -77,7 +77,9 @@ def one_step(model, monkeypatch, tmp_path):
             prompts = [problem.prompt for problem in problems]
             seen.verified.append((prompts, list(responses)))
             table = [row(rewards, prompt, len(texts), 0) for prompt, texts in zip(prompts, responses)]
-            return Verdict(torch.tensor(table).float(), torch.tensor([(VOTES[x] * 2)[: len(table[0])] for x in prompts]))
+            return Verdict(
+                torch.tensor(table).float(), torch.tensor([(VOTES[x] * 2)[: len(table[0])] for x in prompts])
+            )
 
         def score(prompts, responses):
             return torch.tensor([row(SCORES, x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
@@ -133,7 +135,8 @@ VALUE = {"baseline": "value", "value_lr": 0.003}
 # script, rewards, arguments, and the advantages (of bon_sft.py the coefficients, its expert's first). Where A_i is
 # (1/6) sum over the 3 others j of [f(i, j) - f(j)], f(i, j) being the value of a pair, its three terms are written out.
 STEPS = {
-    "pass@2": (pass_at_k_pg, GRADED, {}, {A: [(.5 + 1 + .75) / 6, (.5 + .25) / 6, 0, .25 / 6], B: [0, 2 / 6, 2 / 6, 0]}),
+    "pass@2": (pass_at_k_pg, GRADED, {},
+               {A: [(.5 + 1 + .75) / 6, (.5 + .25) / 6, 0, .25 / 6], B: [0, 2 / 6, 2 / 6, 0]}),
     "mean": (pass_at_k_pg, GRADED, {"estimator": "mean"},  # (1/4) (r_i - mean of the others)
              {A: [3 / 16, 1 / 48, -7 / 48, -1 / 16], B: [-1 / 6, 1 / 6, 1 / 6, -1 / 6]}),
     "maj@2": (majority_pg, ONE_OR_ALL, {"estimator": "unbiased", "kl_coef": 0.0},  # ties .5; the blank casts no vote
@@ -215,7 +218,8 @@ EVALUATIONS = {
     "pass_at_k_pg": (pass_at_k_pg, GRADED, {}, OF_GRADED),
     "majority_pg": (majority_pg, ONE_OR_ALL, {}, {"pass@2": (1 / 2, 1), "maj@1": (1 / 4, 3 / 4),
                                                   "maj@2": ((.5 + .5 + 1) / 6, (3 * .5 + 3) / 6), "maj@4": (0, 1)}),
-    "bon_rl": (bon_rl, GRADED, LEARNED, OF_GRADED | {"bon@1": (7 / 16, 1 / 2), "bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}),
+    "bon_rl": (bon_rl, GRADED, LEARNED,
+               OF_GRADED | {"bon@1": (7 / 16, 1 / 2), "bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}),
     "bon_sft": (bon_sft, GRADED, LEARNED, OF_GRADED | {"bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}),
 }  # fmt: skip
 
@@ -237,7 +241,8 @@ def test_an_evaluation_by_value(name, one_step):
 def test_a_kl_by_value(script, one_step):
     """It is that to the policy of the beginning, of bon_rl.py to an average that moves behind it, here by a tenth."""
     own = {"anchor_rate": 0.1} if script is bon_rl else {}
-    seen = one_step(script, ONE_OR_ALL, kl_coef=0.5, estimator="mean", **own)
+    seen = one_step(script, ONE_OR_ALL, kl_coef=0.5, estimator="mean", epochs=2, clip=0.3, **own)
+    assert (seen.given.epochs, seen.given.clip) == (2, 0.3)
     ((policy, reference, rollouts),) = seen.ratios
     assert policy is seen.given.policy and reference.model is not policy.model and rollouts is seen.given.rollouts
     of_rewards = {A: [1 / 4, *[-1 / 12] * 3], B: [-1 / 4, *[1 / 12] * 3]}
@@ -254,7 +259,8 @@ def test_a_kl_by_value(script, one_step):
 
 def test_the_metrics_of_a_step(one_step):
     """By the votes of ONE_OR_ALL one response of eight has no answer; all prompts have a signal."""
-    seen = one_step(majority_pg, ONE_OR_ALL, kl_coef=0.0)
+    seen = one_step(majority_pg, ONE_OR_ALL, kl_coef=0.0, max_new_tokens=3)
+    assert [drawn.ids.shape[-1] for drawn in (*seen.drawn, *seen.evaluated)] == [3, 3, 3]
     record, rollouts = seen.log[1], seen.given.rollouts
     lengths = rollouts.mask.sum(-1).flatten().tolist()
     last = [row[length - 1] for row, length in zip(rollouts.ids.flatten(0, 1).tolist(), lengths)]
@@ -274,12 +280,13 @@ def test_two_epochs_are_clipped_by_value(max_grad_norm, rate):
     advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=rate)
 
-
     def average_gradients(parameters):  # with another process, which has gradients of 0
         for p in parameters:
             p.grad /= 2
 
-    record = common.policy_gradient_step(policy, optimizer, rollouts, advantages, max_grad_norm, 2, 0.02, average_gradients)
+    record = common.policy_gradient_step(
+        policy, optimizer, rollouts, advantages, max_grad_norm, 2, 0.02, average_gradients
+    )
     for _ in range(2):
         ratio = (log_probs(plain, rollouts) - rollouts.log_probs).exp()  # (B, n, T), 1 at filler
         best = (ratio * advantages.unsqueeze(-1), ratio.clamp(0.98, 1.02) * advantages.unsqueeze(-1))
@@ -293,3 +300,17 @@ def test_two_epochs_are_clipped_by_value(max_grad_norm, rate):
     assert record["loss"] == pytest.approx(loss.item(), abs=1e-4)
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     torch.testing.assert_close(weights(policy.model), weights(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_an_epoch_that_is_not_finite_is_skipped():
+    """The first of two; the step says so, and the second moves the policy alone."""
+    policy, ends = random_policy("llama"), iter([torch.nan, 1.0])
+    rollouts, before = rollouts_of(policy), weights(policy.model)
+    advantages, optimizer = torch.ones(rollouts.ids.shape[:2]), torch.optim.SGD(policy.model.parameters(), lr=1.0)
+
+    def average_gradients(parameters):
+        parameters[0].grad *= next(ends)
+
+    record = common.policy_gradient_step(policy, optimizer, rollouts, advantages, 0.1, 2, 0.2, average_gradients)
+    assert record["skipped"] == 1
+    assert (weights(policy.model) - before).norm().item() == pytest.approx(0.1, rel=1e-3)  # one clipped step of SGD
