@@ -452,6 +452,30 @@ def test_log_ratios_are_those_of_the_temperature_that_was_sampled_at(policy):
     torch.testing.assert_close(actual, expected.detach() * rollouts.mask, atol=2e-5, rtol=1e-4)
 
 
+def test_out_of_memory_in_training_halves_the_micro_batch_down_to_one_row(policy, monkeypatch):
+    """The longest row has 7 + 12 tokens. Where 25 fit, 128 become 16; where 10 do, 16 is too little."""
+    rollouts, states = rollouts_of(policy), common.response_states
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
+    expected = naive_gradient(policy, rollouts, advantages, 1.0)
+
+    def with_little_memory(model, prompts, ids, mask):
+        if len(prompts) * (max(map(len, prompts)) + ids.shape[1]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return states(model, prompts, ids, mask)
+
+    monkeypatch.setattr(common, "response_states", with_little_memory)
+    little, optimizer = dataclasses.replace(policy), torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    for fits in (25, 10):
+        little.micro_batch_tokens = 128
+        step = lambda: common.policy_gradient_step(little, optimizer, rollouts, advantages, 1e9)  # noqa: E731
+        if fits == 25:
+            assert (gradient(policy, step) - expected).norm() <= 1e-6 * expected.norm()
+        else:
+            with pytest.raises(BadInput, match="out of memory with one response at a time"):
+                step()
+        assert little.micro_batch_tokens == 16
+
+
 LITTLE_MEMORY = """
 import resource, sys, torch, common
 sys.path.insert(0, "tests")
