@@ -249,10 +249,10 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
     for rank in (0, 1):
         monkeypatch.setattr(harness.run, "share", lambda problems: problems[rank::2])
         monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
-        monkeypatch.setattr(harness.run, "from_all", lambda value: shares.append(value) or [value])
+        monkeypatch.setattr(harness.run, "from_all", lambda value: value and shares.append(value) or [value])
         with pytest.raises(IndexError):  # half of the problems are not here
             run.evaluate()
-    monkeypatch.setattr(harness.run, "from_all", lambda value: shares)
+    monkeypatch.setattr(harness.run, "from_all", lambda value: value and shares or [value])  # a failure is no value
     run.evaluate()
     assert whole == [list(range(5)), list(range(5))]
 

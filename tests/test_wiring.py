@@ -25,7 +25,7 @@ from verifiers import Problem, Task, Verdict, learned
 
 A, B = "3*2=", "47*85="
 PROBLEMS = [Problem(A, "6", "6", 1), Problem(B, "3995", "3995", 2)]
-EXPERT = {A: (1.0, 1.5), B: (0.0, 0.0)}  # reward and score of its response
+EXPERT = {A: (1.0, 0.5), B: (0.0, 0.0)}  # reward and score of its response
 GRADED = {A: [1, 0.5, 0, 0.25], B: [0, 1, 1, 0]}  # rewards
 SCORES = {A: [0, 2, 3, 1], B: [1, 0, 0, 1]}  # of a learned verifier, which is wrong
 ONE_OR_ALL = {A: [1, 0, 0, 0], B: [0, 1, 1, 1]}
@@ -155,9 +155,9 @@ STEPS = {
                      B: [.1 / 2 + .1 * TILT / 4, .1 * TILT / 4, .1 * TILT / 4, .1 / 2 + .1 * TILT / 4]}),
     "mean less a value": (bon_rl, GRADED, LEARNED | VALUE | {"estimator": "mean"},  # (r_i - baseline) / 4
                           {A: [.8 / 4, .3 / 4, -.2 / 4, .05 / 4], B: [.1 / 4, 1.1 / 4, 1.1 / 4, .1 / 4]}),
-    # 1/4 - P(j wins) + (l/4) (P(two of the others < s_j) - [s* < s_j]); A: s* = 1.5, B: s* = 0
+    # 1/4 - P(j wins) + (l/4) (P(two of the others < s_j) - [s* < s_j]); A: s* = 1/2, B: s* = 0
     "SFT": (bon_sft, GRADED, LEARNED,
-            {A: [1, 1 / 4, 1 / 4 - 1 / 3 + TILT / 4 * (1 / 3 - 1), 1 / 4 - 1 / 2, 1 / 4 - 1 / 6],
+            {A: [1, 1 / 4, 1 / 4 - 1 / 3 + TILT / 4 * (1 / 3 - 1), 1 / 4 - 1 / 2, 1 / 4 - 1 / 6 - TILT / 4],
              B: [1, 1 / 4 - 5 / 12 + TILT / 4 * (1 / 3 - 1), 1 / 6, 1 / 6, 1 / 4 - 5 / 12 + TILT / 4 * (1 / 3 - 1)]}),
     # ([s_j = 0] - p) / 4 times 1 / (1 - p) - 2 p / (1 - p^2) = 4/7 for the right expert, p = 3/4; 1/p = 4, p = 1/4
     "SFT exact": (bon_sft, ONE_OR_ALL, {"likelihood": "exact"},
