@@ -1,6 +1,7 @@
 """The embedded tasks, and the tiny policy that is warm-started on them."""
 
 import json
+import random
 import threading
 
 import pytest
@@ -130,6 +131,32 @@ def test_warm_start_learns(tmp_path, monkeypatch):
     prompts = harness.policy.encode_prompts(policy, task, task.test, 4)
     rollouts = common.sample(policy, prompts, 4, 4, generator=torch.Generator().manual_seed(0))
     assert task.verify(task.test, common.decode(policy, rollouts)).rewards.mean() > 0.5
+
+
+def test_a_group_of_solutions_weighs_as_much_as_one(monkeypatch):
+    """1/m each of m, so that the loss is a mean over tokens: the weights times the lengths add up to the prompts."""
+    groups = [[Problem("1+1=", "2", "2"), Problem("1+1=", "2", "0002")], [Problem("2+3=", "5", "5")]]
+    task, seen = small_task(steps=2), []
+    task.warm_start_problems = groups
+    gradient = harness.policy.accumulate_gradient
+    noted = lambda policy, experts, weights: seen.append((experts, weights)) or gradient(policy, experts, weights)  # noqa: E731
+    monkeypatch.setattr(harness.policy, "accumulate_gradient", noted)
+    harness.policy.warm_start(task)
+    assert len(seen) == 2 and all(len(experts.prompts) == 8 for experts, _ in seen)
+    for experts, weights in seen:
+        lengths = experts.mask.sum(-1)  # (8, m), end tokens counted: 2 and 5, or 2 alone
+        shares = torch.where(lengths[:, -1:] == 5, torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
+        torch.testing.assert_close(weights, shares * 8 / (shares * lengths).sum())
+        assert {tuple(row) for row in lengths.tolist()} == {(2, 5), (2, 0)}
+
+
+def test_slips_are_random_digits_at_a_rate():
+    problem = Problem("?", "", "47,85" * 400)
+    assert harness.policy.with_slips(problem, 0.0, random.Random(0)) == problem
+    slipped = harness.policy.with_slips(problem, 0.15, random.Random(0)).solution
+    assert [c for c in slipped if not c.isdigit()] == [","] * 400 and len(slipped) == 2000
+    changed = sum(a != b for a, b in zip(slipped, problem.solution)) / 1600
+    assert changed == pytest.approx(0.15 * 0.9, abs=0.03)  # one in ten is the digit that was there
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])

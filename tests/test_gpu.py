@@ -3,6 +3,8 @@
 Elsewhere all of it is skipped. What is exact on the CPU is near here: float32 weights under bfloat16 autocast.
 """
 
+import copy
+import dataclasses
 import importlib
 import json
 import shutil
@@ -13,9 +15,10 @@ import pytest
 import torch
 from runs import EXTRA, FLAGS, ROOT, SCRIPTS, records, steps_of
 from safetensors.torch import load_file
-from test_sampler import ARCHITECTURES, naive_log_probs, random_policy
+from test_sampler import ARCHITECTURES, PROMPTS, gradient, naive_log_probs, random_policy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import bon_rl
 import common
 
 DEVICE = "cuda"
@@ -29,23 +32,57 @@ def flat_weights(folder: Path) -> torch.Tensor:
     return torch.cat([x.flatten() for _, x in sorted(load_file(folder / "model.safetensors").items())])
 
 
+def sampled(policy: common.Policy) -> tuple[common.Rollouts, common.Rollouts]:
+    """Rollouts on the device, where the policy is moved to, and the same on the CPU."""
+    policy.model.to(DEVICE)
+    rollouts = common.sample(policy, PROMPTS, 16, 12, 0.9, torch.Generator(DEVICE).manual_seed(0))
+    tensors = {name: getattr(rollouts, name).cpu() for name in ("ids", "mask", "log_probs")}
+    return rollouts, dataclasses.replace(rollouts, **tensors)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_log_probs_of_sampling_and_of_training_agree_in_bfloat16(architecture):
-    """With each other, and with those of the plain model in float32; their gradient is near that of float32."""
+    """With each other, and with those of the plain model in float32."""
     policy = random_policy(architecture)
-    policy.model.to(DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    rollouts = common.sample(policy, [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 6, 7]], 16, 12, 0.9, generator)
-    prompts, ids, mask, sampled = rollouts.flat()
+    rollouts, on_cpu = sampled(policy)
+    prompts, ids, mask, log_p = rollouts.flat()
     with torch.no_grad():
         trained = common.response_log_probs(policy, prompts, ids, mask, 0.9)
-    assert trained.dtype == sampled.dtype == torch.float32 and mask.sum() > 200
-    assert (trained - sampled).abs().max() < 0.1 and (trained - sampled).abs().mean() < 0.01
+    assert trained.dtype == log_p.dtype == torch.float32 and mask.sum() > 200
+    assert (trained - log_p).abs().max() < 0.1 and (trained - log_p).abs().mean() < 0.01
     policy.model.cpu()
-    on_cpu = common.Rollouts(rollouts.prompts, rollouts.ids.cpu(), rollouts.mask.cpu(), rollouts.log_probs.cpu(), 0.9)
     with torch.no_grad():
         plain = naive_log_probs(policy, on_cpu, 0.9).flatten(0, 1)  # (B, n, T) -> (R, T)
-    assert (plain - sampled.cpu()).abs().max() < 0.1
+    assert (plain - log_p.cpu()).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("clip", [None, 0.2], ids=["plain", "clipped"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_are_near_those_of_float32(architecture, clip):
+    policy, plain = random_policy(architecture), random_policy(architecture)
+    rollouts, on_cpu = sampled(policy)
+    A = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(0))
+    got, wanted = (gradient(p, lambda: common.accumulate_gradient(p, r, A, clip)).cpu()
+                   for p, r in ((policy, rollouts), (plain, on_cpu)))  # fmt: skip
+    assert (got - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_a_kl_and_a_value_network():
+    policy, plain = random_policy("qwen2"), random_policy("qwen2")
+    rollouts, on_cpu = sampled(policy)
+    assert (common.log_ratios(policy, copy.deepcopy(policy), rollouts) == 0).all()
+    references = [copy.deepcopy(policy), copy.deepcopy(plain)]
+    for p in (p for reference in references for p in reference.model.parameters()):
+        p.data.mul_(1.1)
+    got, wanted = common.log_ratios(policy, references[0], rollouts), common.log_ratios(plain, references[1], on_cpu)
+    assert got.device.type == "cpu" and wanted.abs().max() > 0.1 and (got - wanted).abs().max() < 0.1
+    value, rewards = bon_rl.ValueNetwork(policy), torch.tensor([1.0, 0.0, 0.5, 1.0])
+    optimizer = torch.optim.AdamW(value.parameters(), lr=1e-2, fused=True)
+    values, loss = value.fit(optimizer, policy, PROMPTS, rewards)
+    assert values.tolist() == [0, 0, 0, 0] and loss == pytest.approx(2.25 / 4)
+    for _ in range(100):
+        values, loss = value.fit(optimizer, policy, PROMPTS, rewards)
+    assert values.tolist() == pytest.approx(rewards.tolist(), abs=0.1) and loss < 0.01
 
 
 def test_tokens_do_not_depend_on_the_rows_sampled_at_once_but_for_rounding():
@@ -60,13 +97,42 @@ def test_tokens_do_not_depend_on_the_rows_sampled_at_once_but_for_rounding():
     assert (ids[0][..., :T] == ids[1][..., :T]).all(-1).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_step_of_each_script(script, run, skilled, tmp_path):
-    flags = [*FLAGS, *EXTRA.get(script, []), "--steps", "2", "--model", skilled, "--device", DEVICE, "--run-name", "a"]
-    result = run(script, *flags)
+PASS, MAJ, RL, SFT = SCRIPTS
+LEARNED = ["--verifier", "learned", "--verifier-problems", "400"]
+STEPS = [
+    (PASS, ["--estimator", "unbiased", "--epochs", "2", "--clip", "0.1", "--kl-coef", "0.1"]),
+    *((PASS, ["--k", "3", "--estimator", x]) for x in ("mean", "biased", "maxrl")),
+    *((MAJ, ["--k", "3", "--estimator", x]) for x in ("mean", "unbiased", "biased")),
+    (RL, EXTRA[RL]),
+    (RL, ["--estimator", "mean", "--baseline", "value", "--epochs", "2"]),
+    (RL, ["--estimator", "exact", *LEARNED]),
+    *((RL, ["--estimator", x]) for x in ("rlb", "rlb-p", "rlb-all")),
+    (SFT, ["--N", "1"]),
+    (SFT, LEARNED),
+    (SFT, ["--likelihood", "exact"]),
+]
+
+
+@pytest.mark.parametrize("script, own", STEPS, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_steps_of_each_script(script, own, run, skilled, tmp_path):
+    """With every loss: two steps with a gradient, none of them skipped."""
+    flags = [
+        *FLAGS,
+        "--steps",
+        "2",
+        "--model",
+        skilled,
+        "--device",
+        DEVICE,
+        "--run-name",
+        "a",
+        "--prompts-per-step",
+        "32",
+    ]
+    result = run(script, *flags, *own)
     assert result.returncode == 0, result.stderr
     log, timings = steps_of(tmp_path / "runs/a"), (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()
-    assert any(r["nonzero_advantage"] > 0 and r["grad_norm"] > 0 for r in log) and not any(r["skipped"] for r in log)
+    assert all(r["nonzero_advantage"] > 0 and r["grad_norm"] > 0 and not r["skipped"] for r in log) and len(log) == 2
     assert json.loads(timings[-1])["peak_memory_mib"] > 1
     moved = flat_weights(tmp_path / "runs/a/policy") - flat_weights(Path(skilled))
     assert moved.isfinite().all() and moved.norm() > 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import SMALL, save_untrained
 
-from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned
+from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned, load_task
 
 LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]
 
@@ -33,6 +33,16 @@ def test_a_trained_verifier_tells_right_from_wrong(parity):
     rewards = torch.tensor([[float(int(d) % 2) for d in digits]] * 2)
     assert scores.shape == (2, 10) and scores.dtype == torch.float32
     assert learned.auc(scores.flatten(), rewards.flatten()) > 0.95
+
+
+def test_what_a_verifier_reads(parity):
+    """A prompt and a response by the task's template, an end token, filler on the right; what exceeds the context of 64
+    is cut off at the front."""
+    verifier, _ = parity
+    tokens = verifier.tokens(["7", "8" * 70], ["12", "345"])
+    read = [verifier.tokenizer.decode(ids[keep > 0]) for ids, keep in zip(tokens.input_ids, tokens.attention_mask)]
+    assert read == ["7=12<eos>", "8" * 59 + "=345<eos>"]
+    assert tokens.attention_mask[0].tolist() == [1] * 5 + [0] * 59
 
 
 def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
@@ -103,10 +113,18 @@ def test_a_run_with_a_learned_verifier(run, untrained, tmp_path, monkeypatch, sc
         rewards = torch.tensor([[float(len(response) % 2) for response in row] for row in rows])
         return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
 
+    def train(base, task, problems, responses, *others):
+        learnt_from.extend((problem.prompt, len(row)) for problem, row in zip(problems, responses))
+        return trained_verifier(base, task, problems, responses, *others)
+
+    learnt_from, trained_verifier = [], learned.trained_verifier
+    monkeypatch.setattr(learned, "trained_verifier", train)
     monkeypatch.setattr(arithmetic, "verify", verify)
     result = run(script, *LEARNED, *flags, "--model", untrained, "--verifier-problems", "8")
     assert result.returncode == 0, result.stderr
     assert "within problems" in result.stdout and "bon@2" in result.stdout
+    assert [size for _, size in learnt_from] == [8] * 8  # samples to each of --verifier-problems, none of them held out
+    assert not {prompt for prompt, _ in learnt_from} & {problem.prompt for problem in load_task("arithmetic").test}
     (folder,) = (tmp_path / "runs").iterdir()
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"bon@1", "bon@2", "bon@4", "pass@4"} <= log[0]["eval"]["all"].keys()

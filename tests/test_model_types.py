@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_zoo import KINDS, save_tiny
+from model_zoo import KINDS, save_tiny, tiny_model
 from runs import steps_of
 
 import harness.policy
@@ -60,6 +60,16 @@ def test_a_gradient_that_is_wrong_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(harness.policy, "response_log_probs", lambda *a: 2 * (x := states(*a)) - x.detach())
     with pytest.raises(BadInput, match="the gradient of training differs"):
         harness.policy.load_policy(folder, task, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_dropout_is_off_for_good(kind, tmp_path):
+    """In the modules of one, and in the numbers that the other's modules and configuration keep."""
+    model = harness.policy.load_policy(save_tiny(kind, tmp_path / "model"), load_task("arithmetic"), "cpu").model
+    for owner in (model.config, *model.modules()):
+        rates = [x for name, x in vars(owner).items() if "drop" in name and isinstance(x, float)]
+        assert not any(rates) and not (isinstance(owner, torch.nn.Dropout) and owner.p)
+    assert any(x == 0.1 for name, x in tiny_model(kind).config.to_dict().items() if "drop" in name)
 
 
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])

@@ -144,6 +144,20 @@ def test_without_a_chat_template_the_tasks_words_are_read(front, behind):
     assert encode_prompts(policy, TASK, [], 8) == []
 
 
+def test_an_expert_that_is_too_long_is_refused():
+    """Its space and its end token count, too: the context has 200 tokens."""
+    policy, problem = policy_of(tokenizer_of(None)), PROBLEMS[0]
+    for digits in (8, 9):
+        experts = [[replace(problem, solution="2")], [replace(problem, solution="2" * digits)]]
+        if digits == 8:
+            assert expert_rollouts(policy, TASK, [[5] * 190] * 2, experts).ids.shape == (2, 1, 10)
+        else:
+            with pytest.raises(
+                BadInput, match="a prompt and its expert response, 201 tokens, exceed the model's context"
+            ):
+                expert_rollouts(policy, TASK, [[5] * 190] * 2, experts)
+
+
 def test_a_space_follows_a_word_but_no_whitespace():
     bare = Task("toy", [], [], None)
     assert texts_read(tokenizer_of(None), bare, PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])

@@ -85,6 +85,18 @@ def test_samples_are_a_function_of_seed_step_and_rank(begun, monkeypatch):
     assert all(a != b for i, a in enumerate(every) for b in every[:i])
 
 
+def test_problems_are_a_function_of_seed_and_step(begun):
+    """Four a step of the training problems of level 1; in a pass over them none comes twice."""
+    run, other = begun(0), begun(1)
+    prompts = [
+        [problem.prompt for problem in each.batch(step)[0]] for each in (run, begun(0), other) for step in (1, 2)
+    ]
+    assert prompts[:2] == prompts[2:4] and len({tuple(four) for four in prompts}) == 4
+    assert {problem.level for each in (run, other) for problem in each.train} == {1}
+    whole = [problem for step in range(1, len(run.train) // 4 + 1) for problem in run.batch(step)[0]]
+    assert sorted(map(id, whole)) == sorted(map(id, run.train))
+
+
 def test_an_evaluation_has_other_random_numbers_than_any_step_and_the_same_every_time(begun, monkeypatch):
     drawn, sample = [], common.sample
 
@@ -188,7 +200,8 @@ def test_beta_is_constant_unless_an_end_is_given(name, spied):
         moves = {"kl_delay": 0, "kl_anneal_steps": 4}
         ends = [({"kl_coef": 0.25, **moves}, [0.25, 0.25, 0.25]),
                 ({"kl_coef": 0.5, "kl_coef_end": 0.1, **moves}, [0.4, 0.3, 0.2]),
-                ({"kl_coef": 0.0, "kl_coef_end": 0.1, **moves}, [0.025, 0.05, 0.075])]  # fmt: skip
+                ({"kl_coef": 0.0, "kl_coef_end": 0.1, **moves}, [0.025, 0.05, 0.075]),
+                ({"kl_coef": 0.5, "kl_coef_end": 0.2, "kl_delay": 0}, [0.4, 0.3, 0.2])]  # fmt: skip
     for flags, betas in ends:
         with pytest.MonkeyPatch.context() as patch:
             plain, advantages = [], MODULES[name].advantages
@@ -240,10 +253,10 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
     for rank in (0, 1):
         monkeypatch.setattr(harness.run, "share", lambda problems: problems[rank::2])
         monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
-        monkeypatch.setattr(harness.run, "from_all", lambda value: shares.append(value) or [value])
+        monkeypatch.setattr(harness.run, "from_all", lambda value: value and shares.append(value) or [value])
         with pytest.raises(IndexError):  # half of the problems are not here
             run.evaluate()
-    monkeypatch.setattr(harness.run, "from_all", lambda value: shares)
+    monkeypatch.setattr(harness.run, "from_all", lambda value: value and shares or [value])  # a failure is no value
     run.evaluate()
     assert whole == [list(range(5)), list(range(5))]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import ROOT
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 import common
 import harness.policy
@@ -125,6 +125,37 @@ def test_samples_follow_the_models_distribution():
         p = (policy.model(torch.tensor([[*prompt, after]])).logits[0, -1] / 0.7).softmax(-1)
         second = torch.bincount(rollouts.ids[b][rollouts.ids[b, :, 0] == after][:, 1], minlength=8)
         assert ((second - second.sum() * p) ** 2 / (second.sum() * p)).sum() < 24.3
+
+
+def test_a_number_picks_the_token_in_whose_share_it_falls(monkeypatch):
+    """A token of probability 0 has none, not even the number 0. Scores that are not numbers give any token."""
+    policy, uniform = (
+        random_policy("llama", vocabulary=6),
+        torch.tensor([[0.0], [0.19], [0.21], [0.49], [0.51], [0.9999]]),
+    )
+    p = torch.tensor([0, 0.2, 0.3, 0, 0.5, 0])
+    monkeypatch.setattr(common, "logits", lambda model, hidden: p.log().expand(len(hidden), 6))
+    ids, mask, log_probs = common.sampled_rows(policy, [[4, 5], [3]] * 3, uniform, 1.0)
+    assert ids[:, 0].tolist() == [1, 1, 2, 2, 4, 4] and mask.all()
+    torch.testing.assert_close(log_probs[:, 0], torch.tensor([0.2, 0.2, 0.3, 0.3, 0.5, 0.5]).log())
+    p = p + torch.nan
+    ids, _, log_probs = common.sampled_rows(policy, [[4, 5], [3]] * 3, uniform, 1.0)
+    assert ids.max() < 6 and log_probs.isnan().all()
+
+
+def test_soft_capped_logits():
+    """Gemma 2 squeezes them into an interval, here of 1 about 0: the model's own forward pass says how."""
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=24, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+                          num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5)  # fmt: skip
+    policy = common.Policy(AutoModelForCausalLM.from_config(config).eval(), None, [1])
+    policy.model.get_output_embeddings().weight.data.mul_(10)
+    rollouts = rollouts_of(policy)
+    log_p = naive_log_probs(policy, rollouts, 1.0)
+    torch.testing.assert_close(log_p, rollouts.log_probs, rtol=0, atol=1e-4)
+    trained = common.response_log_probs(policy, *rollouts.flat()[:3]).view_as(log_p)
+    torch.testing.assert_close(trained, log_p, rtol=0, atol=1e-4)
+    assert log_p[rollouts.mask].max() - log_p[rollouts.mask].min() > 0.5
 
 
 def test_every_prompt_is_read_once(policy, monkeypatch):
@@ -419,6 +450,30 @@ def test_log_ratios_are_those_of_the_temperature_that_was_sampled_at(policy):
     actual = common.log_ratios(policy, other, rollouts)
     assert actual.abs().max() > 0.01
     torch.testing.assert_close(actual, expected.detach() * rollouts.mask, atol=2e-5, rtol=1e-4)
+
+
+def test_out_of_memory_in_training_halves_the_micro_batch_down_to_one_row(policy, monkeypatch):
+    """The longest row has 7 + 12 tokens. Where 25 fit, 128 become 16; where 10 do, 16 is too little."""
+    rollouts, states = rollouts_of(policy), common.response_states
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
+    expected = naive_gradient(policy, rollouts, advantages, 1.0)
+
+    def with_little_memory(model, prompts, ids, mask):
+        if len(prompts) * (max(map(len, prompts)) + ids.shape[1]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return states(model, prompts, ids, mask)
+
+    monkeypatch.setattr(common, "response_states", with_little_memory)
+    little, optimizer = dataclasses.replace(policy), torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    for fits in (25, 10):
+        little.micro_batch_tokens = 128
+        step = lambda: common.policy_gradient_step(little, optimizer, rollouts, advantages, 1e9)  # noqa: E731
+        if fits == 25:
+            assert (gradient(policy, step) - expected).norm() <= 1e-6 * expected.norm()
+        else:
+            with pytest.raises(BadInput, match="out of memory with one response at a time"):
+                step()
+        assert little.micro_batch_tokens == 16
 
 
 LITTLE_MEMORY = """

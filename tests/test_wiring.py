@@ -1,0 +1,316 @@
+"""One step of each script, by value: what reaches the training step, the KL, the value network and an evaluation.
+
+A stub stands in for the verifier, with scores that contradict its rewards. All of it runs at temperature .7, on prompts
+and responses of unequal length. Expected numbers are worked out in the comments beside them, for groups of n = 4."""
+
+import inspect
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import records, save_untrained
+from test_sampler import naive_log_probs, random_policy, rollouts_of
+from transformers import AutoModelForCausalLM
+
+import bon_rl
+import bon_sft
+import common
+import harness.parallel
+import harness.report
+import harness.run
+import majority_pg
+import pass_at_k_pg
+from verifiers import Problem, Task, Verdict, learned
+
+A, B = "3*2=", "47*85="
+PROBLEMS = [Problem(A, "6", "6", 1), Problem(B, "3995", "3995", 2)]
+EXPERT = {A: (1.0, 0.5), B: (0.0, 0.0)}  # reward and score of its response
+GRADED = {A: [1, 0.5, 0, 0.25], B: [0, 1, 1, 0]}  # rewards
+SCORES = {A: [0, 2, 3, 1], B: [1, 0, 0, 1]}  # of a learned verifier, which is wrong
+ONE_OR_ALL = {A: [1, 0, 0, 0], B: [0, 1, 1, 1]}
+VOTES = {A: [0, 1, 1, -1], B: [0, 2, 2, 2]}
+BASELINE = {A: 0.2, B: -0.1}  # put in for the values of the value network
+RATIOS = {A: [math.log(2), 0, 0, 0], B: [0, math.log(4), 0, 0]}  # log pi - log pi_ref, put in for those of `log_ratios`
+TILT = 2.2886406  # lambda_N of N = 2
+T = 0.7
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a random policy far from uniform, with many tokens that end a response."""
+    folder = save_untrained(tmp_path_factory.mktemp("model"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for p in model.parameters():
+        p.data.mul_(10 if p.ndim > 1 else 1)
+    model.generation_config.eos_token_id = [1, *range(40, 99, 2)]
+    model.save_pretrained(folder)
+    return folder
+
+
+def by_prompt(table: dict[str, list], prompts: list[str]) -> torch.Tensor:
+    return torch.tensor([table[prompt] for prompt in prompts]).float()
+
+
+def log_probs(model, rollouts) -> torch.Tensor:
+    """(B, n, T) at temperature .7, one unpadded pass a response."""
+    return naive_log_probs(SimpleNamespace(model=model), rollouts, T) * rollouts.mask
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def one_step(model, monkeypatch, tmp_path):
+    """one_step(script, rewards, **arguments) -> a step of the script's `main`, and what its functions were given."""
+    monkeypatch.chdir(tmp_path)
+
+    def row(table: dict, prompt: str, size: int, expert: int) -> list[float]:
+        experts = [EXPERT[prompt][expert]] * (size == 5)  # bon_sft.py's own comes first
+        return (experts + table[prompt] + table[prompt])[:size]
+
+    def run(script, rewards=GRADED, **arguments):
+        seen = SimpleNamespace(verified=[], fitted=[], ratios=[], drawn=[], evaluated=[])
+
+        def verify(problems, responses):
+            prompts = [problem.prompt for problem in problems]
+            seen.verified.append((prompts, list(responses)))
+            table = [row(rewards, prompt, len(texts), 0) for prompt, texts in zip(prompts, responses)]
+            return Verdict(
+                torch.tensor(table).float(), torch.tensor([(VOTES[x] * 2)[: len(table[0])] for x in prompts])
+            )
+
+        def score(prompts, responses):
+            return torch.tensor([row(SCORES, x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
+
+        def noted(kind, function):
+            return lambda *args: kind.append(function(*args)) or kind[-1]
+
+        def ratios(policy, reference, rollouts):
+            seen.ratios.append((policy, reference, rollouts))
+            first = by_prompt(RATIOS, seen.prompts_of(rollouts)).unsqueeze(-1)  # (B, n, 1): all of it on one token
+            return torch.cat([first, torch.zeros(*rollouts.ids.shape[:2], rollouts.ids.shape[2] - 1)], -1)
+
+        def fit(network, optimizer, policy, prompts, target):
+            seen.fitted.append(target)
+            values, loss = real_fit(network, optimizer, policy, prompts, target)
+            assert values.tolist() == [0, 0] and optimizer.param_groups[0]["lr"] == 0.003
+            return by_prompt(BASELINE, [policy.tokenizer.decode(prompt) for prompt in prompts]), loss
+
+        def step(*args, **options):
+            given = inspect.signature(real_step).bind(*args, **options)
+            given.apply_defaults()
+            seen.given = SimpleNamespace(**given.arguments)
+            seen.prompts = seen.prompts_of(seen.given.rollouts)
+            seen.lr = seen.given.optimizer.param_groups[0]["lr"]
+            return real_step(*args, **options)
+
+        tokenizer = harness.policy.tiny_tokenizer()
+        seen.prompts_of = lambda rollouts: [tokenizer.decode(prompt) for prompt in rollouts.prompts]
+        real_step, real_fit = common.policy_gradient_step, bon_rl.ValueNetwork.fit
+        task = Task("arithmetic", PROBLEMS, PROBLEMS, verify, max_new_tokens=4)
+        with monkeypatch.context() as patch:
+            patch.setattr("verifiers.arithmetic.load", lambda *_: task)
+            patch.setattr(harness.report, "save_figure", lambda *_: None)  # a third of the time
+            patch.setattr(learned, "load_verifier", lambda *_: SimpleNamespace(score=score))
+            patch.setattr(common, "sample", noted(seen.drawn, common.sample))
+            patch.setattr(harness.run, "sample", noted(seen.evaluated, harness.run.sample))
+            patch.setattr(common, "log_ratios", ratios)
+            patch.setattr(bon_rl.ValueNetwork, "fit", fit)
+            patch.setattr(common, "policy_gradient_step", step)
+            size = {"N": 2} if script in (bon_rl, bon_sft) else {"k": 2}
+            fixed = dict(task="arithmetic", steps=1, n=4, prompts_per_step=2, temperature=T, eval_n=4, device="cpu",
+                         sample_rows=3, micro_batch_tokens=20)  # fmt: skip
+            script.main(script.Args(**(size | fixed | {"lr": 0.01} | arguments), model=model, run_name="r"))
+        seen.log = records(tmp_path / "runs/r")
+        seen.before, seen.after = (AutoModelForCausalLM.from_pretrained(x) for x in (model, "runs/r/policy"))
+        return seen
+
+    return run
+
+
+LEARNED = {"verifier": "learned", "verifier_model": "the stub"}
+VALUE = {"baseline": "value", "value_lr": 0.003}
+# script, rewards, arguments, and the advantages (of bon_sft.py the coefficients, its expert's first). Where A_i is
+# (1/6) sum over the 3 others j of [f(i, j) - f(j)], f(i, j) being the value of a pair, its three terms are written out.
+STEPS = {
+    "pass@2": (pass_at_k_pg, GRADED, {},
+               {A: [(.5 + 1 + .75) / 6, (.5 + .25) / 6, 0, .25 / 6], B: [0, 2 / 6, 2 / 6, 0]}),
+    "mean": (pass_at_k_pg, GRADED, {"estimator": "mean"},  # (1/4) (r_i - mean of the others)
+             {A: [3 / 16, 1 / 48, -7 / 48, -1 / 16], B: [-1 / 6, 1 / 6, 1 / 6, -1 / 6]}),
+    "maj@2": (majority_pg, ONE_OR_ALL, {"estimator": "unbiased", "kl_coef": 0.0},  # ties .5; the blank casts no vote
+              {A: [(.5 + .5 + 1) / 6, -.5 / 6, -.5 / 6, 0], B: [-.5 * 3 / 6, .5 / 6, .5 / 6, .5 / 6]}),
+    "maj@2 biased": (majority_pg, ONE_OR_ALL, {"kl_coef": 0.0},  # the gradient of maj@1: mean reward less the others'
+                     {A: [1 / 4, 1 / 4 - 1 / 3, 1 / 4 - 1 / 3, 1 / 4 - 1 / 3], B: [-1 / 4, 1 / 12, 1 / 12, 1 / 12]}),
+    # A: by its scores the third sample beats all, the second the fourth, the fourth the first. B: 1 and 4 tie.
+    "bon@2": (bon_rl, GRADED, LEARNED | {"warm_up_steps": 4},
+              {A: [0, (.5 - 1 + .5 - .25) / 6, (-1 - .5 - .25) / 6, (.25 - 1) / 6], B: [-2 / 6, 0, 0, -2 / 6]}),
+    "rlb-all": (bon_rl, ONE_OR_ALL, {"estimator": "rlb-all"},  # N p (r - (1 - p)) / 4, p = 3/4 and 1/4
+                {A: [9 / 32, -3 / 32, -3 / 32, -3 / 32], B: [-3 / 32, 1 / 32, 1 / 32, 1 / 32]}),
+    # Groups 1 2 | 3 4. A: the winners 2 and 3 are worth .5 and 0, less the baseline .3 and -.2; each group's tilt, by
+    # l/4 a sample, goes to those of the other that it beats. B: the winners 1 and 4 are worth 0, less the baseline .1.
+    "variational": (bon_rl, GRADED, LEARNED | VALUE | {"estimator": "variational"},
+                    {A: [-.2 * TILT / 4, .3 / 2 - .2 * TILT / 4, -.2 / 2, .3 * TILT / 4],
+                     B: [.1 / 2 + .1 * TILT / 4, .1 * TILT / 4, .1 * TILT / 4, .1 / 2 + .1 * TILT / 4]}),
+    "mean less a value": (bon_rl, GRADED, LEARNED | VALUE | {"estimator": "mean"},  # (r_i - baseline) / 4
+                          {A: [.8 / 4, .3 / 4, -.2 / 4, .05 / 4], B: [.1 / 4, 1.1 / 4, 1.1 / 4, .1 / 4]}),
+    # 1/4 - P(j wins) + (l/4) (P(two of the others < s_j) - [s* < s_j]); A: s* = 1/2, B: s* = 0
+    "SFT": (bon_sft, GRADED, LEARNED,
+            {A: [1, 1 / 4, 1 / 4 - 1 / 3 + TILT / 4 * (1 / 3 - 1), 1 / 4 - 1 / 2, 1 / 4 - 1 / 6 - TILT / 4],
+             B: [1, 1 / 4 - 5 / 12 + TILT / 4 * (1 / 3 - 1), 1 / 6, 1 / 6, 1 / 4 - 5 / 12 + TILT / 4 * (1 / 3 - 1)]}),
+    # ([s_j = 0] - p) / 4 times 1 / (1 - p) - 2 p / (1 - p^2) = 4/7 for the right expert, p = 3/4; 1/p = 4, p = 1/4
+    "SFT exact": (bon_sft, ONE_OR_ALL, {"likelihood": "exact"},
+                  {A: [1, -3 / 16 * 4 / 7, *[1 / 16 * 4 / 7] * 3], B: [1, 3 / 16 * 4, *[-1 / 16 * 4] * 3]}),
+    "plain SFT": (bon_sft, GRADED, {"N": 1}, {A: [1], B: [1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_by_value(case, one_step):
+    """What is sampled and scored, the advantages, the loss, and the weights after one step of AdamW."""
+    script, rewards, arguments, expected = STEPS[case]
+    seen = one_step(script, rewards, max_grad_norm=0.5, **arguments)
+    given, advantages = seen.given, by_prompt(expected, seen.prompts)
+    torch.testing.assert_close(given.advantages.float(), advantages, rtol=1e-5, atol=1e-6)
+    assert sorted(seen.prompts) == [A, B] and given.max_grad_norm == 0.5
+    assert given.average_gradients is harness.parallel.average_gradients
+    rollouts, texts = given.rollouts, common.decode(given.policy, given.rollouts)
+    assert (given.policy.sample_rows, given.policy.micro_batch_tokens) == (3, 20)
+    assert rollouts.temperature == T and rollouts.mask.sum(-1).unique().numel() > 1
+    assert (seen.prompts, [row[: len(own)] for row, own in zip(texts, seen.verified[-2][1])]) == seen.verified[-2]
+    if script is bon_sft:
+        assert seen.log[1]["expert_reward"] == 0.5
+        assert [row[0] for row in texts] == ["6" if prompt == A else "3995" for prompt in seen.prompts]
+    for drawn in (*seen.drawn, seen.evaluated[-2]):  # before the step
+        torch.testing.assert_close(drawn.log_probs, log_probs(seen.before, drawn), rtol=1e-4, atol=1e-5)
+    loss = -(advantages * log_probs(seen.before, rollouts).sum(-1)).sum() / 2
+    record = seen.log[1]
+    assert record["loss"] == pytest.approx(loss.item(), abs=1e-5) and record["step"] == 1
+    if case != "plain SFT":
+        assert record["reward"] == pytest.approx(by_prompt(rewards, [A, B]).mean().item())
+    assert seen.lr == 0.01 / arguments.get("warm_up_steps", 1)
+    optimizer = torch.optim.AdamW(seen.before.parameters(), lr=seen.lr, weight_decay=0.0)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(seen.before.parameters(), 0.5)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    optimizer.step()
+    start = weights(AutoModelForCausalLM.from_pretrained(given.policy.model.name_or_path))
+    moved, expected = weights(seen.after) - start, weights(seen.before) - start
+    assert (moved - expected).norm() < 1e-3 * expected.norm()  # a gradient near 0 has any sign, and AdamW follows it
+    torch.testing.assert_close(
+        seen.evaluated[-1].log_probs, log_probs(seen.after, seen.evaluated[-1]), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("estimator, target", [("variational", {A: 5 / 24, B: 1 / 6}), ("mean", {A: 7 / 16, B: 1 / 2})])
+def test_the_target_of_the_value_network(estimator, target, one_step):
+    """The reward of the best-scored of two: A: 0 in 3 of 6 pairs, .5 in 2, .25 in 1. B: 1 in 1 of 6. Or their mean."""
+    seen = one_step(bon_rl, **LEARNED, **VALUE, estimator=estimator)
+    torch.testing.assert_close(seen.fitted[0].float(), by_prompt(target, seen.prompts))
+    assert seen.log[1]["value_loss"] == pytest.approx(sum(value**2 for value in target.values()) / 2)
+    assert seen.log[1]["bon@2"] == pytest.approx((5 / 24 + 1 / 6) / 2)
+
+
+# By scores and by rewards, of A and of B: bon@2 as above; pass@2 of A: 1 in 3 pairs, .5 in 2, .25 in 1; of B: 5 of 6.
+OF_GRADED = {"pass@1": (7 / 16, 1 / 2), "pass@2": (17 / 24, 5 / 6), "pass@4": (1, 1)}
+EVALUATIONS = {
+    "pass_at_k_pg": (pass_at_k_pg, GRADED, {}, OF_GRADED),
+    "majority_pg": (majority_pg, ONE_OR_ALL, {}, {"pass@2": (1 / 2, 1), "maj@1": (1 / 4, 3 / 4),
+                                                  "maj@2": ((.5 + .5 + 1) / 6, (3 * .5 + 3) / 6), "maj@4": (0, 1)}),
+    "bon_rl": (bon_rl, GRADED, LEARNED,
+               OF_GRADED | {"bon@1": (7 / 16, 1 / 2), "bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}),
+    "bon_sft": (bon_sft, GRADED, LEARNED, OF_GRADED | {"bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_by_value(name, one_step):
+    script, rewards, arguments, metrics = EVALUATIONS[name]
+    seen = one_step(script, rewards, **arguments)
+    assert [record["step"] for record in seen.log] == [0, 1, 1]
+    for record in (seen.log[0], seen.log[2]):
+        for metric, (of_a, of_b) in metrics.items():
+            levels = {"1": of_a, "2": of_b, "all": (of_a + of_b) / 2}
+            assert {x: record["eval"][x][metric][0] for x in levels} == pytest.approx(levels), metric
+            error = abs(of_a - of_b) / 2  # of two values: their deviation over the root of 2
+            assert record["eval"]["all"][metric][1] == pytest.approx(error)
+
+
+@pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg, bon_rl])
+def test_a_kl_by_value(script, one_step):
+    """It is that to the policy of the beginning, of bon_rl.py to an average that moves behind it, here by a tenth."""
+    own = {"anchor_rate": 0.1} if script is bon_rl else {}
+    seen = one_step(script, ONE_OR_ALL, kl_coef=0.5, estimator="mean", epochs=2, clip=0.3, **own)
+    assert (seen.given.epochs, seen.given.clip) == (2, 0.3)
+    ((policy, reference, rollouts),) = seen.ratios
+    assert policy is seen.given.policy and reference.model is not policy.model and rollouts is seen.given.rollouts
+    of_rewards = {A: [1 / 4, *[-1 / 12] * 3], B: [-1 / 4, *[1 / 12] * 3]}
+    of_ratios = {A: [-math.log(2) / 4, *[math.log(2) / 12] * 3]}  # (1/4) (the others' mean less its own)
+    of_ratios[B] = [math.log(4) / 12, -math.log(4) / 4, *[math.log(4) / 12] * 2]
+    expected = by_prompt(of_rewards, seen.prompts) + 0.5 * by_prompt(of_ratios, seen.prompts)
+    torch.testing.assert_close(seen.given.advantages, expected)
+    kl = ((1 / 2 - 1 + math.log(2)) + (1 / 4 - 1 + math.log(4))) / 8  # e^-x - 1 + x of eight responses
+    assert seen.log[1]["kl"] == pytest.approx(kl)
+    before, after, moved = weights(seen.before), weights(seen.after), weights(reference.model)
+    torch.testing.assert_close(moved, before + 0.1 * (after - before) if own else before)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_the_metrics_of_a_step(one_step):
+    """By the votes of ONE_OR_ALL one response of eight has no answer; all prompts have a signal."""
+    seen = one_step(majority_pg, ONE_OR_ALL, kl_coef=0.0, max_new_tokens=3)
+    assert [drawn.ids.shape[-1] for drawn in (*seen.drawn, *seen.evaluated)] == [3, 3, 3]
+    record, rollouts = seen.log[1], seen.given.rollouts
+    lengths = rollouts.mask.sum(-1).flatten().tolist()
+    last = [row[length - 1] for row, length in zip(rollouts.ids.flatten(0, 1).tolist(), lengths)]
+    ends = {1, *range(40, 99, 2)}
+    expected = {"reward": 1 / 2, "length": sum(lengths) / 8, "no_answer": 1 / 8, "no_signal": 0, "signal": 1}
+    expected |= {"no_end": sum(token not in ends for token in last) / 8, "maj@2": (1 / 3 + 3 / 4) / 2}
+    expected |= {"entropy": -rollouts.log_probs.sum().item() / sum(lengths), "skipped": 0}
+    assert {name: record[name] for name in expected} == pytest.approx(expected)
+    assert 0 < expected["no_end"] < 1 and min(lengths) < max(lengths)
+
+
+@pytest.mark.parametrize("max_grad_norm, rate", [(1e9, 1e-3), (0.05, 0.3)])
+def test_two_epochs_are_clipped_by_value(max_grad_norm, rate):
+    """Two steps of SGD on the same rollouts, the second where some ratios are beyond 1 ± .02, written out."""
+    policy, plain = random_policy("llama"), random_policy("llama").model
+    rollouts = rollouts_of(policy, temperature=T)
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=rate)
+
+    def average_gradients(parameters):  # with another process, which has gradients of 0
+        for p in parameters:
+            p.grad /= 2
+
+    record = common.policy_gradient_step(
+        policy, optimizer, rollouts, advantages, max_grad_norm, 2, 0.02, average_gradients
+    )
+    for _ in range(2):
+        ratio = (log_probs(plain, rollouts) - rollouts.log_probs).exp()  # (B, n, T), 1 at filler
+        best = (ratio * advantages.unsqueeze(-1), ratio.clamp(0.98, 1.02) * advantages.unsqueeze(-1))
+        loss = -(torch.minimum(*best) * rollouts.mask).sum() / len(rollouts.prompts)
+        gradients = torch.autograd.grad(loss / 2, list(plain.parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for p, g in zip(plain.parameters(), gradients):
+            p.data -= rate * g * min(1, max_grad_norm / norm)
+    beyond = ((ratio - 1).abs() > 0.02) & rollouts.mask
+    assert 0.1 < beyond.sum() / rollouts.mask.sum() < 0.95
+    assert record["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    torch.testing.assert_close(weights(policy.model), weights(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_an_epoch_that_is_not_finite_is_skipped():
+    """The first of two; the step says so, and the second moves the policy alone."""
+    policy, ends = random_policy("llama"), iter([torch.nan, 1.0])
+    rollouts, before = rollouts_of(policy), weights(policy.model)
+    advantages, optimizer = torch.ones(rollouts.ids.shape[:2]), torch.optim.SGD(policy.model.parameters(), lr=1.0)
+
+    def average_gradients(parameters):
+        parameters[0].grad *= next(ends)
+
+    record = common.policy_gradient_step(policy, optimizer, rollouts, advantages, 0.1, 2, 0.2, average_gradients)
+    assert record["skipped"] == 1
+    assert (weights(policy.model) - before).norm().item() == pytest.approx(0.1, rel=1e-3)  # one clipped step of SGD
