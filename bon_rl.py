@@ -14,7 +14,7 @@ network as a baseline; the KL, which is to a moving average of the policy, with 
 
     python bon_rl.py --N 8                                           # exact gradient, the environment selects
     python bon_rl.py --N 8 --estimator variational                   # BoN-RL as in the paper
-    python bon_rl.py --N 16 --estimator rlb-positive                 # BoN-RLB(P)
+    python bon_rl.py --N 16 --estimator rlb-p                        # BoN-RLB(P)
     python bon_rl.py --N 8 --verifier learned                        # BoN-RL-V
     python bon_rl.py --N 8 --estimator mean                          # the baseline, N = 1
 """
@@ -32,9 +32,9 @@ from verifiers import BadInput
 
 # Table 2 of the paper (Gemma 2 2B), for --preset paper
 PAPER = {
-    "lr": 3e-6, "warm_up_steps": 100, "value_lr": 1e-5, "anchor_rate": 0.01, "steps": 2500, "prompts_per_step": 32,
-    "temperature": 1.0, "kl_coef": 1.0, "kl_coef_end": 0.075, "kl_delay": 10, "kl_anneal_steps": 2500,
-    "estimator": "variational", "baseline": "value",
+    "lr": 3e-6, "warm_up_steps": 100, "lr_decay": False, "value_lr": 1e-5, "anchor_rate": 0.01, "steps": 2500,
+    "prompts_per_step": 32, "temperature": 1.0, "kl_coef": 1.0, "kl_coef_end": 0.075, "kl_delay": 10,
+    "kl_anneal_steps": 2500, "estimator": "variational", "baseline": "value",
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class Args(RunArgs):
     preset: Literal["small", "paper"] = "small"  # defaults: ours, or the paper's Table 2; flags given beside it win
     N: int = 8  # samples that the verifier chooses from
     n: int | None = None  # samples per prompt; `variational` takes 3 groups of N or more, 2 with a value network (3 N)
-    estimator: Literal["mean", "exact", "variational", "rlb", "rlb-positive", "rlb-all"] = "exact"
+    estimator: Literal["mean", "exact", "variational", "rlb", "rlb-p", "rlb-all"] = "exact"
     """mean reward (RLOO, the baseline); Best-of-N by leave-one-out; the paper's BoN-RL; its closed forms for a verifier
     that is the 0/1 reward: BoN-RLB, BoN-RLB(P), and the same gradient by all samples"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: BoN-RL-S, or BoN-RL-V (a reward model)
@@ -52,10 +52,10 @@ class Args(RunArgs):
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
     baseline: Literal["loo", "value"] = "loo"  # of mean and variational: the prompt's others, or a value network
     value_lr: float = 1e-4  # learning rate of the value network's AdamW
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     warm_up_steps: int = 0  # steps over which the learning rate rises linearly to lr
     kl_coef: float = 0.0  # beta of -beta KL(policy || anchor) in the objective; the anchor is a moving average
     kl_coef_end: float | None = None  # what beta moves to, linearly (default: it stays)
@@ -80,28 +80,26 @@ def advantages(
 ) -> torch.Tensor:
     """Advantages A of the Best-of-N policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over n samples.
 
-    rewards: (B, n), of the environment, n >= N, any real numbers. scores: (B, n), the verifier's; equal scores share.
-    Returns (B, n), of the dtype of `rewards` (float32 for integers and bools).
-      mean          A_i = (1/n) (r_i - b),  b the mean of the others                                            (RLOO)
-      exact         Tang's Lemma 1 for f = reward of the best-scored, averaged over all N-subsets T containing i:
-                    A_i = (N/n) mean of [ f(T) - f(T without i) ]; unbiased for grad J
-      variational   E_{y ~ pi_bon}[ h(y) (R(y) - b) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')}
-                    grad log pi(y') ]: the mean over the n / N groups of N, y being a group's winner, y' all samples of
-                    the other groups, b the mean reward of the winners of the groups that hold neither y nor y'
-      rlb           E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ], y the winner of each N-subset,
-                    g+ = N p^(N-1) / (1 - p^N),  g- = N p / (1-p),  p the failure rate of the prompt
-      rlb-positive  E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]
-      rlb-all       N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]: the same gradient with less variance
-    The last three need rewards 0 and 1, of which the scores are an increasing function; there they and `exact` have the
-    same expectation if p is exact. With N = 1, exact and variational are mean.
+      mean         A_i = (1/n) (r_i - b),  b the mean of the others                                            (RLOO)
+      exact        A_i = (N/n) mean over N-subsets T containing i of [ f(T) - f(T without i) ], f the reward of the
+                   best-scored                                                                         (Tang, Lemma 1)
+      variational  E_{y ~ pi_bon}[ h(y) (R(y) - b) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')}
+                   grad log pi(y') ]: y the winner of a group of N, y' all samples of the other groups, b the mean
+                   reward of the winners of the groups that hold neither                               (Chow, BoN-RL)
+      rlb          E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ], g+ = N p^(N-1) / (1 - p^N), g- = N p / (1-p)
+      rlb-p        E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]           (Chow, BoN-RLB, BoN-RLB(P))
+      rlb-all      N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]: all samples; less variance than rlb-p where many
+                   answers are right or wrong, more where one is right
 
+    rewards: (B, n), the environment's, n >= N, any real numbers. scores: (B, n), the verifier's; equal scores share.
+    baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), the failure rate p of rlb*,
+    else the share of failures among the n samples, clipped to [0.01, 0.99]. rlb* need rewards 0 and 1, of which the
+    scores are an increasing function. Returns (B, n), of the dtype of `rewards` (float32 for integers and bools).
+    Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks.
     Example, variational: N = 2, rewards and scores 1 0 | 0 0 | 0 0. Winners are worth 1, 0, 0 and those of the others
     0, .5, .5: the first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels
     here: what the first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08.
-
-    baseline: (B,), b(x) of mean and variational that does not depend on these samples, in place of the others' mean.
-    p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
-    Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks."""
+    """
     rewards, scores = common.checked_rewards(rewards, N), common.checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")
@@ -129,7 +127,7 @@ def advantages(
         gain = (R.unsqueeze(-1) - b_pair) * other / (n - N)  # (B, G, G): per sample y', of which a winner has n - N
         tilt = common.best_of_n_tilt(N) * (gain.unsqueeze(-1) * beaten).sum(1)  # (B, G, G, N) -> (B, G, N)
         A = ((won * (r - b) + tilt) / G).flatten(1)  # (B, G, N) -> (B, n)
-    elif estimator in ("rlb", "rlb-positive", "rlb-all"):
+    elif estimator in ("rlb", "rlb-p", "rlb-all"):
         if not ((r == 0) | (r == 1)).all():
             raise ValueError(f"{estimator} needs rewards that are 0 or 1")
         if not torch.equal(common.ranks(scores)[0], common.ranks(r)[0]):
@@ -138,7 +136,7 @@ def advantages(
         p, won = p.unsqueeze(-1), common.win_shares(scores, N)  # (B, 1), (B, n)
         if estimator == "rlb":
             A = won * (r * N * p ** (N - 1) / (1 - p**N) + (1 - r) * N * p / (1 - p))
-        elif estimator == "rlb-positive":
+        elif estimator == "rlb-p":
             A = won * r * N * p ** (N - 1) * (1 - p) / (1 - p**N)
         else:
             A = N * p ** (N - 1) * (r - (1 - p)) / n
@@ -159,11 +157,6 @@ def move_towards(anchor: common.Policy, policy: common.Policy, rate: float) -> N
     """One step of an exponential moving average: anchor <- (1 - rate) anchor + rate policy, in place (Table 2)."""
     for average, parameter in zip(anchor.model.parameters(), policy.model.parameters(), strict=True):
         average.lerp_(parameter, rate)
-
-
-def warmed_up(step: int, lr: float, warm_up_steps: int) -> float:
-    """The learning rate at a step, 1, 2, ...: rising linearly, `lr` from step `warm_up_steps` on (Table 2)."""
-    return lr * min(step / max(warm_up_steps, 1), 1.0)
 
 
 class ValueNetwork(torch.nn.Module):
@@ -261,13 +254,12 @@ def main(args: Args) -> None:
             beta = kl_coefficient(step, args.kl_coef, args.kl_coef_end, args.kl_delay, args.kl_anneal_steps)
             A = A + beta * common.kl_advantages(ratios) if beta else A
         record |= rollout_metrics(policy, rollouts, verdict, A)
-        run.optimizer.param_groups[0]["lr"] = warmed_up(step, args.lr, args.warm_up_steps)
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
         if anchor:
             move_towards(anchor, policy, args.anchor_rate)
-        run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "signal", "tokens_per_s"))
+        run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
     columns += [f"pass@{args.N}"] if selected == "bon" else []
     run.finish(columns, sorted({"pass", selected}, reverse=True), args.N)

@@ -43,10 +43,10 @@ class Args(RunArgs):
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts, each with an expert response, in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts, each with an expert response, in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 
 
@@ -59,20 +59,19 @@ def coefficients(
 ) -> torch.Tensor:  # fmt: skip
     """Coefficients of grad log pi in the gradient of log pi_bon(y*), to be used as a sum over y* and the n samples.
 
-    expert_scores: (B,), the verifier's, of y*. scores: (B, n), of n samples from pi, n > N (none are read if N = 1).
-    Returns (B, 1 + n), of the dtype of `scores` (float32 for integers and bools): the expert's, 1, and the samples'.
-      variational  log pi_bon ~ log pi + lambda_N Q - log Z, so that, averaged over all N-subsets T of the samples,
-                   h(y*) - E_{y ~ pi_bon}[ h(y) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')} grad
-                   log pi(y') ]:
+      variational  h(y*) - E_{y ~ pi_bon}[ h(y) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')} grad
+                   log pi(y') ], averaged over all N-subsets T of the samples:
                    A_j = 1/n - P(j wins T) + (lambda_N / n) (1{s* >= s_j} - P(max_{i in T} s_i >= s_j | j not in T))
-                   (1/n is a control variate: E[grad log pi] = 0; it makes N = 1 plain SFT)
       exact        scores 0 and 1, p the failure rate: log pi_bon(y*) = log pi(y*) + log((1 - p^N) / (1 - p)) for a
                    right y*, log pi(y*) + (N-1) log p for a wrong one; with grad p = E[(1{s = 0} - p) grad log pi],
                    A_j = ((1{s_j = 0} - p) / n) w,  w = 1 / (1-p) - N p^(N-1) / (1 - p^N)  or  w = (N-1) / p
+
+    expert_scores: (B,), the verifier's, of y*. scores: (B, n), of n samples from pi, n > N (none are read if N = 1).
+    p_fail: (B,), p if known, else the share of failures among the n samples, clipped to [0.01, 0.99].
+    Returns (B, 1 + n), of the dtype of `scores` (float32 for integers and bools): the expert's, 1, and the samples'.
+    Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not finite, and for an unknown likelihood.
     Example, variational: N = 2, a right expert, samples 1, 0, 0. These win 2/3, 1/6, 1/6 of pairs and lambda_2 / n is
-    .76, so that the coefficients are 1; 1/3 - 2/3 + .76 (1 - 0) = .43; twice 1/3 - 1/6 + .76 (1 - 1) = .17.
-    p_fail: (B,), p in (0, 1), if known; else the share of failures among the n samples, clipped to [0.01, 0.99].
-    Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not finite, and for an unknown likelihood."""
+    .76. The coefficients are 1; 1/3 - 2/3 + .76 (1 - 0) = .43; twice 1/3 - 1/6 + .76 (1 - 1) = .17."""
     (B, n), dtype = scores.shape, scores.dtype if scores.is_floating_point() else torch.float32
     if likelihood not in ("variational", "exact"):
         raise ValueError(f"unknown likelihood {likelihood!r}: choose variational or exact")

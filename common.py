@@ -201,11 +201,6 @@ def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def recomputes_activations(model: torch.nn.Module) -> bool:
-    """Whether gradient checkpointing is enabled."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def recompute_activations(model: torch.nn.Module, on: bool) -> None:
     """Turn gradient checkpointing, if enabled, on for training or off for sampling. Transformers ties it to the
     training mode of the checkpointed modules."""
@@ -244,7 +239,7 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     differentiated (a linear layer updates its state in place), and activations must not be recomputed, which rules a
     cache out."""
     plain = (type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in CompactCache(config=model.config).layers)
-    return all(plain) and not recomputes_activations(model)
+    return all(plain) and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @torch.no_grad()
@@ -323,9 +318,16 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
 
 
 def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
-    """The responses as text, special tokens left out: B lists of n strings."""
-    rows = [[ids[keep].tolist() for ids, keep in zip(*group)] for group in zip(rollouts.ids.cpu(), rollouts.mask.cpu())]
-    return [policy.tokenizer.batch_decode(row, skip_special_tokens=True) for row in rows]
+    """The responses as text, special tokens left out: B lists of n strings.
+
+    Each is decoded behind the last token of its prompt, which is then cut off: tokenizers of Llama's kind drop the
+    space that begins what they decode, and with it one of a program's indentation."""
+    texts = []
+    for prompt, *group in zip(rollouts.prompts, rollouts.ids.cpu(), rollouts.mask.cpu()):
+        rows = [prompt[-1:], *(prompt[-1:] + ids[keep].tolist() for ids, keep in zip(*group))]
+        last, *row = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts.append([text.removeprefix(last) for text in row])
+    return texts
 
 
 # --- Training step ----------------------------------------------------------------------------------------------------
@@ -473,7 +475,7 @@ def policy_gradient_step(
     """`epochs` optimiser steps on the same rollouts, PPO-clipped by `clip` if there are several (Tang).
 
     advantages: (B, n), sum convention. average_gradients: what several processes do before gradients are clipped.
-    Returns the metrics of the last step: loss, grad_norm, signal (the share of rows with an advantage), and skipped: 1
+    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (the share of such rows), and skipped: 1
     if the gradient was not finite and the policy stayed as it was. Raises BadInput if memory lacks for one row."""
     skipped, parameters = 0, list(policy.model.parameters())
 
@@ -488,8 +490,8 @@ def policy_gradient_step(
         if norm.isfinite():
             optimizer.step()
         skipped |= not norm.isfinite()
-    signal = (advantages != 0).float().mean().item()
-    return {"loss": loss, "grad_norm": norm.item(), "signal": signal, "skipped": skipped}
+    nonzero = (advantages != 0).float().mean().item()
+    return {"loss": loss, "grad_norm": norm.item(), "nonzero_advantage": nonzero, "skipped": skipped}
 
 
 @torch.no_grad()

@@ -35,10 +35,10 @@ class Args(RunArgs):
     n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
     estimator: Literal["mean", "unbiased", "biased"] = "biased"
     """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     kl_coef: float = 0.3  # beta of -beta KL(policy || initial policy), added to the objective
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
@@ -51,15 +51,13 @@ class Args(RunArgs):
 def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
     """Advantages A of the maj@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
 
-    votes: (B, n) int64, n >= k, equal = same answer, -1 = none (casts no vote). rewards: (B, n), a function of the
-    answer (where it is not, an answer's mean reward counts). Returns (B, n), of the dtype of rewards (float32 for
-    integers and bools).
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]             (n = k: Tang)
-      biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of maj@(k-1)
-    where f is the reward of the majority: ties are split, no votes at all are worth 0. With k = 1 the vote is the
-    response's own: unbiased is mean over responses with an answer, and biased is zero.
-    Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator."""
+      biased    the same less the subset's mean advantage: the gradient of maj@(k-1); zero for k = 1          (Tang)
+
+    f is the reward of the majority, see `majority_at_k`. votes: (B, n) int64, n >= k, equal = same answer, -1 = none.
+    rewards: (B, n). Returns (B, n), of the dtype of rewards (float32 for integers and bools). Raises ValueError unless
+    1 <= k <= n, for rewards that are not finite, and for an unknown estimator."""
     rewards = common.checked_rewards(rewards, k)
     if estimator == "mean":
         return common.mean_advantages(rewards)
@@ -159,7 +157,7 @@ def main(args: Args) -> None:
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
-        run.log(step, rollouts, verdict, record, ("reward", f"maj@{args.k}", "kl", "signal", "tokens_per_s"))
+        run.log(step, rollouts, verdict, record, ("reward", f"maj@{args.k}", "kl", "tokens_per_s"))
     columns = [f"maj@{j}" for j in sorted({1, args.k, args.eval_n})]
     run.finish([*columns, f"pass@{args.eval_n}"], ["pass", "maj"], args.k)
 

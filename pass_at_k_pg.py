@@ -15,30 +15,39 @@ broken up; (2) the advantages below; (3) nothing is divided by a standard deviat
     python pass_at_k_pg.py --k 4                      # unbiased; pass@4 rises
     python pass_at_k_pg.py --k 4 --estimator mean     # the baseline: pass@1 rises, pass@32 falls
     python pass_at_k_pg.py --k 4 --estimator maxrl    # all k at once (arXiv 2602.02710); --k names the column shown
+    python pass_at_k_pg.py --k 4 --estimator recipes/all_right.py:all_right    # a file of your own, see docs/own.md
 """
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+import tyro
 from torch.nn.functional import pad
 
 import common
+from harness.load_file import load_estimator
 from harness.parallel import average_gradients
 from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
+from verifiers import BadInput
+
+NAMES = ("mean", "unbiased", "biased", "maxrl")
 
 
 @dataclass
 class Args(RunArgs):
     k: int = 4  # samples that the objective takes the best of
     n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
-    estimator: Literal["mean", "unbiased", "biased", "maxrl"] = "unbiased"
-    """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL"""
-    task: str = "lines"  # which problems and verifier, see verifiers/
-    steps: int = 100  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 64  # prompts in a step; it samples n times as many responses
-    lr: float = 1e-4  # learning rate of AdamW
+    estimator: Literal[NAMES] | str = "unbiased"
+    """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL; or
+    FILE:NAME, a function (rewards (B, n), k) -> advantages (B, n) of your own, see docs/own.md"""
+    estimator_sha256: tyro.conf.Suppress[str | None] = None  # of that file: a run goes on with no other
+    task: str = "suspects"  # which problems and verifier, see verifiers/
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     kl_coef: float = 0.0  # beta of -beta KL(policy || initial policy), added to the objective
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
@@ -51,22 +60,14 @@ class Args(RunArgs):
 def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
     """Advantages A of the pass@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
 
-    rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype (float32 for integers and bools).
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
-      biased    the same less the subset's mean advantage (Tang); its expectation is the gradient of pass@(k-1)
-      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k: the gradient of sum_{j<n} pass@j / j, the log-likelihood of
-                a right response cut off at order n-1. With c of n rewards 1, the others 0: (r_i - c/n) / c    (MaxRL)
-    With k = 1 pass@k is the mean reward: unbiased is mean, and biased is zero. With n = 1, mean has no baseline.
+      biased    the same less the subset's mean advantage: the gradient of pass@(k-1); zero for k = 1         (Tang)
+      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k; (r_i - c/n) / c with c of n rewards 1, others 0  (MaxRL)
+
+    rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype (float32 for integers and bools).
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
-
-    Sort the rewards upwards, let d_l = r_(l+1) - r_(l), and let p_l = C(l, k-1) / C(n-1, k-1) be the share of the
-    subsets with a given member whose others all lie among the l lowest. Then (PKPO, arXiv 2505.15201, "loo-1")
-
-      unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
-      biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
-
-    An example: rewards 0, 1, .5. For k = 3 only the best sample matters, by what it adds to the second best: 0, .5, 0.
+    Example: rewards 0, 1, .5. For k = 3 only the best sample matters, by what it adds to the second best: 0, .5, 0.
     For k = 2 it adds 1 and .5 to its two pairs, (2/3) (1 + .5)/2 = .5, and the second best .5 to one, (2/3) .5/2 = 1/6.
     """
     rewards, n = common.checked_rewards(rewards, k), rewards.shape[-1]
@@ -76,6 +77,10 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
         return sum((advantages(rewards, j, "biased") / (j - 1) for j in range(2, n + 1)), torch.zeros_like(rewards))
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased, biased or maxrl")
+    # Sorted upwards, with d_l = r_(l+1) - r_(l) and p_l = C(l, k-1) / C(n-1, k-1) the share of the subsets with a given
+    # member whose others all lie among the l lowest (PKPO, arXiv 2505.15201, "loo-1"):
+    #   unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
+    #   biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
     r, order = rewards.double().sort(dim=-1)
     l = torch.arange(1, n, dtype=torch.float64, device=rewards.device)  # (n-1,): 1 .. n-1
     # p_l in product form: p_{n-1} = 1 and p_{l-1} = p_l (l-k+1)/l; it neither overflows nor cancels
@@ -95,19 +100,30 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
 
 def main(args: Args) -> None:
     args.n = max(args.k, 16) if args.n is None else args.n
-    run = Run(args, args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}")
+    name, estimate, metric = args.estimator, partial(advantages, estimator=args.estimator), None
+    if name not in NAMES:
+        if ":" not in name:
+            raise BadInput(f"--estimator must be {', '.join(NAMES)} or FILE:NAME, not {name!r}")
+        estimate, metric, digest = load_estimator(name)
+        if args.resume and digest != args.estimator_sha256:
+            raise BadInput(f"{name} has changed since {args.resume} began: put the file back, or begin a new run")
+        name, args.estimator_sha256 = name.rpartition(":")[2], digest
+    run = Run(args, args.task, args.model, name, f"k{args.k}", f"n{args.n}", f"s{args.seed}")
+    estimate(torch.ones(args.n + 1, args.n).tril(-1), args.k)  # a file that fails on 0/1 rewards does so at once
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)
+    measured = {"pass": common.pass_at_k} | ({"metric": metric} if metric else {})
     initial = copy.deepcopy(policy) if args.kl_coef or args.log_kl else None
 
     def metrics(verdict):
-        return {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
+        return {f"{x}@{j}": m(verdict.rewards, j) for x, m in measured.items() for j in ks}  # each (P,)
 
-    for step in run.steps(metrics, f"{args.estimator} k={args.k}"):
+    for step in run.steps(metrics, f"{name} k={args.k}"):
         problems, prompts, generator = run.batch(step)
         rollouts = common.sample(policy, prompts, args.n, args.max_new_tokens, args.temperature, generator)
         verdict = run.verdict(problems, common.decode(policy, rollouts))
-        A = advantages(verdict.rewards, args.k, args.estimator)  # (B, n)
-        record = {f"pass@{args.k}": common.pass_at_k(verdict.rewards, args.k).mean().item()}
+        with run.saved_if_this_fails():
+            A = estimate(verdict.rewards, args.k)  # (B, n)
+            record = {f"{x}@{args.k}": m(verdict.rewards, args.k).mean().item() for x, m in measured.items()}
         if initial:
             ratios = common.log_ratios(policy, initial, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
@@ -116,8 +132,8 @@ def main(args: Args) -> None:
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
-        run.log(step, rollouts, verdict, record, ("reward", f"pass@{args.k}", "kl", "signal", "tokens_per_s"))
-    run.finish([f"pass@{j}" for j in sorted({1, args.k, args.eval_n})], ["pass"], args.k)
+        run.log(step, rollouts, verdict, record, ("reward", f"pass@{args.k}", "kl", "tokens_per_s"))
+    run.finish([f"{x}@{j}" for x in measured for j in sorted({1, args.k, args.eval_n})], list(measured), args.k)
 
 
 if __name__ == "__main__":

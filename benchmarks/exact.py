@@ -1,11 +1,11 @@
-"""What a policy scores on `lines`, without sampling: 1 to 8 responses fit a prompt, and each is right with chance q.
+"""What a policy scores on `suspects`, without sampling: a prompt lists 2 to 8 names, and each is right with chance q.
 
-    problems = optima.prompts_once()
+    problems = optima.problems_of()
     log_pi = candidate_log_probs(policy, task, problems)
     metrics = exact_metrics(log_pi, problems)
-    optima.prompt_weights(problems) @ metrics["pass@8"]
+    optima.level_weights(problems) @ metrics["pass@8"]
 
-The weighted mean over all held-out prompts is what sampling fresh problems, answers and responses tends to.
+The mean over levels is what sampling answers and responses to these prompts tends to.
 
     python benchmarks/exact.py                                  # tiny, as warm-started
     python benchmarks/exact.py --model runs/NAME/policy         # after training
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import measure  # first: puts the repository on the path
 import optima
 import torch
+import torch.nn.functional as F
 import tyro
 
 import common
 from harness.policy import encode_prompts, expert_rollouts, load_policy
 from verifiers import Problem, Task, load_task
-from verifiers.lines import fitting_lines, posterior
+from verifiers.suspects import MOST, candidates, posterior
 
 
 @dataclass
@@ -34,36 +35,37 @@ class Args:
 
 
 def candidate_log_probs(
-    policy: common.Policy, task: Task, problems: Sequence[Problem], temperature: float = 1.0, rows: int = 2048
+    policy: common.Policy, task: Task, problems: Sequence[Problem], temperature: float = 1.0, prompts: int = 64
 ) -> torch.Tensor:
-    """log pi(line and its end | prompt) of each prompt's fitting lines: (P, 8) float64, -inf behind them.
+    """log pi(name and its end | prompt) of each prompt's listed names: (P, 8) float64, -inf behind them.
 
-    In the order of `fitting_lines`. rows: responses in one forward pass. Differentiable, unless under torch.no_grad();
-    a gradient of all held-out prompts at once wants their mean as one scalar, or smaller parts that add up.
+    In the order of `listed`. prompts: how many in one forward pass. Differentiable, unless under torch.no_grad(); a
+    gradient of all held-out prompts at once wants their mean as one scalar, or smaller parts that add up.
     """
-    candidates = [fitting_lines(problem.prompt) for problem in problems]
-    prompts = encode_prompts(policy, task, problems, task.max_new_tokens)
-    pairs = [(prompt, line) for prompt, lines in zip(prompts, candidates) for line in lines]
-    values = []
-    for i in range(0, len(pairs), rows):
-        prompt_ids, responses = zip(*pairs[i : i + rows])
-        rollouts = expert_rollouts(policy, task, list(prompt_ids), [[Problem("", "", line)] for line in responses])
-        ids, mask = rollouts.ids.squeeze(1), rollouts.mask.squeeze(1)  # (R, 1, T) -> (R, T)
-        log_probs = common.response_log_probs(policy, rollouts.prompts, ids, mask, temperature)
-        values.append(log_probs.double().sum(-1).cpu())  # (R,)
-    place = torch.tensor([i < len(lines) for lines in candidates for i in range(8)]).view(-1, 8)
-    return torch.full(place.shape, -torch.inf, dtype=torch.float64).masked_scatter(place, torch.cat(values))
+    parts = []
+    for i in range(0, len(problems), prompts):
+        some = problems[i : i + prompts]
+        groups = [candidates(problem) for problem in some]
+        rollouts = expert_rollouts(policy, task, encode_prompts(policy, task, some, task.max_new_tokens), groups)
+        place = rollouts.mask.any(-1)  # (P, m): the most names of these prompts
+        texts = [prompt for prompt, row in zip(rollouts.prompts, place.tolist()) for there in row if there]
+        ids, mask = rollouts.ids[place], rollouts.mask[place]  # (P, m, T) -> (R, T)
+        log_probs = common.response_log_probs(policy, texts, ids, mask, temperature).double().sum(-1)  # (R,)
+        part = torch.full((len(place), MOST), -torch.inf, dtype=torch.float64)
+        place = F.pad(place.cpu(), (0, MOST - place.shape[1]))  # (P, m) -> (P, 8)
+        parts.append(part.masked_scatter(place, log_probs.cpu()))
+    return torch.cat(parts)
 
 
 def exact_metrics(
     log_pi: torch.Tensor,
     problems: Sequence[Problem],
-    name: str = "lines",
+    name: str = "suspects",
     base_log_pi: torch.Tensor | None = None,
     votes: Sequence[int] = (8,),
 ) -> dict[str, torch.Tensor]:
     """Exact metrics of each prompt, by name, (P,) float64 each: pass@1 to pass@32, maj@k for each k of `votes`,
-    elsewhere (the probability of responses that do not fit) and, with base_log_pi, kl in nats from that policy.
+    elsewhere (the probability of responses that are no listed name) and, with base_log_pi, kl in nats from that policy.
 
     log_pi, base_log_pi: (P, 8) of `candidate_log_probs`. name: the task whose prior is meant. What is elsewhere is
     wrong; in a vote each such response is an answer of its own, which no other agrees with; in kl it is one response.
@@ -78,13 +80,13 @@ def exact_metrics(
 
 
 def main(args: Args) -> None:
-    task = load_task("lines")
+    task = load_task("suspects")
     base, policy = (load_policy(model, task, "cpu") for model in (args.base, args.model))
-    problems = optima.prompts_once()
+    problems = optima.problems_of()
     with torch.no_grad():
         base_log_pi, log_pi = (candidate_log_probs(p, task, problems) for p in (base, policy))
-    metrics = exact_metrics(log_pi, problems, "lines", base_log_pi)
-    weights = optima.prompt_weights(problems)
+    metrics = exact_metrics(log_pi, problems, base_log_pi=base_log_pi)
+    weights = optima.level_weights(problems)
     levels = torch.tensor([problem.level for problem in problems])
     rows = [["all", *(f"{weights @ value:.3f}" for value in metrics.values())]]
     for level in levels.unique().tolist():

@@ -1,4 +1,4 @@
-"""pass@1 against pass@k on `lines`: the exact frontier, which no policy lies above, and where trained policies lie.
+"""pass@1 against pass@k on `suspects`: the exact frontier, which no policy lies above, and where trained policies lie.
 
     python benchmarks/frontier.py                               # the frontier and the optima alone
     python benchmarks/frontier.py --measured measured.json      # {"name": [[pass@1, pass@8, pass@32] of each seed]}
@@ -7,8 +7,10 @@ A policy is a point; the frontier comes from maximising w pass@1 + (1 - w) pass@
 may lie below it, as that for k = 16 does in (pass@1, pass@8): it spends on tries that pass@8 does not count.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import measure  # first: puts the repository on the path
 import numpy as np
 import optima
 import tyro
+from colours import COLOURS
 
 from harness.report import pyplot
-from verifiers.lines import best_policy
+from verifiers.suspects import best_policy
 
 KS = (8, 32)  # the panels
 MARKED = (1, 2, 4, 8, 16, 32)
@@ -32,6 +35,13 @@ class Args:
     """where the figure goes"""
 
 
+@functools.cache
+def curve(k: int) -> np.ndarray:
+    """pass@1 and pass@k of the frontier over the held-out prompts, from the best for k tries to that for one: (101, 2)."""
+    q, weights, _ = optima.held_out()
+    return optima.frontier(q, weights, k).numpy()
+
+
 def below_frontier(curve: np.ndarray, points: np.ndarray) -> np.ndarray:
     """How much more pass@k the frontier has at a point's pass@1: (S,), 0 on it.
 
@@ -43,44 +53,74 @@ def below_frontier(curve: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def optimum(k: int) -> np.ndarray:
     """(pass@1, pass@8, pass@32) of the best policy for k tries: (3,)."""
-    q, weights, _ = optima.held_out_kinds()
+    q, weights, _ = optima.held_out()
     return np.array([(weights @ optima.pass_at_k(q, best_policy(q, k), j)).item() for j in (1, *KS)])
 
 
-def save_figure(path: Path, curves: Mapping[int, np.ndarray], measured: Mapping[str, np.ndarray]) -> None:
-    """A panel for pass@8 and one for pass@32: frontier, optima for k = 1 to 32, measured means with 95% intervals.
+def label(axis, labels: Sequence[tuple[Sequence[float], str, str]]) -> None:
+    """Write each (point, text, colour) where it covers no point and no other text: the nearest place that is free, with
+    a thin line to the point where that is farther off. To be called when all else is drawn and the layout stands."""
+    from matplotlib.text import Text
 
-    curves: k of the panel -> (G, 2) of `optima.frontier`. measured: name -> (S, 3), pass@1, pass@8 and pass@32 of each
-    of S seeds, 2 to 10. Names that agree up to a comma ("unbiased, k = 2", "unbiased, k = 4") are joined by a line, and
-    each point has its number beside it.
+    renderer, taken = axis.figure.canvas.get_renderer(), []
+    points = axis.transData.transform([point for point, _, _ in labels])  # (L, 2) in pixels
+    rings = [(distance, (turn + 2) * math.pi / 8) for distance in (9, 14, 20, 28, 38, 50, 64, 80) for turn in range(16)]
+    for point, text, colour in labels:
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+        note = axis.annotate(text, point, (0, 0), textcoords="offset points", color=colour, fontsize=8,
+                             ha="center", va="center", arrowprops=line)  # fmt: skip
+        half = Text.get_window_extent(note, renderer).width * 36 / axis.figure.dpi  # half its width in points
+        for distance, angle in rings:
+            note.set_position(((distance + half) * math.cos(angle), distance * math.sin(angle)))
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note, renderer).padded(2)
+            free = not any(box.contains(*xy) for xy in points) and not any(box.overlaps(other) for other in taken)
+            if free and axis.bbox.contains(*box.min) and axis.bbox.contains(*box.max):
+                break
+        note.arrow_patch.set_visible(distance > 14)
+        taken.append(box)
+
+
+def draw(axis, k: int, measured: Mapping[str, np.ndarray]) -> list[tuple]:
+    """pass@1 against pass@k: frontier, optima for k = 1 to 32, and measured means with 95% intervals over seeds.
+
+    measured: name -> (S, 3), pass@1, pass@8 and pass@32 of each of S seeds, up to 10. Names that agree up to a comma
+    ("unbiased, k = 2", "unbiased, k = 4") have one colour and are joined by a line. Returns what `label` takes.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(KS), figsize=(14, 5.2), layout="constrained")
+    column = 1 + KS.index(k)
+    x, y = np.vstack([[0, curve(k)[0, 1]], curve(k)]).T  # (G + 1,) each: from the left edge on
+    axis.set_facecolor("0.93")  # where no policy is
+    axis.fill_between(x, y, color="white")
+    axis.plot(x, y, color="black", linewidth=1, label="frontier: no policy beyond")
+    stars = np.array([optimum(tries)[[0, column]] for tries in MARKED])  # (6, 2)
+    axis.plot(*stars.T, "*", color="black", markersize=8, label="the best for k tries")
+    labels = [(star, f"k = {tries}", "black") for tries, star in zip(MARKED, stars)]
     families = {name: name.partition(",")[0] for name in measured}
-    colours = {family: f"C{i}" for i, family in enumerate(dict.fromkeys(families.values()))}
-    for column, (axis, k) in enumerate(zip(axes, KS), start=1):
-        x, y = np.vstack([[0, curves[k][0, 1]], curves[k]]).T  # (G + 1,) each: from the left edge on
-        axis.set_facecolor("0.93")  # where no policy is
-        axis.fill_between(x, y, color="white")
-        axis.plot(x, y, color="black", linewidth=1, label="frontier: no policy beyond")
-        stars = np.array([optimum(tries)[[0, column]] for tries in MARKED])  # (6, 2)
-        axis.plot(*stars.T, "*", color="black", markersize=8, label="best for 1, 2, 4, 8, 16, 32 tries")
-        for tries, star in zip(MARKED, stars):
-            axis.annotate(tries, star, xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-        for family, colour in colours.items():
-            names = [name for name in measured if families[name] == family]
-            means, errors = zip(*(measure.interval(np.asarray(measured[name])[:, [0, column]]) for name in names))
-            (x, y), (dx, dy) = np.transpose(means), np.transpose(errors)  # (names,) each
-            line = "-" if len(names) > 1 else ""
-            above = 2 if line else 3  # single points, which other families may cover
-            axis.errorbar(x, y, dy, dx, f"o{line}", color=colour, ms=5, linewidth=1, label=family, zorder=above)
-            for name, mean in zip(names, means) if line else ():
-                number = name.rpartition(" ")[2]
-                axis.annotate(number, mean, xytext=(-7, -10), textcoords="offset points", color=colour, fontsize=8)
-        axis.set(
-            xlabel="pass@1", ylabel=f"pass@{k}", title=f"one try against {k}", xlim=(0.28, 0.75), ylim=(0.69, 1.01)
-        )
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    for family in dict.fromkeys(families.values()):
+        colour, names = COLOURS[family.split(" at ")[0]], [name for name in measured if families[name] == family]
+        seeds = [np.asarray(measured[name])[:, [0, column]] for name in names]  # (S, 2) each
+        pairs = [measure.interval(x) if len(x) > 1 else (x[0], 0 * x[0]) for x in seeds]
+        (x, dx), (y, dy) = (np.transpose([(mean[i], error[i]) for mean, error in pairs]) for i in (0, 1))
+        axis.errorbar(x, y, dy, dx, "o-", color=colour, ms=5, linewidth=1, label=family)
+        labels += [((a, b), name.partition(", ")[2] or name, colour) for a, b, name in zip(x, y, names)]
+    axis.set(xlabel="pass@1", ylabel=f"pass@{k}", xlim=(0.2, 0.68))
+    return labels
+
+
+def save_figure(path: Path, panels: Sequence[tuple[str, int, Mapping[str, np.ndarray]]], low: float = 0.62) -> None:
+    """A panel for each (title, k, measured) of `draw`; pass@k from `low` up."""
+    plt = pyplot()
+    size = 5.4 * len(panels) + 2.2, 5.2
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    found, entries = [], {}
+    for axis, (title, k, measured) in zip(axes[0], panels):
+        found.append(draw(axis, k, measured))
+        axis.set(title=title, ylim=(low, 1.01))
+        entries |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries, loc="outside right center", fontsize=9)
+    figure.canvas.draw()  # the layout stands from here on
+    for axis, labels in zip(axes[0], found):
+        label(axis, labels)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -89,12 +129,10 @@ def save_figure(path: Path, curves: Mapping[int, np.ndarray], measured: Mapping[
 def main(args: Args) -> None:
     measured = json.loads(args.measured.read_text()) if args.measured else {}
     measured = {name: np.array(seeds, dtype=float) for name, seeds in measured.items()}
-    q, weights, _ = optima.held_out_kinds()
-    curves = {k: optima.frontier(q, weights, k).numpy() for k in KS}
-    save_figure(args.figure, curves, measured)
+    save_figure(args.figure, [(f"one try against {k}", k, measured) for k in KS])
     rows = []
     for name, seeds in {**{f"best for {k}": optimum(k)[None] for k in MARKED}, **measured}.items():
-        columns = [*seeds.T, *(below_frontier(curves[k], seeds[:, [0, i]]) for i, k in enumerate(KS, start=1))]
+        columns = [*seeds.T, *(below_frontier(curve(k), seeds[:, [0, i]]) for i, k in enumerate(KS, start=1))]
         if len(seeds) == 1:  # exact
             rows.append([name, *(f"{column[0]:.3f}" for column in columns)])
         else:

@@ -25,26 +25,32 @@ import common
 import harness.policy
 
 
-def describe_machine(threads: int, *packages: str) -> dict:
-    """Set the number of threads; print and return what the numbers below depend on. packages: peers, by name."""
-    torch.set_num_threads(threads)
+def machine(threads: int, *packages: str) -> dict:
+    """What numbers depend on. packages: peers, by name."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    machine = {
+    return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "load": round(load, 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **versions,
     }
+
+
+def describe_machine(threads: int, *packages: str) -> dict:
+    """Set the number of threads; print and return what the numbers below depend on. packages: peers, by name."""
+    torch.set_num_threads(threads)
+    found = machine(threads, *packages)
     print(
-        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']} at the start; {machine['threads']} "
-        f"thread(s); GPU: {machine['gpu'] or 'none'}"
+        f"{found['cpu']}, {found['cores']} cores, load {found['load']} at the start; {found['threads']} "
+        f"thread(s); GPU: {found['gpu'] or 'none'}"
     )
-    print(", ".join(f"{name} {machine[name]}" for name in ("python", *versions)) + "\n")
-    return machine
+    names = ("python", "torch", "transformers", *packages)
+    print(", ".join(f"{name} {found[name]}" for name in names) + "\n")
+    return found
 
 
 def cpu_name() -> str:
@@ -118,6 +124,21 @@ def write_json(path: str | None, machine: dict, results) -> None:
     """The numbers behind the tables, if a path was given."""
     if path:
         Path(path).write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+
+
+def records_json(facts: dict) -> str:
+    """The facts as JSON that reads well in a diff: a line for each record of a list and each entry of a dict."""
+    parts = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            rows, ends = [f"{json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()], "{}"
+        elif isinstance(value, list):
+            rows, ends = [json.dumps(row) for row in value], "[]"
+        else:
+            parts.append(f"{json.dumps(name)}: {json.dumps(value)}")
+            continue
+        parts.append(f"{json.dumps(name)}: {ends[0]}\n" + ",\n".join(f"  {row}" for row in rows) + f"\n{ends[1]}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def tiny_policy(

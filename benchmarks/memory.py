@@ -53,7 +53,7 @@ class Args:
 def make(args: Args, prompts: int) -> tuple[common.Policy, common.Rollouts, torch.Tensor]:
     """The model, or a small one of random weights; random tokens, random advantages (prompts, n)."""
     if args.model:
-        policy = load_policy(args.model, load_task("lines"), args.device)
+        policy = load_policy(args.model, load_task("suspects"), args.device)
     else:
         policy = measure.tiny_policy(args.device, hidden=128, layers=2, vocabulary=args.vocabulary)
     generator, vocabulary = torch.Generator().manual_seed(0), policy.model.config.vocab_size

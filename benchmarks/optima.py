@@ -1,4 +1,4 @@
-"""The best that any policy can do on `lines`, exactly: what each objective tends to, before anything is run.
+"""The best that any policy can do on `suspects`, exactly: what each objective tends to, before anything is run.
 
     python benchmarks/optima.py                 # the tables
     python benchmarks/optima.py --predictions   # writes predictions.json beside this file
@@ -10,7 +10,6 @@ Tries are independent. Tang: arXiv 2503.19595; Chow: 2412.15287; MaxRL: 2602.027
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 import tyro
 
 from verifiers import Problem
-from verifiers.lines import PRIOR, all_problems, best_policy, fitting_slopes, posterior
+from verifiers.suspects import LEVELS, best_policy, posterior, spread_problems
 
 TRIES = (1, 2, 4, 8, 16, 32)
 PREDICTIONS = Path(__file__).with_name("predictions.json")
@@ -38,29 +37,24 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prompts_once(held_out: bool = True) -> list[Problem]:
-    """One problem for each prompt on this side of the split, level by level; which answer it has means nothing."""
-    return list({p.prompt: p for pool in all_problems(held_out).values() for p in pool}.values())
+@functools.cache
+def problems_of(held_out: bool = True, name: str = "suspects") -> list[Problem]:
+    """The held-out problems of the task, 50 a level and 48 at level 2, or as many training ones; all prompts differ."""
+    return spread_problems(name, held_out)
 
 
-def prompt_weights(problems: Sequence[Problem], name: str = "lines") -> torch.Tensor:
-    """The share of each of `prompts_once` in the task's problems: levels alike, in a level prompts by probability.
-
-    Returns (P,) float64 that add up to 1. A mean with these weights is what sampling fresh problems tends to.
-    """
-    chance = torch.tensor([sum(PRIOR[name][a] for a in fitting_slopes(p.prompt)) for p in problems]).double()
-    levels = torch.tensor([p.level for p in problems])
-    total = torch.zeros(9, dtype=torch.float64).index_add(0, levels, chance)
-    return chance / total[levels] / len(levels.unique())
+def level_weights(problems: Sequence[Problem]) -> torch.Tensor:
+    """The share of each problem in a mean over levels, in which all count alike: (P,) float64 that add up to 1."""
+    levels = torch.tensor([problem.level for problem in problems])
+    _, level, counts = levels.unique(return_inverse=True, return_counts=True)
+    return 1 / counts[level].double() / len(counts)
 
 
 @functools.cache
-def held_out_kinds() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q (U, 8), weights (U,), levels (U,) of the held-out prompts, those with equal q taken together: U = 15 of 400."""
-    problems = prompts_once()
-    q, kind = posterior([p.prompt for p in problems]).unique(dim=0, return_inverse=True)
-    weights = torch.zeros(len(q), dtype=torch.float64).index_add(0, kind, prompt_weights(problems))
-    return q, weights, (q > 0).sum(-1)
+def held_out() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (P, 8), weights (P,) and levels (P,) of the held-out prompts."""
+    q = posterior([problem.prompt for problem in problems_of()])
+    return q, level_weights(problems_of()), (q > 0).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,17 +68,17 @@ def pass_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @functools.cache
-def vote_counts(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All ways in which k votes fall on 8 candidates and elsewhere: the counts (C, 9), elsewhere last; the logarithm
-    of their multinomial coefficients (C,); each candidate's share of the win (C, 8). C = binomial(k + 8, 8): 12 870 for
-    k = 8, and more than memory holds for k = 32.
+def vote_counts(k: int, m: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All ways in which k votes fall on m candidates and elsewhere: the counts (C, m+1), elsewhere last; the logarithm
+    of their multinomial coefficients (C,); each candidate's share of the win (C, m). C = binomial(k + m, m): 12 870 for
+    k = m = 8, and more than memory holds for k = 32.
     """
-    bars = torch.tensor(list(itertools.combinations(range(k + 8), 8)))  # (C, 8): stars and bars
-    edges = torch.cat([torch.full_like(bars[:, :1], -1), bars, torch.full_like(bars[:, :1], k + 8)], 1)
-    counts = (edges.diff(dim=-1) - 1).double()  # (C, 9)
-    top = counts[:, :8].amax(-1, keepdim=True)  # (C, 1)
-    won = counts[:, :8] == top
-    tied = won.sum(-1, keepdim=True) + (top == 1) * counts[:, 8:]
+    bars = torch.tensor(list(itertools.combinations(range(k + m), m)))  # (C, m): stars and bars
+    edges = torch.cat([torch.full_like(bars[:, :1], -1), bars, torch.full_like(bars[:, :1], k + m)], 1)
+    counts = (edges.diff(dim=-1) - 1).double()  # (C, m+1)
+    top = counts[:, :m].amax(-1, keepdim=True)  # (C, 1)
+    won = counts[:, :m] == top
+    tied = won.sum(-1, keepdim=True) + (top == 1) * counts[:, m:]
     orders = math.lgamma(k + 1) - torch.lgamma(counts + 1).sum(-1)
     return counts, orders, won / tied * (top > 0)  # where no candidate has a vote, none wins
 
@@ -92,12 +86,18 @@ def vote_counts(k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def maj_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
     """maj@k: the expected reward of the most voted answer of k, ties split: (P,), by enumeration of all vote counts.
 
-    Each response elsewhere is an answer of its own, which nobody else gives, and wrong.
+    Each response elsewhere is an answer of its own, which nobody else gives, and wrong. pi: (..., P, 8), and so is what
+    is returned without its last dimension.
     """
-    counts, orders, share = vote_counts(k)
-    everywhere = torch.cat([pi, 1 - pi.sum(-1, keepdim=True)], -1).clamp(min=1e-300)  # (P, 9)
-    chance = (orders + everywhere.log() @ counts.T).exp()  # (P, C)
-    return (chance * (q @ share.T)).sum(-1)
+    size, value = (q > 0).sum(-1), pi.new_zeros(pi.shape[:-1])
+    for m in size.unique().tolist():
+        some = size == m  # (P,)
+        counts, orders, share = vote_counts(k, m)
+        listed = pi[..., some, :m]  # (..., P', m)
+        everywhere = torch.cat([listed, 1 - listed.sum(-1, keepdim=True)], -1).clamp(min=1e-300)  # (..., P', m+1)
+        chance = (orders + everywhere.log() @ counts.T).exp()  # (..., P', C)
+        value[..., some] = (chance * (q[some, :m] @ share.T)).sum(-1)
+    return value
 
 
 def best_of_n(q: torch.Tensor, pi: torch.Tensor, scores: torch.Tensor, N: int) -> torch.Tensor:
@@ -134,7 +134,7 @@ def kl(pi: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 def at_temperature(pi: torch.Tensor, temperature: float) -> torch.Tensor:
     """The policy ~ pi^(1/T), (P, 8), of one with nothing elsewhere. It is what sampling tokens at T does to a policy
-    that leaves open only the first token, a: the rest of the line follows."""
+    that leaves open one token of the name: the rest follows."""
     pi = pi ** (1 / temperature)
     return pi / pi.sum(-1, keepdim=True)
 
@@ -270,7 +270,7 @@ def predictions() -> dict:
 
     A number is a limit: what the optimum of the one objective scores less that of the other, or less the uniform base.
     """
-    q, weights, levels = held_out_kinds()
+    q, weights, levels = held_out()
     policy = optima(q)
     base = policy["base"]
 
@@ -302,7 +302,7 @@ def predictions() -> dict:
     rows = [
         *((claim, "bandit, not this task", None) for claim in ("B1", "B2", "B3")),
         ("M1", "pass@4, k = 4 less mean", gain("k4", 4, "k1")),
-        *(("M1", f"the same, level {x}", gain("k4", 4, "k1", (x,))) for x in range(1, 9)),
+        *(("M1", f"the same, level {x}", gain("k4", 4, "k1", (x,))) for x in LEVELS),
         ("M2", "advantage at k = 16 less that at k = 2", gain("k16", 16, "k1") - gain("k2", 2, "k1")),
         *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", k, "k1")) for k in (2, 4, 8, 16, 32)),
         ("M3", "pass@8, k = 8 less mean, levels 6 to 8", gain("k8", 8, "k1", hard)),
@@ -320,16 +320,16 @@ def predictions() -> dict:
           for N in (8, 1, 2, 4, 16, 32)),
         *(("C1", f"bon@{N}, BoN-RL-V less plain RL", 0.0) for N in (8, 32)),
         ("C1", "AUC within problems, the posterior less the verifier", None),
-        ("C1", "share of winners that fit no line, after, N = 32 less N = 8", None),
+        ("C1", "share of winners that are not listed, after, N = 32 less N = 8", None),
         *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("k8", k)) for k in (16, 8, 32)),
         *(("C2", f"pass@{k}, the same, exact", gain("k8", k)) for k in (16, 8, 32)),
         ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("k8", 16)),
         ("C3", "pass@16, mean, before less after", -gain("k1", 16)),
         ("C3", "pass@16, BoN-RLB(P) less mean", gain("k8", 16, "k1")),
         ("C3", "pass@32, BoN-RLB(P) less mean", gain("k8", 32, "k1")),
-        *(("C4", f"bon@{N}, SFT, before less after", -gain("sft", N)) for N in (16, 8, 32)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft-8", N)) for N in (16, 8, 32)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft-8", N, "sft")) for N in (16, 8, 32)),
+        *(("C4", f"bon@{N}, SFT, before less after", -gain("sft", N)) for N in (32, 16, 8)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft-8", N)) for N in (32, 16, 8)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft-8", N, "sft")) for N in (32, 16, 8)),
         *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", k)) for k in (16, 2, 4, 32)),
         ("C5", "N = 2: pass@16", gain("k2", 16)),
         ("C5", "N = 16: pass@2", gain("k16", 2)),
@@ -350,10 +350,10 @@ def predictions() -> dict:
 
 def main(args: Args) -> None:
     if args.predictions:
-        PREDICTIONS.write_text(json.dumps(predictions(), indent=2) + "\n")
+        PREDICTIONS.write_text(measure.records_json(predictions()))
         print(PREDICTIONS)
         return
-    q, weights, _ = held_out_kinds()
+    q, weights, _ = held_out()
     print("the optimum of each objective, over the held-out prompts\n")
     rows = [[name, *(f"{weights @ pass_at_k(q, pi, k):.3f}" for k in TRIES)] for name, pi in optima(q).items()]
     measure.print_table(["", *(f"pass@{k}" for k in TRIES)], rows)

@@ -17,7 +17,7 @@ from harness.policy import TINY
 
 CASES = {  # prompts, samples, tokens of a prompt, tokens of a response
     "tiny on arithmetic": (64, 16, 6, 8),
-    "tiny on chain": (32, 16, 15, 16),
+    "with a scratchpad": (32, 16, 15, 16),
     "a few-shot prompt": (8, 16, 100, 16),
 }
 

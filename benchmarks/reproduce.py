@@ -1,20 +1,20 @@
-"""The papers' claims (B1-B3, M1-M5, C1-C5) and three questions neither paper asks: predicted, then measured on `lines`.
+"""The papers' claims (B1-B3, M1-M5, C1-C5) and three questions neither paper asks: predicted, then measured.
 
     python benchmarks/reproduce.py               # 5 seeds of 28 settings
     python benchmarks/reproduce.py --quick       # 3 seeds of five settings, which the whole takes over
     python benchmarks/reproduce.py --report      # runs nothing: the tables of what there is
     python benchmarks/reproduce.py --programs    # M4 on `programs`, too: two settings more
 
-Every number comes from RUNS, which are commands to be run by themselves, too: 60 steps of about 1024 samples (64
-prompts x 16, or as many in other groups), some 45 s each on one thread. 28 settings x 5 seeds, two at a time, took 84
-minutes, 11 of them the warm starts. A run that was stopped is resumed, a finished one not made again.
+The task is `suspects`. Every number comes from RUNS, which are commands that can also be run by themselves: the
+scripts' own settings, 150 steps of 256 samples (16 prompts x 16, or as many in other groups), a learning rate that
+falls from 2e-4 to 0. A run that was stopped is resumed, a finished one not made again.
 
 Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
-without sampling (exact.py) on every held-out prompt and on every training prompt; exact.json lies beside the run.
-predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory says of the optima.
-These are limits, not where 60 steps end: so the verdict is on the sign of what the claim says, and beside it stands the
-share of the predicted change that was reached. Differences are paired by seed; ± is a 95% confidence interval over
-seeds (Student's t). Writes results.json, tables and the measured points of frontier.py to --out.
+without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike; exact.json
+lies beside the run. predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory
+says of the optima. These are limits, not where 150 steps end: so the verdict is on the sign of what the claim says, and
+beside it stands the share of the predicted change that was reached. Differences are paired by seed; ± is a 95%
+confidence interval over seeds (Student's t). Writes results.json, tables and the measured points of frontier.py to --out.
 """
 
 import datetime
@@ -39,7 +39,7 @@ import measure
 import numpy as np
 import optima
 import torch
-from optima import prompt_weights
+from optima import level_weights
 from tqdm import tqdm
 
 import bandit
@@ -47,14 +47,14 @@ import common
 from harness.policy import encode_prompts, load_policy, tiny_policy_folder
 from harness.run import run_cli
 from verifiers import BadInput, Problem, learned, load_task
-from verifiers.lines import fitting_lines, line, posterior
+from verifiers.suspects import LEVELS, MOST, listed, posterior, suspect
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"  # results.json and README.md, see --publish
 
 FORMALITY = "--eval-every 0 --eval-problems 1 --eval-n 32"  # the scripts' own evaluation, by sampling, is not used
-SHARED = f"--steps 60 --lr 1e-4 {FORMALITY}"
-PASS = f"pass_at_k_pg.py {SHARED}"  # 64 prompts x 16 samples a step
+SHARED = f"--steps 150 --prompts-per-step 16 --lr 2e-4 {FORMALITY}"
+PASS = f"pass_at_k_pg.py {SHARED}"  # 16 samples to a prompt
 BON = f"bon_rl.py {SHARED} --N 8 --n 16"
 VERIFIER_PROBLEMS = 2000
 LEARNED = f"{BON} --verifier learned --verifier-problems {VERIFIER_PROBLEMS}"
@@ -67,14 +67,14 @@ RUNS = {
     "mean": f"{PASS} --k 4 --estimator mean",  # with n = 16 it is the same for every k
     **{f"k{k}": f"{PASS} --k {k}" for k in (2, 4, 8, 16)},
     **{
-        f"{name}-20": PASS.replace("--steps 60", "--steps 20") + flags  # for variance.py: on the way
+        f"{name}-50": PASS.replace("--steps 150", "--steps 50") + flags  # for variance.py: less far on the way
         for name, flags in (("mean", " --k 4 --estimator mean"), ("k8", " --k 8"))
     },
-    "k32": f"{PASS} --k 32 --prompts-per-step 32",
+    "k32": f"{PASS} --k 32 --prompts-per-step 8",
     "learned-exact": LEARNED,
     **{f"k{k}-biased": f"{PASS} --k {k} --estimator biased" for k in (2, 4, 8, 16)},
     "maxrl": f"{PASS} --k 16 --estimator maxrl",
-    "k8-n8": f"{PASS} --k 8 --n 8 --prompts-per-step 128",  # n = k, as many samples a step
+    "k8-n8": f"{PASS} --k 8 --n 8 --prompts-per-step 32",  # n = k, as many samples a step
     "hard-mean": f"{PASS} --k 8 --estimator mean --levels 6 7 8",
     "hard-k8": f"{PASS} --k 8 --levels 6 7 8",
     "learned-mean": f"{LEARNED} --estimator mean",
@@ -82,8 +82,8 @@ RUNS = {
         f"vote-{estimator}-{beta}": f"{VOTE} --estimator {estimator} --kl-coef {beta}"
         for beta, estimator in itertools.product((0.3, 0.5, 0.8), ("mean", "biased"))
     },
-    "rlb-positive": f"{BON} --estimator rlb-positive",
-    "variational": f"bon_rl.py {SHARED} --N 8 --n 24 --prompts-per-step 43 --estimator variational",  # 3 groups of N
+    "rlb-p": f"{BON} --estimator rlb-p",
+    "variational": f"bon_rl.py {SHARED} --N 8 --n 24 --prompts-per-step 11 --estimator variational",  # 3 groups of N
     "sft": f"{SFT} --N 1",
     "bon-sft": f"{SFT} --N 8",
 }
@@ -95,7 +95,7 @@ QUICK = ("mean", "k4", "k8", "sft", "bon-sft")  # for what they decide in ten mi
 POLICIES = {
     "base": ("base", None), "mean": ("mean", 1), **{f"k{k}": (f"unbiased, k = {k}", k) for k in (2, 4, 8, 16, 32)},
     **{f"k{k}-biased": (f"biased, k = {k}", k) for k in (2, 4, 8, 16)}, "maxrl": ("MaxRL, n = 16", None),
-    "rlb-positive": ("BoN-RLB(P), N = 8", 8), "variational": ("BoN-RL variational, N = 8", 8),
+    "rlb-p": ("BoN-RLB(P), N = 8", 8), "variational": ("BoN-RL variational, N = 8", 8),
     "sft": ("SFT", None), "bon-sft": ("BoN-SFT, N = 8", 8),
 }  # fmt: skip
 
@@ -197,7 +197,7 @@ def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
 
     return [
         ("M1", "pass@4, k = 4 less mean", gain("k4", "pass@4", "mean")),
-        *(("M1", f"the same, level {x}", gain("k4", "pass@4", "mean", (x,))) for x in range(1, 9)),
+        *(("M1", f"the same, level {x}", gain("k4", "pass@4", "mean", (x,))) for x in LEVELS),
         ("M2", "advantage at k = 16 less that at k = 2",
          lambda seed: seed.gain("k16", "pass@16", "mean") - seed.gain("k2", "pass@2", "mean")),
         *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", f"pass@{k}", "mean")) for k in (2, 4, 8, 16, 32)),
@@ -219,18 +219,18 @@ def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
           for N in (8, 32)),
         ("C1", "AUC within problems, the posterior less the verifier",
          lambda seed: -np.diff([seed.at("learned-exact", x, (), "before") for x in ("AUC of q", "AUC")]).item()),
-        ("C1", "share of winners that fit no line, after, N = 32 less N = 8",
+        ("C1", "share of winners that are not listed, after, N = 32 less N = 8",
          lambda seed: seed.at("learned-exact", "misfit@32") - seed.at("learned-exact", "misfit@8")),
         *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("variational", f"pass@{k}"))
           for k in (16, 8, 32)),
         *(("C2", f"pass@{k}, the same, exact", gain("k8", f"pass@{k}")) for k in (16, 8, 32)),  # pass_at_k_pg.py
-        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-positive", "pass@16")),
+        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-p", "pass@16")),
         ("C3", "pass@16, mean, before less after", loss("mean", "pass@16")),
-        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-positive", "pass@16", "mean")),
-        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-positive", "pass@32", "mean")),
-        *(("C4", f"bon@{N}, SFT, before less after", loss("sft", f"pass@{N}")) for N in (16, 8, 32)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft", f"pass@{N}")) for N in (16, 8, 32)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (16, 8, 32)),
+        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-p", "pass@16", "mean")),
+        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-p", "pass@32", "mean")),
+        *(("C4", f"bon@{N}, SFT, before less after", loss("sft", f"pass@{N}")) for N in (32, 16, 8)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft", f"pass@{N}")) for N in (32, 16, 8)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (32, 16, 8)),
         *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", f"pass@{k}")) for k in (16, 2, 4, 32)),
         ("C5", "N = 2: pass@16", gain("k2", "pass@16")),
         ("C5", "N = 16: pass@2", gain("k16", "pass@2")),
@@ -248,7 +248,7 @@ def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
 
 def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, float]]:
     """Weighted means of metrics (P,): name -> level -> value, the levels being "all", "1", "2", ..."""
-    weights, levels = prompt_weights(problems), torch.tensor([problem.level for problem in problems])
+    weights, levels = level_weights(problems), torch.tensor([problem.level for problem in problems])
     groups = {"all": torch.ones_like(weights)} | {str(x): (levels == x).double() for x in levels.unique().tolist()}
     shares = {level: weights * some / (weights @ some) for level, some in groups.items()}
     return {name: {level: (share @ value).item() for level, share in shares.items()} for name, value in metrics.items()}
@@ -256,50 +256,49 @@ def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> d
 
 @functools.cache
 def prompts(where: str) -> list[Problem]:
-    """Every held-out prompt, or every fourth training prompt, which are as many."""
-    return optima.prompts_once() if where == "held-out" else optima.prompts_once(False)[::4]
+    """The fixed problems of the exact evaluation: "held-out", or "training"."""
+    return optima.problems_of(where == "held-out")
 
 
 @functools.cache
 def log_probs(model: str, where: str = "held-out", temperature: float = 1.0) -> torch.Tensor:
     """`exact.candidate_log_probs` of a policy, by name or folder, for these `prompts`: (P, 8)."""
-    task = lines_task()
+    task = the_task()
     with torch.no_grad():
         policy = load_policy(model, task, "cpu")
         return exact.candidate_log_probs(policy, task, prompts(where), temperature)
 
 
 @functools.cache
-def lines_task():
-    return load_task("lines")
+def the_task():
+    return load_task("suspects")
 
 
 @functools.cache
 def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
-    """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level -> value.
+    """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric, level -> value.
 
-    bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, how often the winner among N fits no line;
+    bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, how often the winner among N is not listed;
     AUC within problems, the verifier's and that of q on the very same samples. It is sampled, unlike all else, because
-    a verifier scores what fits no line, too, and may like it best.
+    a verifier scores what is not listed, too, and may like it best.
     """
-    task, problems = lines_task(), prompts("held-out")
-    texts, weights = [problem.prompt for problem in problems], prompt_weights(problems)
+    task, problems = the_task(), prompts("held-out")
+    texts, weights = [problem.prompt for problem in problems], level_weights(problems)
     tiny = tiny_policy_folder(task, seed)
     (folder,) = tiny.parent.glob(f"{tiny.name}-verifier-*-p{VERIFIER_PROBLEMS}-*")  # runs leave it in the cache
     policy, verifier = load_policy(model, task, "cpu"), learned.load_verifier(str(folder), task)
     encoded = encode_prompts(policy, task, problems, task.max_new_tokens)
     rollouts = common.sample(policy, encoded, 64, task.max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    responses, fitting = common.decode(policy, rollouts), [[*fitting_lines(text), None] for text in texts]
-    place = [[[*lines, line(x)].index(line(x)) for x in row] for lines, row in zip(fitting, responses)]
-    misfit = torch.tensor([[i >= len(lines) - 1 for i in row] for lines, row in zip(fitting, place)])  # (P, 64)
-    place, scores = torch.tensor(place).masked_fill(misfit, 8), verifier.score(texts, responses)  # (P, 64) each
-    q = posterior(texts)
+    responses = common.decode(policy, rollouts)
+    place = [{name: i for i, name in enumerate(listed(text))} for text in texts]
+    place = torch.tensor([[of.get(suspect(x), MOST) for x in row] for of, row in zip(place, responses)])  # (P, 64)
+    misfit, scores, q = place == MOST, verifier.score(texts, responses), posterior(texts)
     chance = torch.nn.functional.pad(q, (0, 1)).gather(-1, place)  # (P, 64): of being right
     metrics = {f"bon@{N}": common.best_of_k(scores, chance, N) for N in optima.TRIES}
     metrics |= {f"misfit@{N}": common.best_of_k(scores, misfit.double(), N) for N in optima.TRIES}
     result = by_level(metrics, problems)
     for name, by in (("AUC", scores), ("AUC of q", chance)):
-        auc = [[learned.auc(s, (row == y).double()) for y in range(8)] for s, row in zip(by, place)]
+        auc = [[learned.auc(s, (row == y).double()) for y in range(MOST)] for s, row in zip(by, place)]
         auc = torch.tensor(auc).double()  # (P, 8): nan where not both right and wrong samples
         share = weights.unsqueeze(-1) * q * auc.isfinite()
         result[name] = {"all": ((share * auc.nan_to_num()).sum() / share.sum()).item()}
@@ -321,13 +320,13 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
 
     def metrics(where: str, temperature: float = 1.0, votes: Sequence[int] = ()):
         log_pi, base_log_pi = (log_probs(m, where, temperature) for m in (model, base))
-        return by_level(exact.exact_metrics(log_pi, prompts(where), "lines", base_log_pi, votes), prompts(where))
+        return by_level(exact.exact_metrics(log_pi, prompts(where), "suspects", base_log_pi, votes), prompts(where))
 
     result = {"held-out": metrics("held-out", votes=(8,)), "training": metrics("training")}
     if name in ("base", "k8"):
         result |= {f"T = {T}": metrics("held-out", T) for T in (0.7, 1.3)}
     if name.startswith("vote"):  # the frontier keeps what lies elsewhere where it is in the base policy
-        q, base_pi, weights = posterior([p.prompt for p in problems]), log_probs(base).exp(), prompt_weights(problems)
+        q, base_pi, weights = posterior([p.prompt for p in problems]), log_probs(base).exp(), level_weights(problems)
         fits = base_pi.sum(-1, keepdim=True)  # (P, 1)
         kl = result["held-out"]["kl"]["all"]
         best = fits * optima.mean_kl_policy_at(q, weights * fits.squeeze(-1), base_pi / fits, kl)  # (P, 8)
@@ -356,8 +355,8 @@ def run_folder(out: Path, name: str, seed: int, words: str | None = None) -> Pat
 
 
 class Runs:
-    """Makes runs, several at a time. A failure is kept in `failed` and stops no other. What is run, in which stages and
-    how it is evaluated are methods, which real_model.py replaces."""
+    """Makes runs, several at a time. A failure is kept in `failed` and stops no other. What is run, in which stages,
+    when it is done and what is kept of it are methods, which real_model.py replaces."""
 
     threads = 1
 
@@ -368,8 +367,14 @@ class Runs:
     def command(self, name: str, seed: int) -> str:
         return command(name, seed)
 
-    def evaluation(self, name: str, seed: int, folder: Path) -> dict:
-        return evaluation(name, seed, folder)
+    def done(self, name: str, seed: int) -> bool:
+        return (run_folder(self.out, name, seed, self.command(name, seed)) / "exact.json").exists()
+
+    def keep(self, name: str, seed: int, folder: Path) -> None:
+        """Evaluate a finished run, and leave what marks it as done."""
+        (folder / "exact.unfinished").write_text(json.dumps(evaluation(name, seed, folder)))
+        os.replace(folder / "exact.unfinished", folder / "exact.json")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
 
     def stages(self) -> list[list[tuple[str, int]]]:
         """(name, seed) of all runs; those of a stage wait for the one before."""
@@ -379,7 +384,7 @@ class Runs:
         """Run, or resume, and evaluate what is not done yet of one run."""
         words = self.command(name, seed)
         folder = run_folder(self.out, name, seed, words)
-        if (folder / "exact.json").exists() or self.stopping:
+        if self.done(name, seed) or self.stopping:
             return
         script, *flags = shlex.split(words)
         log = self.out / "logs" / f"{folder.name}.txt"
@@ -401,10 +406,7 @@ class Runs:
             self.failed.append(f"{folder.name}: see {log}")
             return
         with self.evaluating:  # loading a model is not for several threads
-            result = json.dumps(self.evaluation(name, seed, folder))
-        (folder / "exact.unfinished").write_text(result)
-        os.replace(folder / "exact.unfinished", folder / "exact.json")
-        (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
+            self.keep(name, seed, folder)
 
     def make_all(self) -> None:
         """All of them, seed by seed, warm starts first. On Ctrl-C the runs save what they have, and KeyboardInterrupt
@@ -493,7 +495,7 @@ def policy_rows(out: Path, seeds: int) -> list[dict]:
         points, _ = over_seeds(out, seeds, lambda seed: [seed.at(name, f"pass@{j}") for j in (1, 8, 32)])
         row = {"policy": label, "k": k, "points": points.tolist()}
         for where in ("held-out", "training") if k else ():
-            best = prompt_weights(prompts(where)) @ lines_task().best(prompts(where), k)
+            best = level_weights(prompts(where)) @ the_task().best(prompts(where), k)
 
             def share(seed: Seed) -> float:
                 now, base = (seed.at(x, f"pass@{k}", (), where) for x in (name, "base"))
@@ -507,7 +509,7 @@ def policy_rows(out: Path, seeds: int) -> list[dict]:
 
 def verifier_rows(out: Path, seeds: int) -> list[dict]:
     """C1's curve: bon@N under the learned verifier, a value a seed, before and after, and predicted for one that knows
-    q; misfit@N: winners that fit no line."""
+    q; misfit@N: winners that are not listed."""
     known, rows = json.loads(optima.PREDICTIONS.read_text())["verifier"], []
     places = {"before": ("learned-exact", "before"), "BoN-RL-V": ("learned-exact", "held-out"),
               "plain RL": ("learned-mean", "held-out")}  # fmt: skip
@@ -603,7 +605,7 @@ def main(args: Args) -> None:
         "rows": bandit_rows() + claim_rows(args.out, seeds),
         "policies": policy_rows(args.out, seeds), "verifier": verifier_rows(args.out, seeds),
     }  # fmt: skip
-    (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "results.json").write_text(measure.records_json(result))
     points = {row["policy"]: row["points"] for row in result["policies"]}
     (args.out / "measured.json").write_text(json.dumps(points, indent=1) + "\n")
     for name, table in tables(result).items():

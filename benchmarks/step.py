@@ -95,7 +95,7 @@ class OurStep:
 
         part = {"sample": measure.seconds(sample), "verify": measure.seconds(verify), "train": measure.seconds(train)}
         part["total"] = sum(part.values())
-        self.parts.append(part | {"signal": self.stats["signal"], "tokens": int(self.rollouts.mask.sum())})
+        self.parts.append(part | {"signal": self.stats["nonzero_advantage"], "tokens": int(self.rollouts.mask.sum())})
 
 
 def pair(name: str, case: str, args: Args) -> tuple[list[float], list[dict]]:

@@ -19,7 +19,7 @@ from bon_rl import advantages  # noqa: E402
 
 K = 4
 REWARD = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-ESTIMATORS = {"exact": "leave-one-out (Tang)", "rlb": "BoN-RLB", "rlb-positive": "BoN-RLB(P)", "rlb-all": "all samples"}
+ESTIMATORS = {"exact": "leave-one-out (Tang)", "rlb": "BoN-RLB", "rlb-p": "BoN-RLB(P)", "rlb-all": "all samples"}
 
 
 def policy(p_fail: float) -> torch.Tensor:

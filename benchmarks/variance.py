@@ -1,13 +1,13 @@
 """Bias and variance of every estimator here, held to exact gradients: on a bandit, and on the network itself.
 
-    python benchmarks/variance.py                          # the bandit; tiny, as warm-started on `lines`
+    python benchmarks/variance.py                          # the bandit; tiny, as warm-started on `suspects`
     python benchmarks/variance.py --runs runs/reproduce    # how the gradients of pass@1 and pass@8 lie in training, too
 
 Bandit: 4 arms, all 4^8 draws of 8 samples, k = 4, float64.
 
-Network: on `lines` J_k is a function of the log-probs of 1 to 8 lines a prompt, so that autograd gives its gradient in
-parameter space without sampling. So it does for the mean of an estimator that sees rewards of 0 and 1 only: with y
-the hidden answer and c of n samples right,
+Network: on `suspects` J_k is a function of the log-probs of the names a prompt lists, so that autograd gives its
+gradient in parameter space without sampling. So it does for the mean of an estimator that sees rewards of 0 and 1 only:
+with y the hidden answer and c of n samples right,
 
     E[ sum_i A_i grad log pi(y_i) ] = w(pi_y) grad log pi(y),    w(p) = E_c[ A(right) - A(wrong) p / (1-p) ]
 
@@ -38,7 +38,7 @@ from harness.policy import encode_prompts, load_policy
 from harness.run import random_numbers
 from pass_at_k_pg import advantages
 from verifiers import Problem, Task, load_task
-from verifiers.lines import fitting_lines, line, posterior
+from verifiers.suspects import LEVELS, listed, posterior, suspect
 
 K = 4  # of pass@k on the bandit
 
@@ -46,7 +46,7 @@ K = 4  # of pass@k on the bandit
 @dataclass
 class Args:
     draws: int = 32
-    """estimates on the network, each from 48 samples to each of 16 prompts; 0: the bandit alone"""
+    """estimates on the network, each from 48 samples to each of 14 prompts; 0: the bandit alone"""
     runs: Path | None = None
     """folder of reproduce.py: the cosines of two gradients along its runs"""
     seeds: int = 5
@@ -153,7 +153,7 @@ NETWORK = {
     "biased, k = 8, n = k": Estimator(lambda r: advantages(r, 8, "biased"), 8, "pass@7", 8),
     "biased, k = 8, n = 16": Estimator(lambda r: advantages(r, 8, "biased"), 16, "pass@7"),
     "MaxRL, n = 16": Estimator(lambda r: advantages(r, 8, "maxrl"), 16, "MaxRL"),
-    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb-positive"), 16, "pass@8"),
+    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb-p"), 16, "pass@8"),
     "BoN-RLB, N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb"), 16, "pass@8"),
     "variational, N = 8, n = 24": Estimator(lambda r: bon_rl.advantages(r, r, 8, "variational"), 24, "pass@8", 8),
 }  # fmt: skip
@@ -202,9 +202,9 @@ def estimates(policy: common.Policy, task: Task, problems: Sequence[Problem], dr
     answers = torch.multinomial(posterior(texts), 1, generator=generator)[:, 0].tolist()
     prompts = encode_prompts(policy, task, problems, task.max_new_tokens)
     rollouts = common.sample(policy, prompts, SAMPLES, task.max_new_tokens, generator=generator)
-    hidden = [fitting_lines(text)[answer] for text, answer in zip(texts, answers)]
+    hidden = [listed(text)[answer] for text, answer in zip(texts, answers)]
     responses = common.decode(policy, rollouts)
-    rewards = torch.tensor([[line(x) == answer for x in row] for answer, row in zip(hidden, responses)]).double()
+    rewards = torch.tensor([[suspect(x) == answer for x in row] for answer, row in zip(hidden, responses)]).double()
     result = {}
     for name, estimator in NETWORK.items():
         policy.model.zero_grad()
@@ -220,15 +220,15 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def network_moments(model: str, draws: int) -> dict[str, dict[str, float]]:
-    """Of each of NETWORK on 16 training prompts, two a level, by name:
+    """Of each of NETWORK on 14 training prompts, two a level, by name:
 
     bias: of the mean estimate, in lengths of the gradient of what it is meant to ascend; direction: cosine of the mean
     estimate and the gradient of pass@8; deviation: of one estimate, in lengths of the mean one; one: mean cosine of one
     estimate and the gradient of pass@8.
     """
-    task, problems = load_task("lines"), []
-    for level in range(1, 9):
-        some = [problem for problem in optima.prompts_once(held_out=False) if problem.level == level]
+    task, problems = load_task("suspects"), []
+    for level in LEVELS:
+        some = [problem for problem in optima.problems_of(held_out=False) if problem.level == level]
         problems += [some[len(some) // 3], some[2 * len(some) // 3]]
     policy = load_policy(model, task, "cpu")
     truth = exact_gradients(policy, task, problems)
@@ -249,11 +249,11 @@ def network_moments(model: str, draws: int) -> dict[str, dict[str, float]]:
 
 
 def interference(policy: common.Policy, task: Task, problems: Sequence[Problem]) -> list[float]:
-    """Cosines of the gradients of pass@1 and pass@8 over the prompts of each level, 1 to 8, and over all, (9,)."""
+    """Cosines of the gradients of pass@1 and pass@8 over the prompts of each level, 2 to 8, and over all, (8,)."""
     total, cosines = [0.0, 0.0], []
-    for level in range(1, 9):
+    for level in LEVELS:
         some = [problem for problem in problems if problem.level == level]
-        q, weights = posterior([p.prompt for p in some]), optima.prompt_weights(some)
+        q, weights = posterior([p.prompt for p in some]), optima.level_weights(some)
         pi = exact.candidate_log_probs(policy, task, some).exp()
         pair = [flat_gradient(policy, weights @ optima.pass_at_k(q, pi, k)) for k in (1, 8)]
         total = [a + b for a, b in zip(total, pair)]
@@ -262,14 +262,14 @@ def interference(policy: common.Policy, task: Task, problems: Sequence[Problem])
 
 
 ALONG = {
-    "before": "base", "mean, 20 steps": "mean-20", "mean, 60 steps": "mean", "k = 8, 20 steps": "k8-20",
-    "k = 8, 60 steps": "k8",
+    "before": "base", "mean, 50 steps": "mean-50", "mean, 150 steps": "mean", "k = 8, 50 steps": "k8-50",
+    "k = 8, 150 steps": "k8",
 }  # fmt: skip
 
 
 def interference_along(out: Path, seeds: int) -> dict[str, list[list[float]]]:
-    """`interference` on every fourth training prompt, by the policy's name: (seeds, 9), of the runs that are done."""
-    task, problems, result = load_task("lines"), optima.prompts_once(held_out=False)[::4], {}
+    """`interference` on 350 training prompts, by the policy's name: (seeds, 8), of the runs that are done."""
+    task, problems, result = load_task("suspects"), optima.problems_of(held_out=False), {}
     for label, name in ALONG.items():
         result[label] = []
         for seed in range(seeds):
@@ -293,8 +293,8 @@ def main(args: Args) -> None:
     if args.draws:
         results["network"] = network_moments("tiny", args.draws)
         print(
-            f"tiny on lines, {args.draws} draws of 16 prompts x {SAMPLES}: exact bias, in lengths of the gradient of\n"
-            "what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate, in lengths\n"
+            f"tiny on suspects, {args.draws} draws of 14 prompts x {SAMPLES}: exact bias, in lengths of the gradient\n"
+            "of what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate, in lengths\n"
             "of its mean; mean cosine of one estimate with the gradient of pass@8\n"
         )
         rows = []
@@ -309,7 +309,7 @@ def main(args: Args) -> None:
             for label, values in results["interference"].items()
             if len(values) > 1
         ]
-        measure.print_table(["", *(f"level {level}" for level in range(1, 9)), "all"], rows)
+        measure.print_table(["", *(f"level {level}" for level in LEVELS), "all"], rows)
     measure.write_json(args.json, machine, results)
 
 

@@ -154,13 +154,16 @@ def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list
     """The text that a policy reads of each problem, and the whitespace that stands between it and a response.
 
     A chat template, if there is one, is asked for both. A tokenizer of characters (`tiny`) reads the prompt alone,
-    others read the task's template; a space follows a word."""
+    others read the task's words or its template; a space follows a word."""
     if tokenizer.chat_template:
         read, gap, _ = chat(tokenizer)
         words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
         return [read.replace("{prompt}", text) for text in words], [gap] * len(words)
     characters = len(tokenizer.tokenize("answer")) == len("answer")
-    texts = [("{prompt}" if characters else task.template).replace("{prompt}", problem.prompt) for problem in problems]
+    if characters or task.words:
+        texts = [problem.prompt if characters else task.words(problem.prompt) for problem in problems]
+    else:
+        texts = [task.template.replace("{prompt}", problem.prompt) for problem in problems]
     return texts, ["" if characters or text[-1:].isspace() else " " for text in texts]
 
 

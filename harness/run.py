@@ -1,6 +1,7 @@
 """A run: the flags that scripts share, the command line, batches, evaluation, logs, and checkpoints to resume from."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -44,6 +45,7 @@ class RunArgs:
     levels: tuple[int, ...] = ()  # difficulty levels to train and evaluate on (default: all)
     temperature: float = 1.0  # of sampling and of the log-probs that are differentiated, also in evaluation
     max_new_tokens: int | None = None  # longest response in tokens (default: the task's)
+    lr_decay: bool = True  # the learning rate falls linearly to 0; --no-lr-decay: it stays
     max_grad_norm: float = 1.0  # longest gradient that is not scaled down
     sample_rows: int = 1024  # responses sampled at once; lower it when memory runs out, the tokens stay the same
     micro_batch_tokens: int = 16384  # tokens in one pass; lower it when memory runs out, the gradient stays the same
@@ -93,6 +95,8 @@ def arguments_of(folder: str) -> dict:
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a run folder: {error}") from error
     script, processes = saved.pop("script"), saved.pop("processes")
+    if "lr_decay" not in saved:
+        raise BadInput(f"{folder} is a run of an earlier version, whose flags and metrics have other names: start anew")
     if script != Path(sys.argv[0]).stem:
         raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
     if processes != int(os.environ.get("WORLD_SIZE", 1)):  # with another number the samples would be others
@@ -124,10 +128,10 @@ def check_args(args) -> None:
         raise BadInput(f"--prompts-per-step must be a multiple of the {size} processes, not {args.prompts_per_step}")
     if args.run_name is not None and not re.fullmatch(r"[\w.=+-]*[\w=+-]", args.run_name):
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
-    if getattr(args, "estimator", "") == "biased" and args.k == 1:
-        raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
     if (getattr(args, "kl_coef", 0) or getattr(args, "kl_coef_end", None)) and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
+    if getattr(args, "estimator", "") == "biased" and args.k == 1:
+        raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
 
 
 def random_numbers(device: torch.device, *what) -> torch.Generator:
@@ -135,6 +139,14 @@ def random_numbers(device: torch.device, *what) -> torch.Generator:
 
     The hash matters: on the CPU torch reads only the low 32 bits of a seed."""
     return torch.Generator(device).manual_seed(random.Random("/".join(map(str, what))).getrandbits(63))
+
+
+def learning_rate(step: int, args) -> float:
+    """Of a step, 1, 2, ... args.steps: args.lr; before it a linear rise where the script has warm-up steps (args), and
+    behind these a linear fall, which would reach 0 one step after the last, where args.lr_decay is set."""
+    warm_up = getattr(args, "warm_up_steps", 0)
+    fall = (args.steps + 1 - step) / max(args.steps - warm_up, 1) if args.lr_decay else 1.0
+    return args.lr * min(step / max(warm_up, 1), fall, 1.0)
 
 
 def sizes_up_to(n: int, *others: int) -> list[int]:
@@ -241,6 +253,7 @@ class Run:
         try:
             for step in range(first, last + 1):
                 self.began = time.perf_counter()
+                self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.args)
                 yield step
                 self.progress["step"] = step
                 self.evaluate_if_due()
@@ -272,14 +285,23 @@ class Run:
         """The verifier's verdict on n responses to each of B problems, with the seconds it took. All processes call it.
 
         A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint."""
-        began, failure, none = time.perf_counter(), None, torch.zeros(0, self.args.eval_n)
-        try:
+        began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
+        with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
             for name in ("rewards", "scores"):
                 for b, i in (~getattr(verdict, name).isfinite()).nonzero().tolist():
                     what = f"the verifier of {self.task.name} gave {name} that are not finite numbers, one of them to"
                     raise BadInput(f"{what} {responses[b][i][:40]!a}: mend it, and --resume {self.folder}")
-            verdict.seconds = time.perf_counter() - began
+        verdict.seconds = time.perf_counter() - began
+        return verdict
+
+    @contextlib.contextmanager
+    def saved_if_this_fails(self) -> Iterator[None]:
+        """Around the user's code, a verifier or an estimator, in all processes alike: where it raises in one of them,
+        the first writes a checkpoint of the steps done, and all end."""
+        failure = None
+        try:
+            yield
         except Exception as error:
             failure = error
         reasons = from_all(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
@@ -287,7 +309,6 @@ class Run:
             in_first_process(self.save)  # the first process to die takes the others with it
             why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
             raise failure or BadInput(f"the verifier raised in {why} (mend it, and --resume {self.folder})")
-        return verdict
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
         """Append a step's line to metrics.jsonl and one to timings.jsonl; the names in `shown` go to the progress bar.
@@ -301,11 +322,9 @@ class Run:
         self.write("timings.jsonl", timings)
         values = record | timings
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
-        self.progress["steps_with_signal"] += record["signal"] > 0
+        self.progress["steps_with_signal"] += record["nonzero_advantage"] > 0
         if step == 20 and not self.progress["steps_with_signal"]:
-            look = (
-                "look at the responses with --show-samples 5, and at --temperature, --max-new-tokens and the verifier"
-            )
+            look = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
             tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {look}")
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
@@ -434,12 +453,12 @@ def rollout_metrics(policy: Policy, rollouts: Rollouts, verdict: Verdict, advant
     """What a step's rollouts (B, n) look like: the metrics that all scripts log, see README."""
     length = rollouts.mask.sum(-1)  # (B, n)
     last = rollouts.ids.gather(-1, (length - 1).unsqueeze(-1)).squeeze(-1)  # (B, n)
-    no_end = ~torch.isin(last, torch.tensor(policy.stop_ids, device=last.device))
+    truncated = ~torch.isin(last, torch.tensor(policy.stop_ids, device=last.device))
     return {
         "reward": verdict.rewards.mean().item(),
         "entropy": -(rollouts.log_probs.sum() / length.sum()).item(),
         "length": length.float().mean().item(),
-        "no_end": no_end.float().mean().item(),
+        "truncated": truncated.float().mean().item(),
         "no_answer": (verdict.votes < 0).float().mean().item(),
-        "no_signal": (advantages == 0).all(-1).float().mean().item(),
+        "prompts_without_signal": (advantages == 0).all(-1).float().mean().item(),
     }

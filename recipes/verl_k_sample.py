@@ -12,7 +12,7 @@ A module of yours, say my_objective.py, names an objective, and verl imports it 
   partial(pass_at_k, k=4)                     any reward       estimator="unbiased", or "biased", "maxrl", "mean"
   partial(majority, k=8)                      packed(right, vote(answer)), answer being None or hashable
   partial(best_of_n, N=8)                     packed(right, score), score > 0, as the sigmoid of a reward model's is
-  partial(best_of_n, N=8, estimator="rlb-positive")      packed(right, 1 + right): the reward itself selects
+  partial(best_of_n, N=8, estimator="rlb-p")      packed(right, 1 + right): the reward itself selects
   partial(k_sample, metric, k=4)              any reward       an objective of your own, see common.k_sample_advantages
 
 The gradient is that of our loss -(1/B) sum_b sum_i A_bi log pi(y_bi) if verl's loss is "vanilla", aggregated by

@@ -23,7 +23,7 @@ ESTIMATORS = {
     **{f"maj@3 {x}": ("majority", "rv", {"k": 3, "estimator": x}) for x in ("unbiased", "biased")},
     **{
         f"bon@2 {x}": ("best_of_n", "rs", {"N": 2, "estimator": x})
-        for x in ("mean", "exact", "variational", "rlb", "rlb-positive", "rlb-all")
+        for x in ("mean", "exact", "variational", "rlb", "rlb-p", "rlb-all")
     },
     "pass^3": ("k_sample", "r", {"k": 3}),
 }

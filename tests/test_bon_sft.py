@@ -155,7 +155,7 @@ def test_a_step_on_several_experts_of_a_prompt_by_value(N, untrained, tmp_path, 
 
     def step(policy, optimizer, rollouts, A, *args, **options):
         seen.update(rollouts=rollouts, A=A, texts=decode(policy, rollouts))
-        return {"loss": 0.0, "grad_norm": 0.0, "signal": 1.0, "skipped": 0}
+        return {"loss": 0.0, "grad_norm": 0.0, "nonzero_advantage": 1.0, "skipped": 0}
 
     decode, sample = common.decode, common.sample
     monkeypatch.setattr("verifiers.arithmetic.verify", verify)

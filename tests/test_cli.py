@@ -29,7 +29,9 @@ def test_a_run_from_start_to_end(script, uninterrupted):
     assert [r["step"] for r in log if "eval" in r] == [0, 3, 6] and [r["step"] for r in steps_of(folder)] == [
         *range(1, 7)
     ]
-    keys = {"reward", "loss", "grad_norm", "signal"} | ({metric} if script != "bon_sft.py" else {"expert_reward"})
+    keys = {"reward", "loss", "grad_norm", "nonzero_advantage"} | (
+        {metric} if script != "bon_sft.py" else {"expert_reward"}
+    )
     assert all(keys <= r.keys() for r in steps_of(folder))
     assert metric in out and " -> " in out
     assert (folder / "curves.png").stat().st_size > 10_000
@@ -67,7 +69,7 @@ def test_equal_arguments_give_equal_metrics_and_another_folder(run, skilled, tmp
         assert run("pass_at_k_pg.py", *SMALL, "--model", skilled).returncode == 0
     first, second = sorted((tmp_path / "runs").iterdir(), key=lambda folder: len(folder.name))
     assert second.name == f"{first.name}-2"
-    assert outcome(first) == outcome(second) and any(r["signal"] > 0 for r in steps_of(first))
+    assert outcome(first) == outcome(second) and any(r["nonzero_advantage"] > 0 for r in steps_of(first))
 
 
 TRAINS = ["--steps", "3", "--eval-n", "3", "--eval-problems", "1", "--n", "6"]
@@ -86,7 +88,7 @@ def trained(skilled, tmp_path_factory):
                 ended = in_process(script, *SMALL, *TRAINS, "--model", skilled, "--run-name", "a", *flags)
                 assert ended.returncode == 0, ended.stderr
                 log, policy = steps_of(Path("runs/a")), Path("runs/a/policy/model.safetensors")
-                learnt = any(r["signal"] > 0 and r["grad_norm"] > 0 for r in log)
+                learnt = any(r["nonzero_advantage"] > 0 and r["grad_norm"] > 0 for r in log)
                 assert learnt or not log, "no gradient: no flag could be seen"
                 weights = flat(policy) if log else None
                 made[script, flags] = weights, log, ended.stdout

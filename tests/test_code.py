@@ -4,12 +4,14 @@ import json
 import os
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import common
 from verifiers import BadInput, Problem, code, load_task
-from verifiers.sandbox import shared
+from verifiers.sandbox import Result, shared
 from verifiers.sandbox_judge import difference
 
 REAL_DATA = os.environ.get("REAL_DATA")
@@ -184,6 +186,29 @@ FULL = "def double(x):\n    return 2 * x\n"
         "```python\ndouble = lambda x: 2 * x\n```\nFor example:\n```python\nprint(double(2))\n```",
         "```python\ndouble: object = lambda x: 2 * x\n```\nso that\n```python\ndouble == 3\ndoubled = 4\n```",
         f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
+        # continuations that a closing fence, an example or a main guard ends
+        "    return 2 * x\n```\n\nThe function doubles.",
+        "    return 2 * x\n\n```python\nprint(double(2))\n```",
+        "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
+        # the first space lost in decoding, or another indentation
+        "   y = 2 * x\n    return y",
+        "   if x:\n        return 2 * x\n    return 0",
+        "     y = 2 * x\n     return y",
+        "  y = 2 * x\n  return y\n\nprint(double(2))",
+        # fences that are none, and fences that are
+        "```python\ndef double(x):\n    return 2 * x```",
+        "Here it is: ```python\ndef double(x):\n    return 2 * x\n```",
+        '```python\ndef double(x):\n    """\n    ```python\n    double(2)\n    ```\n    """\n    return 2 * x\n```',
+        f"```\nIt is '''quoted.\n```\n```python\n{FULL}```",
+        f"````python\n{FULL}````",
+        f"```python title='a.py'\n{FULL}```",
+        f"```python\n{FULL}\n```python\nprint(double(2))\n```",
+        f"It is a simple function. The code is as follows:\n\n{FULL}\nIt just doubles x.",
+        # of several blocks
+        "```python\ndef twice(x):\n    return 2 * x\n```\n```python\ndef double(x):\n    return twice(x)\n```",
+        "```python\nimport operator\n```\n```python\ndef double(x):\n    return operator.mul(2, x)\n```",
+        f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
+        f"```python\n{FULL}```\nIn JavaScript:\n```js\nfunction f(x) {{}}\ndef double(x):\n```",
     ],
 )
 def test_forms_of_a_right_response(tmp_path, response):
@@ -214,6 +239,85 @@ def test_forms_of_a_right_response(tmp_path, response):
 def test_forms_of_a_wrong_response(tmp_path, response):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
     assert rewards(task, task.test[0], response) == [0.0]
+
+
+SUM = "input()\nprint(sum(map(int, input().split())))\n"
+SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        f"```python\n{SUM}```\nSample input:\n```\n2\n1 2\n```\nSample output:\n```\n3\n```",
+        f"```python\n{SUM}```\nTry it:\n```bash\necho '2 1 2' | python sum.py\n```",
+        f"```\n{SUM}```\n```text\n3\n```",
+        f"```python\n{SUM}```\n```markdown\nThis prints the sum.\n```",
+        f"```python\n{SUM}```\n```cpp\nint main() {{ return 0; }}\n```",
+        f"```python\n{SUM}```\n```js\nconsole.log(3)\n```",
+        f"```python\n{SUM}```\nA test:\n```python\nassert sum([1, 2]) == 3\nprint('right')\n```",
+        f"```python\nprint(7)\n```\nNo:\n```python\n{SUM}```",
+        f"```python\n{SOLVE}```\nand\n```python\nprint(solve())\n```",
+        f"```python\n{SOLVE}print(solve())\n```\n"
+        "A test:\n```python\nimport io, sys\nsys.stdin = io.StringIO('')\nprint(solve())\n```",
+        f"{SUM}```\nThat is all",
+        " " + SUM,
+        f"The program:\n\nimport sys\n{SUM}",
+    ],
+)
+def test_forms_of_a_right_program(tmp_path, response):
+    tests = {"input": ["2\n1 2\n", "3\n5 5 7\n"], "output": ["3\n", "17\n"]}
+    task = task_of(tmp_path, "code_contests", {**CONTEST, "public_tests": tests, "private_tests": None})
+    assert rewards(task, task.test[0], response) == [1.0]
+
+
+def test_taco_functions_have_the_imports_of_the_data_set_and_its_comparison(tmp_path):
+    inputs, outputs = [[[0.1, 0.2], {"1": 2}], [[1.0], {"1": 5}]], [[0.3, {"1": 2}], [[1.0, {"1": 5.0000001}]]]
+    row = {**TACO_FUNCTION, "starter_code": "", "solutions": "[]"}
+    row["input_output"] = json.dumps({"fn_name": "go", "inputs": inputs, "outputs": outputs})
+    task = task_of(tmp_path, "taco", row)
+    method = "class Solution:\n    def go(self, a: List[float], b: Dict[int, int]):\n        return {}"
+    right, close = "fsum(a), {k: b[k] for k in [1]}", "sum(a), {1: b[1]}"
+    wrong = ["sum(a) + .001, {1: b[1]}", "sum(a), {2: b[1]}", "sum(a), {1: 2}", "sum(a)", "sum(a), {1: b[1]}, 0"]
+    imports = "from math import fsum\n"
+    function = "def go(a, b):\n    return [np.sum(a), defaultdict(int, b)]"
+    responses = [imports + method.format(right), *map(method.format, [close, *wrong]), function]
+    assert rewards(task, task.test[0], *responses) == [1, 1, 0, 0, 0, 0, 0, 1]
+
+
+def test_deep_recursion_through_c_and_long_integers(tmp_path):
+    tests = {"input": ["30000\n"], "output": ["30000 9031\n"]}
+    task = task_of(tmp_path, "code_contests", {**CONTEST, "public_tests": tests, "private_tests": None})
+    start = "import sys\nfrom functools import lru_cache\nsys.setrecursionlimit(10**6)\n"
+    end = "n = int(input())\nprint(f(n), len(str(2**n)))"  # 30000 * log10(2) = 9030.9
+    cached = "@lru_cache(None)\ndef f(n): return n and 1 + f(n - 1)\n"
+    mapped = "def f(n): return 1 + max(map(f, [n - 1])) if n else 0\n"
+    assert rewards(task, task.test[0], *[start + f + end for f in (cached, mapped)]) == [1, 1]
+
+
+def test_only_the_start_of_a_long_response_is_read():
+    problem = code.humaneval(HUMANEVAL)
+    assert "return" not in code.program_of(problem, " " * 10**7 + "return 2 * x").source
+    assert FULL in code.program_of(problem, FULL + " " * 10**7).source
+
+
+class Llama:
+    """A tokenizer whose tokens are words, "_" for the space before them, and which drops the first space it decodes."""
+
+    words = ["_def_f(x):", "\n", "_", "_return", "_x", "<end>"]
+
+    def batch_decode(self, rows, skip_special_tokens):
+        words = [[self.words[token] for token in row if token != 5 or not skip_special_tokens] for row in rows]
+        return ["".join(row).replace("_", " ").removeprefix(" ") for row in words]
+
+
+@pytest.mark.parametrize("last", [1, 0, 2, 5])
+def test_a_response_keeps_its_first_space(last):
+    ids = torch.tensor([[[2, 2, 2, 3, 4, 5], [4, 5, 0, 0, 0, 0]]])
+    mask = torch.tensor([[[True] * 6, [True, True, False, False, False, False]]])
+    rollouts = common.Rollouts([[0, last]], ids, mask, torch.zeros(1, 2, 6), 1.0)
+    policy = SimpleNamespace(tokenizer=Llama())
+    first = "" if last == 5 else " "  # behind a special token nothing can keep it
+    assert common.decode(policy, rollouts) == [[first + "   return x"[:0] + "  " + " return x", first + "x"]]
 
 
 def test_troubles_are_counted(tmp_path):
@@ -330,3 +434,44 @@ def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypat
 def test_programs_takes_no_data():
     with pytest.raises(BadInput, match="leave --data out"):
         load_task("programs", "somewhere")
+
+
+# ------------------------------------------------------------------------------------------- what is not the program's
+
+SIZES = {  # of the sanitized MBPP, number 596: its tests use `sys` without importing it
+    **SANITIZED,
+    "prompt": "Write a function to find the size in bytes of the given tuple.",
+    "test_imports": [],
+    "code": "import sys \ndef tuple_size(tuple_list):\n  return (sys.getsizeof(tuple_list))",
+    "test_list": [
+        f"assert tuple_size({t}) == sys.getsizeof({t})" for t in ('("A", 1, "B", 2)', '((1, "Lion"), (2, ))')
+    ],
+}
+
+
+def test_a_module_that_the_reference_imports_is_not_the_program_s(tmp_path):
+    problem = task_of(tmp_path, "mbpp_sanitized", SIZES).test[0]
+    hidden = json.loads(problem.answer)
+    assert hidden["names"] == ["tuple_size"] and hidden["tests"].startswith("import sys\n")
+    forged = "class sys: getsizeof = staticmethod(lambda x: 0)\ndef tuple_size(x): return 0"
+    assert statuses([problem] * 2, [problem.solution, forged]) == ["passed", "failed"]
+
+
+def test_what_the_reference_imports_is_imported_by_tests_that_use_it():
+    solution = "from a import b as c, d\nimport e.f, g as h\nfrom i import d\ndef k(): import l\n"
+    assert code.imports_of(solution, {"c", "e"}) == ["from a import b as c, d", "import e.f, g as h"]
+    assert code.imports_of(solution, {"b", "f", "g", "l", "k"}) == [] and len(code.imports_of(solution, {"d"})) == 2
+
+
+def test_a_value_that_timed_out_is_asked_for_again(monkeypatch):
+    class Crowded:
+        def run(self, programs):
+            return [Result("timed out")] * len(programs)
+
+    expressions = {"x+7*8", "x if x else 9"}
+    with monkeypatch.context() as patch:
+        patch.setattr(code, "shared", Crowded)
+        values = code.values_of(expressions)
+        assert all(values[expression] == ("timed out", None) for expression in expressions)
+    values = code.values_of(expressions)
+    assert values["x+7*8"][1][0] == 53 and values["x if x else 9"][1][3] == 9  # x = -3, x = 0

@@ -106,7 +106,7 @@ STEPS = [
     (RL, EXTRA[RL]),
     (RL, ["--estimator", "mean", "--baseline", "value", "--epochs", "2"]),
     (RL, ["--estimator", "exact", *LEARNED]),
-    *((RL, ["--estimator", x]) for x in ("rlb", "rlb-positive", "rlb-all")),
+    *((RL, ["--estimator", x]) for x in ("rlb", "rlb-p", "rlb-all")),
     (SFT, ["--N", "1"]),
     (SFT, LEARNED),
     (SFT, ["--likelihood", "exact"]),
@@ -132,7 +132,7 @@ def test_steps_of_each_script(script, own, run, skilled, tmp_path):
     result = run(script, *flags, *own)
     assert result.returncode == 0, result.stderr
     log, timings = steps_of(tmp_path / "runs/a"), (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()
-    assert all(r["signal"] > 0 and r["grad_norm"] > 0 and not r["skipped"] for r in log) and len(log) == 2
+    assert all(r["nonzero_advantage"] > 0 and r["grad_norm"] > 0 and not r["skipped"] for r in log) and len(log) == 2
     assert json.loads(timings[-1])["peak_memory_mib"] > 1
     moved = flat_weights(tmp_path / "runs/a/policy") - flat_weights(Path(skilled))
     assert moved.isfinite().all() and moved.norm() > 0

@@ -91,10 +91,11 @@ def skilled(problems, tmp_path_factory):
         answers = [[replace(p, solution=p.answer)] for p in chosen]
         lessons.append(harness.policy.expert_rollouts(policy, task, prompts, answers))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(80):
         optimizer.zero_grad()
         for lesson in lessons:
-            common.accumulate_gradient(policy, lesson, torch.ones(len(lesson.prompts), 1))
+            share = 1.0 if lesson is lessons[0] else 0.1  # the few word problems are learnt soon
+            common.accumulate_gradient(policy, lesson, torch.full((len(lesson.prompts), 1), share))
         optimizer.step()
     harness.policy.save_policy(policy, folder)
     return str(folder)
@@ -127,7 +128,7 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
 
 def something_was_learnt(folder) -> bool:
     """Whether the run had a gradient at every step, or made none."""
-    return all(record["signal"] > 0 and record["grad_norm"] > 0 for record in steps_of(folder))
+    return all(record["nonzero_advantage"] > 0 and record["grad_norm"] > 0 for record in steps_of(folder))
 
 
 @pytest.mark.parametrize("command", commands())

@@ -1,15 +1,18 @@
 """verifiers/reasoning_gym.py: deterministic, disjoint problems and the library's own scores, whatever the answer."""
 
+import importlib.metadata
 import importlib.util
 import itertools
 
 import pytest
 
 from verifiers import BadInput, load_task
+from verifiers import reasoning_gym as gym
+from verifiers.workers import Workers
 
 installed = importlib.util.find_spec("reasoning_gym") is not None
 needs_library = pytest.mark.skipif(not installed, reason="the optional reasoning-gym library is not installed")
-NAMES = ["leg_counting", "countdown", "string_splitting", "propositional_logic"]
+NAMES = ["leg_counting", "dice", "string_splitting", "propositional_logic"]
 
 
 def responses(problem):
@@ -51,14 +54,58 @@ def test_train_replaces_problems_of_the_test_set():
 
 
 @needs_library
-def test_hostile_answers_cost_only_themselves():
-    task = load_task("reasoning_gym/countdown")
-    hostile = ["9**9**9**9**9", "\0", "(" * 5000, "__import__('os')._exit(0)", "\ud800", "1/0", "x" * 10**6]
-    row = [f"<answer>{answer}</answer>" for answer in hostile] + [f"<answer>{task.test[0].answer}</answer>"]
+def test_hostile_answers_cost_only_themselves(monkeypatch):
+    """A scorer that hangs (10**7 turns of a cube) and one that raises give no vote."""
+    monkeypatch.setattr(gym, "GYM", Workers("reasoning_gym", limit_s=1.0))
+    task = load_task("reasoning_gym/rubiks_cube")
+    hostile = ["R9999999", "\0", "(" * 5000, "__import__('os')._exit(0)", "\ud800", "1/0", "x" * 10**6]
+    row = [f"<answer>{answer}</answer>" for answer in hostile] + ["<answer>R U F</answer>"]
     verdict = task.verify([task.test[0]], [row])
-    assert verdict.rewards[0, -1] == 1 and verdict.rewards[0, :-1].lt(0.5).all()
-    no_vote = verdict.votes[0, :-2] == -1  # the last hostile one is too long for its tags to be read
-    assert sum(verdict.counts.values()) == int(no_vote.sum()) > 0
+    assert verdict.rewards.lt(0.5).all() and verdict.rewards[0, -1] > 0 and verdict.votes[0, -1] == 7
+    assert verdict.votes[0, 0] == -1 and sum(verdict.counts.values()) == 1
+    task = load_task("reasoning_gym/prime_factorization")
+    verdict = task.verify([task.test[0]], [["<answer>x</answer>", f"<answer>{task.test[0].answer}</answer>"]])
+    assert (
+        verdict.rewards.tolist() == [[0, 1]] and verdict.votes.tolist() == [[-1, 1]] and verdict.counts == {"errors": 1}
+    )
+    gym.GYM.close()
+
+
+def writes_files(path) -> list[str]:
+    """Answers that make a file or folder at this path, if they are run as code."""
+    return [f"open({str(path)!r}, 'w')", f"[open({str(path)!r}, 'w')]", f"__import__('os').mkdir({str(path)!r})"]
+
+
+@pytest.mark.slow
+@needs_library
+def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
+    """All data sets but `composite`, which has no problems of its own."""
+    from reasoning_gym.factory import DATASETS
+
+    names = sorted(set(DATASETS) - {"composite"})
+    workers = Workers("reasoning_gym", limit_s=20.0)
+    asked = [
+        [name, 0, index, answer] for name in names for index in range(5) for answer in writes_files(tmp_path / name)
+    ]
+    results = workers.map(asked)
+    workers.close()
+    assert {path.name for path in tmp_path.iterdir()} == set(gym.EVALUATED)
+    scored = {name for (name, *_), (_, failure) in zip(asked, results) if failure is None}
+    assert len(names) > 100 and not set(names) - scored - {"prime_factorization"}  # its scorer raises: no numbers
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["n_queens", "countdown"])
+def test_a_data_set_whose_scorer_runs_the_answer_is_refused(name):
+    with pytest.raises(BadInput, match=f"'{name}' is refused: its scorer runs the answer as code .eval or sympy"):
+        load_task(f"reasoning_gym/{name}")
+
+
+@needs_library
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.26")
+    with pytest.raises(BadInput, match="reasoning-gym 0.1.26 were not checked.*pip install reasoning-gym==0.1.25"):
+        load_task("reasoning_gym/dice")
 
 
 @needs_library

@@ -224,7 +224,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(run, model, m
     result = run(PASS, *SMALL, "--model", model)
     assert result.returncode == 0, result.stderr
     assert budgets == [16384, 8192, 4096, 4096]
-    assert "out of memory: going on with --micro-batch-tokens 4096" in result.stdout + result.stderr
+    assert "out of memory: going on with micro_batch_tokens = 4096" in result.stdout + result.stderr
     limit = 0
     result = run(PASS, *SMALL, "--model", model)
     assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
@@ -243,6 +243,7 @@ def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, 
     flags = [*SMALL, "--steps", "1", "--eval-problems", "10", "--model", model, "--run-name"]
     assert run(PASS, *flags, "enough").returncode == 0
     monkeypatch.setattr(common, "sampled_rows", with_little_memory)
+    monkeypatch.setattr("harness.policy.disagreement", lambda policy: "")  # it samples, too
     for limit, eval_n, expected in (
         (10, "4", [40, 20, *[10] * 4]),
         (10, "2", [20, *[10] * 2]),
@@ -252,13 +253,13 @@ def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, 
         result = run(PASS, *flags, f"little-{limit}-{eval_n}", "--eval-n", eval_n)
         assert result.returncode == 0, result.stderr
         assert sizes[: len(expected)] == expected and max(sizes[len(expected) :]) <= 10
-        assert "out of memory: going on with --sample-rows 10" in result.stdout + result.stderr
+        assert "out of memory: going on with sample_rows = 10" in result.stdout + result.stderr
     sizes.clear()
     limit = 12  # an evaluation of 10 rows fits, a step of 16 does not
     result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "5")
     assert result.returncode == 0 and sizes == [10, 16, 8, 8, 8, 2], result.stderr
     first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little-10-4"))
-    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["signal"] > 0
+    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["nonzero_advantage"] > 0
     limit = 0
     result = run(PASS, *flags, "none")
     assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr

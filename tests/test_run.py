@@ -179,7 +179,9 @@ def spied(skilled, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_copy_of_the_policy_is_kept_where_a_kl_is_asked_for_alone(name, spied):
     spies, log = spied(name)
-    assert spies.copies == 0 and not any("kl" in record for record in log) and any(r["signal"] > 0 for r in log)
+    assert (
+        spies.copies == 0 and not any("kl" in record for record in log) and any(r["nonzero_advantage"] > 0 for r in log)
+    )
     rewards_alone = spies.trained
     spies, log = spied(name, log_kl=True)
     assert spies.copies == 1 and log[-1]["kl"] > 1e-4 and spies.kl == []
@@ -269,7 +271,12 @@ def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp
     ended = run(script, *flags, "--model", untrained, "--run-name", "r")
     assert ended.returncode == 0, ended.stderr
     for record in steps_of(tmp_path / "runs/r"):
-        assert (record["kl"], record["signal"], record["no_signal"], record["grad_norm"]) == (0, 0, 1, 0)
+        assert (record["kl"], record["nonzero_advantage"], record["prompts_without_signal"], record["grad_norm"]) == (
+            0,
+            0,
+            1,
+            0,
+        )
     before, after = (
         load_file(Path(folder) / "model.safetensors") for folder in (untrained, tmp_path / "runs/r/policy")
     )

@@ -2,17 +2,20 @@
 pool. `test_sandbox.py` has the others. SANDBOX=<level> runs the suite at a level other than the strongest.
 """
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import tempfile
+import threading
+import time
 
 import pytest
-from test_sandbox import LEVEL, LIMITS, SYSCALL, linux, run
+from test_sandbox import LEVEL, LIMITS, SECRET, SYSCALL, linux, run
 
 from verifiers import BadInput, sandbox
-from verifiers.sandbox import Limits, Program, Sandbox
+from verifiers.sandbox import Limits, Program, Result, Sandbox
 
 pytestmark = [linux]
 x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by their x86-64 numbers")
@@ -271,9 +274,125 @@ def test_a_pool_that_is_interrupted_answers_the_next_question(pool, monkeypatch)
 
 
 def test_each_case_has_its_own_time():
+    """And all cases together have as much as four."""
     with Sandbox(LEVEL, workers=1, limits=Limits(wall=1, cpu=1)) as pool:
         pid = pool._workers[0].process.pid
         slow, late = (f"import time\ntime.sleep({seconds})\nprint(3)" for seconds in (0.6, 9))
         assert pool.run([Program(slow, cases=(("", "3"),) * 4)])[0].passed  # longer than one case's time and GRACE
         assert pool.run([Program(late, cases=(("", "3"),) * 4)])[0].status == "timed out"
+        (result,) = pool.run([Program(slow, cases=(("", "3"),) * 20)])
+        assert result.status == "timed out" and 4 <= result.wall < 9 and result.cpu < 2
         assert pool._workers[0].process.pid == pid
+
+
+# ------------------------------------------------------------------------------------------------------------ crowding
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes that descend from this one, parents before children."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+            parents[int(name)] = int(file.read().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for parent in found:
+        found += sorted(child for child in parents if parents[child] == parent)
+    return found[1:]
+
+
+def stop_the_next_program(worker) -> None:
+    """It waits, forked ahead: of the fork server's two children the second. As if others left it no time."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        tree = [worker.process.pid, *descendants(worker.process.pid)]
+        families = [descendants(pid) for pid in tree]
+        pairs = [family for family in families if len(family) == 2 and not any(map(descendants, family))]
+        if pairs:
+            return os.kill(pairs[0][1], signal.SIGSTOP)
+    pytest.fail("no program waits")
+
+
+def test_a_program_that_starved_runs_again_alone(pool, no_worker_ends):
+    for worker in pool._workers:
+        stop_the_next_program(worker)
+    right = Program("def f(x): return x", "assert f(1) == 1", ("f",), wall=0.7)
+    assert [result.status for result in pool.run([right] * 2)] == ["passed"] * 2
+    for worker in pool._workers:
+        stop_the_next_program(worker)
+    cases = Program("print(3)", cases=(("", "3"),) * 2, wall=0.7)
+    assert [result.status for result in pool.run([cases] * 2)] == ["passed"] * 2
+
+
+def test_what_runs_again(pool, monkeypatch):
+    """What timed out with less than half its wall time of CPU time, if others ran: for a sixteenth, a quarter, all."""
+    late, passed, runs = Result("timed out", wall=2, cpu=0.9), Result("passed"), []
+    first = [late, Result("timed out", wall=2, cpu=1.1), passed, late, Result("failed"), Result("timed out")]
+
+    def results(programs):
+        runs.append([(int(program.source), program.wall) for program in programs])
+        if len(runs[-1]) > 1 or len(runs) == 1:
+            time.sleep(0.5)
+            return first[: len(programs)]
+        return [passed if runs[-1] in ([(3, 1.0)], [(5, 1 / 16)]) else late]
+
+    monkeypatch.setattr(pool, "_results", results)
+    programs = [Program(str(i), wall=1.0) for i in range(6)]
+    assert pool.run(programs) == [late, first[1], passed, passed, first[4], passed]
+    again = [(0, 1 / 16), (3, 1 / 16), (5, 1 / 16), (0, 1 / 4), (3, 1 / 4), (0, 1.0), (3, 1.0)]
+    assert runs[1:] == [[pair] for pair in again]
+    runs.clear()
+    assert pool.run(programs[:1]) == [late] and len(runs) == 1
+
+
+def test_programs_that_sleep_cost_twice_their_time_at_most(monkeypatch):
+    with Sandbox(LEVEL, workers=4, limits=LIMITS) as pool:
+        runs = []
+        once = pool._results
+        monkeypatch.setattr(pool, "_results", lambda programs: runs.append(programs) or once(programs))
+        results = pool.run([Program("import time\ntime.sleep(60)", "f(1)", ("f",), wall=0.5)] * 12)
+        assert {result.status for result in results} == {"timed out"} and len(results) == 12
+        assert len(runs[0]) == 12 and sum(again.wall for (again,) in runs[1:]) < 3.5  # of 12 * 0.5 * 21 / 16
+
+
+def test_threads_that_the_trainer_starts_later_take_none_from_programs(pool):
+    """As an ordinary user, at a level without user namespaces, the system counts them all together."""
+    stop = threading.Event()
+    threads = [threading.Thread(target=stop.wait) for _ in range(70)]
+    source = (
+        "import threading\ndef f(x):\n    t = threading.Thread(target=print)\n    t.start()\n    t.join()\n    return x"
+    )
+    try:
+        for thread in threads:
+            thread.start()
+        results = pool.run([Program(source, "assert f(1) == 1", ("f",))] * 4)
+    finally:
+        stop.set()
+    assert [result.status for result in results] == ["passed"] * 4
+
+
+def test_workers_are_what_the_system_kills_where_memory_runs_out(alone):
+    assert alone.run([RIGHT])[0].passed
+    tree = [alone._workers[0].process.pid, *descendants(alone._workers[0].process.pid)]
+    scores = []
+    for pid in tree:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj") as file:
+            scores.append(int(file.read()))
+    assert len(scores) >= 2 and set(scores) == {1000}
+
+
+@pytest.mark.parametrize("tests", [
+    f"assert abs(f(2) - {SECRET!r}) < 1e-6", f"assert f(2) + {SECRET!r} == 'x'", f"assert f(2) <= {SECRET!r}",
+    f"assert {SECRET!r} - f(2) == 0", f"with f(2) as x:\n    assert x == {SECRET!r}",
+    f"assert isinstance({SECRET!r}, f(2))",
+])  # fmt: skip
+def test_no_operator_tells_the_program_what_is_expected(pool, tests):
+    source = """
+class E:
+    def __eq__(s, *o): return True
+    __lt__ = __le__ = __gt__ = __ge__ = __exit__ = __instancecheck__ = __eq__
+    def __sub__(s, o): return 0
+    def __enter__(s): return s
+    __add__ = __radd__ = __rsub__ = __abs__ = __sub__
+def f(x): return E()
+"""
+    assert run(pool, source, tests).status == "failed"

@@ -103,7 +103,7 @@ def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skill
     assert returncode == 0, err
     assert out.count("writing to runs/whole") == 1 and sorted(os.listdir(tmp_path / "runs")) == ["whole"]
     log = steps_of(whole)
-    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["signal"] > 0 for r in log) >= 3
+    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["nonzero_advantage"] > 0 for r in log) >= 3
 
     broken = wrapped(tmp_path, script, INTERRUPTIONS)
     returncode, _, err = ended(torchrun(broken, *flags, "--run-name", "killed", cwd=tmp_path))
@@ -162,7 +162,7 @@ def test_what_one_process_makes_for_all_does_not_hang(model, untrained, monkeypa
     assert returncode == 0 and "bon@2" in out, err
     made = [line for line in err.splitlines() if line.startswith("rank ")]
     assert made == [*["rank 0 warm_start"] * (model == "tiny"), "rank 0 trained_verifier"]
-    assert steps_of(tmp_path / "runs/a")[0]["signal"] > 0
+    assert steps_of(tmp_path / "runs/a")[0]["nonzero_advantage"] > 0
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import torch
 # name on the command line -> module of this package, whose `load(name, data)` returns the task
 TASKS = {
     "arithmetic": "arithmetic",
-    "chain": "arithmetic",
     "sums": "arithmetic",
-    "lines": "lines",
-    "lines_uniform": "lines",
+    "suspects": "suspects",
+    "suspects_uniform": "suspects",
     "humaneval": "code",
     "mbpp": "code",
     "mbpp_sanitized": "code",
@@ -73,12 +72,16 @@ class Task:
     verify(problems, responses): problems, a list of B `Problem`s, responses, a list of B lists of n strings; returns a
     `Verdict`. One call per step, so that a slow verifier can work on all B * n responses in parallel.
     template: what a model without a chat template reads; "{prompt}" stands for the problem's prompt.
+    words(prompt): what a pretrained model without a chat template reads instead, where the bare prompt is a list that
+    suits `tiny`. None where all read the template.
     instruction: what a model with a chat template reads after the prompt, in the same user turn.
     max_new_tokens: the longest response worth sampling, in tokens of the usual tokenizer for this task.
     warm_start: for an embedded task, the recipe by which the `tiny` policy learns it from `solution`s: optimiser
-    `steps`, problems per step (`batch`), peak learning rate (`lr`; twice that for Muon's matrices) and, optionally,
+    `steps`, prompts per step (`batch`), peak learning rate (`lr`; twice that for Muon's matrices) and, optionally,
     `slips`: the share of digits in the solutions that are random ones. None where `tiny` cannot learn the task.
-    warm_start_problems: what `tiny` is warm-started on where that is not `train`.
+    warm_start_problems: what `tiny` is warm-started on where that is not `train`: groups of problems that share their
+    prompt and differ in their solutions, each of which counts 1/m in a group of m. Empty: each problem of `train` is a
+    group of its own.
     best(problems, k): for each problem the best possible pass@k of any policy that reads only its prompt, as an
     expectation over what the prompt leaves open: (P,) float64, exact. None where it is unknown.
     """
@@ -88,10 +91,11 @@ class Task:
     test: Sequence[Problem]
     verify: Callable[[Sequence[Problem], Sequence[Sequence[str]]], Verdict]
     template: str = "{prompt}"
+    words: Callable[[str], str] | None = None
     instruction: str = ""
     max_new_tokens: int = 16
     warm_start: dict[str, float] | None = None
-    warm_start_problems: Sequence[Problem] = ()
+    warm_start_problems: Sequence[tuple[Problem, ...]] = ()
     best: Callable[[Sequence[Problem], int], torch.Tensor] | None = None
 
 

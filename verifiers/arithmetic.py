@@ -1,8 +1,6 @@
 """Embedded tasks, small enough for a laptop.
 
 `arithmetic`: multiplication at five levels of difficulty. The prompt is "47*85=", the response "3995".
-`chain`: four operations with a written-out scratchpad, where voting has room because errors scatter. The prompt is
-"47+85*3+36*7=", worked from left to right; the response is its running values modulo 100, "32,96,32,24".
 
 The last number of a response is its answer and its vote; the reward is 1 if it is right and 0 for anything else.
 Leading zeros are ignored. A response with anything but numbers between commas has no answer.
@@ -84,32 +82,10 @@ def verify_sums(problems: Sequence[Problem], responses: Sequence[Sequence[str]])
     return verify(problems, responses, number_in_words)
 
 
-def chain_problem(rng: random.Random) -> Problem:
-    """A random chain a+b*c+d*e, worked from left to right modulo 100."""
-    value = rng.randrange(10, 100)
-    prompt, values = str(value), []
-    for operation in "+*+*":
-        operand = rng.randrange(10, 100) if operation == "+" else rng.randrange(2, 10)
-        value = (value + operand if operation == "+" else value * operand) % 100
-        prompt += f"{operation}{operand}"
-        values.append(str(value))
-    return Problem(f"{prompt}=", values[-1], ",".join(values))
-
-
-def load_chain(name: str) -> Task:
-    """20 000 training and 1 000 test problems, all different."""
-    rng = random.Random(1)
-    problems = list(dict.fromkeys(chain_problem(rng) for _ in range(22_000)))
-    warm_start = {"steps": 1200, "batch": 128, "lr": 3e-3, "slips": 0.05}
-    return Task(name, problems[1_000:21_000], problems[:1_000], verify, max_new_tokens=16, warm_start=warm_start)
-
-
 def load(name: str, data: str | None = None) -> Task:
     """The task of this name; always the same problems in the same order."""
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
-    if name == "chain":
-        return load_chain(name)
     rng = random.Random(0)
     train, test = [], []
     for level in SUMS if name == "sums" else FACTORS:

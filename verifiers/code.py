@@ -4,12 +4,20 @@ A response is run in the sandbox (`verifiers.sandbox`, which states what it hold
 when all tests pass and 0 otherwise. Tests run outside the program's process, and the program never holds them.
 
 **What counts as the program.** One rule for all tasks but `programs`:
-1. If the response holds code fences (backticks or tildes, indented or not), the last block that defines the asked
-   function, by `def name` or `name =`, or else the last block is taken; a fence that never closes ends with the
-   response. Without fences, all is.
-2. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work; lines
-   `from __future__ import` go first.
-3. Text after the program is dropped: everything from the first line that does not parse.
+1. Candidates are the blocks between code fences (backticks or tildes, indented or not), and what stands before the
+   first fence where that goes on from the prompt, defines the asked function, or runs. A fence that never closes ends
+   with the response. Without fences, all is one candidate, from its first line of code on.
+2. For a function, one that defines it (`def name` or `name =`; a signature without a body counts less) goes before all
+   others, then one that parses; for standard input, one that reads it and calls something, outside of definitions.
+   Then one tagged python goes before one without a tag, and the last before earlier ones.
+3. Earlier blocks that define what it uses are put in front.
+4. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work; lines
+   `from __future__ import` go first. The first line of a continuation is moved to the prompt's indentation.
+5. Text after the program is dropped: everything from the first line that does not parse. So is all of a response after
+   its first 50 000 characters.
+
+TACO's functions have the imports of the data set's own harness; of dicts, keys count as texts, and floats to 6 digits.
+What a function does to its arguments is not looked at.
 
 The rows are those of Hugging Face data sets, or of local files in the same schemas."""
 
@@ -39,6 +47,8 @@ HUB = {
     "code_contests": ("deepmind/code_contests", None),  # standard input; public, private and generated tests
     "taco": ("BAAI/TACO", None),  # standard input, or with `fn_name` a function; `input_output` is a string of JSON
 }
+MAX_RESPONSE_CHARS = 50_000  # of a response; the rest is not read
+MAX_BLOCKS = 50  # the last ones
 MAX_CASES = 20  # cases judged per problem, the first ones: some problems come with hundreds
 LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  # of TACO
 
@@ -85,8 +95,9 @@ def mbpp(row: dict) -> Problem:
     text = row["text"] if "text" in row else row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     asserts = row["test_list"]
-    tests = "\n".join([setup, *asserts])
     solution = row["code"].replace("\r\n", "\n")
+    tests = "\n".join([setup, *asserts])
+    tests = "\n".join([*imports_of(solution, names_used(tests)), tests])
     prompt = text + f"\nYour code should pass this test:\n{asserts[0]}"
     return problem_of(prompt, solution, tests, names_of(solution, tests))
 
@@ -117,23 +128,51 @@ def taco(row: dict) -> Problem | None:
     if name is None:
         pairs = [["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair] for pair in pairs]
         return problem_of(prompt, solution, cases=pairs, level=level)
-    in_class = "class Solution" in (row.get("starter_code") or solution)
-    tests = FUNCTION_TESTS.format(pairs=pairs, call=f"Solution().{name}" if in_class else name)
-    return problem_of(prompt, solution, tests, ["Solution" if in_class else name], level=level)
+    pairs = [([with_integer_keys(item) for item in given], wanted) for given, wanted in pairs]
+    tests = FUNCTION_TESTS.format(pairs=pairs, name=name)
+    return problem_of(prompt, solution, tests, [name, "Solution"], level=level, imports=TACO_IMPORTS)
 
 
-# TACO wraps some expected values in a list of one, and knows no tuples
+def with_integer_keys(value):
+    """A dict with the integer keys that it had before it was written as JSON; any other value as it is."""
+    integers = isinstance(value, dict) and all(re.fullmatch("-?[0-9]+", key) for key in value)
+    return {int(key): item for key, item in value.items()} if integers else value
+
+
+# those of the data set's own harness, and of LeetCode
+TACO_IMPORTS = """
+import bisect, collections, fractions, functools, heapq, itertools, math, random, re, string, sys, time
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import ceil, cos, exp, fabs, floor, gcd, inf, log, log2, sin, sqrt, tan
+from typing import *
+"""
+# TACO wraps some expected values in a list of one, knows no tuples and, as JSON, only texts as keys
 FUNCTION_TESTS = """
-def as_lists(value):
-    return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+def plain(value):
+    if isinstance(value, dict):
+        return ["dict", *sorted([str(key), plain(item)] for key, item in value.items())]
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def same(got, wanted):
+    if isinstance(wanted, list) and isinstance(got, list):
+        return len(got) == len(wanted) and all(map(same, got, wanted))
+    near = type(wanted) is float and type(got) in (int, float)
+    return got == wanted or near and abs(got - wanted) <= 1e-6 * max(1, abs(wanted))
+try:
+    function = Solution().{name}
+except NameError:
+    function = {name}
 for given, wanted in {pairs!r}:
-    got = as_lists({call}(*given))
-    assert got == wanted or [got] == wanted
+    got, wanted = plain(function(*given)), plain(wanted)
+    assert same(got, wanted) or same([got], wanted)
 """
 
 
 def problem_of(
-    prompt: str, solution: str, tests: str = "", names=(), setup="", prefix="", cases=(), level=None
+    prompt: str, solution: str, tests: str = "", names=(), setup="", prefix="", cases=(), level=None, imports=""
 ) -> Problem:
     """A problem whose `answer` is JSON of what `program_of` needs to judge a response. Raises TypeError or ValueError
     for what is no text, an empty prompt, and half a character (UnicodeEncodeError), which no tokenizer reads."""
@@ -142,6 +181,7 @@ def problem_of(
     if not prompt.encode().strip():
         raise ValueError("empty prompt")
     hidden = {"tests": tests, "names": list(names), "setup": setup, "prefix": prefix, "cases": list(cases)}
+    hidden["imports"] = imports
     return Problem(prompt, json.dumps(hidden), solution, level)
 
 
@@ -154,6 +194,14 @@ def names_of(solution: str, tests: str) -> list[str]:
     own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
     used = names_used(tests)
     return sorted((used & names_defined(solution)) | (used - own - names_defined(tests) - set(dir(builtins))))
+
+
+def imports_of(solution: str, names: set[str]) -> list[str]:
+    """The top-level imports by which the reference solution binds some of these names: tests that use them run them
+    themselves, since a program could bind the names to anything."""
+    nodes = [node for node in tree(solution).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    bound = [{(alias.asname or alias.name).partition(".")[0] for alias in node.names} for node in nodes]
+    return [ast.unparse(node) for node, its in zip(nodes, bound) if its & names]
 
 
 def names_used(source: str) -> set[str]:
@@ -176,36 +224,132 @@ def tree(source: str) -> ast.Module:
 def program_of(problem: Problem, response: str) -> Program:
     """What the sandbox runs for a response; the rule is at the top of this file."""
     hidden = json.loads(problem.answer)
-    names = "|".join(map(re.escape, hidden["names"]))
-    defined = rf"(?m)^[ \t]*((def|class)[ \t]+({names})\b|({names})[ \t]*(:[^=\n]*)?=(?!=))"
-    source = block_of(response, [defined] if names else [])
-    defines, start = re.search(defined, source), source.lstrip("\n")[:1]
-    if start in (" ", "\t") and (defines or not hidden["prefix"]):
-        source = textwrap.dedent(source)  # as under a list item
-    if hidden["prefix"]:
-        if start not in (" ", "\t") and not defines:
-            source = "    " + source.lstrip("\n")  # a continuation whose first indentation was stripped
+    source = source_in(response[:MAX_RESPONSE_CHARS], hidden["names"], hidden["prefix"])
+    imports = hidden["imports"] + ("import numpy as np\n" if hidden["imports"] and "np." in source else "")
+    if imports or hidden["prefix"]:
         future = r"(?m)^from __future__ import .*\n"
-        source = "".join([*re.findall(future, source), hidden["prefix"], re.sub(future, "", source)])
+        source = "".join([*re.findall(future, source), imports, hidden["prefix"], re.sub(future, "", source)])
     cases = tuple((given, wanted) for given, wanted in hidden["cases"])
     return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], cases)
 
 
-def block_of(response: str, markers: Sequence[str]) -> str:
-    """The last fenced block in which one of the markers (regular expressions) is found, else the last block, else the
-    whole response."""
-    blocks, fence = [], None
+FENCE = re.compile(r"(.*?)(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*([\w+#.{}-]*)([^`\n]*)\n?")
+READS_INPUT = re.compile(r"\b(?:input|open)\s*\(|\bstdin\b(?!\s*=)")
+CODE_START = re.compile(
+    r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[a-z_]\w*(?:, ?\w+)* = |print\()"
+)
+
+
+def source_in(response: str, names: Sequence[str], prefix: str) -> str:
+    """The program in a response that shall define one of the names, behind `prefix`, or without names read standard
+    input; the rule is at the top of this file."""
+    name = "|".join(map(re.escape, names)) or "(?!)"
+    defined = re.compile(rf"(?m)^[ \t]*((def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
+    (_, head), *blocks = blocks_of(response)
+    head = without_prose(head)
+    goes_on = head[:1] in (" ", "\t") if prefix else not names and is_run(parsed(head))
+    if not blocks or goes_on or defined.search(head):
+        blocks = [("", head), *blocks]
+    blocks = blocks[-MAX_BLOCKS:]
+    trees = [parsed(text) for _, text in blocks]
+    bound, free = zip(*map(names_in, trees))
+
+    def with_needed(last: int) -> list[int]:
+        """A block and the earlier ones that define what it uses, in order."""
+        found, missing = [last], free[last]
+        for number in reversed(range(last)):
+            if missing & bound[number]:
+                found, missing = [number, *found], missing | free[number]
+        return found
+
+    def rank(number: int) -> tuple:
+        (tag, text), run = blocks[number], is_run(trees[number])
+        language = 2 if tag.lower().strip("{}.") in ("python", "python3", "py") else not tag
+        if names:
+            defines = bool(defined.search(text)) * (1 if is_stub(trees[number]) else 2)
+            return defines, bool(prefix) and text[:1] in (" ", "\t"), trees[number] is not None, language, number
+        reads = run and any(READS_INPUT.search(blocks[i][1]) for i in with_needed(number))
+        return run and bool(READS_INPUT.search(text)), reads, language, run, number
+
+    *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
+    helpers, source = "".join(textwrap.dedent(blocks[i][1]) + "\n" for i in helpers), blocks[chosen][1]
+    if prefix and not defined.search(source):
+        return "\n".join(filter(None, [continuation(source, prefix), helpers]))
+    source = textwrap.dedent(source)
+    return helpers + (source.lstrip() if source.lstrip("\n")[:1] in (" ", "\t") else source)
+
+
+def blocks_of(response: str, strings: bool = True) -> list[tuple[str, str]]:
+    """Tag and text of what stands before the first code fence, and of each block. A fence begins a line, or ends it:
+    then it closes a block or, with a tag, opens one. Fences in triple-quoted strings are text."""
+    blocks, fence, quotes = [("", [])], "", 0
     for line in response.splitlines(keepends=True):
-        start = line.lstrip()[:3]
-        if start == fence or fence is None and start in ("```", "~~~"):
-            fence = None if fence else start
-            if fence:
-                blocks.append([])
-        elif fence:
-            blocks[-1].append(line)
-    blocks = ["".join(block) for block in blocks]
-    marked = [block for block in blocks if any(re.search(marker, block) for marker in markers)]
-    return (marked or blocks or [response])[-1]
+        mark = FENCE.fullmatch(line) if "```" in line or "~~~" in line else None
+        before, marks, tag, rest = mark.groups() if mark else ("", "", "", "")
+        inside = strings and quotes % 2 or not marks.startswith(fence or ("`", "~"))
+        if inside or before.strip() and (rest.strip() or fence and tag):
+            before, marks = line, ""
+        if before.strip(" \t") and (fence or len(blocks) == 1):
+            blocks[-1][1].append(before)
+            quotes += before.count('"""') + before.count("'''")
+        if marks:
+            fence, quotes = marks if not fence or tag and not rest.strip() else "", 0
+            blocks += [(tag, [])] if fence else []
+    if strings and quotes % 2:
+        return blocks_of(response, strings=False)
+    return [(tag, "".join(lines)) for tag, lines in blocks]
+
+
+def without_prose(text: str) -> str:
+    """A text from its first line of code on, where what stands before does not parse, nor does the whole."""
+    start = CODE_START.search(text)
+    prose = start and text[:1] not in (" ", "\t") and parsed(text[: start.start()]) is None and parsed(text) is None
+    return text[start.start() :] if prose else text
+
+
+def continuation(source: str, prefix: str) -> str:
+    """Lines that go on from those of the prompt, with their indentation: a response decoded by itself can have lost its
+    first space, or all, and a body with another indentation is moved as a whole."""
+    lines = source.lstrip("\n").split("\n")
+    widths = [len(line) - len(line.lstrip(" ")) for line in lines]
+    last = prefix.rstrip().rpartition("\n")[2]
+    shift = (len(last) - len(last.lstrip()) or 4) - widths[0]
+    inside = itertools.takewhile(lambda number: widths[number] or not lines[number].strip(), range(1, len(lines)))
+    inside = [number for number in inside if lines[number].strip()]
+    whole = inside and min(widths[number] for number in inside) == widths[0]
+    for number in [0, *inside] if whole else [0]:
+        lines[number] = " " * (widths[number] + shift) + lines[number].lstrip(" ")
+    return "\n".join(lines) if source.lstrip("\n")[:1] != "\t" else source
+
+
+def parsed(source: str) -> ast.Module | None:
+    """The syntax tree of a model's code; None without one."""
+    try:
+        return tree(textwrap.dedent(source))
+    except (SyntaxError, ValueError, MemoryError, RecursionError, SystemError):
+        return None
+
+
+def names_in(syntax: ast.Module | None) -> tuple[set[str], set[str]]:
+    """The names that a program binds, and those that it uses without binding them."""
+    nodes = list(ast.walk(syntax)) if syntax else []
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    bound |= {value for node in nodes for key in ("name", "asname", "arg") if (value := getattr(node, key, None))}
+    return bound, {node.id for node in names} - bound - set(dir(builtins))
+
+
+def is_run(syntax: ast.Module | None) -> bool:
+    """Whether a program is no bare data or definition: a statement outside of definitions calls something."""
+    own = [node for node in syntax.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))] if syntax else []
+    return any(isinstance(node, ast.Call) for statement in own for node in ast.walk(statement))
+
+
+def is_stub(syntax: ast.Module | None) -> bool:
+    """Whether the functions of a program are signatures: their bodies hold words, `...`, `pass` or `raise`."""
+    bodies = [node.body for node in ast.walk(syntax) if isinstance(node, ast.FunctionDef)] if syntax else []
+    parts = [part.value if isinstance(part, ast.Expr) else part for body in bodies for part in body]
+    return bool(bodies) and all(isinstance(part, (ast.Pass, ast.Raise, ast.Constant)) for part in parts)
 
 
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
@@ -300,12 +444,12 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
 
 def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers below LARGEST.
-    Results are kept for later calls: a policy repeats itself. Expressions of arithmetic alone share programs, by 32,
-    since they cannot touch each other; should such a program run out of time or memory, and for all other expressions,
-    each gets a program of its own."""
+    Results but time-outs are kept for later calls: a policy repeats itself. Expressions of arithmetic alone share
+    programs, by 32, since they cannot touch each other; should such a program run out of time or memory, and for all
+    other expressions, each gets a program of its own."""
     if len(_values) > 100_000:
         _values.clear()
-    new = [expression for expression in expressions if expression not in _values]
+    new = [expression for expression in expressions if _values.get(expression, ("timed out",))[0] == "timed out"]
     found = dict.fromkeys(new, ("failed", None))
     new = sorted(expression for expression in new if 0 < len(expression) <= LONGEST)
     plain = [expression for expression in new if ARITHMETIC.fullmatch(expression)]

@@ -12,7 +12,8 @@ Which part of a response is its answer. The response ends where it goes on to a 
 last 10 000 characters are read, and the first rule that finds something decides:
   math     the last \\boxed{}; what follows the last "####"; what follows the last "answer is" or "answer:"; the last
            $...$ or number, whichever ends later
-  gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number
+  gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number. Where one holds
+           several numbers and is no equation, there is no answer (see `number_in`)
 An answer of more than 1000 characters is none. No answer: reward 0 and no vote.
 
 Rewards and votes. An answer that the verifier finds equal to the gold one has reward 1 and votes for "the gold answer";
@@ -22,21 +23,34 @@ never on the other responses: the vote is a partition, the same in any order, an
 reward. Pairwise comparison would not do: to math-verify 5 equals "x = 5" and "y = 5", which differ from each other.
 Plain numbers, choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py).
 A comparison that takes over 5 s, or whose worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
+A comparison that took too long is not tried again in the same run.
 
 Decided, where math-verify or its users differ:
-  several boxes       the last one counts (math-verify: the first, or all); with only commas and "and" between, a list
+  several boxes       the last one counts (math-verify: the first, or all); with commas, "and", "or" between, a list
   "$18", "18 dollars" equal: currency signs, and words after a number, are units, and units are not compared
-  "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice
-  1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 10^-6 plain numbers must agree exactly
-  28% and 28          equal, as in math-verify; so are 28% and 0.28 against a gold 0.28
-  x = 5 and 5         equal when either is gold, as in math-verify
+  "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice; "(C) 12" is either of its parts
+  1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 10^-6, 6 digits count
+  28% and 28          equal, as in math-verify; so are 28% and 0.28, whichever is gold
+  5x, 5ab, 5 cm       letters glued to a number, or one or two behind it, are variables, unless they are a known
+                      unit and no variables of the prompt; a word is a unit
+  121_3 and 121_4     different, as are m^2 and m^3; a base or an exponent of a unit may be left out
+  x < 3 and (-oo, 3)  equal, as sets
+  10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and no 11
+  255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
+  x = 5 and 5         equal when either is gold, as in math-verify; x^2 + y^2 = 5 is a curve, and no 5
+Left as they are: digits of other scripts and the sign for roots (½ is 1/2), colours, a.m. against p.m., and a box
+inside <think> where none follows.
 """
 
 import collections
 import functools
 import importlib.util
+import itertools
+import math
 import re
-from collections.abc import Callable, Sequence
+import string
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 import torch
@@ -92,39 +106,61 @@ MATH_INSTRUCTION = r"Think step by step and put the final answer in \boxed{}."
 # --- The answer in a response ---
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+"
-FRACTION = re.compile(r"-?\\[dt]?frac\{-?[0-9.]+\}\{[0-9.]+\}")
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+SCALE = rf"\s*(?:{'|'.join(SCALES)})s?(?![A-Za-z])"
+EXPONENT = r"(?:[eE]|\s*(?:\\times|\\cdot|[x*×])\s*10\s*\^\s*\{?\s*)([-+]?[0-9]{1,3})(?![0-9_])\}?"
+FRACTION = re.compile(r"-?(?:(?<![0-9])[0-9]+\s*)?\\[dt]?frac\{-?[0-9.]+\}\{[0-9.]+\}")
 # in "x-3" there is no -3, and in "x12" no 12 and no 2
-NUMBER = re.compile(rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_])\\?[$€£]?(?:{DIGITS})")
+NUMBER = re.compile(
+    rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_])\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|{DIGITS})(?:{EXPONENT})?"
+    rf"(?:\^\{{?[0-9]+\}}?)?(?:{SCALE})*"
+)
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-BETWEEN_BOXES = re.compile(r"(?:\s|[,$]|and\b|\\(?:[\[\]()]|quad|text\s*\{\s*and\s*\}))*")
-UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]+)")
-ANSWER_IS = re.compile(r"answer(?:\s+is\b|\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
+BETWEEN = re.compile(r"(?:\s|[,$]|(?:and|or)\b|\\(?:[\[\]()]|quad|text\s*\{\s*(?:and|or)\s*\}))*")
+UNKNOWN = re.compile(r"[A-Za-z]\s*=\s*\Z")
+UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
+ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
 LEADING_WORDS = re.compile(r"[A-Za-z ,:]*")
+COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only) \Z")
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
+)
+DIGIT_GAP = re.compile(r"(?<=[0-9])(,?)\s*(?:(?:\\[,;:! ]|[~\xa0\u2009\u202f])\s*)+(,?)\s*(?=[0-9]{3}(?![0-9]))")
+ROW_GAP = re.compile(r"\\\\\s*\[\s*-?[0-9.]+\s*[a-z]{2}\s*\]")
+VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
+SIDES = re.compile(r"=|\b(?:is|are|equals)\b")
+REMARK = re.compile(
+    r"\s\([^()]*[A-Za-z=+*][^()]*\)|[,;]\s*(?:which|not|because|since|as)\b.*|\s(?:per|for|every|each|after)\s.*"
 )
 
 
 def math_answer(response: str) -> str | None:
     """The answer in a response to a `math` problem, or None: see the head of this file."""
     text = end_of(response)
-    return first_usable(boxed(text), after_hashes(text), stated(text), last_math(text))
+    return first_usable(read(text) for read in (boxed, after_hashes, stated, last_math))
 
 
 def gsm8k_answer(response: str) -> str | None:
     """The number that answers a `gsm8k` problem, or None: see the head of this file."""
     text = end_of(response)
-    found = [after_hashes(text), boxed(text), stated(text)]
-    return first_usable(*[number_in(answer) for answer in found if answer], *NUMBER.findall(text)[-1:])
+    answers = (read(text) for read in (after_hashes, boxed, stated))
+    number = next((number for answer in answers if answer and (number := number_in(answer)) is not None), None)
+    return first_usable([last_number(text) if number is None else number])
 
 
 def end_of(response: str) -> str:
     """The part of a response in which its answer is looked for."""
-    return response.split(NEXT_QUESTION, 1)[0][-MAX_RESPONSE_CHARS:].replace("\N{MINUS SIGN}", "-")
+    return in_plain_digits(response.split(NEXT_QUESTION, 1)[0][-MAX_RESPONSE_CHARS:])
 
 
-def first_usable(*answers: str | None) -> str | None:
+def in_plain_digits(text: str) -> str:
+    """A text without the spaces of typesetting between digits and between rows of matrices; ½ becomes 1/2."""
+    text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")))
+    return VULGAR_FRACTION.sub(lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}".replace("\u2044", "/"), text)
+
+
+def first_usable(answers: Iterable[str | None]) -> str | None:
     """The first of some answers that is neither None nor blank, cleaned; None if it is too long to be one."""
     answer = next(filter(None, (clean(answer) for answer in answers if answer)), None)
     return answer if answer is not None and len(answer) <= MAX_ANSWER_CHARS else None
@@ -133,7 +169,7 @@ def first_usable(*answers: str | None) -> str | None:
 def boxed(text: str) -> str | None:
     r"""What the last complete \boxed{} holds; of nested ones, the inner; of "\boxed{a} and \boxed{b}", the list "a, b".
 
-    A box without braces, "\boxed 5", holds the word that follows.
+    A box without braces, "\boxed 5", holds the number or letter that follows.
     """
     boxes, opened = [], []  # boxes: start and end in the text, contents; opened: box starts, None for bare braces
     for token in BOX_OR_BRACE.finditer(text):
@@ -145,12 +181,28 @@ def boxed(text: str) -> str | None:
         elif token[0] != r"\{" and token[0] != r"\}":
             opened.append(None if token[0] == "{" else token)
     boxes += [(box.start(), box.end(), box[1]) for box in UNBRACED_BOX.finditer(text, boxes[-1][1] if boxes else 0)]
-    if not boxes:
-        return None
-    last = len(boxes) - 1
-    while last and BETWEEN_BOXES.fullmatch(text, boxes[last - 1][1], boxes[last][0]):
-        last -= 1
-    return ", ".join(contents for _, _, contents in boxes[last:])
+    return lists(boxes, text)[-1][2] if boxes else None
+
+
+def lists(items: Sequence[tuple[int, int, str]], text: str) -> list[tuple[int, int, str]]:
+    """Items of a text, (start, end, contents), in which those with only commas, "and" and "or" between them, or with
+    the same "x = " before each, are one: the list "a, b"."""
+    found: list = []
+    for start, end, contents in items:
+        if found:
+            unknown = UNKNOWN.search(text[max(found[-1][0] - 9, 0) : found[-1][0]])
+            between = text[found[-1][1] : start]
+            if BETWEEN.fullmatch(between.replace(unknown[0], "") if unknown else between):
+                start, contents = found[-1][0], f"{found.pop()[2]}, {contents}"
+        found.append((start, end, contents))
+    return found
+
+
+def formulas(text: str, start: int = 0) -> list[tuple[int, int, str]]:
+    """Start, end and contents of the formulas of a text; "$x = 1$ and $x = 2$" is the list "x = 1, x = 2"."""
+    spans = [(span.start(), span.end(), span[span.lastindex]) for span in MATH_SPAN.finditer(text, start)]
+    groups = itertools.groupby(spans, lambda span: span[2].partition("=")[0].strip() if "=" in span[2] else None)
+    return [item for _, group in groups for item in lists(list(group), text)]
 
 
 def after_hashes(text: str) -> str | None:
@@ -166,45 +218,79 @@ def stated(text: str) -> str | None:
     if last is None:
         return None
     start = last.end()
-    formula = MATH_SPAN.match(text, start)
-    if formula:
-        return formula[formula.lastindex]
+    if MATH_SPAN.match(text, start):
+        return formulas(text, start)[0][2]
     sentence = SENTENCE_END.split(text[start:], maxsplit=1)[0]
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
     words = LEADING_WORDS.match(sentence)
-    formula = MATH_SPAN.match(sentence, words.end())
-    return formula[formula.lastindex] if formula else sentence
+    if MATH_SPAN.match(sentence, words.end()):
+        return formulas(sentence, words.end())[0][2]
+    return COUNTING.search(words[0]) and number_in(sentence) or sentence
 
 
 def last_math(text: str) -> str | None:
     r"""The last formula, \frac{}{} or number, whichever ends last."""
-    found = [(span.end(), span[span.lastindex]) for span in MATH_SPAN.finditer(text)][-1:]
+    found = [item[1:] for item in formulas(text)[-1:]]
     found += [(fraction.end(), fraction[0]) for fraction in FRACTION.finditer(text)][-1:]
     found += [(number.end(), number[0]) for number in NUMBER.finditer(text)][-1:]
     return max(found, key=lambda item: item[0])[1] if found else None
 
 
+def last_number(text: str) -> str | None:
+    """The last number of a text."""
+    return next((number[0] for number in [*NUMBER.finditer(text)][-1:]), None)
+
+
 def number_in(answer: str) -> str | None:
-    """The number that an answer in words gives: its first, or the first after its last "="; LaTeX is left as it is."""
-    words = unwrapped(clean(answer)).rpartition("=")[2]
-    number = NUMBER.search(words)
-    return words if "\\" in words else number and number.group()
+    """The number that an answer in words gives: its only one, remarks aside; of equations and of "a is b", the only one
+    of the last side, or else of the first. "" where that leaves a choice, None without a number. LaTeX stays as it is,
+    behind its last "="."""
+    words = unwrapped(clean(answer))
+    if "\\" in words:
+        return words.rpartition("=")[2]
+    words = re.sub(r"(?<=[0-9])[kK]\b", " thousand", words.replace(":00", "").replace(" and a half", " 1/2"))
+    words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
+    sides = [[number[0] for number in NUMBER.finditer(side)] for side in SIDES.split(REMARK.sub("", words))]
+    found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1]
+    return found[0] if found else "" if NUMBER.search(words) else None
 
 
 # --- Comparison ---
 
 WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-PLAIN_NUMBER = re.compile(rf"([-+]?)[€£]?({DIGITS})(?:\s*[A-Za-z]{{3,}}(?![A-Za-z]))*")
-NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|dozen|half|halves|thirds|quarters|base", re.IGNORECASE)
+UNITS = (
+    "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph kmh kph rpm hrs lbs gal deg am pm th st nd"
+)
+UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')})(?:/[a-z]+)?(?![A-Za-z])"
+PLAIN_NUMBER = re.compile(
+    rf"([-+]?)\s*[€£]?(?:([0-9]+) (?=[0-9]+/))?([0-9]{{1,3}}(?: [0-9]{{3}})+|{DIGITS})"
+    rf"(?:{EXPONENT})?((?:{SCALE})*)(\s*(?:\\?%|percent))?((?:{UNIT})*)"
+)
+NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base", re.IGNORECASE)
+
+FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
+REPEATING = re.compile(
+    r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\dot\s*\{?([0-9])\}?([0-9]*)\\dot\s*\{?([0-9])\}?|\(([0-9]+)\)|"
+    r"\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?|([0-9]{1,6}?)\8+\s*(?:\.{3}|…|\\[lc]?dots))"
+)
+VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A-Za-z\\])([A-Za-z]+)", re.DOTALL)
+CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s+(?![-+*/^=<>(]\s*[^0-9])(.+)")
+ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:{'|'.join(SCALES)})s\b", re.IGNORECASE)
+# what math-verify drops: the base of a number, the exponent of a unit
+DROPPED = re.compile(r"[0-9]_\{?([0-9]+)\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
+RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|neq?|leqslant|geqslant)(?![a-z])|[<>≤≥≠]")
+OPERATION = re.compile(r"\\(?!left|right|pi|text|mbox|circ|display|infty)[A-Za-z]+|[-+*/^!]|\)\(")
+TASK = re.compile(r"\b(?:Expand|Factor|Simplify|Comput|Evaluat|Calculat|Find|Convert|What is|Write)[^.?$]*$")
 
 
 def clean(answer: str) -> str:
     """An answer without dollar signs, thin spaces, line breaks and final punctuation."""
-    answer = answer.replace("\N{MINUS SIGN}", "-").replace(r"\$", "").replace("$", "")
-    answer = answer.replace("{,}", ",").replace(r"\!", "").replace("\0", "")
-    return " ".join(answer.split()).rstrip(". ,;:\\*").lstrip("*: ")
+    answer = in_plain_digits(answer).replace(r"\$", "").replace("$", "").replace(r"\!", "").replace("\0", "")
+    answer = " ".join(re.sub(r"(?<!\\)\\[,;: ]|~", " ", answer).split())
+    dots = re.search(r"\.[0-9]+(\.{3})[. ]*$", answer)  # 0.333... is no 0.333
+    return (answer.rstrip(". ,;:\\*") + (dots[1] if dots else "")).lstrip("*: ")
 
 
 def unwrapped(answer: str) -> str:
@@ -212,17 +298,37 @@ def unwrapped(answer: str) -> str:
     return " ".join(WRAPPER.sub(r" \1 ", answer).split()).rstrip(". ")
 
 
+def in_fractions(answer: str) -> str:
+    """An answer with repeating decimals as fractions."""
+
+    def fraction(decimal: re.Match) -> str:
+        start, period = decimal[1] + decimal[2], "".join(filter(None, decimal.groups()[2:]))
+        bottom = (10 ** len(period) - 1) * 10 ** len(decimal[2])
+        return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{bottom}}}"
+
+    return REPEATING.sub(fraction, answer)
+
+
 @functools.lru_cache(maxsize=CACHED_PAIRS)
-def plain_key(answer: str) -> str | None:
-    """What decides the equality of answers that need no algebra, numbers and choice letters; None for others."""
-    text = unwrapped(answer)
+def plain_keys(answer: str) -> tuple[str, ...]:
+    """What decides the equality of answers that need no algebra, numbers and choice letters; () for others. A
+    percentage has two, as it stands and as a part of 1."""
+    text = unwrapped(in_fractions(answer))
     if re.fullmatch(r"[A-Z]|\([A-Z]\)", text):
-        return text.strip("()")
-    number = PLAIN_NUMBER.fullmatch(text)
-    if number is None or NOT_A_UNIT.search(text) or re.search("/0+$", number[2]):
-        return None
-    top, _, bottom = number[2].replace(",", "").partition("/")  # Fraction() itself does not read "1.5/3"
-    return number_key(Fraction(number[1] + top) / int(bottom or 1))
+        return (text.strip("()"),)
+    number = PLAIN_NUMBER.fullmatch(" ".join(FRAC.sub(r" \1\2/\3\4", text).split()))
+    if number is None or NOT_A_UNIT.search(number[7]) or re.search("/0+$", number[3]):
+        return ()
+    top, _, bottom = re.sub("[, ]", "", number[3]).partition("/")  # Fraction() itself does not read "1.5/3"
+    value = (int(number[2] or 0) + Fraction(top) / int(bottom or 1)) * (-1 if number[1] == "-" else 1)
+    value *= Fraction(10) ** int(number[4] or 0)
+    value *= math.prod(SCALES[word.rstrip("s")] for word in re.findall("[a-z]+", number[5]))
+    return (number_key(value), number_key(value / 100)) if number[6] else (number_key(value),)
+
+
+def plain_key(answer: str) -> str | None:
+    """The first of `plain_keys`, by which a wrong answer votes, or None."""
+    return next(iter(plain_keys(answer)), None)
 
 
 def text_key(answer: str) -> str:
@@ -230,35 +336,101 @@ def text_key(answer: str) -> str:
     text = unwrapped(answer)
     if re.fullmatch("[A-Za-z ]{3,}", text):
         return text.lower()
-    return re.sub(r"\\(?:left|right)(?![a-z])|\s", "", text).replace("dfrac", "frac").replace("tfrac", "frac")
+    return (
+        re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])", "", text)
+        .replace("dfrac", "frac")
+        .replace("tfrac", "frac")
+    )
+
+
+def for_algebra(answer: str) -> str:
+    """An answer as math-verify reads it rightly: 2 1/2, 0.\\overline{3} and 1e3 are otherwise other numbers."""
+    answer = re.sub(r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}", in_fractions(answer))
+    return re.sub(r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9_])", r" \\times 10^{\1}", answer)
 
 
 def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     """(whether the answer is right, what it votes by if wrong), or None where that takes algebra."""
-    gold_key, key = plain_key(gold), plain_key(answer)
     if text_key(gold) == text_key(answer):
         return True, ""
-    return (gold_key == key, key) if gold_key and key else None
+    golds, keys = plain_keys(gold), plain_keys(answer)
+    if golds and keys:
+        return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
+    of_gold, of_answer = ({*DROPPED.findall(unwrapped(text))} for text in (gold, answer))
+    unreadable = re.search("[0-9] +[0-9]", for_algebra(answer)) or RELATION.match(answer) and not RELATION.match(gold)
+    return (False, f"text {text_key(answer)}") if unreadable or of_gold and of_answer and of_gold != of_answer else None
 
 
 CHECKERS = Workers("math")
-checked: dict[tuple[str, str], tuple[bool, str]] = {}  # what the workers found, oldest first, CACHED_PAIRS at most
+checked: dict[tuple[str, str], tuple[bool, str] | str] = {}  # what the workers found, oldest first
 
 
 def judged(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str] | str]:
-    """For each (gold, answer): (whether right, what it votes by if wrong), or the name of what went wrong."""
+    """For each (gold, answer): (whether right, what it votes by if wrong), or the name of what went wrong. A time-out
+    is kept like a verdict, since a policy repeats itself; a dead worker may have been the machine's fault."""
     verdicts = {pair: without_algebra(*pair) or checked.get(pair) for pair in pairs}
     jobs = [pair for pair, verdict in verdicts.items() if verdict is None]
-    for (gold, answer), (result, failure) in zip(jobs, CHECKERS.map(jobs)):
-        if failure:
-            verdicts[gold, answer] = failure  # not kept: it may have been the machine's fault, not the answer's
-            continue
-        correct, form = result
-        word = text_key(answer) if re.fullmatch("[A-Za-z ]{3,}", unwrapped(answer)) else None
-        verdicts[gold, answer] = checked[gold, answer] = correct, plain_key(answer) or word or form
+    for pair, (result, failure) in zip(jobs, CHECKERS.map([[*map(for_algebra, pair)] for pair in jobs])):
+        verdicts[pair] = failure
+        if not failure:
+            word = text_key(pair[1]) if re.fullmatch("[A-Za-z ]{3,}", unwrapped(pair[1])) else None
+            verdicts[pair] = result[0], plain_key(pair[1]) or word or result[1]
+        if failure in (None, "timeouts"):
+            checked[pair] = verdicts[pair]
     while len(checked) > CACHED_PAIRS:
         del checked[next(iter(checked))]
     return verdicts
+
+
+def variables_in(prompt: str) -> set[str]:
+    """The letters that the formulas of a prompt use."""
+    texts = (re.sub(r"\\[A-Za-z]+", " ", WRAPPER.sub(" ", formula)) for _, _, formula in formulas(prompt))
+    return {*re.findall("[A-Za-z]", " ".join(texts))}
+
+
+def with_variables(answer: str, names: set[str]) -> str:
+    """An answer in which variables at the end are in braces, by which math-verify knows them from units."""
+    match = VARIABLES.fullmatch(answer)
+    if not match:
+        return answer
+    head, gap, letters = match.groups()
+    known = letters in UNITS.split() and not {*letters} <= names and not re.search(r"(?<!\\p)[A-Za-z]$", head)
+    word = len(letters) > (2 if gap else 3) and letters.lower() not in string.ascii_lowercase
+    return answer if known or word or letters == "i" else f"{head}{gap}{{{letters}}}"
+
+
+def answer_to(problem: Problem, gold: str, answer: str) -> str:
+    """An answer as the problem and its gold answer let it be read: the letter or the text of "(C) 12", letters that are
+    variables, "2 dozen" where dozens are asked for."""
+    choice = CHOICE.fullmatch(unwrapped(answer))
+    if choice:
+        letters = re.fullmatch(r"\(?[A-Z]\)?", unwrapped(gold))
+        answer = choice[1] or choice[2] if letters else choice[3]
+    if ASKED_SCALE.search(problem.prompt):
+        answer = re.sub(SCALE, "", answer)
+    return answer
+
+
+def is_echo(problem: Problem, gold: str, answer: str) -> bool:
+    """Whether an answer that equals the gold one is an unevaluated formula of the problem, or the equation of a curve.
+
+    A formula is one with operations that stands in the prompt, alone or as a side of a relation, where it is what the
+    prompt asks to compute or where the gold answer has fewer operations. The equation of a curve has a power on its
+    left side, which is not in the prompt, and math-verify would take its right side for the answer."""
+    gold, answer = (FRAC.sub(r"\1\2/\3\4", text_key(text)) for text in (gold, answer))
+    curve, is_equation, _ = answer.partition("=")
+    if is_equation and "=" not in gold and re.search(r"(?<![A-Za-z\\])[a-z]\^", curve):
+        return curve not in text_key(problem.prompt)
+    count = len(OPERATION.findall(answer))
+    if not count or sorted(gold) == sorted(answer):
+        return False
+    for start, _, formula in formulas(problem.prompt):
+        whole = FRAC.sub(r"\1\2/\3\4", text_key(clean(formula)))
+        if whole == answer and TASK.search(problem.prompt[:start]):
+            return True
+        if answer in (whole, *re.split(r"(?<![<>])=|\\equiv", whole)) and count > len(OPERATION.findall(gold)):
+            return True
+    return False
 
 
 def verify(
@@ -268,15 +440,23 @@ def verify(
 
     Raises RuntimeError if the worker processes cannot start.
     """
-    golds = [clean(problem.answer) for problem in problems]
-    answers = [[answer_in(response) for response in row] for row in responses]
+    golds, answers = [], []
+    for problem, row in zip(problems, responses):
+        gold = clean(problem.answer)
+        names = variables_in(problem.prompt) | {*re.findall("[0-9]([A-Za-z])$", gold)}
+        found = [answer_in(response) for response in row]
+        golds.append(with_variables(gold, names))
+        answers.append([answer and with_variables(answer_to(problem, gold, answer), names) for answer in found])
     pairs = [(gold, answer) for gold, row in zip(golds, answers) for answer in row if answer is not None]
     verdicts = judged(pairs)
     counts = dict(collections.Counter(verdicts[pair] for pair in pairs if isinstance(verdicts[pair], str)))
     rewards, voters = [], []
-    for gold, row in zip(golds, answers):
+    for problem, gold, row in zip(problems, golds, answers):
         found = [verdicts.get((gold, answer)) for answer in row]
         found = [None if isinstance(verdict, str) else verdict for verdict in found]
+        for i, verdict in enumerate(found):
+            if verdict and verdict[0] and is_echo(problem, gold, row[i]):
+                found[i] = False, f"text {row[i]}"
         rewards.append([float(verdict is not None and verdict[0]) for verdict in found])
         voters.append([verdict and (True if verdict[0] else verdict[1]) for verdict in found])
     return Verdict(torch.tensor(rewards), votes_from_answers(voters), counts)

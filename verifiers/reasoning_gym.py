@@ -5,13 +5,15 @@ Optional: pip install reasoning-gym==0.1.25. Names: reasoning_gym.factory.DATASE
 Problems are made when they are first looked at, by (seed, index), and are the same on every run. Train and test differ
 by seed; test holds no problem twice, and no problem of it is in train. The answer is the last <answer>...</answer>
 of the response (the library's convention), the reward the score, 0 to 1, and the vote the text of the answer.
-Problems are made and answers scored in worker processes (workers.py), since several scorers evaluate the answer: a
-scorer that raises, hangs or dies gives reward 0 and no vote, and is counted in `Verdict.counts`.
+Problems are made and answers scored in worker processes (workers.py): a scorer that raises, hangs or dies gives reward
+0 and no vote, and is counted in `Verdict.counts`. These processes have the user's rights. Data sets whose scorer runs
+the answer as Python code (EVALUATED) are therefore refused, and so are other versions, whose scorers nobody has read.
 """
 
 import collections
 import difflib
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,11 @@ from . import BadInput, Problem, Task, Verdict, votes_from_answers
 from .math import end_of
 from .workers import Workers
 
-INSTALL = "pip install reasoning-gym==0.1.25"
+VERSION = "0.1.25"
+INSTALL = f"pip install reasoning-gym=={VERSION}"
+# by reading all scorers of this version: the first four call `eval` on the answer, the others sympy's `parse_expr`
+EVALUATED = """binary_matrix n_queens spiral_matrix string_insertion
+countdown intermediate_integration polynomial_multiplication puzzle24 simple_integration""".split()
 # entry i of seed s is drawn from Random(s + i), so seeds must lie further apart than the sizes
 TRAIN_SEED, TRAIN_SIZE = 0, 100_000
 TEST_SEED, TEST_SIZE = 1_000_000_000, 100
@@ -103,17 +109,22 @@ def verify(problems: Sequence[GymProblem], responses: Sequence[Sequence[str]]) -
 
 
 def load(name: str, data: str | None = None) -> Task:
-    """The task `reasoning_gym/<name>`; raises BadInput for unknown names and where the library is not installed."""
+    """The task `reasoning_gym/<name>`; raises BadInput for unknown and refused names, and without the library."""
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise BadInput(f"task {name!r} needs the reasoning-gym library: {INSTALL}")
+    if (version := importlib.metadata.version("reasoning-gym")) != VERSION:
+        raise BadInput(f"the scorers of reasoning-gym {version} were not checked for what they do: {INSTALL}")
     from reasoning_gym.factory import DATASETS
 
     dataset = name.partition("/")[2]
     if dataset not in DATASETS:
         close = difflib.get_close_matches(dataset, DATASETS, cutoff=0.4) or sorted(DATASETS)[:3]
         raise BadInput(f"the reasoning-gym library has no data set {dataset!r}; try {', '.join(close)}")
+    if dataset in EVALUATED:
+        why = "its scorer runs the answer as code (eval or sympy.parse_expr), with all your rights"
+        raise BadInput(f"reasoning-gym's {dataset!r} is refused: {why}. Choose another data set")
     test = {problem.prompt: problem for problem in problems_at(dataset, TEST_SEED, range(TEST_SIZE))}
     if not test:
         raise BadInput(f"reasoning-gym's {dataset!r} makes no problems with its default settings")

@@ -4,6 +4,13 @@
         result, = sandbox.run([Program("def f(x): return x + 1", tests="assert f(1) == 2", names=("f",))])
         result.passed
 
+**First, what does not hold.**
+- Level `rlimits` is no protection: it bounds time, memory and output. A program can read and delete what you can, reach
+  the network, signal your processes and leave processes behind. It is for programs that you would run yourself.
+- Crowding can turn a right program's verdict into "timed out", never a wrong one's into "passed". So the wall time is
+  long enough for two busy programs per core, and a program that timed out with less than half of it as CPU time runs
+  again, alone (`Sandbox.run`). What starves even then, beside other jobs on the machine, is judged too low.
+
 **The verdict cannot be forged.** The tests never enter the process that runs the program. They run in a *judge*, for
 which the program's names stand for objects over there: a call goes out, plain data comes back, and the judge compares
 exact built-in types in its own memory. So exit codes, printed words, patched built-ins, an `__eq__` that is always
@@ -21,35 +28,37 @@ lock with a program that tries it. `auto` is the strongest of the first two.
   list of system calls: no sockets but connected pairs, no descriptors sent, no new processes or programs, no signals,
   no access to other processes, no shared memory, no io_uring; calls that later kernels add are shut out. As root, a
   worker first becomes a user of its own, without capabilities but that of reading the interpreter.
-- `rlimits`. Any Unix, and the only one on macOS, by name only. The limits, an empty environment, a process of its own:
-  for programs that you would run yourself.
+- `rlimits`. Any Unix, and the only one on macOS, by name only. The limits, an empty environment, a process of its own.
 Limits at every level, on each program: wall and CPU time, address space, threads and processes (root at level
 `rlimits`: no), bytes written to files (none), open files, bytes printed, one core. The judge has the same address space
 and a second more of wall time; answers are bounded before values are built. The program's process group is killed and
 reaped before the next one starts, which finds none of its flags on descriptors. A worker that dies or does not answer
-in time costs the program that it judged and is replaced; BadInput is raised where that fails.
+in time costs the program that it judged and is replaced; BadInput is raised where that fails. Where the machine's
+memory runs out, Linux ends workers first.
 
 **Not covered.**
 - Holes in the kernel, and side channels (timing, caches). Only a virtual machine is stronger; run one around the pool.
 - The files that can be read: the interpreter's library and site-packages, with whatever secrets somebody put there. At
   level `landlock`, what other names tell: whether a file exists, its size and times, which process numbers are taken.
 - The sum over workers: each may use its memory limit twice (judge, program). Set `Limits.memory` accordingly.
-- At level `landlock`, as an ordinary user: the limit on threads counts all that this user runs, so a program with very
-  many threads can keep other programs of the same user from making theirs until it is killed.
+- As an ordinary user, but for `bubblewrap`: the system counts the threads of all that this user runs. The limit on a
+  program's threads is raised by what runs on the machine when it starts. A program with very many threads can keep
+  other programs of the same user from making theirs until it is killed.
 - The tests themselves are trusted with the judge's process, under the same lock: they come with the data set.
 - What only an object's own process can tell. Arguments and results are copied, so a test that looks at how an argument
   was changed in place, or at the identity of a result, does not see it. An object that is no plain data (plain are the
   built-in types, Decimal, Fraction, naive dates, named tuples) equals only itself or, if both are dataclasses, one with
   equal fields, whatever its `__eq__`; a test that asks whether it is true, calls its methods, or has the program make
   what it expects is told what the program likes. `in` goes through its items, so that a class with `__contains__` alone
-  fails. Functions cannot be handed over.
+  fails. Operators need two objects of the program: from `f(2) - 4` it would learn what is expected. `with` keeps no
+  exception back and tells of none. Functions cannot be handed over.
 - Programs that ask for time, entropy or addresses, NumPy's `default_rng()` among them, may not behave the same twice;
   `random`, `numpy.random` and `hash` start the same.
-- Level `rlimits` keeps no program from reading, from the network, from signals, or from processes that outlive it.
 """
 
 import atexit
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -69,6 +78,7 @@ from . import BadInput, sandbox_lock
 from .sandbox_codec import receive, send
 from .sandbox_worker import LATE
 
+CASES = 4  # all the cases of one program together may take this many times the wall time of one
 LEVELS = ("bubblewrap", "landlock", "rlimits")  # strongest first
 STATUSES = ("passed", "failed", "timed out", "out of memory", "killed", "refused", "output truncated")
 WORKER = Path(__file__).with_name("sandbox_worker.py")
@@ -76,12 +86,13 @@ WORKER = Path(__file__).with_name("sandbox_worker.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program; each case of standard input and output is a run of its own, with these limits.
+    """Limits of one program; each case of standard input and output is a run of its own, with these limits, but all its
+    cases together have CASES times the wall time of one.
 
     cpu: whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. wall: seconds, enough for two programs per
-    core that use up their CPU time beside other work; more in proportion where a pool has more workers than that, so
-    that crowding changes no verdict. memory: bytes of address space. output: bytes of standard output, or twice what is
-    expected if that is more. threads: of one program, itself included."""
+    core that use up their CPU time beside other work; more in proportion where a pool has more workers than that.
+    memory: bytes of address space. output: bytes of standard output, or twice what is expected if that is more.
+    threads: of one program, itself included."""
 
     wall: float = 30.0
     cpu: int = 8
@@ -112,11 +123,13 @@ class Program:
 @dataclass(frozen=True)
 class Result:
     """What became of a program. status: one of STATUSES; detail: one line of why, written by the program in part, so
-    not to be trusted; value: see `Program.tests`."""
+    not to be trusted; value: see `Program.tests`; wall, cpu: seconds that it took."""
 
     status: str
     detail: str = ""
     value: object = None
+    wall: float = math.inf
+    cpu: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -156,43 +169,59 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def run(self, programs: Sequence[Program]) -> list[Result]:
         """The result of each program, in order. Safe to call from several threads, which then take turns. Raises
-        BadInput where no program is to blame: a worker cannot be replaced, tests need a module that is missing."""
+        BadInput where no program is to blame: a worker cannot be replaced, tests need a module that is missing.
+
+        Programs that timed out with less than half their wall time of CPU time may have starved beside others. They run
+        again, alone, for as long as all programs took together: each for a sixteenth of its wall time, so that those
+        that sleep take little from the others, then for a quarter, then for all of it."""
+        with self._lock:
+            start = time.monotonic()
+            results = self._results(programs)
+            end = 2 * time.monotonic() - start
+            starved = [i for i, it in enumerate(results) if it.status == "timed out" and it.cpu < it.wall / 2]
+            for share, i in itertools.product((1 / 16, 1 / 4, 1), starved):
+                if results[i].status == "timed out" and len(programs) > 1 and time.monotonic() < end:
+                    wall = share * min(programs[i].wall, self.limits.wall / self._crowd)
+                    (results[i],) = self._results([replace(programs[i], wall=wall)])
+        return results
+
+    def _results(self, programs: Sequence[Program]) -> list[Result]:
+        """The result of each program, run once, as many at a time as there are workers."""
         results: list[Result | None] = [None] * len(programs)
         pending = deque(range(len(programs)))
         lost: set[int] = set()  # programs whose worker died under them once
         busy: dict[_Worker, int] = {}
-        with self._lock:
-            try:
-                self._fill()
-                idle = list(self._workers)
-                while pending or busy:
-                    while pending and idle:
-                        worker, index = idle.pop(), pending.popleft()
-                        worker.submit(programs[index], self.limits)
-                        busy[worker] = index
-                    first = min(worker.deadline for worker in busy) - time.monotonic()
-                    ready = wait(list(busy), max(first, 0))
-                    for worker in ready or [worker for worker in busy if worker.deadline < time.monotonic()]:
-                        index, result = busy.pop(worker), worker.result()
-                        if result is None:
-                            self._workers.remove(worker)
-                            if worker.stop() == LATE or not ready:
-                                result = Result("timed out", "the tests did not end in time")
-                            elif index in lost:
-                                result = Result("killed", "the judge died twice")
-                            else:
-                                lost.add(index)
-                                pending.appendleft(index)
-                            self._fill()
-                            worker = self._workers[-1]
-                        elif result.status == "no module":
-                            raise BadInput(f"the tests of a problem need a module: {result.detail}. Install it")
-                        results[index] = result
-                        idle.append(worker)
-            finally:  # of an error or Ctrl-C: answers that nobody waits for must not meet the next question
-                for worker in busy:
-                    self._workers.remove(worker)
-                    worker.stop()
+        try:
+            self._fill()
+            idle = list(self._workers)
+            while pending or busy:
+                while pending and idle:
+                    worker, index = idle.pop(), pending.popleft()
+                    worker.submit(programs[index], self.limits)
+                    busy[worker] = index
+                first = min(worker.deadline for worker in busy) - time.monotonic()
+                ready = wait(list(busy), max(first, 0))
+                for worker in ready or [worker for worker in busy if worker.deadline < time.monotonic()]:
+                    index, result = busy.pop(worker), worker.result()
+                    if result is None:
+                        self._workers.remove(worker)
+                        if worker.stop() == LATE or not ready:
+                            result = Result("timed out", "the tests did not end in time")
+                        elif index in lost:
+                            result = Result("killed", "the judge died twice")
+                        else:
+                            lost.add(index)
+                            pending.appendleft(index)
+                        self._fill()
+                        worker = self._workers[-1]
+                    elif result.status == "no module":
+                        raise BadInput(f"the tests of a problem need a module: {result.detail}. Install it")
+                    results[index] = result
+                    idle.append(worker)
+        finally:  # of an error or Ctrl-C: answers that nobody waits for must not meet the next question
+            for worker in busy:
+                self._workers.remove(worker)
+                worker.stop()
         return results
 
     def close(self) -> None:
@@ -272,6 +301,8 @@ class _Worker:
         command = [sys.executable, "-B", "-s", str(WORKER), json.dumps(settings)]
         if level == "bubblewrap":
             command = sandbox_lock.bubblewrap(readable) + command
+        if os.path.exists("/proc/self/oom_score_adj"):  # where memory runs out, not the trainer shall be the victim
+            command = ["/bin/sh", "-c", 'echo 1000 >/proc/self/oom_score_adj; exec "$@"', "sh", *command]
         environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"}  # the whole of it
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         passed = [end.fileno() for end in files.values()]
@@ -279,10 +310,12 @@ class _Worker:
         for end in files.values():
             end.close()
         try:
-            receive(self.jobs, time.monotonic() + 60, loads=json.loads)  # its judge says hello
+            receive(self.jobs, time.monotonic() + 60, 1 << 25, json.loads)  # its judge says hello
         except (EOFError, OSError):
             self.process.kill()  # if it hangs; else it has ended, or is about to
-            said = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+            self.process.wait()
+            said = os.read(self.process.stderr.fileno(), 1 << 16) if wait([self.process.stderr], 0) else b""
+            said = said.decode(errors="replace").strip().splitlines()
             self.stop()
             raise OSError(said[-1] if said else "it did not start") from None
 
@@ -294,20 +327,21 @@ class _Worker:
         """Hand the worker a program; `deadline` is when it must have answered."""
         self.nonce = secrets.token_hex(16)  # an answer without it is not to this question
         wall = min(limits.wall, program.wall * self.crowd)
-        job = {**vars(program), "cpu": limits.cpu, "output": limits.output, "wall": wall, "nonce": self.nonce}
-        self.deadline = time.monotonic() + wall * max(1, len(program.cases)) + 10  # the judge keeps its own for each
+        total = wall * min(max(1, len(program.cases)), CASES)
+        of_job = {"cpu": limits.cpu, "output": limits.output, "wall": wall, "total": total, "nonce": self.nonce}
+        self.deadline = time.monotonic() + total + 10  # the judge keeps its own
         with contextlib.suppress(OSError):  # `result` finds it dead
             self.jobs.settimeout(60)
-            send(self.jobs, job)
+            send(self.jobs, {**vars(program), **of_job})
 
     def result(self) -> Result | None:
         """The worker's answer, or None if it is dead or late."""
         try:
-            answer = receive(self.jobs, self.deadline, loads=json.loads)
+            answer = receive(self.jobs, self.deadline, 1 << 25, json.loads)  # twice what a judge lets pass as `value`
             if not secrets.compare_digest(answer.pop("nonce"), self.nonce):
                 return None
             return Result(**answer)
-        except (EOFError, OSError, ValueError, TypeError):
+        except (EOFError, OSError, ValueError, TypeError, OverflowError, RecursionError):
             return None
 
     def stop(self) -> int:

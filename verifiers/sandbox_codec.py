@@ -8,6 +8,7 @@ import importlib
 import json
 import marshal
 import math
+import numbers
 import socket
 import time
 from collections import deque, namedtuple
@@ -99,6 +100,8 @@ def encode(value, reference):
         return [name, str(value)]
     if name in NUMBERS and getattr(value, "tzinfo", None) is None:
         return [name, [encode(getattr(value, field), reference) for field in NUMBERS[name].split()]]
+    if isinstance(value, numbers.Real):  # such as sympy's
+        return encode((int if isinstance(value, numbers.Integral) else float)(value), reference)
     if type(value).__module__ == "numpy" and hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
         return encode(value.item(), reference)
     return reference(value)

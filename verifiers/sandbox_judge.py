@@ -19,6 +19,7 @@ import time
 import types
 
 from verifiers.sandbox_codec import as_json, decode, encode, from_json, receive, send
+from verifiers.sandbox_program import OPERATORS
 
 REPLY_BYTES = 16 << 20  # the longest answer to one call that is read
 GRACE = 1.0  # seconds after a program's deadline in which the judge must be done with it, or it ends itself
@@ -34,7 +35,8 @@ class Ended(BaseException):
 
 class Remote:
     """An object of the program, seen from the judge; `target` is its name or number there. Two are equal if they are
-    the same object, or dataclasses with equal fields."""
+    the same object, or dataclasses with equal fields. Operators take two of them: from an operand of the tests' own the
+    program would learn what is expected."""
 
     def __init__(self, run: "Run", target) -> None:
         object.__setattr__(self, "_run", run)
@@ -59,21 +61,31 @@ class Remote:
 
     __hash__ = object.__hash__
 
+    def __instancecheck__(self, item):
+        return isinstance(item, Remote) and self._run.call(["operation", "isinstance"], (item, self), {})
 
-for _name in "setattr getitem iter next len bool str repr".split():
+    def __exit__(self, *_):
+        self._run.call(["operation", "exit"], (self,), {})  # it keeps no exception of the tests back
+
+
+for _name in "setattr getitem iter next len bool str repr neg abs enter".split() + OPERATORS:
     _ask = lambda self, *args, name=_name: self._run.call(["operation", name], (self, *args), {})  # noqa: E731
     setattr(Remote, f"__{_name}__", _ask)
+for _name in OPERATORS:
+    _of_two = lambda a, b, ask=getattr(Remote, f"__{_name}__"): ask(a, b) if isinstance(b, Remote) else NotImplemented  # noqa: E731
+    setattr(Remote, f"__{_name}__", _of_two)
 
 
 class Run:
     """One program under judgement: from its source to its end. `trouble`: None, a status, or "ended"."""
 
-    def __init__(self, control: socket.socket, job: dict) -> None:
+    def __init__(self, control: socket.socket, job: dict, end: float) -> None:
         self.control, self.job, self.trouble, self.detail, self.rest = control, job, None, "", bytearray()
         _, (channel, self.stdout), _, _ = socket.recv_fds(control, 1, 2)
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, channel)
-        self.deadline = time.monotonic() + job["wall"]
-        signal.setitimer(signal.ITIMER_REAL, job["wall"] + GRACE)  # unhandled: the end of this process
+        now = time.monotonic()
+        self.deadline = min(now + job["wall"], end)
+        signal.setitimer(signal.ITIMER_REAL, max(self.deadline - now, 0) + GRACE)  # unhandled: the end of this process
 
     def guard(self, function, *args):
         """function(*args); a program that is late, gone, too large or not speaking the protocol ends the run."""
@@ -158,14 +170,16 @@ class Run:
 
 def judged(control: socket.socket, job: dict) -> dict:
     """The result of one job: a program with tests, or with cases of standard input and output."""
+    start, spent = time.monotonic(), 0.0
     for case in job["cases"] or [None]:
-        run = Run(control, job)
+        run = Run(control, job, start + job["total"])
         try:
             run.guard(send, run.channel, {"source": job["source"], "stdin": case and case[0]})
             status, detail, value = outcome(run, case)
         except BaseException:  # Ended, or an exception whose text is the program's to tell
             status, detail, value = "failed", "", None
         code, cpu = run.end()
+        spent += cpu
         if run.trouble == "ended" and (case is None or code != 0):
             late = cpu >= job["cpu"] or time.monotonic() >= run.deadline
             timed_out = code == -signal.SIGXCPU or code == -signal.SIGKILL and late
@@ -178,7 +192,8 @@ def judged(control: socket.socket, job: dict) -> dict:
     if status == "out of memory":
         gc.collect()  # the next program has all the memory again
     value = value if status == "passed" else None
-    return {"status": status, "detail": detail, "value": value, "nonce": job["nonce"]}
+    seconds = {"wall": time.monotonic() - start, "cpu": spent}
+    return {"status": status, "detail": detail, "value": value, **seconds, "nonce": job["nonce"]}
 
 
 def outcome(run: Run, case: tuple[str, str] | None) -> tuple[str, str, object]:

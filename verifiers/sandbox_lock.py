@@ -114,9 +114,9 @@ def bubblewrap(readable: list[str]) -> list[str]:
     return command
 
 
-def unprivileged_user() -> None:
-    """As root, become a user of our own, who owns nothing: limits on processes do not bind root. Kept is the capability
-    to read, under Landlock's rules, an interpreter installed in root's home."""
+def unprivileged_user() -> bool:
+    """As root, become a user who owns nothing: limits on processes do not bind root. Kept is the capability to read,
+    under Landlock's rules, an interpreter installed in root's home. Returns whether no other process has that user."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their high words
     libc.capget(header, sets)
@@ -130,6 +130,7 @@ def unprivileged_user() -> None:
             break
     if libc.capset(header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)):
         raise OSError(ctypes.get_errno(), "capset")
+    return user != 65534
 
 
 def restrict_files(ruleset: int) -> None:

@@ -16,6 +16,9 @@ import types
 from verifiers.sandbox_codec import as_json, decode, encode
 
 CHANNEL = 3  # the descriptor of the socket to the judge
+TASKS = 63  # of /proc/loadavg, where the limit on processes counts others, too
+open_descriptor = os.open  # which the worker replaces for programs
+C_STACK = 64 << 20  # bytes: a recursion through `lru_cache` or `map` takes 500 a level, and contests raise the limit
 
 
 def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, stdout: int) -> None:
@@ -23,8 +26,8 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
     os.setpgid(0, 0)
     os.dup2(stdout, 1)
     os.dup2(channel, CHANNEL)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 2)  # opened anew: its flags are not those that the last program set
-    os.closerange(CHANNEL + 1, 64)  # the judge's ends too: while it waits, the program must see the judge hang up
+    os.dup2(open_descriptor(os.devnull, os.O_RDWR), 2)  # opened anew: its flags are not those that the last program set
+    os.closerange(CHANNEL + 1, TASKS)  # the judge's ends too: while it waits, the program must see the judge hang up
     job = marshal.loads(read_message())
     stdin = job["stdin"]
     if stdin is None:
@@ -37,13 +40,24 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
         os.pwrite(file, stdin.encode(errors="replace"), 0)
         os.dup2(file, 0)
         os.close(file)
-    for what, limit in limits:
-        resource.setrlimit(what, limit)
+        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # it can seek
+    tasks = 0
+    with contextlib.suppress(OSError):
+        tasks = int(os.pread(TASKS, 99, 0).split()[3].partition(b"/")[2])  # now: the trainer may have started threads
+    os.closerange(TASKS, TASKS + 1)
+    for what, (soft, hard) in limits:
+        if what == resource.RLIMIT_NPROC:
+            soft = hard = min(soft + tasks, hard)
+        resource.setrlimit(what, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_STACK, (C_STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     load_filter()
+    sys.set_int_max_str_digits(0)  # 2**20000 is printed as in any other language
 
     if "numpy" in job["source"]:
         with contextlib.suppress(ImportError):
             __import__("numpy").random.seed(0)  # as `random` is before the fork: the same verdict each time
+    if "torch" in job["source"]:
+        __import__("tempfile").tempdir = "/"  # dill, which torch imports, asks for one, though it writes nothing there
     code = compiled(job["source"])
     module = types.ModuleType("program" if stdin is None else "__main__")
     sys.modules[module.__name__] = module
@@ -148,8 +162,11 @@ def fields(value) -> list | None:
     return [kind.__name__, [getattr(value, name) for name in names]]
 
 
-OPERATIONS = {function.__name__: function for function in (getattr, setattr, iter, next, len, str, repr, bool, fields)}
-OPERATIONS["getitem"] = operator.getitem
+OPERATIONS = {function.__name__: function for function in (getattr, setattr, iter, next, len, str, repr, bool, abs)}
+OPERATIONS |= {"fields": fields, "isinstance": isinstance}
+OPERATIONS |= {"enter": operator.methodcaller("__enter__"), "exit": operator.methodcaller("__exit__", *[None] * 3)}
+OPERATORS = "lt le gt ge add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()
+OPERATIONS |= {name: getattr(operator, f"__{name}__") for name in (*OPERATORS, "getitem", "neg")}
 
 
 def error_of(error: BaseException) -> list[str]:

@@ -23,12 +23,14 @@ if __name__ == "__main__":
 import builtins
 import contextlib
 import gc
+import io
 import json
 import resource
 import select
 import signal
 import socket
 import struct
+import threading
 from _socket import socketpair  # without the classes and enumerations around it, to be copied at each fork
 
 from verifiers import sandbox_program
@@ -38,6 +40,7 @@ from verifiers.sandbox_lock import filter_loader, restrict_files, unprivileged_u
 
 # Imported before the fork. Few: each shared library and each page makes every fork dearer.
 PRELOAD = "bisect collections copy functools heapq itertools math operator random re string threading typing".split()
+DEVICES = {os.devnull: 2, "/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 LATE = 3  # exit code of a worker whose judge did not end in time
 
 
@@ -89,9 +92,19 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
         control.send(ENDED.pack(status, usage.ru_utime + usage.ru_stime))
 
 
-def open_for_programs(file, mode="r", *args, _open=open, **kwargs):
-    """The built-in `open`; for programs that discard output also the null device, though nothing is open to writing."""
-    return _open(os.dup(2) if mode != "r" and file == os.devnull else file, mode, *args, **kwargs)
+def with_devices(open_path, open_number):
+    """`open_path`, which opens files, for programs: they can open no device to writing and not all to reading, and get
+    copies of the descriptors that are open; of standard input from its start, as if it was a file."""
+
+    def opened(file, *args, **kwargs):
+        number = DEVICES.get(file) if isinstance(file, str) else None
+        if number is None:
+            return open_path(file, *args, **kwargs)
+        if number == 0:
+            os.lseek(0, 0, 0)
+        return open_number(os.dup(number), *args, **kwargs)
+
+    return opened
 
 
 def lowered(what: int, soft: int, hard: int | None = None) -> tuple[int, tuple[int, int]]:
@@ -101,16 +114,6 @@ def lowered(what: int, soft: int, hard: int | None = None) -> tuple[int, tuple[i
     return what, (min(soft, most), min(hard, most))
 
 
-def tasks_of_user() -> int:
-    """Processes and threads of this user now, as far as /proc shows them."""
-    count = 0
-    for pid in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        with contextlib.suppress(OSError):
-            if pid.isdigit() and os.stat(f"/proc/{pid}").st_uid == os.getuid():
-                count += len(os.listdir(f"/proc/{pid}/task"))
-    return count
-
-
 def main() -> None:
     """sys.argv[1]: JSON of the settings that `sandbox._Worker` makes. What goes wrong is the last line on stderr."""
     settings = json.loads(sys.argv[1])
@@ -118,7 +121,12 @@ def main() -> None:
     sys.path += [path for path in settings["packages"] if path not in sys.path]
     os.environ.clear()
     sys.argv[:] = sys.orig_argv[:] = ["program.py"]
-    builtins.open = open_for_programs
+    builtins.open = io.open = with_devices(open, open)
+    os.open = with_devices(os.open, lambda number, *_, **__: number)
+    locks = sys.modules["multiprocessing.synchronize"] = types.ModuleType("multiprocessing.synchronize")
+    locks.SEM_VALUE_MAX = 1 << 30
+    for name in "Lock RLock Semaphore BoundedSemaphore Condition Event Barrier".split():  # its own are files
+        setattr(locks, name, lambda *args, ctx=None, kind=getattr(threading, name): kind(*args))
     if hasattr(os, "sched_setaffinity"):  # judge and program take turns: on one core, neither has to wake another
         os.sched_setaffinity(0, {settings["core"]})
     for name in PRELOAD:
@@ -126,11 +134,12 @@ def main() -> None:
     sys.modules["random"].seed(0)  # for all programs: the same verdict each time
     os.setsid()  # away from the terminal and its signals
     os.chdir("/")
-    tasks, load_filter = tasks_of_user(), lambda: None
+    load_filter = lambda: None  # noqa: E731
+    with contextlib.suppress(OSError):  # in namespaces of its own, a worker sees no /proc and counts nobody else
+        os.dup2(os.open("/proc/loadavg", os.O_RDONLY), sandbox_program.TASKS)
     if settings["isolated"]:
-        if os.geteuid() == 0:
-            unprivileged_user()
-            tasks = 0
+        if os.geteuid() == 0 and unprivileged_user():
+            os.closerange(sandbox_program.TASKS, sandbox_program.TASKS + 1)
         load_filter = filter_loader(bytes.fromhex(settings["program_filter"]))
         restrict_files(settings["ruleset"])
         filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
@@ -158,8 +167,8 @@ def main() -> None:
         resource.setrlimit(*lowered(resource.RLIMIT_CORE, 0))
         # Of programs only: what counts for all of a user's processes must not end the fork server.
         limits = [lowered(resource.RLIMIT_CPU, settings["cpu"], settings["cpu"] + 1)]
-        own = {"NOFILE": settings["open_files"], "NPROC": settings["threads"] + tasks, "FSIZE": 0}
-        limits += [lowered(getattr(resource, f"RLIMIT_{name}"), limit) for name, limit in own.items()]
+        limits += [lowered(resource.RLIMIT_NOFILE, settings["open_files"]), lowered(resource.RLIMIT_FSIZE, 0)]
+        limits.append(lowered(resource.RLIMIT_NPROC, settings["threads"], 1 << 30))  # from the first to the second
         fork_server(ours, load_filter, limits)
     finally:
         os.kill(pid, signal.SIGKILL)

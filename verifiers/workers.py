@@ -2,9 +2,10 @@
 
 `Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
 line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. The children import neither torch nor this
-package and are not forked from a parent that has threads. Limits: `limit_s` of wall time a job, after which the child
-is killed and replaced; `MEMORY_BYTES` of address space. A child ends with its parent, whether idle (end of stdin) or
-stuck (its own alarm). This guards against slow algebra and accidents; it is no sandbox for hostile programs.
+package and are not forked from a parent that has threads. Limits: `limit_s` of wall time a job, whatever part of an
+answer has come by then, after which the child is killed and replaced; `REPLY_BYTES` an answer; `MEMORY_BYTES` of
+address space. A child ends with its parent, whether idle (end of stdin) or stuck (its own alarm). This guards against
+slow algebra and accidents; it is no sandbox for hostile programs.
 """
 
 import os
@@ -20,17 +21,20 @@ import functools
 import importlib
 import json
 import logging
+import re
 import resource
 import signal
 import subprocess
 import threading
 import time
 import zlib
+from decimal import Decimal
 from fractions import Fraction
 from multiprocessing.connection import wait
 
 START_S = 120  # for the child's imports, on a slow disk
 MEMORY_BYTES = 4 << 30
+REPLY_BYTES = 1 << 20
 # With hash seed 0 the order of sympy's symbols, and so every result, is the same in all children; a thread per core
 # takes address space and gains nothing here.
 CHILD_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -43,7 +47,7 @@ class Worker:
         command = [sys.executable, os.path.abspath(__file__), function, str(limit_s)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, **pipes)
-        self.ready, self.job = False, None
+        self.ready, self.job, self.line = False, None, b""
         self.deadline = time.monotonic() + START_S
 
     def send(self, number: int, job: list, limit_s: float) -> None:
@@ -52,11 +56,16 @@ class Worker:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
 
-    def receive(self) -> dict:
-        """Its next line, which it writes at once. Raises EOFError when there will be no more."""
-        line = self.process.stdout.readline()
-        if not line.endswith(b"\n"):
+    def receive(self) -> dict | None:
+        """Its next line, or None while only a part has come; called when there is something to read, so never waits.
+        Raises EOFError when there will be no line, ValueError or RecursionError for one that is no JSON."""
+        part = os.read(self.process.stdout.fileno(), 1 << 16)
+        self.line += part
+        if not part or len(self.line) > REPLY_BYTES:
             raise EOFError
+        if not self.line.endswith(b"\n"):
+            return None
+        line, self.line = self.line, b""
         return json.loads(line)
 
     def kill(self) -> int:
@@ -105,13 +114,12 @@ class Workers:
         speaking = wait([worker.process.stdout for worker in waiting], max(patience, 0))
         for worker in waiting:
             try:
-                if worker.process.stdout in speaking:
-                    reply = worker.receive()
-                elif time.monotonic() < worker.deadline:
-                    continue
-                else:
+                reply = worker.receive() if worker.process.stdout in speaking else None
+                if reply is None:
+                    if time.monotonic() < worker.deadline:
+                        continue
                     raise TimeoutError
-            except (EOFError, TimeoutError) as end:
+            except (EOFError, ValueError, RecursionError, TimeoutError) as end:
                 code = self.drop(worker)
                 if not worker.ready:
                     raise RuntimeError(f"the process for {self.function} did not start (exit code {code})") from end
@@ -136,9 +144,9 @@ class Workers:
 
 def number_key(value: Fraction) -> str:
     """One string for all numbers that agree when rounded to 6 decimals: math-verify's own tolerance, made a partition.
-    A number that would vanish keeps its exact value."""
+    A number that would vanish is rounded to 6 digits."""
     rounded = round(value, 6)
-    return str(rounded if rounded or not value else value)
+    return str(rounded) if rounded or not value else f"{Decimal(value.numerator) / Decimal(value.denominator):.5e}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -154,9 +162,16 @@ def check_math(gold: str, answer: str) -> list:
     what wrong answers vote by: a function of the answer alone, so an equivalence, which pairwise comparison is not."""
     import math_verify
 
-    correct = math_verify.verify(parsed(gold), parsed(answer), timeout_seconds=None)
+    found = parsed(answer)
+    if "or" in answer and found and type(found[0]).__name__ == "FiniteSet":  # of x < 1 and x > 3: a union
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            found = [functools.reduce(lambda one, other: one | other, (part.as_set() for part in found[0].args))]
+    options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # x < 3 is the interval (-oo, 3)
+    correct = math_verify.verify(parsed(gold), found, **options)
     try:
-        return [correct, canonical(parsed(answer)[0])]
+        form = canonical(parsed(answer)[0])
+        tiny = re.fullmatch("0|[-0-9.]+e-[0-9]+", form)  # math-verify rounds to 6 decimals
+        return [correct and not (tiny and canonical(parsed(gold)[0]) != form), form]
     except Exception:  # unparsed, or algebra that sympy cannot evaluate
         return [correct, "text " + "".join(answer.split())]
 

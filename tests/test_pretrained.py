@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ROOT, records, steps_of
+from verifiers.lines import fitting_lines
 
 import common
 import harness.policy
 from verifiers import load_task
-from verifiers.lines import fitting_lines
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import real_model  # noqa: E402

@@ -1,0 +1,221 @@
+"""tests/golden.json: rewards and the advantages of every estimator of this repository, from exact fractions.
+
+    python benchmarks/golden.py                  # write the file anew
+
+Whoever copies an estimator, or ports it to JAX or numpy, checks it against this file: a list of {"function",
+"arguments", "result"}, where matrices are (B, n), a row a prompt. Here every number comes from the definition: all
+subsets, listed, in rational arithmetic, rounded once at the end; nothing of the estimators' code is used. lambda_N, the
+one irrational number, is computed to 40 digits and rounded to 17.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import measure  # noqa: F401  first: puts the repository on the path
+
+import bon_rl
+
+FILE = Path(__file__).parent.parent / "tests" / "golden.json"
+Row = Sequence[Fraction]
+
+BINARY = [[1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
+GRADED = [[1, 0.5, 0.5, 0, 1, 0.25], [-0.5, 2, 0.75, 2, 2, -0.5], [0.125, 0.25, 0.375, 0.5, 0.625, 0.75]]
+VOTES = [[0, 1, 1, -1, 4, 0], [0, 1, 1, 1, 0, -1], [0, 1, 2, 3, 4, 5]]  # a tie of three answers for [1, 1, 2, 2, 3, 3]
+CORRECT = [[1, 0, 0, 0, 0.5, 1], [0, 1, 1, 1, 0, 0], [1, 0, 0.25, 0, 1, 0]]  # functions of the vote
+SCORES = [[3, 1, 3, -2, 0.5, 0.5], [0, 0, 0, 0, 0, 0], [6, 5, 4, 3, 2, 1]]
+
+
+def mean(values: Sequence) -> Fraction:
+    return sum(values, Fraction(0)) / len(values)
+
+
+def best(samples: Sequence[tuple[Fraction, Fraction]]) -> Fraction:
+    """The mean reward of the highest scored among (score, reward) pairs; 0 of none."""
+    top = max((score for score, _ in samples), default=None)
+    return mean([reward for score, reward in samples if score == top]) if samples else Fraction(0)
+
+
+def majority(samples: Sequence[tuple[int, Fraction]]) -> Fraction:
+    """The mean reward over the most frequent answers among (vote, reward) pairs; -1 casts no vote; 0 without votes."""
+    votes = [vote for vote, _ in samples if vote >= 0]
+    top = max(map(votes.count, votes), default=0)
+    winners = {vote for vote in votes if votes.count(vote) == top}
+    return mean([mean([r for v, r in samples if v == vote]) for vote in winners]) if winners else Fraction(0)
+
+
+def rloo(rewards: Row) -> list[Fraction]:
+    n = len(rewards)
+    return [(r - mean([x for j, x in enumerate(rewards) if j != i])) / n for i, r in enumerate(rewards)]
+
+
+def leave_one_out(f: Callable, samples: Sequence, k: int, estimator: str = "unbiased") -> list[Fraction]:
+    """A_i = (k/n) mean over the k-subsets T with i of [f(T) - f(T without i)]; biased: less its mean over T."""
+    n, total = len(samples), [Fraction(0)] * len(samples)
+    for T in combinations(range(n), k):
+        A = [f([samples[j] for j in T]) - f([samples[j] for j in T if j != i]) for i in T]
+        for i, a in zip(T, A):
+            total[i] += a - (mean(A) if estimator == "biased" else 0)
+    subsets = len(list(combinations(range(n), k)))
+    return [x / subsets for x in total]
+
+
+def maxrl(rewards: Row) -> list[Fraction]:
+    parts = [[a / (j - 1) for a in leave_one_out(max_of, rewards, j, "biased")] for j in range(2, len(rewards) + 1)]
+    return [sum(column, Fraction(0)) for column in zip(*parts)]
+
+
+def max_of(rewards: Row) -> Fraction:
+    return max(rewards, default=Fraction(0))
+
+
+def min_of(rewards: Row) -> Fraction:
+    return min(rewards, default=Fraction(0))
+
+
+def tilt(N: int) -> Fraction:
+    """lambda_N: ((l-1) e^l + 1) / (e^l - 1) - log((e^l - 1) / l) = log N - (N-1)/N, to 17 digits."""
+    with localcontext() as context:
+        context.prec = 40
+        low, high = Decimal("0.01"), Decimal(N + 2)
+        target = Decimal(N).ln() - Decimal(N - 1) / N
+        for _ in range(140):
+            l = (low + high) / 2
+            e = l.exp()
+            low, high = (l, high) if ((l - 1) * e + 1) / (e - 1) - ((e - 1) / l).ln() < target else (low, l)
+        context.prec = 17
+        return Fraction(+low)
+
+
+def winning(scores: Row, group: Sequence[int]) -> dict[int, Fraction]:
+    """Each member's chance to score highest in its group; equal scores share."""
+    top = max(scores[j] for j in group)
+    winners = [j for j in group if scores[j] == top]
+    return {j: Fraction(1, len(winners)) for j in winners}
+
+
+def variational(rewards: Row, scores: Row, N: int) -> list[Fraction]:
+    """Groups of N in a row: the mean over groups g of h(y) (R(y) - b), y the winner of g, see bon_rl.advantages."""
+    n = len(rewards)
+    groups = [range(start, start + N) for start in range(0, n, N)]
+    won = [winning(scores, group) for group in groups]
+    R = [sum(chance * rewards[j] for j, chance in w.items()) for w in won]
+    A = [Fraction(0)] * n
+    for g, w in enumerate(won):
+        without = mean([x for h, x in enumerate(R) if h != g])
+        for j, chance in w.items():
+            A[j] += chance * (rewards[j] - without) / len(groups)
+        for h, other in enumerate(groups):
+            if h != g:  # y' in group h: the baseline holds neither y nor y'
+                gain = R[g] - mean([x for i, x in enumerate(R) if i not in (g, h)])
+                for j in other:
+                    if max(scores[i] for i in groups[g]) >= scores[j]:
+                        A[j] += tilt(N) * gain / (n - N) / len(groups)
+    return A
+
+
+def closed_form(rewards: Row, N: int, estimator: str) -> list[Fraction]:
+    """BoN-RLB (rlb), positives only, and by all samples, the failure rate being that of the row, in [.01, .99]."""
+    n = len(rewards)
+    p = min(max(1 - mean(rewards), Fraction(1, 100)), Fraction(99, 100))
+    if estimator == "rlb-all":
+        return [N * p ** (N - 1) * (r - (1 - p)) / n for r in rewards]
+    subsets = list(combinations(range(n), N))
+    won = [mean([winning(rewards, T).get(i, Fraction(0)) for T in subsets]) for i in range(n)]
+    if estimator == "rlb":
+        right, wrong = N * p ** (N - 1) / (1 - p**N), N * p / (1 - p)
+    else:
+        right, wrong = N * p ** (N - 1) * (1 - p) / (1 - p**N), 0
+    return [share * (right if r else wrong) for share, r in zip(won, rewards)]
+
+
+def sft(expert: Fraction, scores: Row, N: int, likelihood: str) -> list[Fraction]:
+    """The expert's coefficient, 1, and those of n samples in grad log pi_bon(y*), see bon_sft.coefficients."""
+    n = len(scores)
+    if likelihood == "exact":
+        p = min(max(1 - mean(scores), Fraction(1, 100)), Fraction(99, 100))
+        weight = 1 / (1 - p) - N * p ** (N - 1) / (1 - p**N) if expert == 1 else (N - 1) / p
+        return [Fraction(1), *((1 - s - p) / n * weight for s in scores)]
+    A = [Fraction(1)]
+    for j, s in enumerate(scores):
+        wins = mean([winning(scores, T).get(j, Fraction(0)) for T in combinations(range(n), N)])
+        rest = [i for i in range(n) if i != j]
+        above = mean([Fraction(max(scores[i] for i in T) >= s) for T in combinations(rest, N)])
+        A.append(Fraction(1, n) - wins + tilt(N) / n * (Fraction(expert >= s) - above))
+    return A
+
+
+def posterior(rewards: Row, k: int) -> list[Fraction]:
+    """D(m) (r - (m+1)/(n+1)), D(m) being the advantage of a right one beside m other right ones."""
+    n, A = len(rewards), []
+    for i, r in enumerate(rewards):
+        m = int(sum(rewards) - r)
+        D = leave_one_out(max_of, [Fraction(j <= m) for j in range(n)], k)[0]
+        A.append(D * (r - Fraction(m + 1, n + 1)))
+    return A
+
+
+def cases() -> list[dict]:
+    """What stands in the file."""
+    found = []
+
+    def add(function: str, expected: Callable, columns: dict[str, list], **options) -> None:
+        rows = [[[Fraction(x) for x in row] for row in column] for column in columns.values()]
+        result = [[float(a) for a in expected(*row)] for row in zip(*rows)]
+        found.append({"function": function, "arguments": columns | options, "result": result})
+
+    for rewards in ({"rewards": BINARY}, {"rewards": GRADED}):
+        name = "pass_at_k_pg.advantages"
+        add(name, rloo, rewards, k=3, estimator="mean")
+        add(name, maxrl, rewards, k=3, estimator="maxrl")
+        for k in (2, 3, 6):
+            for estimator in ("unbiased", "biased"):
+                expected = partial(leave_one_out, max_of, k=k, estimator=estimator)
+                add(name, expected, rewards, k=k, estimator=estimator)
+            add("recipes.all_right.all_right", partial(leave_one_out, min_of, k=k), rewards, k=k)
+    for k in (2, 5):
+        add("recipes.baselines.posterior", partial(posterior, k=k), {"rewards": BINARY}, k=k)
+    votes = {"votes": VOTES, "rewards": CORRECT}
+    add("majority_pg.advantages", lambda votes, rewards: rloo(rewards), votes, k=3, estimator="mean")
+    for k in (2, 3, 6):
+        for estimator in ("unbiased", "biased"):
+
+            def expected(votes, rewards):
+                return leave_one_out(majority, list(zip(votes, rewards)), k, estimator)
+
+            add("majority_pg.advantages", expected, votes, k=k, estimator=estimator)
+    scored, reward_selects = {"rewards": GRADED, "scores": SCORES}, {"rewards": BINARY, "scores": BINARY}
+    name = "bon_rl.advantages"
+    for columns in (scored, reward_selects):
+        add(name, lambda rewards, scores: rloo(rewards), columns, N=2, estimator="mean")
+        for N in (2, 3, 6):
+
+            def expected(rewards, scores):
+                return leave_one_out(best, list(zip(scores, rewards)), N)
+
+            add(name, expected, columns, N=N, estimator="exact")
+        add(name, partial(variational, N=2), columns, N=2, estimator="variational")
+    for estimator in get_args(get_type_hints(bon_rl.Args)["estimator"]):
+        if estimator.startswith("rlb"):
+            for N in (2, 4):
+                add(name, lambda r, s: closed_form(r, N, estimator), reward_selects, N=N, estimator=estimator)
+    for likelihood, scores, experts in (("variational", SCORES, [3, 0, 4.5]), ("exact", BINARY, [1, 0, 1, 1, 0])):
+        for N in (2, 4):
+            result = [
+                [float(a) for a in sft(Fraction(e), [Fraction(s) for s in row], N, likelihood)]
+                for e, row in zip(experts, scores)
+            ]
+            arguments = {"expert_scores": experts, "scores": scores, "N": N, "likelihood": likelihood}
+            found.append({"function": "bon_sft.coefficients", "arguments": arguments, "result": result})
+    return found
+
+
+if __name__ == "__main__":
+    lines = ",\n".join(json.dumps(case) for case in cases())
+    FILE.write_text(f"[\n{lines}\n]\n")
+    print(f"{FILE}: {len(cases())} cases")

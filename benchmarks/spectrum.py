@@ -1,0 +1,464 @@
+"""What an estimator maximises where rewards are 0 or 1 and it sees only who is right: exactly, from its advantages.
+
+    python benchmarks/spectrum.py                                             # this repository's estimators, and others
+    python benchmarks/spectrum.py my_file.py:my_advantages --n 8 --k 2        # (rewards (B, n), k) -> (B, n)
+    python benchmarks/spectrum.py my_file.py:my_advantages --n 8 --k 2 --json
+    python benchmarks/spectrum.py --figure .github/spectrum.png
+
+The n samples of a prompt are i.i.d. from the policy that is differentiated, with solve rate p, and a sample's advantage
+depends on nothing but its own reward and the number of right samples. Let
+
+    D(m) = A(right | m of the others are right) - A(wrong | m of the others are right),     m = 0 .. n-1
+
+be what success is worth when m of the others succeed. Then, for every n and every baseline,
+
+    E[ sum_i A_i grad log pi(y_i) ] = grad U(p),     U(p) = sum_m D(m) P(more than m of n tries are right)           (1)
+
+because a right sample's mean score is grad p / p, that of a wrong one -grad p / (1 - p), and the derivative of
+P(more than m of n) is n Binom(m; n-1, p). D is the answer: the n tails are independent, so that no other weights of
+"at least one right", "at least two right", ... give this gradient. Read in pass@j the same objective is
+
+    U = sum_j w_j pass@j,     w_j = C(n, j) sum_{i<j} (-1)^(j-1-i) C(j-1, i) D(n-1-i)                                (2)
+
+where a weight may be negative. With beta(m) = -A(wrong | m) / D(m) an advantage is A_i = D(m) (r_i - beta(m)): D says
+what is maximised, and beta, the baseline, how noisy the estimate is. Clipping, length normalisation, KL in the reward,
+filtering and off-policy samples lie outside of this. A rule that sees more than who is right is refused. Thrampoulidis
+et al. (arXiv 2510.23049) read advantages as surrogate rewards in the limit of many samples; this is exact at each n.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import measure  # first: puts the repository on the path
+import torch
+import tyro
+from colours import COLOURS
+
+import bon_rl
+import pass_at_k_pg
+from harness.load_file import load_estimator
+from harness.report import pyplot
+from verifiers import BadInput
+
+Advantages = Callable[[torch.Tensor], torch.Tensor]  # (B, n) -> (B, n)
+LARGEST_ERROR = 1e-6  # of a weight w_j that is printed
+EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass
+class Args:
+    estimator: tyro.conf.Positional[str | None] = None
+    """FILE:NAME, a function (rewards (B, n), k) -> advantages (B, n); default: those of this repository, and others"""
+    n: int = 8
+    """samples of a prompt"""
+    k: int | None = None
+    """what the estimator is given as k (default: 4, or n if that is less)"""
+    json: bool = False
+    """print {"D": [...], "beta": [...], "w": [...]} and no more; w is null where it is too inexact"""
+    figure: Path | None = None
+    """draw D, beta and U of six rules to this file"""
+
+
+# --- worth, baseline, utility, weights --------------------------------------------------------------------------------
+
+
+def rounding(advantages: torch.Tensor) -> float:
+    """Below this share of the largest |A| a number is taken for rounding: 1e-12 in float64, more in shorter types."""
+    return 1e-12 if advantages.dtype == torch.float64 else 32 * torch.finfo(advantages.dtype).eps
+
+
+def patterns(n: int) -> torch.Tensor:
+    """Rows of 0/1 rewards (R, n) float64: all of them up to n = 10, else each number of right ones in four orders."""
+    if n <= 10:
+        return (torch.arange(2**n).unsqueeze(-1) >> torch.arange(n) & 1).double()  # (2^n, n)
+    sorted_rows = torch.ones(n + 1, n, dtype=torch.float64).tril(-1)  # (n+1, n): the first c are right
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(n, generator=generator) for _ in range(2)]
+    return torch.cat([sorted_rows, sorted_rows.flip(-1), *(sorted_rows[:, order] for order in orders)])
+
+
+def by_count(advantages: Advantages, n: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A of a right sample and of a wrong one when c of the n are right, c = 0..n: (n+1,) float64 each, nan where there
+    is no such sample; and the share of the largest |A| that is rounding.
+
+    Raises BadInput where the advantages depend on more than a sample's own reward and the number of right ones."""
+    if n < 1:
+        raise BadInput(f"n must be at least 1, not {n}")
+    rows = patterns(n)  # (R, n)
+    A = advantages(rows.clone())
+    if not isinstance(A, torch.Tensor) or A.shape != rows.shape:
+        shape = tuple(A.shape) if isinstance(A, torch.Tensor) else type(A).__name__
+        raise BadInput(f"refused: advantages must have the shape of the rewards, {tuple(rows.shape)}, not {shape}")
+    share = rounding(A)
+    A, again = A.detach().double(), advantages(rows.clone()).detach().double()
+
+    def row_text(row: torch.Tensor) -> str:
+        return " ".join(f"{x:g}" for x in row.tolist())
+
+    if not A.isfinite().all():
+        row = rows[(~A.isfinite()).nonzero()[0, 0]]
+        raise BadInput(f"refused: the advantages of {row_text(row)} are not finite")
+    size = A.abs().max().item()
+
+    def equal(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x - y).abs() <= 100 * share * size  # nan is equal to nothing
+
+    if not equal(A, again).all():
+        raise BadInput("refused: random, or with a memory: two calls with the same rewards gave different advantages")
+    count = rows.sum(-1).long()  # (R,)
+    right, wrong = (torch.full((n + 1,), torch.nan, dtype=torch.float64) for _ in range(2))
+    for c in range(n + 1):
+        some, row = A[count == c], rows[count == c]  # (R', n) each
+        if c:
+            right[c] = some[row == 1][0]
+        if c < n:
+            wrong[c] = some[row == 0][0]
+        usual = torch.where(row == 1, right[c], wrong[c])  # (R', n)
+        for b, i in (~equal(some, usual)).nonzero()[:1].tolist():
+            what = "not symmetric in the samples, or dependent on more than own reward and the number right"
+            kind = ("wrong", "right")[int(row[b, i])]
+            seen = f"{some[b, i]:.4g} in {row_text(row[b])}, {usual[b, i]:.4g} elsewhere"
+            raise BadInput(f"refused: {what}: with {c} of {n} right, a {kind} sample has {seen}")
+    for c in sorted(range(n + 1), key=lambda c: abs(c - n / 2)):  # mixed rows first: the others may be 0/0 when alone
+        row = rows[count == c][-1]  # (n,)
+        alone = advantages(row.unsqueeze(0).clone()).detach().double().squeeze(0)  # (1, n) -> (n,)
+        among = torch.where(row == 1, right[c], wrong[c])
+        if not equal(alone, among).all():
+            seen = f"{row_text(row)} alone has the advantages {', '.join(f'{x:.3g}' for x in alone.tolist())}"
+            others = f"among other rows {', '.join(f'{x:.3g}' for x in among.tolist())}"
+            raise BadInput(f"refused: dependent on the other rows of the batch: {seen}; {others}")
+    return right, wrong, share
+
+
+def precision(advantages: Advantages, n: int) -> float:
+    """The rounding of the type that the advantages come in: 2e-16 for float64."""
+    return torch.finfo(advantages(torch.zeros(1, n, dtype=torch.float64)).dtype).eps
+
+
+def worth(advantages: Advantages, n: int) -> torch.Tensor:
+    """D(m), what success is worth when m = 0..n-1 of the others succeed: (n,) float64.
+
+    advantages: (B, n) float64 rewards -> (B, n). D is 0 where it is below 1e-12 of the largest |A| (more for float32).
+    Raises BadInput for a rule that is not of this kind, with what broke."""
+    right, wrong, share = by_count(advantages, n)
+    D, size = right[1:] - wrong[:-1], torch.cat([right[1:], wrong[:-1]]).abs().max()
+    return D.masked_fill(D.abs() <= share * size, 0)
+
+
+def baseline(advantages: Advantages, n: int) -> torch.Tensor:
+    """beta(m) = -A(wrong | m) / D(m), m = 0..n-1, so that A_i = D(m) (r_i - beta(m)): (n,) float64, nan where D(m) = 0.
+
+    Raises BadInput as `worth` does."""
+    D, wrong = worth(advantages, n), by_count(advantages, n)[1]
+    return torch.where(D == 0, torch.nan, -wrong[:-1] / D)
+
+
+def without_baseline(advantages: Advantages, n: int) -> list[int]:
+    """The m where D(m) = 0 although the advantages are not: there every sample has the same A, and there is no beta."""
+    D, (right, wrong, share) = worth(advantages, n), by_count(advantages, n)
+    size = torch.cat([right[1:], wrong[:-1]]).abs().max()
+    return ((D == 0) & (wrong[:-1].abs() > share * size)).nonzero().squeeze(-1).tolist()
+
+
+def binomial(n: int, p: torch.Tensor) -> torch.Tensor:
+    """P(c of n tries are right), c = 0..n: p (...) -> (..., n+1) float64. Only positive numbers are added."""
+    p = torch.as_tensor(p, dtype=torch.float64).unsqueeze(-1)  # (..., 1)
+    mass = torch.ones_like(p)
+    for _ in range(n):
+        mass = torch.cat([mass * (1 - p), 0 * p], -1) + torch.cat([0 * p, mass * p], -1)
+    return mass
+
+
+def utility(D: Sequence, p: torch.Tensor) -> torch.Tensor:
+    """U(p) = sum_m D(m) P(more than m of n tries are right), equation (1): p (...) in [0, 1] -> (...) float64.
+
+    D: n numbers. The tails are sums of positive terms: they do not cancel, whatever n."""
+    D = torch.as_tensor([float(d) for d in D], dtype=torch.float64)
+    tails = binomial(len(D), p).flip(-1).cumsum(-1).flip(-1)[..., 1:]  # (..., n): P(more than 0), ..., P(more than n-1)
+    return tails @ D
+
+
+def spectrum(D: Sequence) -> list[Fraction]:
+    """w_1 .. w_n of equation (2), exactly: D are n integers, fractions, or floats, which are taken at their value."""
+    n, D = len(D), [Fraction(d) for d in (D.tolist() if isinstance(D, torch.Tensor) else D)]
+    comb = math.comb
+    return [
+        comb(n, j) * sum((-1) ** (j - 1 - i) * comb(j - 1, i) * D[n - 1 - i] for i in range(j)) for j in range(1, n + 1)
+    ]
+
+
+def error_bounds(D: Sequence, eps: float = EPS) -> list[float]:
+    """How far each w_j is off where each D(m) is off by eps max |D| at most: C(n, j) 2^(j-1) eps max |D|, j = 1..n."""
+    n, largest = len(D), max(abs(float(d)) for d in D)
+    return [math.comb(n, j) * 2.0 ** (j - 1) * eps * largest for j in range(1, n + 1)]
+
+
+def weights(D: torch.Tensor, eps: float = EPS, limit: float = LARGEST_ERROR) -> list | None:
+    """w_1 .. w_n as floats, or None where rounding of D could change one by more than `limit`."""
+    return [float(w) for w in spectrum(D)] if max(error_bounds(D, eps)) <= limit else None
+
+
+def worth_of_pass_at(n: int, j: int, every: bool = False) -> list[Fraction]:
+    """D of an estimator of grad pass@j from n samples, (j/n) C(n-1-m, j-1) / C(n-1, j-1); every: of pass^j, all of j
+    tries right, which is the same read backwards."""
+    D = [Fraction(j, n) * Fraction(math.comb(n - 1 - m, j - 1), math.comb(n - 1, j - 1)) for m in range(n)]
+    return D[::-1] if every else D
+
+
+def noise(advantages: Advantages, n: int, policy: torch.Tensor, right: torch.Tensor) -> float:
+    """Standard deviation of g = sum_i A_i S_i (the root of its covariance's trace) over the length of its mean.
+
+    policy: (K,) probabilities of a softmax over K responses; S_i = grad log pi(y_i) in its K logits, the unit vector of
+    y_i less pi. right: (K,) bool. Exact: given c right samples all are independent within their class, so that
+
+        E[ |g|^2 | c ] = c a^2 E|S_right|^2 + (n-c) b^2 E|S_wrong|^2 + |c a mu_right + (n-c) b mu_wrong|^2
+                         - c a^2 |mu_right|^2 - (n-c) b^2 |mu_wrong|^2
+
+    with a, b the advantages of a right and of a wrong sample and mu the mean scores; c is binomial. inf where the mean
+    is 0. Raises BadInput as `worth` does, and unless there are right and wrong responses."""
+    policy, right = policy.double(), right.bool()
+    if not (0 < policy[right].sum() < 1):
+        raise BadInput("noise needs a policy that is right with a chance between 0 and 1")
+    a, b, _ = by_count(advantages, n)
+    a, b = a.nan_to_num(0), b.nan_to_num(0)  # (n+1,): where there is no such sample
+    c = torch.arange(n + 1, dtype=torch.float64)
+    mass = binomial(n, policy[right].sum())  # (n+1,)
+    means, squares = [], []
+    for some in (right, ~right):
+        share = torch.where(some, policy, 0) / policy[some].sum()  # (K,)
+        means.append(share - policy)
+        squares.append((share * (1 - 2 * policy + policy.square().sum())).sum())
+    pulls = (c * a).unsqueeze(-1) * means[0] + ((n - c) * b).unsqueeze(-1) * means[1]  # (n+1, K)
+    second = pulls.square().sum(-1)  # (n+1,)
+    second = second + c * a**2 * (squares[0] - means[0].square().sum())
+    second = second + (n - c) * b**2 * (squares[1] - means[1].square().sum())
+    mean = mass @ pulls  # (K,)
+    variance = (mass @ second - mean.square().sum()).clamp(min=0)
+    return (variance.sqrt() / mean.norm()).item() if mean.norm() > 1e-12 * second.max().sqrt() else math.inf
+
+
+REGIMES = {
+    "one right answer of mass p among five": lambda p: (torch.tensor([p, *[(1 - p) / 4] * 4]), torch.arange(5) < 1),
+    "a thousand equal answers, 1000 p right": lambda p: (
+        torch.full((1000,), 1e-3, dtype=torch.float64), torch.arange(1000) < round(1000 * p)
+    ),
+}  # fmt: skip
+RATES = (0.05, 0.2, 0.4, 0.6, 0.8)
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def as_text(x: float, tolerance: float = 1e-9) -> str:
+    """A number as a fraction of small denominator if it is one, else with three digits."""
+    near = Fraction(x).limit_denominator(1000)
+    return str(near) if abs(near - x) <= tolerance * abs(x) else f"{x:.3g}"
+
+
+def maximises(D: torch.Tensor, eps: float = EPS, limit: float = LARGEST_ERROR) -> str:
+    """What an estimator of worth D, (n,), maximises, in words. eps, limit: as in `weights`."""
+    n, size, w, tolerance = len(D), D.abs().max().item(), weights(D, eps, limit), max(1e-9, 100 * eps)
+    if size == 0:
+        return "nothing: its expectation is 0"
+    for every in (False, True):
+        for j in range(1, n + 1):
+            pure = torch.tensor([float(x) for x in worth_of_pass_at(n, j, every)], dtype=torch.float64)
+            scale = (D @ pure / (pure @ pure)).item()
+            if (D - scale * pure).abs().max() <= 10 * tolerance * size:
+                factor = as_text(scale, tolerance)
+                name = f"pass^{j}, all of {j} tries right" if every else f"pass@{j}"
+                return f"the gradient of {name}" if factor == "1" else f"{factor} of the gradient of {name}"
+    if w is not None and all(x >= -bound for x, bound in zip(w, error_bounds(D, eps))):
+        pairs = enumerate(zip(w, error_bounds(D, eps)), start=1)
+        parts = [f"{as_text(x, tolerance)} pass@{j}" for j, (x, bound) in pairs if x > bound]
+        more = len(parts) > 5
+        return f"{' + '.join(parts[:4] + ['...'] + parts[-1:] if more else parts)}, all weights positive"
+    if (D < 0).any():
+        where = ", ".join(map(str, (D < 0).nonzero().squeeze(-1).tolist()))
+        return f"punishes a success where m = {where} of the others are right"
+    top = [m for m in range(n) if D[m] >= (1 - 1e-6) * size]
+    names = {0: "first", n - 1: "last"}
+    peaks = " and the ".join(names.get(m, f"success number {m + 1}") for m in top)
+    success = " success" if set(top) <= {0, n - 1} else ""
+    mixture = "" if w is None else "; no mixture of pass@j with positive weights"
+    return f"weighs the {peaks}{success} most{mixture}"
+
+
+# --- rules of other papers, as they are written there; rewards (B, n), k --------------------------------------------
+
+
+def reinforce(r: torch.Tensor, k: int) -> torch.Tensor:
+    return r / r.shape[-1]
+
+
+def dr_grpo(r: torch.Tensor, k: int) -> torch.Tensor:
+    return (r - r.mean(-1, keepdim=True)) / r.shape[-1]
+
+
+def grpo(r: torch.Tensor, k: int) -> torch.Tensor:
+    """Divided by the standard deviation of n - 1 degrees of freedom, without the epsilon; groups all alike are 0."""
+    spread = r.std(-1, keepdim=True)
+    return ((r - r.mean(-1, keepdim=True)) / spread.where(spread > 0, 1)) / r.shape[-1]
+
+
+def rs_grpo(r: torch.Tensor, k: int, beta: float = 1.0) -> torch.Tensor:
+    e = (beta * r).exp()
+    return (e / e.mean(-1, keepdim=True) - 1) / beta / r.shape[-1]
+
+
+def leave_two_out(r: torch.Tensor, k: int) -> torch.Tensor:
+    """b(k+1), n > k: the mean over (k+1)-subsets of Tang's centred advantages; MaxPO's, unbiased for pass@k."""
+    return pass_at_k_pg.advantages(r, k + 1, "biased")
+
+
+def all_right(r: torch.Tensor, k: int) -> torch.Tensor:
+    """pass^k: the minimum is -max of -r."""
+    return -pass_at_k_pg.advantages(-r, k)
+
+
+OTHERS = {
+    "REINFORCE, r/n": reinforce,
+    "Dr. GRPO": dr_grpo,
+    "GRPO, without epsilon": grpo,
+    "RS-GRPO, beta = 1": rs_grpo,
+    "leave-two-out, b(k+1)": leave_two_out,
+    "pass^k": all_right,
+}
+
+
+def own_estimators(n: int, k: int) -> dict[str, Advantages | str]:
+    """The estimators of this repository by name, as (B, n) -> (B, n), or why they are refused."""
+    rules = {f"pass_at_k_pg {x}": partial(pass_at_k_pg.advantages, k=k, estimator=x) for x in pass_at_k_pg.NAMES}
+    for x in get_args(get_type_hints(bon_rl.Args)["estimator"]):
+        rules[f"bon_rl {x}, the reward selects"] = lambda r, x=x: bon_rl.advantages(r, r, k, x)
+    rules["bon_rl, a learned verifier selects"] = "refused: depends on the verifier's scores"
+    rules["majority_pg"] = "refused: depends on the answers that are voted for"
+    rules["bon_sft"] = "refused: an expert's likelihood, not a reward"
+    return rules | {name: partial(rule, k=k) for name, rule in OTHERS.items()}
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def numbers(values: Sequence[float], form: str = ".3g") -> str:
+    return " ".join("-" if math.isnan(x) else f"{x:{form}}" for x in values)
+
+
+def print_own(n: int, k: int) -> None:
+    """A row for each estimator: D, w, what it maximises."""
+    rows = []  # name, D, w, words
+    for name, rule in own_estimators(n, k).items():
+        try:
+            if isinstance(rule, str):
+                raise BadInput(rule)
+            D = worth(rule, n)
+            w = weights(D) or []
+            w = [0.0 if abs(x) <= bound else x for x, bound in zip(w, error_bounds(D))]
+            rows.append([name, numbers(D.tolist()), numbers(w), maximises(D)])
+        except ValueError as error:
+            rows.append([name, "", "", f"refused: {str(error).removeprefix('refused: ')}"])
+    print(f"n = {n} samples, k = {k}\n")
+    for name, D, w, words in rows:
+        print(f"{name}\n    {words}" + f"\n    D  {D}" * bool(D) + f"\n    w  {w}" * bool(w))
+
+
+def print_one(advantages: Advantages, n: int) -> None:
+    """D, beta and w of one rule, what it maximises, and its noise."""
+    D, beta, none = worth(advantages, n), baseline(advantages, n), without_baseline(advantages, n)
+    eps = precision(advantages, n)
+    w, bounds = weights(D, eps), error_bounds(D, eps)
+    head = ["m right among the others", "D(m)", "beta(m)"] + (["j", "w of pass@j", "off by at most"] if w else [])
+    rows = []
+    for m in range(n):
+        b = "-" if math.isnan(beta[m]) else f"{beta[m].item():.6g}"
+        row = [m, f"{D[m].item():.6g}", "none" if m in none else b]
+        rows.append(row + ([m + 1, f"{w[m]:.6f}", f"{bounds[m]:.0e}"] if w else []))
+    measure.print_table(head, rows)
+    if none:
+        where = ", ".join(map(str, none))
+        print(f"There is no baseline at m = {where}: D is 0 there although the advantages are not.\n")
+    if not w:
+        print(
+            "The weights of pass@j are not shown: rounding of D in the last digit moves one by up to "
+            f"{max(bounds):.0e}\nat n = {n}. D and U hold at any n.\n"
+        )
+    p = torch.tensor(RATES, dtype=torch.float64)
+    print(f"maximises: {maximises(D, eps)}")
+    print("U(p)     : " + ", ".join(f"{u:.6g} at p = {x:g}" for x, u in zip(RATES, utility(D, p).tolist())) + "\n")
+    columns = [[f"{noise(advantages, n, *regime(x)):.3g}" for x in RATES] for regime in REGIMES.values()]
+    head = ["noise: standard deviation / length of the mean", *(f"p = {x:g}" for x in RATES)]
+    measure.print_table(head, [[name, *column] for name, column in zip(REGIMES, columns)])
+
+
+def save_figure(path: Path, n: int, k: int) -> None:
+    """Three panels: D and beta over m, U over p, of six rules; "biased" is that estimator of pass@k."""
+    rules = {
+        ("mean", "mean (RLOO)"): partial(pass_at_k_pg.advantages, k=k, estimator="mean"),
+        ("GRPO", "GRPO"): partial(grpo, k=k),
+        ("MaxRL", "MaxRL"): partial(pass_at_k_pg.advantages, k=k, estimator="maxrl"),
+        ("unbiased", f"pass@{k}"): partial(pass_at_k_pg.advantages, k=k),
+        ("biased", "biased"): partial(pass_at_k_pg.advantages, k=k, estimator="biased"),
+        ("pass^k", f"pass^{k}"): partial(all_right, k=k),
+    }
+    # Where each name stands, in each panel: at which point of its curve, moved by so many dots.
+    labels = {
+        "mean": ((n - 3, 0, -10), (n // 2 + 1, 6, -8), (120, 6, -5)),
+        "GRPO": ((1, 4, 10), (n - 2, 6, -8), (150, 8, -8)),
+        "MaxRL": ((0, 8, 2), (n // 2 + 1, -40, 4), (120, 4, -10)),
+        "unbiased": ((0, 8, 4), (n - k, 8, 0), (60, -50, 6)),
+        "biased": ((n - 3, 0, -14), (n - k - 1, -40, 6), (104, 8, -13)),
+        "pass^k": ((n - 2, -40, 6), (n - 3, 0, -10), (150, 8, -6)),
+    }
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    m, p = torch.arange(n), torch.linspace(0, 1, 201, dtype=torch.float64)
+    axes[1].plot(m, m / (n - 1), color="black", linewidth=0.6, zorder=9)
+    axes[1].annotate("thin: m / (n - 1)", (0.3, 0.93), fontsize=9)
+    for (family, name), rule in rules.items():
+        D, U = worth(rule, n), utility(worth(rule, n), p)
+        curves = ((m, D, "o-"), (m, baseline(rule, n), "o-"), (p, U / U[-1], "-"))
+        for axis, (x, y, line), (at, *move) in zip(axes, curves, labels[family]):
+            axis.plot(x, y, line, color=COLOURS[family], markersize=3)
+            axis.annotate(name, (x[at], y[at]), move, textcoords="offset points", color=COLOURS[family], fontsize=9)
+    axes[0].set(title=f"what a right answer is worth\nwhen m of the other {n - 1} are right", xlabel="m", ylabel="D(m)")
+    axes[1].set(title="how many were expected to be right", xlabel="m", ylabel="beta(m)")
+    axes[2].set(title="what is maximised (1 at p = 1)", xlabel="p, the chance that a try is right", ylabel="U(p)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    k = min(4, args.n) if args.k is None else args.k
+    if not 1 <= k <= args.n:
+        raise BadInput(f"--k must lie in 1..n, not {k} with --n {args.n}")
+    if args.figure:
+        save_figure(args.figure, args.n, k)
+        print(args.figure)
+    elif args.estimator is None:
+        if args.json:
+            raise BadInput("--json is for one estimator: name it, as FILE:NAME")
+        print_own(args.n, k)
+    else:
+        rule = partial(load_estimator(args.estimator)[0], k=k)
+        if args.json:
+            D, beta, eps = worth(rule, args.n), baseline(rule, args.n), precision(rule, args.n)
+            beta = [None if math.isnan(x) else x for x in beta.tolist()]
+            print(json.dumps({"D": D.tolist(), "beta": beta, "w": weights(D, eps)}))
+        else:
+            print_one(rule, args.n)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except BadInput as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,77 @@
+"""Code of the user's own, named FILE:NAME on the command line: what is loaded, how it is checked, how it may fail."""
+
+import hashlib
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from verifiers import BadInput
+
+
+def load_file(where: str) -> tuple[Callable, ModuleType, str]:
+    """The function that "FILE:NAME" names, the module made of the file, and the SHA-256 of the file's bytes, in hex.
+
+    The bytes that are hashed are those that run. Raises BadInput for a file or a name that is not there, for a file
+    that cannot be run, and for what is not a function."""
+    path, _, name = where.rpartition(":")
+    if not path or not name:
+        raise BadInput(f"{where!r} is not FILE:NAME, as in my_file.py:my_function")
+    try:
+        source = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise BadInput(f"cannot read {path!r} of {where!r}: {error}") from error
+    module = ModuleType(str(Path(path).resolve()))  # a name that no other module has, whatever the file is called
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    called(lambda: exec(compile(source, path, "exec"), vars(module)), path, "running the file")
+    if not callable(vars(module).get(name)):
+        own = [x for x, value in vars(module).items() if getattr(value, "__globals__", None) is vars(module)]
+        raise BadInput(f"{path} has no function {name!r}; its functions: {', '.join(own) or 'none'}")
+    return vars(module)[name], module, hashlib.sha256(source).hexdigest()
+
+
+def called(function: Callable, path: str, doing: str):
+    """function(). An exception in the code of the file at `path` becomes a BadInput of one line that says where."""
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BadInput(f"{doing} failed at {path}{'' if line is None else f', line {line}'}: {why}") from error
+
+
+def load_estimator(where: str) -> tuple[Callable, Callable | None, str]:
+    """The estimator "FILE:NAME", (rewards (B, n), k) -> (B, n), the file's metric, (rewards (B, n), k) -> (B,), or None
+    without one, and the SHA-256 of the file.
+
+    Both are returned checked: they raise BadInput if the code raises, or if what it returns has another shape, is not
+    a tensor of floating point, or is not finite. Raises BadInput as `load_file` does."""
+    function, module, digest = load_file(where)
+    path, _, name = where.rpartition(":")
+
+    def checked(function: Callable, name: str, columns: int) -> Callable:
+        def values(rewards: torch.Tensor, k: int) -> torch.Tensor:
+            own = rewards.clone()  # which the file may change
+            result, shape = called(lambda: function(own, k), path, f"{name}(rewards, {k})"), rewards.shape[:columns]
+            if not isinstance(result, torch.Tensor):
+                raise BadInput(f"{where}: {name} must return a tensor {tuple(shape)}, not {type(result).__name__}")
+            if result.shape != shape:
+                wrong = f"not {tuple(result.shape)}, for rewards {tuple(rewards.shape)}"
+                raise BadInput(f"{where}: {name} must return shape {tuple(shape)}, {wrong}")
+            if not result.is_floating_point():
+                raise BadInput(f"{where}: {name} must return floating point, not {result.dtype}")
+            if not result.isfinite().all():
+                row = rewards[(~result.isfinite()).nonzero()[0, 0]].tolist()
+                raise BadInput(f"{where}: {name} is not finite with k = {k} for rewards {row}")
+            return result.detach()
+
+        return values
+
+    metric = getattr(module, "metric", None)
+    return checked(function, name, 2), callable(metric) and checked(metric, "metric", 1) or None, digest
