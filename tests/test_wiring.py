@@ -265,11 +265,12 @@ def test_the_metrics_of_a_step(one_step):
     lengths = rollouts.mask.sum(-1).flatten().tolist()
     last = [row[length - 1] for row, length in zip(rollouts.ids.flatten(0, 1).tolist(), lengths)]
     ends = {1, *range(40, 99, 2)}
-    expected = {"reward": 1 / 2, "length": sum(lengths) / 8, "no_answer": 1 / 8, "no_signal": 0, "signal": 1}
-    expected |= {"no_end": sum(token not in ends for token in last) / 8, "maj@2": (1 / 3 + 3 / 4) / 2}
-    expected |= {"entropy": -rollouts.log_probs.sum().item() / sum(lengths), "skipped": 0}
+    expected = {"reward": 1 / 2, "length": sum(lengths) / 8, "no_answer": 1 / 8, "skipped": 0}
+    expected |= {"truncated": sum(token not in ends for token in last) / 8, "maj@2": (1 / 3 + 3 / 4) / 2}
+    expected |= {"entropy": -rollouts.log_probs.sum().item() / sum(lengths)}
+    expected |= {"prompts_without_signal": 0, "nonzero_advantage": 1}
     assert {name: record[name] for name in expected} == pytest.approx(expected)
-    assert 0 < expected["no_end"] < 1 and min(lengths) < max(lengths)
+    assert 0 < expected["truncated"] < 1 and min(lengths) < max(lengths)
 
 
 @pytest.mark.parametrize("max_grad_norm, rate", [(1e9, 1e-3), (0.05, 0.3)])
