@@ -56,7 +56,8 @@ class Args:
 def command(args: Args, name: str, seed: int) -> list[str]:
     """The command of one run, which leaves runs/NAME."""
     flags = f"--task suspects --model tiny-{seed} --seed {seed} --k {args.k} --n {args.n} --steps {args.steps} "
-    flags += f"--prompts-per-step {args.prompts_per_step} --lr {args.lr} {args.more}"
+    flags += f"--prompts-per-step {args.prompts_per_step} --lr {args.lr} "
+    flags += f"--eval-every 0 --eval-problems 1 --eval-n {args.k} {args.more}"  # policies are evaluated exactly instead
     where = ["--estimator", f"{ROOT / 'recipes' / 'baselines.py'}:{name}", "--run-name", f"baselines-{name}-{seed}"]
     return [sys.executable, str(ROOT / "pass_at_k_pg.py"), *flags.split(), *where]
 
