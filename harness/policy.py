@@ -77,6 +77,7 @@ def turn_off_dropout(model: torch.nn.Module) -> None:
                 setattr(owner, name, 0.0)
 
 
+@torch.enable_grad()
 def disagreement(policy: Policy) -> str:
     """How the model's ways to compute log-probs differ, "" if they agree: sampling with its cache, the training pass
     over several rows and over one (with gradient checkpointing if it is on), and a plain forward pass of each row

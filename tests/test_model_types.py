@@ -53,6 +53,14 @@ def test_models_that_cannot_be_trained_are_refused_in_one_line(kind, changes, fl
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_policy_can_be_loaded_where_gradients_are_off(tmp_path):
+    """As evaluations do: the self-test switches them on for itself."""
+    folder, task = save_tiny("llama", tmp_path / "model"), load_task("arithmetic")
+    with torch.no_grad():
+        assert harness.policy.load_policy(folder, task, "cpu").stop_ids == [1]
+        assert not torch.is_grad_enabled()
+
+
 def test_a_gradient_that_is_wrong_is_refused(tmp_path, monkeypatch):
     """The log-probs agree here; a part of the network is cut out of the backward pass of training alone."""
     folder, task = save_tiny("llama", tmp_path / "model"), load_task("arithmetic")
