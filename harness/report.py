@@ -146,7 +146,8 @@ def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: s
         mean, half = np.array([record["eval"]["all"][name] for record in evaluations], float).T
         at, logged = [record["step"] for record in evaluations], "reward" if i == 0 else name
         axes[-1].errorbar(at, mean, half, fmt="o", markersize=3, color=f"C{i}", label=f"{name}, {split}")
-        axes[-1].plot(*smoothed(steps, logged), linewidth=0.8, color=f"C{i}", label=f"{logged} of the steps, smoothed")
+        if (line := smoothed(steps, logged))[0]:
+            axes[-1].plot(*line, linewidth=0.8, color=f"C{i}", label=f"{logged} of the steps, smoothed")
     axes[-1].set(xlabel="step", title="along training")
     for axis in axes:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, fontsize="small")

@@ -427,10 +427,8 @@ class Run:
         if steps != saved["steps"] and done:
             saved["extended_after"] = [*saved.get("extended_after", []), done]
             if self.args.lr_decay or getattr(self.args, "kl_coef_end", None) is not None:
-                print(
-                    f"learning rate and KL coefficient are those of {steps} steps from step {done + 1} on, so the result"
-                )
-                print(f"is not the one of an uninterrupted run of {steps} steps (of {saved['steps']} before)")
+                print(f"from step {done + 1} on, schedules are those of {steps} steps, no longer of {saved['steps']}:")
+                print(f"the result is not the one of an uninterrupted run of {steps} steps")
             if (self.folder / "policy").exists():
                 os.rename(self.folder / "policy", self.folder / f"policy-{done}")
         saved |= {name: getattr(self.args, name) for name in MAY_CHANGE if name != "resume"}
