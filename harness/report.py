@@ -75,7 +75,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def final_table(
-    before: dict, after: dict | None, best: dict, problems: Sequence[Problem], columns: Sequence[str], split: str
+    before: dict, after: dict | None, best: dict, problems: list, columns: Sequence[str], split: str
 ) -> str:
     """A row a level and a metric in `columns`, of per-problem values, name -> (P,), before training and after it, and
     the best that any policy could have, where it is known. split: what the problems are, such as "held-out"."""
@@ -157,9 +157,8 @@ def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: s
 def finished_runs(patterns: Sequence[str]) -> dict[str, list[tuple[dict, list[dict], list[dict]]]]:
     """Arguments, evaluations and steps of runs that differ in nothing but the seed, by how they differ from the others,
     such as "estimator=mean k=4". A line tells what is left out: what is no finished run, what repeats another one.
-
     Raises BadInput if nothing is left."""
-    groups: dict[str, list[tuple[dict, list[dict], list[dict]]]] = {}
+    groups: dict[str, list] = {}
     for folder in (Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) or [pattern]):
         try:
             if not (folder / "args.json").is_file():
@@ -225,7 +224,7 @@ def main(args: Args) -> None:
     runs = finished_runs(args.runs)
     print(comparison(runs))
     if args.figure:
-        first = next(iter(runs.values()))[0][0]
+        (first, *_), *_ = next(iter(runs.values()))
         save_comparison(args.figure, runs, args.metric or f"pass@{first.get('k', first.get('N'))}")
         print(f"figure: {args.figure}")
 

@@ -412,7 +412,7 @@ class Run:
         what follows and note it in args.json. Raises BadInput for fewer steps than are done."""
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.progress = checkpoint["progress"]
+            self.progress |= checkpoint["progress"]
             for name, x in self.state.items():
                 x.load_state_dict(checkpoint["state"][name])
         done, steps, path = self.progress["step"], self.args.steps, self.folder / "args.json"
