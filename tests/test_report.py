@@ -169,7 +169,7 @@ def runs(tmp_path, monkeypatch):
         ("mean", 0, (0.5, 0.4997)),
     ):
         args = {"estimator": estimator, "seed": seed, "steps": 4, "run_name": f"{seed}", "k": 2}
-        log = {step: {"pass@2": mean} for step, mean in zip((0, 4), ends)}
+        log = {step: {"pass@2": mean} for step, mean in zip((0, 2, 4), (ends[0], 0.5, ends[1]))}
         write_run(Path("runs") / f"{estimator}{seed}", args, log, steps if estimator == "unbiased" else {})
     return report
 
@@ -233,10 +233,10 @@ def test_runs_are_drawn_against_steps_and_kl(runs, figures, capsys):
     runs.main(report.Args(("runs/*",), Path("t.png")))
     steps, kl = figures[0].axes
     assert "figure: t.png" in capsys.readouterr().out and steps.get_ylabel() == "pass@2"
-    means = {"estimator=mean": [0.5, 0.4997], "estimator=unbiased": [0.25, 0.6]}
-    assert lines_of(steps) == {label: ([0, 4], pytest.approx(y)) for label, y in means.items()}
+    means = {"estimator=mean": [0.5, 0.5, 0.4997], "estimator=unbiased": [0.25, 0.5, 0.6]}
+    assert lines_of(steps) == {label: ([0, 2, 4], pytest.approx(y)) for label, y in means.items()}
     at, y = lines_of(kl)["estimator=unbiased"]
-    assert at == pytest.approx([0, 0.3]) and y == pytest.approx([0.25, 0.6])
+    assert at == pytest.approx([0, 0.2, 0.3]) and y == pytest.approx([0.25, 0.5, 0.6])
     assert np.isnan(lines_of(kl)["estimator=mean"][0]).all()
     band = steps.collections[1].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.6 - 1.2706, 0.6 + 1.2706), abs=1e-4)
@@ -252,6 +252,6 @@ def test_a_figure_that_cannot_be_drawn_is_one_line(runs):
 
 def test_a_seed_that_was_evaluated_more_often_is_drawn_where_all_were(runs, figures):
     args = {"estimator": "unbiased", "seed": 2, "steps": 4, "k": 2}
-    write_run(Path("runs/unbiased2"), args, {step: {"pass@2": 0.5} for step in (0, 2, 4)}, {1: {"kl": 0.0}})
+    write_run(Path("runs/unbiased2"), args, {step: {"pass@2": 0.5} for step in (0, 1, 2, 4)}, {1: {"kl": 0.0}})
     runs.main(report.Args(("runs/unbiased*",), Path("t.png")))
-    assert lines_of(figures[0].axes[0])["pass_at_k_pg"][0] == [0, 4]
+    assert lines_of(figures[0].axes[0])["pass_at_k_pg"][0] == [0, 2, 4]
