@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from harness.report import pyplot
+from harness.report import mean_and_interval, number, pyplot, save_and_close, table
 from harness.run import run_cli
 from verifiers import BadInput
 
@@ -85,29 +85,21 @@ def mean_at_kl(metrics: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     return torch.tensor(np.array(at)).T
 
 
-def mean_and_ci(values: torch.Tensor) -> tuple[float, float]:
-    """Mean over seeds (or groups of them) and half-width of its 95% confidence interval; values (S,), S >= 2."""
-    return values.mean().item(), (1.96 * values.std() / math.sqrt(len(values))).item()
-
-
 def save_figure(path: Path, runs: dict[str, torch.Tensor], grid: torch.Tensor, k: int) -> None:
     """The three panels of Figure 1, with 95% bands."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for name, metrics in runs.items():
         steps = torch.arange(len(metrics))
         at_kl = mean_at_kl(metrics, grid)  # (G, S)
         for axis, x, y in zip(axes, (steps, grid, steps), (metrics[:, 0], at_kl, metrics[:, 1])):
-            mean, ci = y.mean(-1), 1.96 * y.std(-1) / math.sqrt(y.shape[-1])
+            mean, ci = mean_and_interval(y.mT)
             axis.plot(x, mean, label=name)
             axis.fill_between(x, mean - ci, mean + ci, alpha=0.25)
     axes[0].set(xlabel="step", ylabel="mean reward", title="mean reward")
     axes[1].set(xlabel="KL from the uniform policy (nats)", ylabel="mean reward", title="mean reward at equal KL")
     axes[2].set(xlabel="step", ylabel=f"max@{k}", title=f"pass@k: best of {k}")
     axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_and_close(figure, path)
 
 
 def main(args: Args) -> None:
@@ -116,10 +108,9 @@ def main(args: Args) -> None:
             raise BadInput(f"--{name} must be at least {least}, not {getattr(args, name)}")
     runs = {name: trajectory(args, name) for name in ("mean", "mean x k", "unbiased", "biased")}
     grid = torch.linspace(0, 3, 61, dtype=torch.float64)
-    print(f"\nafter {args.steps} steps, {args.seeds} seeds (± 95% confidence)")
-    for name, metrics in runs.items():
-        cells = zip(("mean reward", f"max@{args.k}", "KL"), map(mean_and_ci, metrics[-1]))
-        print(f"  {name:9}" + "".join(f"   {what} {mean:.3f} ± {ci:.3f}" for what, (mean, ci) in cells))
+    print(f"\nafter {args.steps} steps; ± is a 95% interval over {args.seeds} seeds (Student's t)")
+    rows = [[name, *(number(*mean_and_interval(x)) for x in metrics[-1])] for name, metrics in runs.items()]
+    print(table([["advantages", "mean reward", f"max@{args.k}", "KL"], *rows]))
     if args.figure:
         save_figure(args.figure, runs, grid, args.k)
         print(f"\nfigure: {args.figure}")

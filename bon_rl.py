@@ -217,10 +217,10 @@ def check_args(args: Args) -> None:
 
 def main(args: Args) -> None:
     args.n = 3 * args.N if args.n is None else args.n
-    args.kl_anneal_steps = args.steps if args.kl_anneal_steps is None else args.kl_anneal_steps
     check_args(args)
     run = Run(args, args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.N)
+    anneal_steps = args.steps if args.kl_anneal_steps is None else args.kl_anneal_steps
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
     if args.verifier == "learned":
         run.use_learned_verifier()
@@ -251,7 +251,7 @@ def main(args: Args) -> None:
         if anchor:
             ratios = common.log_ratios(policy, anchor, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
-            beta = kl_coefficient(step, args.kl_coef, args.kl_coef_end, args.kl_delay, args.kl_anneal_steps)
+            beta = kl_coefficient(step, args.kl_coef, args.kl_coef_end, args.kl_delay, anneal_steps)
             A = A + beta * common.kl_advantages(ratios) if beta else A
         record |= rollout_metrics(policy, rollouts, verdict, A)
         record |= common.policy_gradient_step(

@@ -5,7 +5,6 @@ Importing it puts the repository's root on sys.path, so that `python benchmarks/
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import statistics
@@ -17,12 +16,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import harness.policy
+from harness.report import mean_and_interval as interval  # noqa: F401
 
 
 def machine(threads: int, *packages: str) -> dict:
@@ -88,15 +87,6 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
-
-
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
-
-
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds, the first dimension (2 at least), and half-width of its 95% confidence interval (Student)."""
-    n = len(values)
-    return values.mean(0), STUDENT_95[n] * values.std(0, ddof=1) / math.sqrt(n)
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:

@@ -469,7 +469,7 @@ def bandit_rows() -> list[dict]:
         ]
     rows.sort(key=lambda row: row[0])
     return [
-        row_of(claim, what, *bandit.mean_and_ci(x), None, headline="mean x k" in what, seeds=1000, runs=["bandit"])
+        row_of(claim, what, *measure.interval(x), None, headline="mean x k" in what, seeds=1000, runs=["bandit"])
         for claim, what, x in rows
     ]
 

@@ -1,62 +1,90 @@
-"""What a run tells at its end: tables, figures, samples. To compare runs: python -m harness.report runs/a runs/b ..."""
+"""What a run tells: tables, figures, samples. As a program it compares runs: their metrics before and after training,
+for runs that differ in nothing but the seed as means over seeds.
 
+    python -m harness.report runs/a runs/b
+    python -m harness.report runs/* --figure together.png
+"""
+
+import glob
+import itertools
 import json
 import math
-import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+import tyro
 
 from verifiers import BadInput, Problem
 
 SEEDS_DIFFER_IN = ("seed", "run_name", "resume", "save_every", "show_samples", "tensorboard")
+STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # quantiles for 1, 2, .. 9 d.o.f.
 
 
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Mean of per-problem values (P,) and its standard error over problems (nan for one problem)."""
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+def mean_and_interval(values) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the first dimension, of seeds or of problems, and half-width of its 95% confidence interval.
+
+    values: (S, ...), an array or a tensor on the CPU. Returns two arrays (...) float64. The interval is Student's t, by
+    Abramowitz and Stegun 26.7.5 for more than 10 values, which is right to 4 digits; it is nan for S = 1."""
+    values = np.asarray(values, dtype=float)
+    v = len(values) - 1
+    if v == 0:
+        return values[0], math.nan * values[0]
+    t = STUDENT_95[v - 1] if v < 10 else 1.95996 + 2.37227 / v + 2.82250 / v**2 + 2.55585 / v**3
+    return values.mean(0), t * values.std(0, ddof=1) / math.sqrt(v + 1)
 
 
-def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, tuple]]:
-    """Mean and standard error of each metric (P,) over all problems ("all") and over each level's ("1", "2", ...)."""
+def by_level(problems: Sequence[Problem]) -> dict[str, torch.Tensor]:
+    """Places of all problems ("all") and of each level's ("1", "2", ...)."""
     levels = sorted({problem.level for problem in problems if problem.level is not None})
-    groups = {"all": torch.arange(len(problems))}
-    groups |= {str(x): torch.tensor([i for i, p in enumerate(problems) if p.level == x]) for x in levels}
-    return {x: {name: mean_and_error(values[at]) for name, values in metrics.items()} for x, at in groups.items()}
+    places = {str(x): torch.tensor([i for i, p in enumerate(problems) if p.level == x]) for x in levels}
+    return {"all": torch.arange(len(problems))} | places
 
 
-def show_samples(problems: Sequence[Problem], responses: list[list[str]], rewards: torch.Tensor, count: int) -> None:
-    """Print the first response to each of `count` problems, evenly spaced, with its reward; rewards: (P, n). All text
-    is escaped: a model's must not drive the terminal."""
-    count = min(count, len(problems))
-    for i in (place * len(problems) // count for place in range(count)):
-        tqdm.write(f"{rewards[i, 0].item():g}  {ascii(problems[i].prompt[-200:])} -> {ascii(responses[i][0][:1000])}")
+def samples(problems: Sequence[Problem], responses: list[list[str]], rewards: torch.Tensor, count: int) -> list[dict]:
+    """The first 4 responses to each of `count` problems, evenly spaced, with their rewards; rewards: (P, n)."""
+    places = dict.fromkeys(place * len(problems) // count for place in range(count))
+    columns = ([p.prompt for p in problems], [row[:4] for row in responses], rewards[:, :4].tolist())
+    return [dict(zip(("prompt", "responses", "rewards"), row)) for i, row in enumerate(zip(*columns)) if i in places]
 
 
-def comparison_table(
-    before: dict, after: dict | None, best: dict, problems: Sequence[Problem], columns: Sequence[str]
-) -> str:
-    """Per-problem metrics, name -> (P,), by level: before -> after, the paired change with its standard error, and the
-    best that any policy could have, where that is known. Without `after`: before alone, with its standard error."""
-    start, bests = by_level(before, problems), by_level(best, problems)
-    if after is not None:
-        end = by_level(after, problems)
-        change = by_level({name: after[name] - before[name] for name in columns}, problems)
-    rows = [["level", *columns]]
-    for level in start:
-        rows.append([level])
-        for name in columns:
-            mean, error = start[level][name]
-            cell = f"{mean:.3f} ± {error:.3f}"
-            if after is not None:
-                difference, error = change[level][name]
-                cell = f"{mean:.3f} -> {end[level][name][0]:.3f} ({difference:+.3f} ± {error:.3f})"
-            rows[-1].append(cell + (f" best {bests[level][name][0]:.3f}" if name in best else ""))
+def number(value: float, half_width: float = math.nan, sign: str = "") -> str:
+    """ "0.123 ± 0.045", or "0.123" where the interval is nan; sign: "+" for changes. It is never "-0.000"."""
+    text = f"{round(float(value), 3) + 0.0:{sign}.3f}"
+    return text if math.isnan(half_width) else f"{text} ± {half_width:.3f}"
+
+
+HEADS = {1: ["mean ± 95%"], 2: ["before -> after", "change ± 95%"]}  # of what `cells` returns
+
+
+def cells(before, after=None) -> list[str]:
+    """Means over problems or seeds, before and after, and the paired change with its interval; before alone: with its
+    own. before, after: (S,), arrays or tensors."""
+    if after is None:
+        return [number(*mean_and_interval(before))]
+    return [f"{number(before.mean())} -> {number(after.mean())}", number(*mean_and_interval(after - before), "+")]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The rows' cells, with each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(f"{cell:^{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def final_table(
+    before: dict, after: dict | None, best: dict, problems: list, columns: Sequence[str], split: str
+) -> str:
+    """A row a level and a metric in `columns`, of per-problem values, name -> (P,), before training and after it, and
+    the best that any policy could have, where it is known. split: what the problems are, such as "held-out"."""
+    rows = [["level", "metric", *HEADS[1 if after is None else 2], *(["best possible"] if best else [])]]
+    for (level, at), name in itertools.product(by_level(problems).items(), columns):
+        possible = [number(best[name][at].mean())] if name in best else []
+        rows.append([level, name, *cells(before[name][at], after and after[name][at]), *possible])
+        rows[-1] += [""] * (len(rows[0]) - len(rows[-1]))
+    return f"{len(problems)} {split} problems; ± is a 95% interval over problems (Student's t)\n{table(rows)}"
 
 
 def pyplot():
@@ -69,83 +97,139 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of each value (S,) and its neighbours within a twentieth of all, fewer at the ends: (S,)."""
-    reach = len(values) // 20
-    return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
+def save_and_close(figure, path: Path) -> None:
+    """Write a figure, in the format that the path's suffix names. Raises BadInput for a suffix that names none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:
+        raise BadInput(f"cannot draw {path}: {error}") from error
+    pyplot().close(figure)
 
 
-def save_figure(
-    folder: Path, evaluations: list[tuple[int, dict]], steps: Sequence[dict], best: dict, names: Sequence[str], k: int
-) -> None:
-    """curves.png: each metric family against j before and after; and training, step by step, with the evaluations.
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The records of a run's metrics.jsonl: of its evaluations, and of its training steps."""
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in log if "eval" in record], [record for record in log if "eval" not in record]
 
-    evaluations: (step, result of `by_level`), the first before training and the last after it. steps: the records of
-    training in metrics.jsonl. best: the best possible values of metrics, name -> (P,), where they are known. names:
-    metric families, such as "pass" for pass@1, pass@2."""
-    plt = pyplot()
-    both = [("before", "tab:gray", evaluations[0][1]), ("after", "tab:blue", evaluations[-1][1])]
-    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.4 * (len(names) + 1), 4.2), layout="constrained")
+
+def smoothed(steps: Sequence[dict], name: str) -> tuple[list[int], np.ndarray]:
+    """The steps that logged `name`, and at each the mean over the twentieth of them around it, fewer at the ends."""
+    values = np.array([record[name] for record in steps if name in record])
+    ones, window = np.ones(len(values)), np.ones(max(1, len(values) // 20))
+    means = np.convolve(values, window, "same") / np.convolve(ones, window, "same") if len(values) else values
+    return [record["step"] for record in steps if name in record], means
+
+
+def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: str) -> None:
+    """curves.png, from the run's log: each metric family against j before and after, with 95% bands over problems, and
+    along training the evaluations as points, what the steps logged as a thin smoothed line.
+
+    best: the best possible values of metrics, name -> (P,), where they are known. names: metric families, such as
+    "pass" for pass@1, pass@2. split: what the problems of evaluations are, such as "held-out"."""
+    plt, (evaluations, steps) = pyplot(), read_log(folder)
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 4.2), layout="constrained")
+    ends = {"before": ("tab:gray", evaluations[0])} | ({"after": ("tab:blue", evaluations[-1])} if steps else {})
     for axis, name in zip(axes, names):
-        for label, colour, result in both:
-            js = [int(key.partition("@")[2]) for key in result["all"] if key.startswith(f"{name}@")]
-            mean, error = (np.array([result["all"][f"{name}@{j}"][i] for j in js]) for i in (0, 1))
+        for label, (colour, record) in ends.items():
+            of_name = {key: value for key, value in record["eval"]["all"].items() if key.startswith(f"{name}@")}
+            js, (mean, half) = [int(key.partition("@")[2]) for key in of_name], np.array([*of_name.values()], float).T
             axis.plot(js, mean, marker="o", markersize=3, color=colour, label=label)
-            axis.fill_between(js, mean - error, mean + error, color=colour, alpha=0.2)
+            axis.fill_between(js, mean - half, mean + half, color=colour, alpha=0.2)
         if f"{name}@1" in best:
             possible = [best[f"{name}@{j}"].mean().item() for j in js]
             axis.plot(js, possible, linestyle=":", color="black", label="best possible at each j")
-        axis.set(xscale="log", xlabel="j", ylabel=f"{name}@j", title=f"{name}@j, held out (± standard error)")
+        axis.set(xscale="log", xlabel="j", ylabel=f"{name}@j", title=f"{name}@j, {split} (± 95%)")
         axis.set_xticks(js, map(str, js))
         axis.minorticks_off()
-    # At one try all families are pass@1, whose mean over a step's samples is the reward.
-    for i, name in enumerate(dict.fromkeys(["pass@1", *(f"{name}@{k}" for name in names if k > 1)])):
-        logged = "reward" if name == "pass@1" else name
-        at, values = np.array([(row["step"], row[logged]) for row in steps if logged in row]).reshape(-1, 2).T
-        axes[-1].plot(at, values, color=f"C{i}", linewidth=0.5, alpha=0.4)
-        axes[-1].plot(at, smoothed(values), color=f"C{i}", linewidth=1.2, label=f"{logged}, training")
-        mean, error = zip(*(result["all"][name] for _, result in evaluations))
-        at = [step for step, _ in evaluations]
-        axes[-1].errorbar(at, mean, error, fmt="o", markersize=5, color=f"C{i}", mec="black", label=f"{name}, held out")
-    axes[-1].set(xlabel="step", title="training")
+    for i, name in enumerate(["pass@1", *(f"{name}@{k}" for name in names)]):  # bon@1 is pass@1
+        mean, half = np.array([record["eval"]["all"][name] for record in evaluations], float).T
+        at, logged = [record["step"] for record in evaluations], "reward" if i == 0 else name
+        axes[-1].errorbar(at, mean, half, fmt="o", markersize=3, color=f"C{i}", label=f"{name}, {split}")
+        if (line := smoothed(steps, logged))[0]:
+            axes[-1].plot(*line, linewidth=0.8, color=f"C{i}", label=f"{logged} of the steps, smoothed")
+    axes[-1].set(xlabel="step", title="along training")
     for axis in axes:
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)  # below, where no data are
-    figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False, fontsize="small")
+    save_and_close(figure, folder / "curves.png")
 
 
-def comparison(folders: Sequence[str]) -> str:
-    """How runs changed their metrics, those that differ in nothing but the seed as mean ± standard error over seeds.
-
-    Raises BadInput for a folder that is not a finished run."""
-    groups: dict[str, list[tuple[dict, dict]]] = {}
-    for folder in map(Path, folders):
+def finished_runs(patterns: Sequence[str]) -> dict[str, list[tuple[dict, list[dict], list[dict]]]]:
+    """Arguments, evaluations and steps of runs that differ in nothing but the seed, by how they differ from the others,
+    such as "estimator=mean k=4". A line tells what is left out: what is no finished run, what repeats another one.
+    Raises BadInput if nothing is left."""
+    groups: dict[str, list] = {}
+    for folder in (Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) or [pattern]):
         try:
-            args = json.loads((folder / "args.json").read_text())
-            log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, json.JSONDecodeError) as error:
-            raise BadInput(f"{folder} is not a run folder: {error}") from error
-        evaluations = [record for record in log if "eval" in record]
-        if len(evaluations) < 2 or evaluations[-1]["step"] < args["steps"]:
-            raise BadInput(f"{folder} has not come to its end: leave it out")
-        settings = {name: value for name, value in args.items() if name not in SEEDS_DIFFER_IN}
-        first, last = (evaluations[i]["eval"]["all"] for i in (0, -1))
-        groups.setdefault(json.dumps(settings), []).append((first, last))
-    settings, lines = {key: json.loads(key) for key in groups}, []
-    varying = [name for name in next(iter(settings.values())) if len({str(s.get(name)) for s in settings.values()}) > 1]
-    for key, runs in groups.items():
-        label = " ".join(f"{name}={settings[key].get(name)}" for name in varying) or settings[key]["script"]
-        lines.append(f"{label}  ({len(runs)} seeds)")
-        for metric in runs[0][1]:
-            before, after = (np.array([run[i][metric][0] for run in runs]) for i in (0, 1))
-            change = after - before  # (seeds,)
-            error = change.std(ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
-            lines.append(f"  {metric:8} {before.mean():.3f} -> {after.mean():.3f}  {change.mean():+.3f} ± {error:.3f}")
-    return "\n".join(lines)
+            if not (folder / "args.json").is_file():
+                raise ValueError("it is no run folder")
+            args, (evaluations, steps) = json.loads((folder / "args.json").read_text()), read_log(folder)
+            if not evaluations or evaluations[-1]["step"] < args["steps"]:
+                raise ValueError("it has not come to its end")
+            settings = {name: x for name, x in args.items() if name not in SEEDS_DIFFER_IN and x is not None}
+            group = groups.setdefault(json.dumps(settings, sort_keys=True), [])
+            if args["seed"] in (other["seed"] for other, *_ in group):
+                raise ValueError("it counts once, for a run before it has the same arguments and seed")
+            group.append((args, evaluations, steps))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"left out {folder}: {error}")
+    if not groups:
+        raise BadInput("no finished run is there: give folders of some, such as runs/*")
+    every = [json.loads(key) for key in groups]
+    names = [name for name in sorted({*itertools.chain(*every)}) if len({str(x.get(name)) for x in every}) > 1]
+    labels = [" ".join(f"{name}={x.get(name)}" for name in names) or x["script"] for x in every]
+    return dict(zip(labels, groups.values()))
+
+
+def comparison(runs: dict) -> str:
+    """The metrics of each setting of `finished_runs`, before and after training, as means over seeds."""
+    parts = ["mean over seeds of the evaluations; ± is a 95% interval over seeds (Student's t)"]
+    for label, group in runs.items():
+        parts.append(textwrap.fill(f"{label} ({len(group)} seed{'s' * (len(group) > 1)})", 80, subsequent_indent="  "))
+        ends = [[log[i]["eval"]["all"] for _, log, _ in group] for i in (0, -1)[: len(group[0][1])]]  # 1 for --steps 0
+        rows = [[name, *cells(*(np.array([x[name][0] for x in end]) for end in ends))] for name in ends[0][0]]
+        parts.append(textwrap.indent(table([["metric", *HEADS[len(ends)]], *rows]), "  "))
+    return "\n".join(parts)
+
+
+def save_comparison(path: Path, runs: dict, metric: str) -> None:
+    """Evaluations of all settings of `finished_runs`, one colour each: the metric against steps and against the KL that
+    the steps around logged, smoothed; means over seeds with 95% bands. Raises BadInput where a run lacks the metric."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    for label, group in runs.items():
+        if metric not in (there := group[0][1][0]["eval"]["all"]):
+            raise BadInput(f"--metric {metric} is none of {label}: it has {', '.join(there)}")
+        logs = [{x["step"]: x["eval"]["all"][metric][0] for x in evaluations} for _, evaluations, _ in group]
+        at = np.array(sorted(set.intersection(*map(set, logs))))  # (E,)
+        mean, half = mean_and_interval([[log[step] for step in at] for log in logs])  # (E,)
+        kls = [smoothed(steps, "kl") for _, _, steps in group]  # step t logs the KL of the policy after t - 1
+        kl = [np.interp(at + 1, *x) if x[0] else at * np.nan for x in kls]  # S of (E,)
+        for axis, x in zip(axes, (at, np.mean(kl, 0))):
+            axis.plot(x, mean, marker="o", markersize=3, label=label)
+            axis.fill_between(x, mean - half, mean + half, alpha=0.2)
+    axes[0].set(xlabel="step", ylabel=metric, title="mean over seeds (± 95%)")
+    axes[1].set(xlabel="KL to the reference (nats), of runs that log it (--log-kl)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize="small")
+    save_and_close(figure, path)
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # folders of runs; what is no finished run is left out
+    figure: Path | None = None  # also draw the runs together into this file, such as together.png
+    metric: str | None = None  # what is drawn (default: pass@k, by the k or N of the first run)
+
+
+def main(args: Args) -> None:
+    runs = finished_runs(args.runs)
+    print(comparison(runs))
+    if args.figure:
+        (first, *_), *_ = next(iter(runs.values()))
+        save_comparison(args.figure, runs, args.metric or f"pass@{first.get('k', first.get('N'))}")
+        print(f"figure: {args.figure}")
 
 
 if __name__ == "__main__":
-    try:
-        print(comparison(sys.argv[1:]) if sys.argv[1:] else "usage: python -m harness.report runs/a runs/b ...")
-    except BadInput as mistake:
-        sys.exit(f"error: {mistake}")
+    from harness.run import run_cli
+
+    run_cli(main, Args)

@@ -31,7 +31,9 @@ from .parallel import from_all, in_first_process, merged, share, start, stop, wo
 from .policy import cached, encode_prompts, load_policy, save_policy, tiny_seed, write_whole
 
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
-LOGS = ("metrics.jsonl", "timings.jsonl")
+LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+MAY_CHANGE = ("resume", "steps", "eval_every", "save_every", "show_samples")  # when a run is resumed
+NO_SIGNAL = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
 
 
 @dataclasses.dataclass
@@ -54,7 +56,7 @@ class RunArgs:
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
     show_samples: int = 0  # responses to held-out problems to print with their rewards, escaped, at each evaluation
     save_every: int = 50  # steps between checkpoints, of which the last is kept
-    resume: str | None = None  # runs/<name>: go on with that run, from its last checkpoint and with its arguments
+    resume: str | None = None  # runs/<name>: go on from its last checkpoint, with its arguments, maybe for more --steps
     tensorboard: bool = False  # also write the metrics for TensorBoard (an optional dependency)
     seed: int = 0  # of the order of problems and of sampling
     eval_every: int = 100  # steps between evaluations on held-out problems; 0: only before and after
@@ -74,7 +76,7 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     try:
         saved = arguments_of(known.resume) if known.resume else presets.get(known.preset, {})
         args = tyro.cli(Args, default=Args(**saved), description=sys.modules[main.__module__].__doc__)
-        changed = [f"--{x.replace('_', '-')}" for x in saved if x != "resume" and getattr(args, x) != saved[x]]
+        changed = [f"--{x.replace('_', '-')}" for x in saved if x not in MAY_CHANGE and getattr(args, x) != saved[x]]
         if known.resume and changed:
             raise BadInput(f"{known.resume} keeps its own arguments: leave out {', '.join(changed)}")
         start(getattr(args, "device", "cpu"))
@@ -94,7 +96,7 @@ def arguments_of(folder: str) -> dict:
         saved = json.loads((Path(folder) / "args.json").read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a run folder: {error}") from error
-    script, processes = saved.pop("script"), saved.pop("processes")
+    script, processes, _ = saved.pop("script"), saved.pop("processes"), saved.pop("extended_after", None)
     if "lr_decay" not in saved:
         raise BadInput(f"{folder} is a run of an earlier version, whose flags and metrics have other names: start anew")
     if script != Path(sys.argv[0]).stem:
@@ -158,9 +160,10 @@ class Run:
     """A run: task, problems, policy and optimizer, and a folder under runs/ that can be resumed at its last checkpoint.
 
     folder: args.json; metrics.jsonl, a line a step and a line an evaluation, the same for the same arguments (on the
-    CPU bit for bit, however often the run was stopped or killed); timings.jsonl, what depends on the machine;
-    checkpoint.pt. state: what training changes, by name: modules and optimizers; a script adds its own before it calls
-    `steps`. All else is a function of arguments and step. progress: plain values and tensors, saved beside the state.
+    CPU bit for bit, however often the run was stopped or killed); samples.jsonl, of each evaluation 4 responses to 50
+    problems with their rewards; timings.jsonl, what depends on the machine; checkpoint.pt. state: what training
+    changes, by name: modules and optimizers; a script adds its own before it calls `steps`. All else is a function of
+    arguments and step. progress: plain values and tensors, saved beside the state.
     """
 
     def __init__(self, args, *parts):
@@ -170,8 +173,12 @@ class Run:
         self.args, self.parts, self.stopping, self.writer = args, parts, False, None
         self.task = load_task(args.task, args.data, args.sandbox)
         args.max_new_tokens = self.task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-        self.train = problems_at(self.task.train, args.levels, "training") if args.steps else []
-        self.test = evaluation_problems(problems_at(self.task.test, args.levels, "held-out"), args.eval_problems)
+        self.train = problems_at(self.task.train, args.levels, "training", args.data) if args.steps else []
+        test = problems_at(self.task.test, args.levels, "held-out", args.data)
+        self.split = "TRAINING" if test == self.train else "held-out"
+        if self.split == "TRAINING":
+            print("no test.jsonl: the evaluation below is on the TRAINING problems")
+        self.test = evaluation_problems(test, args.eval_problems)
         self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
         self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing, args.chat)
         self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
@@ -183,7 +190,7 @@ class Run:
                 self.encoded(problems)
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
         self.state = {"policy": self.policy.model, "optimizer": self.optimizer}
-        self.progress = {"step": 0, "history": [], "skipped_in_a_row": 0, "steps_with_signal": 0}
+        self.progress = {"step": 0, "evaluated": None, "skipped_in_a_row": 0, "steps_with_signal": 0}
         self.bar = tqdm(disable=True)
         if args.tensorboard:
             try:
@@ -248,7 +255,8 @@ class Run:
         print(f"{doing} {self.folder}")
         self.evaluate_if_due()
         hidden = first > last or world()[0] > 0
-        self.bar = tqdm(total=last, initial=first - 1, desc=description, unit="step", disable=hidden)
+        bar_format = "{desc}: {n_fmt}/{total_fmt} [{remaining} left{postfix}]"  # and three metrics fit 80 columns
+        self.bar = tqdm(total=last, initial=first - 1, desc=description, bar_format=bar_format, disable=hidden)
         handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in range(first, last + 1):
@@ -321,11 +329,11 @@ class Run:
         self.write("metrics.jsonl", record)
         self.write("timings.jsonl", timings)
         values = record | timings
-        self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
+        figures = [(x, f"{values[x]:{'.3g' if abs(values[x]) < 1000 else '.0f'}}") for x in shown if x in values]
+        self.bar.set_postfix(dict(figures[:3]), refresh=False)
         self.progress["steps_with_signal"] += record["nonzero_advantage"] > 0
         if step == 20 and not self.progress["steps_with_signal"]:
-            look = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
-            tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {look}")
+            tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {NO_SIGNAL}")
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
             mend = f"raise --temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
@@ -344,8 +352,8 @@ class Run:
 
     def evaluate_if_due(self) -> None:
         """Evaluate before the first step, after the last, and every args.eval_every, where that has not been done."""
-        step, done, every = self.progress["step"], self.progress["history"], self.args.eval_every
-        if (done and done[-1][0] == step) or not (step in (0, self.args.steps) or (every and step % every == 0)):
+        step, every = self.progress["step"], self.args.eval_every
+        if self.progress["evaluated"] == step or not (step in (0, self.args.steps) or (every and step % every == 0)):
             return
         self.progress["before" if step == 0 else "after"] = self.evaluate()
 
@@ -356,16 +364,22 @@ class Run:
         prompts, T = self.encoded(problems), args.temperature
         samples = prompts and sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator)
         verdict = self.verdict(problems, responses := samples and decode(self.policy, samples))
-        if rank == 0:
-            report.show_samples(problems, responses, verdict.rewards, args.show_samples)
+        step = self.progress["step"]
+        if rank == 0:  # text is escaped in both: a model's must not drive the terminal
+            for record in report.samples(problems, responses, verdict.rewards, args.show_samples):
+                prompt, response = ascii(record["prompt"][-200:]), ascii(record["responses"][0][:1000])
+                tqdm.write(f"{record['rewards'][0]:g}  {prompt} -> {response}")
+            for record in report.samples(problems, responses, verdict.rewards, 50):
+                append_json(self.folder / "samples.jsonl", {"step": step, **record})
         verdicts, counts = from_all(verdict), merged({}, verdict.counts)
         # From the order of ranks back to that of the problems.
         order = torch.tensor([i for r in range(processes) for i in range(r, len(self.test), processes)]).argsort()
         parts = ([getattr(v, name) for v in verdicts] for name in ("rewards", "votes", "scores"))
         rewards, votes, scores = (torch.cat(part)[order] for part in parts)  # (P, eval_n) each
         metrics = self.metrics(Verdict(rewards, votes, counts, scores))
-        step, result = self.progress["step"], report.by_level(metrics, self.test)
-        self.progress["history"].append((step, result))
+        levels, interval = report.by_level(self.test).items(), report.mean_and_interval
+        result = {level: {name: interval(x[at]) for name, x in metrics.items()} for level, at in levels}
+        self.progress["evaluated"] = step
         self.write("metrics.jsonl", {"step": step, "eval": result, **counts})
         if counts:
             tqdm.write(f"evaluation at step {step}, events in the verifier: {counts}")
@@ -394,31 +408,49 @@ class Run:
             raise BadInput(f"cannot write a checkpoint of step {self.progress['step']} to {path}: {why}") from error
 
     def restore(self) -> None:
-        """Load the checkpoint, if there is one, and cut the logs back to it."""
+        """Load the checkpoint, if there is one, and cut the logs back to it. Where args.steps is not what it was, say
+        what follows and note it in args.json. Raises BadInput for fewer steps than are done."""
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            self.progress = checkpoint["progress"]
+            self.progress |= checkpoint["progress"]
             for name, x in self.state.items():
                 x.load_state_dict(checkpoint["state"][name])
+        done, steps, path = self.progress["step"], self.args.steps, self.folder / "args.json"
+        if steps < done:
+            raise BadInput(f"{self.folder} has done {done} steps: --steps must be {done} or more, not {steps}")
+        if world()[0] > 0:
+            return
         for name in LOGS:
-            if (self.folder / name).exists() and world()[0] == 0:
+            if (self.folder / name).exists():
                 os.truncate(self.folder / name, self.progress.get(name, 0))
+        saved = json.loads(path.read_text())
+        if steps != saved["steps"] and done:
+            saved["extended_after"] = [*saved.get("extended_after", []), done]
+            if self.args.lr_decay or getattr(self.args, "kl_coef_end", None) is not None:
+                print(f"from step {done + 1} on, schedules are those of {steps} steps, no longer of {saved['steps']}:")
+                print(f"the result is not the one of an uninterrupted run of {steps} steps")
+            if (self.folder / "policy").exists():
+                os.rename(self.folder / "policy", self.folder / f"policy-{done}")
+        saved |= {name: getattr(self.args, name) for name in MAY_CHANGE if name != "resume"}
+        path.with_suffix(".unfinished").write_text(json.dumps(saved, indent=2))
+        os.replace(path.with_suffix(".unfinished"), path)
 
     def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
-        """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
-        `families` (such as "pass"). A finished run that is resumed comes here at once and writes what is missing."""
+        """Save the policy, print the table of `columns` (such as "pass@4") before and after, behind a line where no
+        step had a signal, and draw the curves of `families` (such as "pass"). A finished run that is resumed comes here
+        at once and writes what is missing."""
         before, after, best = self.progress["before"], self.progress.get("after"), {}
         if self.task.best:
             names = (name for name in before if name.startswith("pass@"))
             best = {name: self.task.best(self.test, int(name.partition("@")[2])) for name in names}
         if self.args.steps and world()[0] == 0:
             write_whole(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
-        print(report.comparison_table(before, after, best, self.test, columns))
+        if self.args.steps and not self.progress["steps_with_signal"]:
+            print(f"no step had a signal, and nothing was learnt: {NO_SIGNAL}")
+        print(report.final_table(before, after, best, self.test, columns, self.split))
         if world()[0] == 0:
-            records = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-            steps = [record for record in records if "eval" not in record]
-            report.save_figure(self.folder, self.progress["history"], steps, best, families, k)
-        print(f"{self.folder}: metrics.jsonl, curves.png{', policy/' if self.args.steps else ''}")
+            report.save_figure(self.folder, best, families, k, self.split)
+        print(f"{self.folder}: metrics.jsonl, samples.jsonl, curves.png{', policy/' if self.args.steps else ''}")
 
 
 def new_run_folder(args, parts: Sequence) -> Path:

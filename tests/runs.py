@@ -75,6 +75,6 @@ def steps_of(folder: Path) -> list[dict]:
     return [record for record in records(folder) if "loss" in record]
 
 
-def outcome(folder: Path) -> tuple[bytes, bytes]:
+def outcome(folder: Path) -> list[bytes]:
     """What a run leaves that depends on its arguments alone."""
-    return (folder / "metrics.jsonl").read_bytes(), (folder / "policy" / "model.safetensors").read_bytes()
+    return [(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "policy/model.safetensors")]

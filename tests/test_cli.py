@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from runs import SCRIPTS, SMALL, in_process, of_script, outcome, records, save_u
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bandit
 import harness.report
 from verifiers import arithmetic
 
@@ -60,8 +62,8 @@ def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
     result = run(script, *flags)
     assert result.returncode == 0, result.stderr
     metric = "maj" if script.startswith("maj") else "pass"
-    (head,) = [line.split() for line in result.stdout.splitlines() if line.startswith("level")]
-    assert {f"{metric}@3", "pass@24"} <= {*head}
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
+    assert {f"{metric}@3", "pass@24"} <= {row[1] for row in rows}
 
 
 def test_equal_arguments_give_equal_metrics_and_another_folder(run, skilled, tmp_path):
@@ -230,7 +232,13 @@ def test_tiny_is_refused_for_a_task_it_cannot_learn(run, tmp_path):
 def test_bandit(run, tmp_path):
     result = run("bandit.py", "--seeds", "20", "--steps", "40")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("mean reward ") == 4 and (tmp_path / "runs/bandit.png").stat().st_size > 10_000
+    lines = result.stdout.split("after 40 steps; ± is a 95% interval over 20 seeds (Student's t)\n")[1].splitlines()
+    assert lines[0].split() == "advantages mean reward max@4 KL".split() and "figure: runs/bandit.png" in lines
+    trained = bandit.trajectory(bandit.Args(seeds=20, steps=40), "mean x k")[-1]  # (3, 20)
+    halves = 2.0930 * trained.std(-1) / math.sqrt(20)  # Student's t for 19 degrees of freedom
+    cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in zip(trained.mean(-1), halves)]
+    assert lines[2].split("  ")[0] == "mean x k" and [x for x in lines[2].split("  ")[1:] if x] == cells
+    assert (tmp_path / "runs/bandit.png").stat().st_size > 10_000
     result = run("bandit.py", "--k", "1")
     assert result.returncode == 2 and result.stderr.strip() == "error: --k must be at least 2, not 1"
 
@@ -243,11 +251,14 @@ def test_compare_averages_over_seeds(run, model, tmp_path):
     result = run("harness/report.py", "runs/unbiased0", "runs/unbiased1", "runs/mean0")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "estimator=unbiased  (2 seeds)" and "estimator=mean  (1 seeds)" in lines
+    assert lines[1] == "estimator=unbiased (2 seeds)" and "estimator=mean (1 seed)" in lines
     ends = [records(tmp_path / "runs" / f"unbiased{seed}")[-1]["eval"]["all"]["pass@4"][0] for seed in (0, 1)]
     assert f"-> {sum(ends) / 2:.3f}" in next(line for line in lines if "pass@4" in line)
     result = run("harness/report.py", "runs/nothing")
-    assert result.returncode.startswith("error: runs/nothing is not a run folder")
+    assert result.returncode == 2 and result.stderr.startswith("error: no finished run is there")
+    assert result.stdout == "left out runs/nothing: it is no run folder\n"
+    result = run("harness/report.py", "--help")
+    assert result.returncode == 0 and {"--figure", "--metric"} <= {*result.stdout.split()}
 
 
 def test_show_prompt_prints_what_the_policy_reads(run, model, tmp_path):
@@ -259,7 +270,36 @@ def test_a_task_for_evaluation_only(run, model, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"problem": "1+1?", "answer": "2", "solution": ""}) + "\n")
     flags = [*SMALL, "--task", "math500", "--data", str(tmp_path), "--model", model]
     result = run("pass_at_k_pg.py", *flags)
-    assert result.returncode == 2 and "--steps 0" in result.stderr
+    assert result.returncode == 2 and "no training problems here: --steps 0 evaluates" in result.stderr
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+def test_an_evaluation_on_training_problems_says_so(one_file, run, model, tmp_path):
+    """In a line, in the table's title and the figure's; not where the file is evaluated alone."""
+    rows = [json.dumps({"problem": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(3)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("".join(rows if one_file else rows[name == "test.jsonl" :]))
+    data = tmp_path / "train.jsonl" if one_file else tmp_path
+    flags = "--task gsm8k --steps 1 --k 2 --n 2 --prompts-per-step 1 --eval-n 2 --eval-problems 2 --max-new-tokens 2"
+    flags = [*flags.split(), "--data", str(data), "--model", model]
+    titles, save_figure = [], harness.report.save_figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.report, "save_figure", lambda *args: titles.append(args[-1]))
+        result = run("pass_at_k_pg.py", *flags)
+    line, on = "no test.jsonl: the evaluation below is on the TRAINING problems", "TRAINING" if one_file else "held-out"
+    assert result.returncode == 0 and (line in result.stdout.splitlines()) == one_file, result.stderr
+    assert f"2 {on} problems; " in result.stdout and titles == [on] and save_figure is harness.report.save_figure
+    if one_file:
+        result = run("pass_at_k_pg.py", *flags, "--steps", "0")
+        assert line not in result.stdout and "2 held-out problems; " in result.stdout
+
+
+def test_a_folder_without_a_test_split_says_what_to_add(run, model, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"problem": "1+1=", "answer": "2"}) + "\n")
+    result = run("pass_at_k_pg.py", *SMALL, "--levels", "--task", "gsm8k", "--data", str(tmp_path), "--model", model)
+    assert (
+        result.stderr.splitlines()[-1] == f"error: the task has no held-out problems here: add test.jsonl to {tmp_path}"
+    )
 
 
 def test_events_in_the_verifier_are_summed_over_an_evaluation(run, model, monkeypatch, tmp_path):

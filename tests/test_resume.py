@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ import common
 import harness.policy
 import harness.report
 import harness.run
-from verifiers import Problem, Verdict, arithmetic, learned
+from verifiers import Verdict, arithmetic, learned
 
 PASS, RL = "pass_at_k_pg.py", "bon_rl.py"
 TASK = SimpleNamespace(name="none", warm_start=None)
@@ -171,13 +173,93 @@ def test_resuming_with_other_arguments_is_refused_by_name(run, model, tmp_path):
     assert run(PASS, *flags).returncode == 0
     before = outcome(tmp_path / "runs/a")
     assert run(PASS, *flags, "--resume", "runs/a").returncode == 0  # the same arguments are welcome
-    result = run(PASS, "--resume", "runs/a", "--lr", "1", "--steps", "9")
-    assert result.returncode == 2 and "leave out --steps, --lr" in result.stderr
+    result = run(PASS, "--resume", "runs/a", "--lr", "1", "--steps", "9", "--eval-n", "8", "--save-every", "1")
+    assert result.returncode == 2 and result.stderr.endswith("keeps its own arguments: leave out --eval-n, --lr\n")
     result = run("majority_pg.py", "--resume", "runs/a")
     assert result.returncode == 2 and "runs/a is a run of pass_at_k_pg.py" in result.stderr
     result = run(PASS, "--resume", "runs/b")
     assert result.returncode == 2 and "runs/b is not a run folder" in result.stderr
     assert outcome(tmp_path / "runs/a") == before
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of each training step from here, as it is taken."""
+    seen, step = [], common.policy_gradient_step
+
+    def recorded(policy, optimizer, *args, **others):
+        seen.append(optimizer.param_groups[0]["lr"])
+        return step(policy, optimizer, *args, **others)
+
+    monkeypatch.setattr(common, "policy_gradient_step", recorded)
+    return seen
+
+
+def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(run, model, rates, tmp_path):
+    """The learning rate falls from .001 by a quarter a step, by an eighth from step 5 on; the first policy stays."""
+    flags = [*SMALL, "--steps", "4", "--eval-every", "0", "--lr", "1e-3", "--model", model, "--run-name", "a"]
+    assert run(PASS, *flags).returncode == 0
+    first = outcome(tmp_path / "runs/a")
+    result = run(PASS, "--resume", "runs/a", "--steps", "8", "--eval-every", "3")
+    assert result.returncode == 0, result.stderr
+    assert rates == pytest.approx([x / 1000 for x in (1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8)])
+    said = "from step 5 on, schedules are those of 8 steps, no longer of 4:"
+    assert result.stdout.splitlines()[:2] == [said, "the result is not the one of an uninterrupted run of 8 steps"]
+    log = records(tmp_path / "runs/a")
+    assert [r["step"] for r in log if "loss" in r] == [*range(1, 9)]
+    assert [r["step"] for r in log if "eval" in r] == [0, 4, 6, 8]
+    assert (
+        (tmp_path / "runs/a/policy-4/model.safetensors").read_bytes() == first[-1] != outcome(tmp_path / "runs/a")[-1]
+    )
+    last = outcome(tmp_path / "runs/a")
+    args = json.loads((tmp_path / "runs/a/args.json").read_text())
+    assert (args["steps"], args["eval_every"], args["extended_after"], args["resume"]) == (8, 3, [4], None)
+    result = run(PASS, "--resume", "runs/a")  # its arguments are now these
+    assert result.returncode == 0 and "schedules" not in result.stdout and outcome(tmp_path / "runs/a") == last
+    result = run(PASS, "--resume", "runs/a", "--steps", "7")
+    assert result.returncode == 2 and "runs/a has done 8 steps: --steps must be 8 or more, not 7" in result.stderr
+    assert outcome(tmp_path / "runs/a") == last and json.loads((tmp_path / "runs/a/args.json").read_text()) == args
+
+
+def test_without_schedules_a_longer_run_is_the_uninterrupted_one(run, model, tmp_path):
+    flags = [*SMALL, "--no-lr-decay", "--eval-every", "2", "--model", model]
+    assert run(PASS, *flags, "--steps", "4", "--run-name", "whole").returncode == 0
+    assert run(PASS, *flags, "--steps", "2", "--run-name", "longer").returncode == 0
+    result = run(PASS, "--resume", "runs/longer", "--steps", "4")
+    assert result.returncode == 0 and "schedules" not in result.stdout
+    assert outcome(tmp_path / "runs/longer") == outcome(tmp_path / "runs/whole")
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_may_have_another_number_of_steps(run, model, at_step, tmp_path):
+    """Nothing of it is left, so that it is the run of as many steps."""
+    flags = [*SMALL, "--model", model]
+    at_step(2, kill)
+    with pytest.raises(Killed):
+        run(PASS, *flags, "--steps", "2", "--run-name", "cut")
+    result = run(PASS, "--resume", "runs/cut", "--steps", "3")
+    assert result.returncode == 0 and "schedules" not in result.stdout
+    assert "extended_after" not in json.loads((tmp_path / "runs/cut/args.json").read_text())
+    assert run(PASS, *flags, "--steps", "3", "--run-name", "whole").returncode == 0
+    assert outcome(tmp_path / "runs/cut") == outcome(tmp_path / "runs/whole")
+
+
+@pytest.mark.parametrize("flags, after", [([], [0.5, 0.4]), (["--kl-anneal-steps", "8"], [0.65, 0.6])])
+def test_the_coefficient_of_the_kl_follows_the_new_total(flags, after, run, untrained, monkeypatch):
+    """It moves from .8 to .4 over 2 steps, and over 4 from the third on; over --kl-anneal-steps where they are given.
+    Without a reward, and with 1 in place of the KL's advantages, it is what a step trains on."""
+    betas, step = [], common.policy_gradient_step
+
+    def recorded(policy, optimizer, rollouts, A, *args, **others):
+        betas.extend(A.unique().tolist())
+        return step(policy, optimizer, rollouts, A, *args, **others)
+
+    monkeypatch.setattr(common, "policy_gradient_step", recorded)
+    monkeypatch.setattr(common, "kl_advantages", lambda ratios: torch.ones(ratios.shape[:2]))
+    schedule = ["--kl-coef", "0.8", "--kl-coef-end", "0.4", "--kl-delay", "0", "--no-lr-decay", *flags]
+    assert run(RL, *SMALL, *schedule, "--model", untrained, "--run-name", "a").returncode == 0
+    result = run(RL, "--resume", "runs/a", "--steps", "4")
+    assert result.returncode == 0 and "from step 3 on, schedules are those of 4 steps" in result.stdout, result.stderr
+    assert betas == pytest.approx([*([0.75, 0.7] if flags else [0.6, 0.4]), *after])
 
 
 # --- Faults, injected ---
@@ -413,10 +495,14 @@ def test_killed_while_the_learned_verifier_is_saved(run, model, monkeypatch, tmp
     assert trained == [1, 1] and outcome(tmp_path / "runs/killed") == outcome(tmp_path / "runs/whole")
 
 
-def test_samples_are_shown_escaped(run, model, capsys):
-    problems, responses = [Problem("1+1=", "2"), Problem("1+2=", "3")], [["\x1b[2J\u202e2\0"], ["5"]]
-    harness.report.show_samples(problems, responses, torch.tensor([[1.0], [0.0]]), 1)
-    assert capsys.readouterr().out == "1  '1+1=' -> '\\x1b[2J\\u202e2\\x00'\n"
+def test_samples_are_shown_escaped(run, model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.run, "decode", lambda policy, rollouts: [["\x1b[2J\u202e2\0", "5"] * 2] * 2)
+        result = run(PASS, *SMALL, "--model", model, "--show-samples", "1", "--steps", "0", "--run-name", "escaped")
+    (shown,) = [line for line in result.stdout.splitlines() if " -> " in line]
+    assert re.fullmatch(r"0  '\d\*\d=' -> '\\x1b\[2J\\u202e2\\x00'", shown)
+    text = Path("runs/escaped/samples.jsonl").read_text()
+    assert "\x1b" not in text and text.isascii() and len(text.splitlines()) == 2
     for steps, evaluations in (("0", 1), ("2", 2)):
         result = run(PASS, *SMALL, "--model", model, "--show-samples", "2", "--steps", steps)
         shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import harness.run
 import majority_pg
 import pass_at_k_pg
 from harness.run import learning_rate
-from verifiers import Task, Verdict, arithmetic, load_task
+from verifiers import Problem, Task, Verdict, arithmetic, load_task
 
 MODULES = {"pass_at_k_pg": pass_at_k_pg, "majority_pg": majority_pg, "bon_rl": bon_rl}
 
@@ -292,6 +293,59 @@ def test_a_run_without_a_signal_says_so_once(run, untrained, skilled):
     assert (ended.stdout + ended.stderr).count(warning) == 1 and "--show-samples" in ended.stdout + ended.stderr
     ended = run("pass_at_k_pg.py", *flags, "--model", skilled)
     assert warning not in ended.stdout + ended.stderr
+
+
+def test_a_run_in_which_no_step_had_a_signal_ends_with_that(run, untrained, skilled):
+    """As its first line, before the table, also of few steps; not an evaluation, in which there are none."""
+    said = "no step had a signal, and nothing was learnt: look at the responses by --show-samples 5"
+    flags = [*NO_REWARD, "--k", "2", "--max-new-tokens", "2", "--steps"]
+    lines = run("pass_at_k_pg.py", *flags, "2", "--model", untrained).stdout.splitlines()
+    assert lines[1].startswith(said) and lines[2].startswith("1 held-out problems; ")
+    for steps, model in (("0", untrained), ("2", skilled)):
+        ended = run("pass_at_k_pg.py", *NO_REWARD[:-4], "--eval-n", "4", "--k", "2", "--steps", steps, "--model", model)
+        assert ended.returncode == 0 and said not in ended.stdout
+
+
+def test_an_evaluation_leaves_a_bounded_sample_of_its_responses(begun):
+    """Of 120 problems 50, evenly spaced: 0, 2, 4, 7, 9, 12, ...; of 6 responses to each the first 4."""
+    run = begun()
+    run.test = [Problem(f"{i}+0=", str(i)) for i in range(120)]
+    run.args.eval_n = 6
+    rewards, given = torch.arange(720).view(120, 6) / 720, []
+
+    def verify(problems, responses):
+        given.extend(responses)
+        return Verdict(rewards, torch.zeros(120, 6, dtype=torch.int64))
+
+    run.task.verify = verify
+    for step in (0, 3):
+        run.progress["step"] = step
+        run.evaluate()
+    found = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in found] == [0] * 50 + [3] * 50
+    assert [record["prompt"] for record in found[50:56]] == ["0+0=", "2+0=", "4+0=", "7+0=", "9+0=", "12+0="]
+    assert found[-1]["prompt"] == "117+0=" and found[-1]["responses"] == given[237][:4]
+    assert found[53]["rewards"] == pytest.approx([x / 720 for x in (42, 43, 44, 45)])
+
+
+def test_the_progress_bar_shows_five_figures_in_80_columns(begun, capsys):
+    """Step, time left, and three of what the script names, in plain digits."""
+    run = begun()
+    run.args.steps, run.args.save_every = 12345, 99999
+    run.evaluate, run.save = lambda: {}, lambda: None
+    steps = run.steps(run.metrics, "variational N=16")
+    next(steps)
+    record = {"reward": 0.123456, "pass@16": 0.98765, "kl": 12345.6, "nonzero_advantage": 1.0, "skipped": 0}
+    rollouts = None
+    for shown in (("reward", "pass@16", "kl", "tokens_per_s"), ("reward", "absent", "tokens_per_s")):
+        verdict = Verdict(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+        run.log(1, rollouts, verdict, dict(record), shown)
+        run.bar.refresh()
+        line = capsys.readouterr().err.split("\r")[-1].rstrip()
+        expected = "reward=0.123, pass@16=0.988, kl=12346]" if "kl" in shown else "reward=0.123, tokens_per_s=0]"
+        assert re.fullmatch(r"variational N=16: 0/12345 \[(\?|[\d:]+) left, " + re.escape(expected), line)
+        assert len(line) <= 80
+    steps.close()
 
 
 @pytest.mark.parametrize("script", ["pass_at_k_pg.py", "majority_pg.py"])

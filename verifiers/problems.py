@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from . import BadInput, Problem
 
 
-def problems_at(problems: Sequence[Problem], levels: Sequence[int], what: str) -> Sequence[Problem]:
-    """The problems of these levels (all, if none are named). Raises BadInput if there are none."""
+def problems_at(
+    problems: Sequence[Problem], levels: Sequence[int], what: str, data: str | None = None
+) -> Sequence[Problem]:
+    """The problems of these levels (all, if none are named). Raises BadInput if there are none.
+
+    what: "training" or "held-out". data: the folder that they come from, if the user gave one."""
     if not problems:
-        raise BadInput(f"the task has no {what} problems here (--steps 0 only evaluates, on held-out ones)")
+        mend = f"add test.jsonl to {data}" if what == "held-out" and data else "--steps 0 evaluates on held-out ones"
+        raise BadInput(f"the task has no {what} problems here: {mend}")
     chosen = [problem for problem in problems if problem.level in levels] if levels else problems
     if not chosen:
         there = sorted({problem.level for problem in problems if problem.level is not None})
