@@ -127,7 +127,7 @@ def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, 
     """The file's responses by prompt: one problem a row, whose solution is the response. Its answer is the row's own
     or, without one, the answer of the prompt's first problem for which the verifier takes the response for right, else
     of its first. Raises BadInput."""
-    rows, of_prompt, result = load_rows("", "train", path), {}, {}
+    rows, of_prompt, result = load_rows("", "train", path, flag="--experts"), {}, {}
     require_columns(rows, ["problem", "response"], path)
     for problem in problems:
         of_prompt.setdefault(problem.prompt, {}).setdefault(problem.answer, problem)

@@ -24,13 +24,12 @@ from functools import partial
 from typing import Literal
 
 import torch
-import tyro
 from torch.nn.functional import pad
 
 import common
 from harness.load_file import load_estimator
 from harness.parallel import average_gradients
-from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
+from harness.run import Run, RunArgs, keep_file, rollout_metrics, run_cli, sizes_up_to
 from verifiers import BadInput
 
 NAMES = ("mean", "unbiased", "biased", "maxrl")
@@ -43,7 +42,6 @@ class Args(RunArgs):
     estimator: Literal[NAMES] | str = "unbiased"
     """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL; or
     FILE:NAME, a function (rewards (B, n), k) -> advantages (B, n) of your own, see docs/own.md"""
-    estimator_sha256: tyro.conf.Suppress[str | None] = None  # of that file: a run goes on with no other
     task: str = "suspects"  # which problems and verifier, see verifiers/
     steps: int = 150  # optimisation steps; 0 only evaluates
     prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
@@ -109,9 +107,8 @@ def main(args: Args) -> None:
         if ":" not in name:
             raise BadInput(f"--estimator must be {', '.join(NAMES)} or FILE:NAME, not {name!r}")
         estimate, metric, digest = load_estimator(name)
-        if args.resume and digest != args.estimator_sha256:
-            raise BadInput(f"{name} has changed since {args.resume} began: put the file back, or begin a new run")
-        name, args.estimator_sha256 = name.rpartition(":")[2], digest
+        keep_file(args, name, digest)
+        name = name.rpartition(":")[2]
     run = Run(args, args.task, args.model, name, f"k{args.k}", f"n{args.n}", f"s{args.seed}")
     estimate(torch.ones(args.n + 1, args.n).tril(-1), args.k)  # a file that fails on 0/1 rewards does so at once
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)
