@@ -24,9 +24,9 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch.nn.functional import pad
 
 import common
+from common import checked_rewards, mean_advantages
 from harness.load_file import load_estimator
 from harness.parallel import average_gradients
 from harness.run import Run, RunArgs, keep_file, rollout_metrics, run_cli, sizes_up_to
@@ -52,7 +52,7 @@ class Args(RunArgs):
     clip: float = 0.2  # epsilon of PPO clipping
 
 
-# --- copy this, with common.checked_rewards and common.mean_advantages -----------------------------------------------
+# --- copy this, with checked_rewards and mean_advantages of common.py ------------------------------------------------
 
 
 def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
@@ -76,9 +76,9 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     An example: rewards 0, 1, .5. For k = 3 only the best sample matters, by what it adds to the second best: 0, .5, 0.
     For k = 2 it adds 1 and .5 to its two pairs, (2/3) (1 + .5)/2 = .5, and the second best .5 to one, (2/3) .5/2 = 1/6.
     """
-    rewards, n = common.checked_rewards(rewards, k), rewards.shape[-1]
+    rewards, n = checked_rewards(rewards, k), rewards.shape[-1]
     if estimator == "mean" or (estimator == "unbiased" and k == 1):
-        return common.mean_advantages(rewards)
+        return mean_advantages(rewards)
     if estimator == "maxrl":
         return sum((advantages(rewards, j, "biased") / (j - 1) for j in range(2, n + 1)), torch.zeros_like(rewards))
     if estimator not in ("unbiased", "biased"):
@@ -88,11 +88,12 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     # p_l in product form: p_{n-1} = 1 and p_{l-1} = p_l (l-k+1)/l; it neither overflows nor cancels
     p = torch.cat([((l[1:] - k + 1) / l[1:]).clamp(min=0).flip(0).cumprod(0).flip(0), torch.ones_like(l[:1])])
     gap = r.diff(dim=-1) * p  # (B, n-1): d_l p_l
-    lower = pad(gap.cumsum(-1), (1, 0))  # (B, n): the sum over l < i
+    lower = torch.nn.functional.pad(gap.cumsum(-1), (1, 0))  # (B, n): the sum over l < i
     if estimator == "unbiased":
         A = k / n * lower
     else:
-        higher = pad((gap * (n - l) / l).flip(-1).cumsum(-1).flip(-1), (0, 1))  # (B, n): the sum over l >= i
+        upper = (gap * (n - l) / l).flip(-1).cumsum(-1).flip(-1)
+        higher = torch.nn.functional.pad(upper, (0, 1))  # (B, n): the sum over l >= i
         A = (k - 1) / n * (lower - higher)
     return torch.empty_like(A).scatter_(-1, order, A).to(rewards.dtype)
 

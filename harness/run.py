@@ -39,7 +39,7 @@ class RunArgs:
     """The flags that all scripts share; each adds its algorithm's own."""
 
     model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
-    data: str | None = None  # a local file or folder with the task's problems, instead of its default source
+    data: str | None = None  # a local file or folder with the task's problems (default: the task's own source)
     chat: bool = True  # prompt by the model's chat template, if it has one (--no-chat: a base model that ships one)
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
     levels: tuple[int, ...] = ()  # difficulty levels to train and evaluate on (default: all)
@@ -62,7 +62,7 @@ class RunArgs:
     eval_n: int = 32  # samples per problem in evaluation; the metrics of 1, 2, 4, ... of them are reported
     eval_problems: int = 100  # held-out problems per level
     run_name: str | None = None  # folder under runs/ (default: made from the arguments)
-    files: dict[str, str] = dataclasses.field(default_factory=dict, init=False)  # FILE:NAME -> SHA-256, see `keep_file`
+    files: typing.ClassVar[dict[str, str]] = {}  # no flag: FILE:NAME -> SHA-256, see `keep_file`
 
 
 # Flags that do nothing unless others have certain values, what these are, and whether args have them.
@@ -76,8 +76,8 @@ IDLE_WITHOUT = {
     "verifier_model": ("--verifier learned", lambda args: args.verifier == "learned"),
     "verifier_problems": ("a verifier that is trained here", lambda args: trains_verifier(args)),
     "verifier_lr": ("a verifier that is trained here", lambda args: trains_verifier(args)),
-    "likelihood": ("--N 2 or more", lambda args: args.N > 1),
-    "n": ("--N 2 or more", lambda args: not hasattr(args, "likelihood") or args.N > 1),
+    "likelihood": ("--N 2 or more", lambda args: args.N != 1),
+    "n": ("--N 2 or more", lambda args: not hasattr(args, "likelihood") or args.N != 1),
     "sandbox": ("a task that runs programs", lambda args: TASKS.get(args.task) == "code"),
 }
 
@@ -131,7 +131,7 @@ def flags_of(Args: type) -> type:
         return "" if default in ("None", "") else f"(default: {default})"
 
     types, shown = typing.get_type_hints(Args), tyro.conf.arg(help_behavior_hint=hint)
-    fields = [(x.name, typing.Annotated[types[x.name], shown], x.default) for x in dataclasses.fields(Args) if x.init]
+    fields = [(x.name, typing.Annotated[types[x.name], shown], x.default) for x in dataclasses.fields(Args)]
     source = {x: vars(Args)[x] for x in ("__module__", "__firstlineno__") if x in vars(Args)}  # has the flags' words
     flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,), namespace=source)
     own = Args.__annotations__
@@ -146,7 +146,7 @@ def arguments_of(folder: str) -> dict:
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a run folder: {error}") from error
     script, processes = saved.pop("script"), saved.pop("processes")
-    if "lr_decay" not in saved:
+    if "files" not in saved:
         raise BadInput(f"{folder} is a run of an earlier version, whose flags and metrics have other names: start anew")
     if script != Path(sys.argv[0]).stem:
         raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
@@ -165,7 +165,7 @@ def keep_file(args, where: str, digest: str) -> None:
     to be resumed was begun with another one."""
     if args.resume and args.files.get(where) != digest:
         raise BadInput(f"{where} has changed since {args.resume} began: put the file back, or begin a new run")
-    args.files[where] = digest
+    args.files = args.files | {where: digest}
 
 
 def check_args(args) -> None:
@@ -226,7 +226,7 @@ class Run:
         """args: RunArgs and the script's own, `task`, `steps`, `prompts_per_step` and `lr` among them. parts: what the
         folder's name begins with. Raises BadInput."""
         check_args(args)
-        self.args, self.parts, self.stopping, self.writer = args, parts, False, None
+        self.args, self.parts, self.stopping, self.writer = args, parts, 0, None
         if ":" in args.task:
             self.task, digest = load_own_task(args.task, args.data)
             keep_file(args, args.task, digest)
@@ -256,8 +256,8 @@ class Run:
                 if args.track:
                     import wandb
             except ImportError as error:
-                packages = "wandb tensorboard" if args.track else "tensorboard"
-                raise BadInput(f"--{'track' if args.track else 'tensorboard'} needs a library: pip install {packages}") from error
+                flag, needs = ("track", "wandb tensorboard") if args.track else ("tensorboard", "tensorboard")
+                raise BadInput(f"--{flag} needs what is not installed: pip install {needs}") from error
             folder = self.folder  # made by all processes together
             if args.track and world()[0] == 0:  # before the writer is made: wandb reads what that writes
                 config = dataclasses.asdict(args)
@@ -329,12 +329,12 @@ class Run:
                 self.progress["step"] = step
                 self.evaluate_if_due()
                 self.bar.update()
-                self.stopping = any(from_all(self.stopping))  # all stop after the same step
+                self.stopping = max(from_all(self.stopping))  # all stop after the same step
                 if step == last or step % self.args.save_every == 0 or self.stopping:
                     self.save()
                 if self.stopping and step < last:
-                    print(f"stopped after step {step}; to go on: {resume_command(self.folder, world()[1])}")
-                    sys.exit(0)
+                    print(f"stopped after step {step}; to go on:\n{resume_command(self.folder, world()[1])}")
+                    sys.exit(128 + self.stopping)  # 130 after Ctrl-C, as shells have it
         finally:
             self.bar.close()
             for number, handler in handlers.items():
@@ -343,7 +343,7 @@ class Run:
     def request_stop(self, number: int, frame) -> None:
         if self.stopping:
             raise KeyboardInterrupt
-        self.stopping = True
+        self.stopping = number
         tqdm.write("stopping when this step is done (again: at once, losing it)")
 
     def batch(self, step: int) -> tuple[Sequence[Problem], list[list[int]], torch.Generator]:
@@ -463,7 +463,7 @@ class Run:
     def restore(self) -> None:
         """Load the checkpoint, if there is one, and cut the logs back to it."""
         if (self.folder / "checkpoint.pt").exists():
-            checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress = checkpoint["progress"]
             for name, x in self.state.items():
                 x.load_state_dict(checkpoint["state"][name])
@@ -489,7 +489,7 @@ class Run:
 def new_run_folder(args, parts: Sequence) -> Path:
     """Create runs/<name>/ with args.json and return it. The name is --run-name, or the script, `parts` and a hash of
     all arguments; where it is taken a number is appended, so that no run overwrites another's."""
-    arguments = dataclasses.asdict(args)
+    arguments = {"files": args.files, **dataclasses.asdict(args)}
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:6]
     script = Path(sys.argv[0]).stem
     parts = (re.sub(r"[^\w.=+-]+", "_", str(part).strip("/")) for part in (script, *parts, digest))
@@ -501,6 +501,15 @@ def new_run_folder(args, parts: Sequence) -> Path:
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps({"script": script, "processes": world()[1], **arguments}, indent=2))
     return folder
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `Run.save` wrote, on the CPU. Raises BadInput if the file is torn."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise many types
+        why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise BadInput(f"{path} cannot be read ({why}): put a copy in its place, or delete it to begin anew") from error
 
 
 def append_json(path: Path, record: dict) -> None:

@@ -130,9 +130,10 @@ def with_checked_verdicts(task: Task) -> Task:
         shape = len(responses), len(responses[0])
         for name in ("rewards", "votes", "scores"):
             value, dtype = getattr(verdict, name), "int64" if name == "votes" else "float32"
-            found = f"{str(value.dtype)[6:]} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            tensor = isinstance(value, torch.Tensor)
+            found = f"{str(value.dtype)[6:]} {tuple(value.shape)}" if tensor else type(value).__name__
             if found != f"{dtype} {shape}":
-                raise BadInput(f"{of} must return {name} that are a tensor of {dtype} {shape}, not {found}")
+                raise BadInput(f"{of} must return {name} as a tensor of {dtype} {shape}, not {found}")
             for b, i in (~value.isfinite()).nonzero().tolist():
                 what = f"{of} gave {name} that are not finite numbers, one of them to {responses[b][i][:40]!a}"
                 raise BadInput(f"{what}: every response needs a number")

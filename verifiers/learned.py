@@ -21,7 +21,7 @@ from .hub import load_pretrained
 class LearnedVerifier:
     """A reward model, its tokenizer, and the task whose template writes the prompts."""
 
-    model: "transformers.PreTrainedModel"
+    model: torch.nn.Module
     tokenizer: object
     task: Task
     rows_at_once: int = 256
@@ -67,9 +67,7 @@ class LearnedVerifier:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_verifier(
-    name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False
-) -> LearnedVerifier:
+def load_verifier(name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False) -> LearnedVerifier:
     """The reward model of this hub id or folder, in float32, in evaluation mode. new_head: one that is not there is a
     random one. Raises BadInput."""
     auto = "AutoModelForSequenceClassification"
