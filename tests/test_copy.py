@@ -61,7 +61,7 @@ def copied(script: str) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("script, count", [("pass_at_k_pg", 16), ("majority_pg", 7), ("bon_rl", 16), ("bon_sft", 4),
                                            ("bandit", 8)])  # fmt: skip
 def test_a_region_runs_with_what_its_heading_names(script, count, tmp_path):
-    cases, (code, names) = golden(script), copied(script)
+    cases, (code, _) = golden(script), copied(script)
     assert len(cases) == count
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     (tmp_path / "copied.py").write_text(ONLY_TORCH + code + CHECK)

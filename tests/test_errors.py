@@ -12,8 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from runs import FLAGS, SMALL, outcome, save_untrained
+from runs import FLAGS, SMALL, outcome
 from transformers import AutoModelForCausalLM
 
 import harness.policy
@@ -54,7 +53,7 @@ def test_a_folder_without_a_tokenizer(run, copy):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     line = one_line(run(PASS, *SMALL, "--model", str(folder)))
-    assert f"it holds no tokenizer that can be read" in line and f"tokenizer.save_pretrained('{folder}') writes" in line
+    assert "it holds no tokenizer that can be read" in line and f"tokenizer.save_pretrained('{folder}') writes" in line
 
 
 def test_a_folder_of_torn_or_missing_weights(run, copy):

@@ -22,8 +22,8 @@ def load_rows(
     """The rows of one split, one dict each, column -> value.
 
     data: None for the hub's `hub_id` (and `config`), else a local file or folder. A folder that has other splits but
-    not this one gives []. flag: the one that named `data`, for errors. Raises BadInput for a path that is missing, empty
-    or unreadable and for a hub out of reach.
+    not this one gives []. flag: the one that named `data`, for errors. Raises BadInput for a path that is missing,
+    empty or unreadable and for a hub out of reach.
     """
     if data is None:
         return hub_rows(hub_id, split, config)
