@@ -334,6 +334,7 @@ class Run:
                     self.save()
                 if self.stopping and step < last:
                     print(f"stopped after step {step}; to go on:\n{resume_command(self.folder, world()[1])}")
+                    from_all(None)  # torchrun ends all when one has ended: not before the first has saved
                     sys.exit(128 + self.stopping)  # 130 after Ctrl-C, as shells have it
         finally:
             self.bar.close()
