@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
+from common import k_sample_advantages, mean_advantages, pass_at_k
 from harness.report import mean_and_interval, number, pyplot, save_and_close, table
 from harness.run import run_cli
 from verifiers import BadInput
@@ -41,11 +41,18 @@ class Args:
     figure: Path | None = Path("runs/bandit.png")  # where the three panels go
 
 
+# --- copy this, with mean_advantages, k_sample_advantages, subset_weights, ranks, win_shares, best_of_k and pass_at_k
+# of common.py --------------------------------------------------------------------------------------------------------
+
+
 def advantages(rewards: torch.Tensor, estimator: str) -> torch.Tensor:
     """Advantages (S, k) of one estimator for rewards (S, k), n = k; to be used as sum_i A_i grad log pi(y_i)."""
     if estimator.startswith("mean"):
-        return common.mean_advantages(rewards) * (rewards.shape[-1] if estimator == "mean x k" else 1)
-    return common.k_sample_advantages(common.pass_at_k, rewards, k=rewards.shape[-1], estimator=estimator)
+        return mean_advantages(rewards) * (rewards.shape[-1] if estimator == "mean x k" else 1)
+    return k_sample_advantages(pass_at_k, rewards, k=rewards.shape[-1], estimator=estimator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def exact_metrics(log_pi: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:

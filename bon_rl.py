@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 
 import common
+from common import best_of_k, best_of_n_tilt, checked_rewards, k_sample_advantages, mean_advantages, ranks, win_shares
 from harness.parallel import average_gradients
 from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
 from verifiers import BadInput
@@ -42,7 +43,7 @@ PAPER = {
 class Args(RunArgs):
     preset: Literal["small", "paper"] = "small"  # defaults: ours, or the paper's Table 2; flags given beside it win
     N: int = 8  # samples that the verifier chooses from
-    n: int | None = None  # samples per prompt; `variational` takes 3 groups of N or more, 2 with a value network (3 N)
+    n: int | None = None  # samples per prompt; `variational` takes 3 N or more, 2 N with a value network (default: 3 N)
     estimator: Literal["mean", "exact", "variational", "rlb", "rlb-p", "rlb-all"] = "exact"
     """mean reward (RLOO, the baseline); Best-of-N by leave-one-out; the paper's BoN-RL; its closed forms for a verifier
     that is the 0/1 reward: BoN-RLB, BoN-RLB(P), and the same gradient by all samples"""
@@ -67,7 +68,8 @@ class Args(RunArgs):
     clip: float = 0.2  # epsilon of PPO clipping
 
 
-# --- copy this, with what it calls in common.py: one page, from leave-one-out to best_of_n_tilt ----------------------
+# --- copy this, with checked_rewards, mean_advantages, k_sample_advantages, subset_weights, ranks, win_shares,
+# best_of_k and best_of_n_tilt of common.py ---------------------------------------------------------------------------
 
 
 def advantages(
@@ -100,14 +102,14 @@ def advantages(
     0, .5, .5: the first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels
     here: what the first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08.
     """
-    rewards, scores = common.checked_rewards(rewards, N), common.checked_rewards(scores, N, "scores")
+    rewards, scores = checked_rewards(rewards, N), checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")
     r, n = rewards.double(), rewards.shape[-1]
     if estimator == "mean" or (N == 1 and estimator == "variational"):
-        A = common.mean_advantages(r) if baseline is None else (r - baseline.double().unsqueeze(-1)) / n
+        A = mean_advantages(r) if baseline is None else (r - baseline.double().unsqueeze(-1)) / n
     elif estimator == "exact":
-        A = common.k_sample_advantages(common.best_of_k, scores, r, k=N)
+        A = k_sample_advantages(best_of_k, scores, r, k=N)
     elif estimator == "variational":
         G = n // N
         if n % N or G < (3 if baseline is None else 2):
@@ -125,15 +127,15 @@ def advantages(
         beaten = (best.view(-1, G, 1, 1) >= s.unsqueeze(1)).double()  # (B, G, G, N): winner g, sample j of g'
         other = ~torch.eye(G, dtype=torch.bool, device=r.device)
         gain = (R.unsqueeze(-1) - b_pair) * other / (n - N)  # (B, G, G): per sample y', of which a winner has n - N
-        tilt = common.best_of_n_tilt(N) * (gain.unsqueeze(-1) * beaten).sum(1)  # (B, G, G, N) -> (B, G, N)
+        tilt = best_of_n_tilt(N) * (gain.unsqueeze(-1) * beaten).sum(1)  # (B, G, G, N) -> (B, G, N)
         A = ((won * (r - b) + tilt) / G).flatten(1)  # (B, G, N) -> (B, n)
     elif estimator in ("rlb", "rlb-p", "rlb-all"):
         if not ((r == 0) | (r == 1)).all():
             raise ValueError(f"{estimator} needs rewards that are 0 or 1")
-        if not torch.equal(common.ranks(scores)[0], common.ranks(r)[0]):
+        if not torch.equal(ranks(scores)[0], ranks(r)[0]):
             raise ValueError(f"{estimator} needs scores that order the samples as the rewards do")
         p = (1 - r.mean(-1)).clamp(0.01, 0.99) if p_fail is None else p_fail.double()
-        p, won = p.unsqueeze(-1), common.win_shares(scores, N)  # (B, 1), (B, n)
+        p, won = p.unsqueeze(-1), win_shares(scores, N)  # (B, 1), (B, n)
         if estimator == "rlb":
             A = won * (r * N * p ** (N - 1) / (1 - p**N) + (1 - r) * N * p / (1 - p))
         elif estimator == "rlb-p":
@@ -143,6 +145,9 @@ def advantages(
     else:
         raise ValueError(f"unknown estimator {estimator!r}: see advantages' docstring")
     return A.to(rewards.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def kl_coefficient(step: int, start: float, end: float | None, delay: int, anneal_steps: int) -> float:
@@ -197,9 +202,6 @@ class ValueNetwork(torch.nn.Module):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return values.cpu(), (values - rewards).square().mean().item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_args(args: Args) -> None:

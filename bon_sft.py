@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import pad
 
 import common
+from common import best_of_n_tilt, ranks, subset_weights, win_shares
 from harness.parallel import average_gradients
 from harness.policy import expert_rollouts
 from harness.run import Run, RunArgs, run_cli, sizes_up_to
@@ -34,7 +35,7 @@ from verifiers.rows import load_rows, require_columns
 @dataclass
 class Args(RunArgs):
     N: int = 8  # samples that the verifier chooses from; 1 is plain SFT
-    n: int | None = None  # samples per prompt, more than N; all N-subsets are averaged over (2 N; none if N = 1)
+    n: int | None = None  # samples per prompt, more than N; averages all N-subsets (default: 2 N; none if N = 1)
     likelihood: Literal["variational", "exact"] = "variational"  # the paper's, or a 0/1 verifier's closed form
     experts: str | None = None
     """JSONL or Parquet with columns problem, response and optionally answer; the rows of one problem are weighed alike,
@@ -50,7 +51,7 @@ class Args(RunArgs):
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 
 
-# --- copy this, with common.win_shares, ranks, subset_weights and best_of_n_tilt --------------------------------------
+# --- copy this, with win_shares, ranks, subset_weights and best_of_n_tilt of common.py -------------------------------
 
 
 def coefficients(
@@ -84,10 +85,10 @@ def coefficients(
     if N == 1:
         A = torch.zeros_like(scores)
     elif likelihood == "variational":
-        inside = pad(common.subset_weights(n - 1, N).cumsum(0), (1, 0))  # (n,): C(j, N) / C(n-1, N)
-        below = inside.to(scores.device)[common.ranks(scores)[0]]  # (B, n): P(max of T < s_j | j not in T)
-        tilt = common.best_of_n_tilt(N) / n * (below - (expert_scores.unsqueeze(-1) < scores).double())
-        A = 1 / n - common.win_shares(scores, N) + tilt
+        inside = torch.nn.functional.pad(subset_weights(n - 1, N).cumsum(0), (1, 0))  # (n,): C(j, N) / C(n-1, N)
+        below = inside.to(scores.device)[ranks(scores)[0]]  # (B, n): P(max of T < s_j | j not in T)
+        tilt = best_of_n_tilt(N) / n * (below - (expert_scores.unsqueeze(-1) < scores).double())
+        A = 1 / n - win_shares(scores, N) + tilt
     else:
         if not ((every == 0) | (every == 1)).all():
             raise ValueError("the exact likelihood needs scores that are 0 or 1")
@@ -126,7 +127,7 @@ def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, 
     """The file's responses by prompt: one problem a row, whose solution is the response. Its answer is the row's own
     or, without one, the answer of the prompt's first problem for which the verifier takes the response for right, else
     of its first. Raises BadInput."""
-    rows, of_prompt, result = load_rows("", "train", path), {}, {}
+    rows, of_prompt, result = load_rows("", "train", path, flag="--experts"), {}, {}
     require_columns(rows, ["problem", "response"], path)
     for problem in problems:
         of_prompt.setdefault(problem.prompt, {}).setdefault(problem.answer, problem)

@@ -22,7 +22,7 @@ from verifiers import BadInput
 
 
 def k_sample_advantages(
-    metric: Callable[..., torch.Tensor], *samples: torch.Tensor, k: int, estimator: str = "unbiased"
+    metric: "Callable[..., torch.Tensor]", *samples: torch.Tensor, k: int, estimator: str = "unbiased"
 ) -> torch.Tensor:
     """Leave-one-out advantages A for any k-sample objective E[f(y_1..y_k)] (Tang, Lemma 1), from its metric alone.
 
@@ -106,7 +106,8 @@ def win_shares(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Chance that the i-th of n samples wins (scores highest) in a random k-subset; equal scores share.
 
     scores: (B, n), n >= k. Returns (B, n) float64, each row with sum 1. Raises ValueError unless 1 <= k <= n."""
-    inside = F.pad(subset_weights(scores.shape[-1], k).cumsum(0), (1, 0)).to(scores.device)  # (n+1,): C(j, k) / C(n, k)
+    inside = subset_weights(scores.shape[-1], k).cumsum(0).to(scores.device)
+    inside = torch.nn.functional.pad(inside, (1, 0))  # (n+1,): C(j, k) / C(n, k)
     low, high = ranks(scores)
     return (inside[high] - inside[low]) / (high - low)
 

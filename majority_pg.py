@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn.functional import pad
 
 import common
+from common import checked_rewards, k_sample_advantages, mean_advantages
 from harness.parallel import average_gradients
 from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
 
@@ -45,7 +45,7 @@ class Args(RunArgs):
     clip: float = 0.2  # epsilon of PPO clipping
 
 
-# --- copy this, with the two functions below, common.k_sample_advantages, all_but_one, checked_rewards, mean_advantages
+# --- copy this, with checked_rewards, mean_advantages and k_sample_advantages of common.py ---------------------------
 
 
 def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
@@ -58,10 +58,10 @@ def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: st
     f is the reward of the majority, see `majority_at_k`. votes: (B, n) int64, n >= k, equal = same answer, -1 = none.
     rewards: (B, n). Returns (B, n), of the dtype of rewards (float32 for integers and bools). Raises ValueError unless
     1 <= k <= n, for rewards that are not finite, and for an unknown estimator."""
-    rewards = common.checked_rewards(rewards, k)
+    rewards = checked_rewards(rewards, k)
     if estimator == "mean":
-        return common.mean_advantages(rewards)
-    return common.k_sample_advantages(majority_at_k, votes, rewards, k=k, estimator=estimator).to(rewards.dtype)
+        return mean_advantages(rewards)
+    return k_sample_advantages(majority_at_k, votes, rewards, k=k, estimator=estimator).to(rewards.dtype)
 
 
 def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
@@ -122,7 +122,7 @@ def answer_patterns(votes: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     [:, 0] are the numbers of samples of its answers, falling, filled up with zeros; [:, 1] their mean rewards."""
     votes, order = votes.cpu().sort(dim=-1)
     rewards = rewards.cpu().double().gather(-1, order)
-    answer = pad((votes.diff(dim=-1) != 0).cumsum(-1), (1, 0))  # (B, n): 0, 0, 1, ...
+    answer = torch.nn.functional.pad((votes.diff(dim=-1) != 0).cumsum(-1), (1, 0))  # (B, n): 0, 0, 1, ...
     count = torch.zeros_like(rewards).scatter_add(-1, answer, (votes >= 0).double())
     mean = torch.zeros_like(rewards).scatter_add(-1, answer, rewards) / count.clamp(min=1)
     order = mean.argsort(dim=-1)  # equal counts are put in the order of their rewards

@@ -24,13 +24,12 @@ from functools import partial
 from typing import Literal
 
 import torch
-import tyro
-from torch.nn.functional import pad
 
 import common
+from common import checked_rewards, mean_advantages
 from harness.load_file import load_estimator
 from harness.parallel import average_gradients
-from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
+from harness.run import Run, RunArgs, keep_file, rollout_metrics, run_cli, sizes_up_to
 from verifiers import BadInput
 
 NAMES = ("mean", "unbiased", "biased", "maxrl")
@@ -43,7 +42,6 @@ class Args(RunArgs):
     estimator: Literal[NAMES] | str = "unbiased"
     """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL; or
     FILE:NAME, a function (rewards (B, n), k) -> advantages (B, n) of your own, see docs/own.md"""
-    estimator_sha256: tyro.conf.Suppress[str | None] = None  # of that file: a run goes on with no other
     task: str = "suspects"  # which problems and verifier, see verifiers/
     steps: int = 150  # optimisation steps; 0 only evaluates
     prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
@@ -54,7 +52,7 @@ class Args(RunArgs):
     clip: float = 0.2  # epsilon of PPO clipping
 
 
-# --- copy this, with common.checked_rewards and common.mean_advantages -----------------------------------------------
+# --- copy this, with checked_rewards and mean_advantages of common.py ------------------------------------------------
 
 
 def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> torch.Tensor:
@@ -70,9 +68,9 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     Example: rewards 0, 1, .5. For k = 3 only the best sample matters, by what it adds to the second best: 0, .5, 0.
     For k = 2 it adds 1 and .5 to its two pairs, (2/3) (1 + .5)/2 = .5, and the second best .5 to one, (2/3) .5/2 = 1/6.
     """
-    rewards, n = common.checked_rewards(rewards, k), rewards.shape[-1]
+    rewards, n = checked_rewards(rewards, k), rewards.shape[-1]
     if estimator == "mean" or (estimator == "unbiased" and k == 1):
-        return common.mean_advantages(rewards)
+        return mean_advantages(rewards)
     if estimator == "maxrl":
         return sum((advantages(rewards, j, "biased") / (j - 1) for j in range(2, n + 1)), torch.zeros_like(rewards))
     if estimator not in ("unbiased", "biased"):
@@ -86,11 +84,12 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     # p_l in product form: p_{n-1} = 1 and p_{l-1} = p_l (l-k+1)/l; it neither overflows nor cancels
     p = torch.cat([((l[1:] - k + 1) / l[1:]).clamp(min=0).flip(0).cumprod(0).flip(0), torch.ones_like(l[:1])])
     gap = r.diff(dim=-1) * p  # (B, n-1): d_l p_l
-    lower = pad(gap.cumsum(-1), (1, 0))  # (B, n): the sum over l < i
+    lower = torch.nn.functional.pad(gap.cumsum(-1), (1, 0))  # (B, n): the sum over l < i
     if estimator == "unbiased":
         A = k / n * lower
     else:
-        higher = pad((gap * (n - l) / l).flip(-1).cumsum(-1).flip(-1), (0, 1))  # (B, n): the sum over l >= i
+        upper = (gap * (n - l) / l).flip(-1).cumsum(-1).flip(-1)
+        higher = torch.nn.functional.pad(upper, (0, 1))  # (B, n): the sum over l >= i
         A = (k - 1) / n * (lower - higher)
     return torch.empty_like(A).scatter_(-1, order, A).to(rewards.dtype)
 
@@ -105,9 +104,8 @@ def main(args: Args) -> None:
         if ":" not in name:
             raise BadInput(f"--estimator must be {', '.join(NAMES)} or FILE:NAME, not {name!r}")
         estimate, metric, digest = load_estimator(name)
-        if args.resume and digest != args.estimator_sha256:
-            raise BadInput(f"{name} has changed since {args.resume} began: put the file back, or begin a new run")
-        name, args.estimator_sha256 = name.rpartition(":")[2], digest
+        keep_file(args, name, digest)
+        name = name.rpartition(":")[2]
     run = Run(args, args.task, args.model, name, f"k{args.k}", f"n{args.n}", f"s{args.seed}")
     estimate(torch.ones(args.n + 1, args.n).tril(-1), args.k)  # a file that fails on 0/1 rewards does so at once
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from verifiers import BadInput
+from verifiers import BadInput, Task
 
 
 def load_file(where: str) -> tuple[Callable, ModuleType, str]:
@@ -38,6 +38,8 @@ def called(function: Callable, path: str, doing: str):
     """function(). An exception in the code of the file at `path` becomes a BadInput of one line that says where."""
     try:
         return function()
+    except BadInput:
+        raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
@@ -75,3 +77,15 @@ def load_estimator(where: str) -> tuple[Callable, Callable | None, str]:
 
     metric = getattr(module, "metric", None)
     return checked(function, name, 2), callable(metric) and checked(metric, "metric", 1) or None, digest
+
+
+def load_own_task(where: str, data: str | None) -> tuple[Task, str]:
+    """The task that the function "FILE:NAME" makes of (where, data), and the SHA-256 of the file.
+
+    Raises BadInput as `load_file` does, and if the function raises or returns something else."""
+    load, _, digest = load_file(where)
+    path, _, name = where.rpartition(":")
+    task = called(lambda: load(where, data), path, f"{name}({where!r}, {data!r})")
+    if not isinstance(task, Task):
+        raise BadInput(f"{where}: {name}(name, data) must return a verifiers.Task, not {type(task).__name__}")
+    return task, digest

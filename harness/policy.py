@@ -1,5 +1,6 @@
 """Policies: loaded from the hub or a folder, saved, fed with prompts; and the embedded `tiny`, trained here once."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,14 +9,13 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import transformers  # by its whole name: a class of it takes seconds to import, which --help need not wait for
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers import logging as transformers_logging
 
 from common import (
     Policy,
@@ -29,6 +29,7 @@ from common import (
     zero_gradients,
 )
 from verifiers import BadInput, Problem, Task
+from verifiers.hub import load_pretrained
 
 from .parallel import in_first_process
 
@@ -41,17 +42,11 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
     training differentiates must be those of the distribution that was sampled from. Raises BadInput."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    transformers_logging.disable_progress_bar()  # ours say more
     folder = name if tiny_seed(name) is None else tiny_policy_folder(task, tiny_seed(name))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        turn_off_dropout(model)
-        if gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-    except Exception as error:  # transformers, the hub and the device raise many types
-        reason = str(error).strip().partition("\n")[0]
-        raise BadInput(f"cannot load --model {name!r} on device {device!r}: {reason}") from error
+    model, tokenizer = load_pretrained("--model", str(folder), "AutoModelForCausalLM", device)
+    turn_off_dropout(model)
+    if not chat and not tokenizer.chat_template:
+        raise BadInput(f"--model {name!r} has no chat template: leave --no-chat out")
     tokenizer.chat_template = tokenizer.chat_template if chat else None
     if not (stop_ids := ends_of_response(tokenizer, model.generation_config)):
         raise BadInput(f"--model {name!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
@@ -60,6 +55,8 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
         raise BadInput(f"--model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model knows {rows} of them")
     policy = Policy(model, tokenizer, stop_ids)
     try:
+        if gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         trouble = disagreement(policy)
     except Exception as error:
         trouble = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -240,13 +237,13 @@ def tiny_seed(name: str) -> int | None:
     return match and int(match[1] or 0)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     """One token per printable ASCII character; anything else is <unk>."""
     vocabulary = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=256
     )
 
@@ -259,6 +256,17 @@ def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
     key = hashlib.sha256(json.dumps([TINY, seed, task.warm_start, problems]).encode()).hexdigest()[:12]
     name = f"tiny-{task.name.replace('/', '-')}-{key}"
     return cached(name, lambda folder: save_policy(warm_start(task, seed), folder))
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Around what writes to a path: BadInput with the path if there is no space left, whatever library says so."""
+    try:
+        yield
+    except Exception as error:  # torch tells of another error, in which this one lies
+        if "No space left on device" not in f"{error} {error.__context__}":
+            raise
+        raise BadInput(f"no space left on the disk of {path}: make room, then go on") from error
 
 
 def cached(name: str, write: Callable[[Path], None]) -> Path:
@@ -275,7 +283,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with full_disk_told(folder), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         write(Path(scratch) / folder.name)
         try:
             os.rename(Path(scratch) / folder.name, folder)
@@ -297,12 +305,12 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
             **TINY,
         )  # fmt: skip
-        policy = Policy(LlamaForCausalLM(config), tokenizer, [tokenizer.eos_token_id])
+        policy = Policy(transformers.LlamaForCausalLM(config), tokenizer, [tokenizer.eos_token_id])
     recipe, rng = task.warm_start, random.Random(seed)
     momenta = {p: torch.zeros_like(p) for p in policy.model.model.layers.parameters() if p.ndim == 2}
     others = [p for p in policy.model.parameters() if p not in momenta]

@@ -11,24 +11,24 @@ import math
 import os
 import random
 import re
-import resource
 import signal
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from common import Policy, Rollouts, decode, sample
-from verifiers import BadInput, Problem, Verdict, learned, load_task
+from verifiers import TASKS, BadInput, Problem, Verdict, learned, load_task, with_checked_verdicts
 from verifiers.problems import evaluation_problems, problems_at, training_batch
 
 from . import report
+from .load_file import load_own_task
 from .parallel import from_all, in_first_process, merged, share, start, stop, world
-from .policy import cached, encode_prompts, load_policy, save_policy, tiny_seed, write_whole
+from .policy import cached, encode_prompts, full_disk_told, load_policy, save_policy, tiny_seed, write_whole
 
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
@@ -41,7 +41,7 @@ class RunArgs:
     """The flags that all scripts share; each adds its algorithm's own."""
 
     model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
-    data: str | None = None  # a local file or folder with the task's problems, instead of its default source
+    data: str | None = None  # a local file or folder with the task's problems (default: the task's own source)
     chat: bool = True  # prompt by the model's chat template, if it has one (--no-chat: a base model that ships one)
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
     levels: tuple[int, ...] = ()  # difficulty levels to train and evaluate on (default: all)
@@ -58,36 +58,87 @@ class RunArgs:
     save_every: int = 50  # steps between checkpoints, of which the last is kept
     resume: str | None = None  # runs/<name>: go on from its last checkpoint, with its arguments, maybe for more --steps
     tensorboard: bool = False  # also write the metrics for TensorBoard (an optional dependency)
+    track: bool = False  # the same, sent to Weights & Biases as well (an optional dependency)
     seed: int = 0  # of the order of problems and of sampling
     eval_every: int = 100  # steps between evaluations on held-out problems; 0: only before and after
     eval_n: int = 32  # samples per problem in evaluation; the metrics of 1, 2, 4, ... of them are reported
     eval_problems: int = 100  # held-out problems per level
     run_name: str | None = None  # folder under runs/ (default: made from the arguments)
+    files: typing.ClassVar[dict[str, str]] = {}  # no flag: FILE:NAME -> SHA-256, see `keep_file`
+
+
+# Flags that do nothing unless others have certain values, what these are, and whether args have them.
+IDLE_WITHOUT = {
+    "clip": ("--epochs 2 or more", lambda args: args.epochs > 1),
+    "log_kl": ("--kl-coef 0: else the KL is logged anyway", lambda args: not args.kl_coef),
+    "kl_delay": ("--kl-coef-end", lambda args: args.kl_coef_end is not None),
+    "kl_anneal_steps": ("--kl-coef-end", lambda args: args.kl_coef_end is not None),
+    "anchor_rate": ("--kl-coef or --log-kl", lambda args: args.kl_coef or args.kl_coef_end or args.log_kl),
+    "value_lr": ("--baseline value", lambda args: args.baseline == "value"),
+    "verifier_model": ("--verifier learned", lambda args: args.verifier == "learned"),
+    "verifier_problems": ("a verifier that is trained here", lambda args: trains_verifier(args)),
+    "verifier_lr": ("a verifier that is trained here", lambda args: trains_verifier(args)),
+    "likelihood": ("--N 2 or more", lambda args: args.N != 1),
+    "n": ("--N 2 or more", lambda args: not hasattr(args, "likelihood") or args.N != 1),
+    "sandbox": ("a task that runs programs", lambda args: TASKS.get(args.task) == "code"),
+}
+
+
+def trains_verifier(args) -> bool:
+    return args.verifier == "learned" and args.verifier_model is None
 
 
 def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     """Parse the command line into Args and run main(args); the user's mistakes end in one line and exit code 2.
 
     presets: for a script with --preset, the defaults that each one changes, by name."""
+    import tyro  # the scripts' estimators can be imported without it
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--resume")
     known = parser.parse_known_args()[0]
     try:
         saved = arguments_of(known.resume) if known.resume else presets.get(known.preset, {})
-        args = tyro.cli(Args, default=Args(**saved), description=sys.modules[main.__module__].__doc__)
+        files, flags = saved.pop("files", {}), flags_of(Args)
+        default = flags(**saved)
+        args = tyro.cli(flags, default=default, description=sys.modules[main.__module__].__doc__)
         changed = [f"--{x.replace('_', '-')}" for x in saved if x not in MAY_CHANGE and getattr(args, x) != saved[x]]
         if known.resume and changed:
             raise BadInput(f"{known.resume} keeps its own arguments: leave out {', '.join(changed)}")
+        for name, (other, used) in IDLE_WITHOUT.items():
+            if getattr(args, name, None) != getattr(default, name, None) and not used(args):
+                raise BadInput(f"--{name.replace('_', '-')} does nothing without {other}; leave it out")
+        args.files = files
         start(getattr(args, "device", "cpu"))
         main(args)
         stop()
     except SystemExit:  # --show-prompt and signals end all processes together, at the same place
         stop()
         raise
-    except (BadInput, OSError) as error:  # OSError: a full disk, a folder that cannot be written to
+    except KeyboardInterrupt:
+        print("stopped: give the same command again, or --resume the folder that it was writing to", file=sys.stderr)
+        sys.exit(130)
+    except (BadInput, OSError) as error:  # OSError: a folder that cannot be written to
         print(f"error: {error}" if world()[0] == 0 else f"error in rank {world()[0]}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def flags_of(Args: type) -> type:
+    """The dataclass Args as --help shows it: the script's own flags stand before those that all share, and where the
+    default is None the flag's own words say what happens."""
+    import tyro
+
+    def hint(default: str) -> str:
+        return "" if default in ("None", "") else f"(default: {default})"
+
+    types, shown = typing.get_type_hints(Args), tyro.conf.arg(help_behavior_hint=hint)
+    fields = [(x.name, typing.Annotated[types[x.name], shown], x.default) for x in dataclasses.fields(Args)]
+    source = {x: vars(Args)[x] for x in ("__module__", "__firstlineno__") if x in vars(Args)}  # has the flags' words
+    flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,), namespace=source)
+    own = Args.__annotations__
+    flags.__dataclass_fields__ = dict(sorted(flags.__dataclass_fields__.items(), key=lambda x: x[0] not in own))
+    return flags
 
 
 def arguments_of(folder: str) -> dict:
@@ -97,7 +148,7 @@ def arguments_of(folder: str) -> dict:
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a run folder: {error}") from error
     script, processes, _ = saved.pop("script"), saved.pop("processes"), saved.pop("extended_after", None)
-    if "lr_decay" not in saved:
+    if "files" not in saved:
         raise BadInput(f"{folder} is a run of an earlier version, whose flags and metrics have other names: start anew")
     if script != Path(sys.argv[0]).stem:
         raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
@@ -109,6 +160,14 @@ def arguments_of(folder: str) -> dict:
 def resume_command(folder: str | Path, processes: int) -> str:
     launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes} --"
     return f"{launcher} {sys.argv[0]} --resume {folder}"
+
+
+def keep_file(args, where: str, digest: str) -> None:
+    """Keep the SHA-256 of the user's own file "FILE:NAME" with the run's arguments. Raises BadInput where a run that is
+    to be resumed was begun with another one."""
+    if args.resume and args.files.get(where) != digest:
+        raise BadInput(f"{where} has changed since {args.resume} began: put the file back, or begin a new run")
+    args.files = args.files | {where: digest}
 
 
 def check_args(args) -> None:
@@ -170,8 +229,13 @@ class Run:
         """args: RunArgs and the script's own, `task`, `steps`, `prompts_per_step` and `lr` among them. parts: what the
         folder's name begins with. Raises BadInput."""
         check_args(args)
-        self.args, self.parts, self.stopping, self.writer = args, parts, False, None
-        self.task = load_task(args.task, args.data, args.sandbox)
+        self.args, self.parts, self.stopping, self.writer = args, parts, 0, None
+        if ":" in args.task:
+            self.task, digest = load_own_task(args.task, args.data)
+            keep_file(args, args.task, digest)
+        else:
+            self.task = load_task(args.task, args.data, args.sandbox)
+        self.task = with_checked_verdicts(self.task)
         args.max_new_tokens = self.task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
         self.train = problems_at(self.task.train, args.levels, "training", args.data) if args.steps else []
         test = problems_at(self.task.test, args.levels, "held-out", args.data)
@@ -192,12 +256,19 @@ class Run:
         self.state = {"policy": self.policy.model, "optimizer": self.optimizer}
         self.progress = {"step": 0, "evaluated": None, "skipped_in_a_row": 0, "steps_with_signal": 0}
         self.bar = tqdm(disable=True)
-        if args.tensorboard:
+        if args.tensorboard or args.track:
             try:
                 from torch.utils.tensorboard import SummaryWriter
+
+                if args.track:
+                    import wandb
             except ImportError as error:
-                raise BadInput("--tensorboard needs that library: pip install tensorboard") from error
+                flag, needs = ("track", "wandb tensorboard") if args.track else ("tensorboard", "tensorboard")
+                raise BadInput(f"--{flag} needs what is not installed: pip install {needs}") from error
             folder = self.folder  # made by all processes together
+            if args.track and world()[0] == 0:  # before the writer is made: wandb reads what that writes
+                config = dataclasses.asdict(args)
+                wandb.init(project="inference-aware-rl", name=folder.name, config=config, sync_tensorboard=True)
             self.writer = SummaryWriter(folder) if world()[0] == 0 else None
 
     def encoded(self, problems: Sequence[Problem]) -> list[list[int]]:
@@ -266,12 +337,13 @@ class Run:
                 self.progress["step"] = step
                 self.evaluate_if_due()
                 self.bar.update()
-                self.stopping = any(from_all(self.stopping))  # all stop after the same step
+                self.stopping = max(from_all(self.stopping))  # all stop after the same step
                 if step == last or step % self.args.save_every == 0 or self.stopping:
                     self.save()
                 if self.stopping and step < last:
-                    print(f"stopped after step {step}; to go on: {resume_command(self.folder, world()[1])}")
-                    sys.exit(0)
+                    print(f"stopped after step {step}; to go on:\n{resume_command(self.folder, world()[1])}")
+                    from_all(None)  # torchrun ends all when one has ended: not before the first has saved
+                    sys.exit(128 + self.stopping)  # 130 after Ctrl-C, as shells have it
         finally:
             self.bar.close()
             for number, handler in handlers.items():
@@ -280,7 +352,7 @@ class Run:
     def request_stop(self, number: int, frame) -> None:
         if self.stopping:
             raise KeyboardInterrupt
-        self.stopping = True
+        self.stopping = number
         tqdm.write("stopping when this step is done (again: at once, losing it)")
 
     def batch(self, step: int) -> tuple[Sequence[Problem], list[list[int]], torch.Generator]:
@@ -296,10 +368,6 @@ class Run:
         began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
         with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
-            for name in ("rewards", "scores"):
-                for b, i in (~getattr(verdict, name).isfinite()).nonzero().tolist():
-                    what = f"the verifier of {self.task.name} gave {name} that are not finite numbers, one of them to"
-                    raise BadInput(f"{what} {responses[b][i][:40]!a}: mend it, and --resume {self.folder}")
         verdict.seconds = time.perf_counter() - began
         return verdict
 
@@ -397,12 +465,12 @@ class Run:
                 with open(self.folder / name, "a") as file:
                     os.fsync(file.fileno())
                     self.progress[name] = file.tell()
-            with open(unfinished, "wb") as file:
+            with full_disk_told(path), open(unfinished, "wb") as file:
                 torch.save({"progress": self.progress, "state": states}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
-        except (OSError, RuntimeError) as error:  # RuntimeError: how torch says that a file cannot be written
+        except (OSError, RuntimeError, BadInput) as error:  # RuntimeError: how torch says that it cannot write a file
             unfinished.unlink(missing_ok=True)
             why = str(error).partition("\n")[0]
             raise BadInput(f"cannot write a checkpoint of step {self.progress['step']} to {path}: {why}") from error
@@ -411,7 +479,7 @@ class Run:
         """Load the checkpoint, if there is one, and cut the logs back to it. Where args.steps is not what it was, say
         what follows and note it in args.json. Raises BadInput for fewer steps than are done."""
         if (self.folder / "checkpoint.pt").exists():
-            checkpoint = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
             for name, x in self.state.items():
                 x.load_state_dict(checkpoint["state"][name])
@@ -456,10 +524,11 @@ class Run:
 def new_run_folder(args, parts: Sequence) -> Path:
     """Create runs/<name>/ with args.json and return it. The name is --run-name, or the script, `parts` and a hash of
     all arguments; where it is taken a number is appended, so that no run overwrites another's."""
-    arguments = dataclasses.asdict(args)
+    arguments = {"files": args.files, **dataclasses.asdict(args)}
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:6]
     script = Path(sys.argv[0]).stem
-    name = args.run_name or "-".join(str(part).strip("/").replace("/", "_") for part in (script, *parts, digest))
+    parts = (re.sub(r"[^\w.=+-]+", "_", str(part).strip("/")) for part in (script, *parts, digest))
+    name = args.run_name or "-".join(parts)
     for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         if not folder.exists():
@@ -469,10 +538,19 @@ def new_run_folder(args, parts: Sequence) -> Path:
     return folder
 
 
+def read_checkpoint(path: Path) -> dict:
+    """What `Run.save` wrote, on the CPU. Raises BadInput if the file is torn."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise many types
+        why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise BadInput(f"{path} cannot be read ({why}): put a copy in its place, or delete it to begin anew") from error
+
+
 def append_json(path: Path, record: dict) -> None:
     """Append one JSON line; what is not a finite number becomes null, JSON's only word for it."""
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    with open(path, "a") as file:
+    with full_disk_told(path), open(path, "a") as file:
         file.write(json.dumps(finite) + "\n")
 
 
@@ -480,6 +558,10 @@ def peak_memory_mib() -> float:
     """The process's peak memory so far in MiB: the GPU's where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

@@ -132,7 +132,7 @@ def test_a_file_trains_as_the_same_estimator_by_name(run, skilled, mine):
     assert outcome(Path("runs/name")) == outcome(Path("runs/file"))
     assert any(step["grad_norm"] > 0 for step in steps_of(Path("runs/file")))
     args = json.loads(Path("runs/file/args.json").read_text())
-    assert args["estimator"] == f"{path}:mine" and args["estimator_sha256"] == load_file(f"{path}:mine")[2]
+    assert args["estimator"] == f"{path}:mine" and args["files"] == {f"{path}:mine": load_file(f"{path}:mine")[2]}
 
 
 def test_pass_hat_k_and_its_metric_stand_in_the_tables(run, skilled):

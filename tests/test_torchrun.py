@@ -113,8 +113,8 @@ def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skill
     assert result.returncode == 2 and f"is a run of 2 process(es): {command}\n" in result.stderr
 
     returncode, out, err = ended(torchrun(broken, "--resume", "runs/killed", cwd=tmp_path))
-    assert returncode == 0 and "resuming at step 4" in out, err
-    assert f"stopped after step 5; to go on: {command}\n" in out and not (killed / "policy").exists()
+    assert returncode != 0 and "resuming at step 4" in out, err
+    assert f"stopped after step 5; to go on:\n{command}\n" in out and not (killed / "policy").exists()
 
     returncode, out, err = ended(torchrun(ROOT / script, "--resume", "runs/killed", cwd=tmp_path))
     assert returncode == 0 and "resuming at step 5" in out, err

@@ -1,9 +1,11 @@
 """Tasks: problems in, rewards and votes out. Nothing in this folder knows of models, tokens or algorithms.
 
 A task is whatever `load_task` returns: two sequences of `Problem` and one function, `verify`, that reads responses.
-To add one, write a module with a function `load(data) -> Task` and name it in `TASKS`.
+One of your own is a file with a function `load(name, data) -> Task`, for `--task FILE:load`; see docs/own.md. One for
+everybody is a module of this package, named in `TASKS`.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +117,29 @@ def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task
 
         print(f"sandbox: {shared(None if sandbox == 'auto' else sandbox).level}")
     return task
+
+
+def with_checked_verdicts(task: Task) -> Task:
+    """The same task, whose `verify` raises BadInput for what is not a `Verdict` of the responses: one line that names
+    what it returned and what is wanted."""
+
+    def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
+        verdict, of = task.verify(problems, responses), f"the verifier of {task.name}"
+        if not isinstance(verdict, Verdict):
+            raise BadInput(f"{of} must return a verifiers.Verdict, not {type(verdict).__name__}")
+        shape = len(responses), len(responses[0])
+        for name in ("rewards", "votes", "scores"):
+            value, dtype = getattr(verdict, name), "int64" if name == "votes" else "float32"
+            tensor = isinstance(value, torch.Tensor)
+            found = f"{str(value.dtype)[6:]} {tuple(value.shape)}" if tensor else type(value).__name__
+            if found != f"{dtype} {shape}":
+                raise BadInput(f"{of} must return {name} as a tensor of {dtype} {shape}, not {found}")
+            for b, i in (~value.isfinite()).nonzero().tolist():
+                what = f"{of} gave {name} that are not finite numbers, one of them to {responses[b][i][:40]!a}"
+                raise BadInput(f"{what}: every response needs a number")
+        return verdict
+
+    return dataclasses.replace(task, verify=verify)
 
 
 def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Tensor:

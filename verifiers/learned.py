@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from . import BadInput, Problem, Task, Verdict
+from . import BadInput, Problem, Task, Verdict, with_checked_verdicts
+from .hub import load_pretrained
 
 
 @dataclasses.dataclass
 class LearnedVerifier:
     """A reward model, its tokenizer, and the task whose template writes the prompts."""
 
-    model: PreTrainedModel
+    model: torch.nn.Module
     tokenizer: object
     task: Task
     rows_at_once: int = 256
@@ -67,14 +67,12 @@ class LearnedVerifier:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_verifier(name: str, task: Task, device: torch.device | str = "cpu") -> LearnedVerifier:
-    """The reward model of this hub id or folder, in float32, in evaluation mode. Raises BadInput."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, num_labels=1)
-        verifier = LearnedVerifier(model.to(device).eval(), tokenizer, task)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        raise BadInput(f"cannot load the verifier {name!r}: {str(error).strip().partition(chr(10))[0]}") from error
+def load_verifier(name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False) -> LearnedVerifier:
+    """The reward model of this hub id or folder, in float32, in evaluation mode. new_head: one that is not there is a
+    random one. Raises BadInput."""
+    auto = "AutoModelForSequenceClassification"
+    model, tokenizer = load_pretrained("the verifier", name, auto, device, new_head, num_labels=1)
+    verifier = LearnedVerifier(model, tokenizer, task)
     if tokenizer.pad_token_id is None:  # transformers finds the last token by it
         if tokenizer.eos_token_id is None:
             raise BadInput(f"the verifier {name!r} has neither pad nor eos token: set one in its tokenizer_config.json")
@@ -102,7 +100,7 @@ def trained_verifier(
     problems, responses, rewards = [problems[i] for i in mixed], [responses[i] for i in mixed], rewards[mixed]
     with torch.random.fork_rng(devices=[]):  # the new head's initial weights
         torch.manual_seed(seed)
-        verifier = load_verifier(base, task, device)
+        verifier = load_verifier(base, task, device, new_head=True)
     prompts = [problem.prompt for problem, row in zip(problems, responses) for _ in row]
     texts, labels = [response for row in responses for response in row], rewards.flatten().to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +128,7 @@ def with_scores(task: Task, verifier: LearnedVerifier) -> Task:
         verdict = task.verify(problems, responses)
         return dataclasses.replace(verdict, scores=verifier.score([p.prompt for p in problems], responses))
 
-    return dataclasses.replace(task, verify=verify)
+    return with_checked_verdicts(dataclasses.replace(task, verify=verify))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

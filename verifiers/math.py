@@ -49,6 +49,7 @@ import itertools
 import math
 import re
 import string
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -509,6 +510,11 @@ def load(name: str, data: str | None = None) -> Task:
         place = f"{where}, {split}"
         require_columns(rows, ["problem|question", "answer|solution"], place)
         splits[split] = [problem_from(row, f"{place} row {i}", numeric) for i, row in enumerate(rows, start=1)]
+        levels = [row["level"] for row in rows if row.get("level") is not None]
+        wrong = [level for level in levels if level_number(level) is None]
+        if wrong:
+            what = f"{len(wrong)} levels that are no number, such as {ascii(wrong[0])[:40]}"
+            print(f"{place}: {what}: these problems have no level", file=sys.stderr)
     if not any(splits.values()):
         raise BadInput(f"{where} has no {'test' if name == 'math500' else 'train or test'} split")
     answer_in = gsm8k_answer if numeric else math_answer

@@ -16,11 +16,14 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_TIMEOUT_S = 10
 
 
-def load_rows(hub_id: str, split: str, data: str | None = None, config: str | None = None) -> list[dict]:
+def load_rows(
+    hub_id: str, split: str, data: str | None = None, config: str | None = None, flag: str = "--data"
+) -> list[dict]:
     """The rows of one split, one dict each, column -> value.
 
     data: None for the hub's `hub_id` (and `config`), else a local file or folder. A folder that has other splits but
-    not this one gives []. Raises BadInput for a path that is missing, empty or unreadable and for a hub out of reach.
+    not this one gives []. flag: the one that named `data`, for errors. Raises BadInput for a path that is missing,
+    empty or unreadable and for a hub out of reach.
     """
     if data is None:
         return hub_rows(hub_id, split, config)
@@ -31,17 +34,18 @@ def load_rows(hub_id: str, split: str, data: str | None = None, config: str | No
         files = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
         files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
     except (OSError, RuntimeError) as error:  # a name too long, no permission, "~nobody"
-        raise BadInput(f"cannot read --data {data[:100]!r}: {first_line(error)}") from error
+        raise BadInput(f"cannot read {flag} {data[:100]!r}: {first_line(error)}") from error
     if is_folder:
         if not files:
             raise BadInput(f"{path} holds no data: expected a file such as {split}.jsonl or {split}.parquet")
         of_split = [file for file in files if file.stem == split or file.stem.startswith(f"{split}-")]
         return [row for file in of_split for row in file_rows(file)]
     if not is_file:
-        raise BadInput(f"{path} does not exist: --data takes a JSONL or Parquet file, or a folder of them")
+        raise BadInput(f"{path} does not exist: {flag} takes a JSONL or Parquet file, or a folder of them")
     if path.suffix not in SUFFIXES:
         raise BadInput(f"{path}: cannot read {path.suffix or 'a file without a suffix'}: use {', '.join(SUFFIXES)}")
-    print(f"{path} is one file: it serves as the {split} split, and as every other one", file=sys.stderr)
+    if flag == "--data":
+        print(f"{path} is one file: it serves as the {split} split, and as every other one", file=sys.stderr)
     return file_rows(path)
 
 
@@ -87,22 +91,30 @@ def json_rows(path: Path) -> list[dict]:
 def hub_rows(hub_id: str, split: str, config: str | None = None) -> list[dict]:
     """The rows of one split on the Hugging Face hub, or of its local cache when the hub cannot be reached."""
     import datasets  # seconds to import: only for those who need it
-    import huggingface_hub
 
-    offline, unreachable = datasets.config.HF_HUB_OFFLINE, None
+    offline, silent = datasets.config.HF_HUB_OFFLINE, unreachable("dataset", hub_id)
     try:
-        try:  # `datasets` retries for minutes; one short question first tells whether the hub is there at all
-            huggingface_hub.HfApi().dataset_info(hub_id, timeout=HUB_TIMEOUT_S)
-        except huggingface_hub.errors.HfHubHTTPError:
-            raise
-        except Exception as error:  # no network, by whatever name the HTTP library of the day has for it
-            datasets.config.HF_HUB_OFFLINE, unreachable = True, error
+        datasets.config.HF_HUB_OFFLINE = offline or silent is not None
         return list(datasets.load_dataset(hub_id, config, split=split))
     except Exception as error:
-        why = first_line(unreachable or error)
+        why = first_line(silent or error)
         raise BadInput(f"cannot load {hub_id} from the hub ({why}): give local files with --data PATH") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+
+
+def unreachable(kind: str, hub_id: str) -> Exception | None:
+    """Why the hub does not answer a short question about this "dataset" or "model"; None if it does, whatever it says.
+
+    Its libraries ask for minutes."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().repo_info(hub_id, repo_type=kind, timeout=HUB_TIMEOUT_S)
+    except huggingface_hub.errors.HfHubHTTPError:
+        pass  # what it says, whoever loads from it will tell
+    except Exception as error:  # no network, by whatever name the HTTP library of the day has for it
+        return error
 
 
 def require_columns(rows: Sequence[dict], columns: Sequence[str], where: str) -> None:

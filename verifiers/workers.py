@@ -22,7 +22,6 @@ import importlib
 import json
 import logging
 import re
-import resource
 import signal
 import subprocess
 import threading
@@ -241,6 +240,8 @@ def serve(name: str, limit_s: float) -> None:
     os.dup2(2, 1)  # whatever a library prints stays out of the replies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     with contextlib.suppress(ValueError, OSError):  # macOS refuses it
+        import resource  # not on Windows
+
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable()
 

@@ -1,0 +1,78 @@
+"""The regions marked `copy this`: each is cut out of its file and run with the functions that its heading names and
+nothing else, as its reader would."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+REGION = r"^# --- copy this, with ([^-]*?) -+\n(.*?)^# -{100,}$"
+# refuses all but torch, math and the standard library
+ONLY_TORCH = """
+import json, sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {"torch", *sys.stdlib_module_names}:
+            raise ImportError(name + " is not here")
+sys.meta_path.insert(0, Hook())
+"""
+CHECK = """
+for case in json.load(open("cases.json")):
+    arguments = {x: torch.tensor(v).double() if isinstance(v, list) else v for x, v in case["arguments"].items()}
+    if "votes" in arguments:
+        arguments["votes"] = arguments["votes"].long()
+    result = globals()[case["function"]](**arguments)
+    assert torch.allclose(result, torch.tensor(case["result"]).double(), rtol=1e-12, atol=1e-14), case
+    print(case["function"])
+"""
+
+
+def golden(script: str) -> list[dict]:
+    """The cases of tests/golden.json for the functions of a script, as calls of what stands in its region."""
+    cases = json.loads((ROOT / "tests" / "golden.json").read_text())
+    if script == "bandit":  # n = k, and pass@k's estimators by their names, and the mean a second time, as a sum
+        own = [case for case in cases if case["function"] == "pass_at_k_pg.advantages"]
+        arguments = [case["arguments"] for case in own]
+        own = [case for case, x in zip(own, arguments) if x["estimator"] == "mean" or x["k"] == len(x["rewards"][0])]
+        cases = [{**case, "arguments": {x: v for x, v in case["arguments"].items() if x != "k"}} for case in own]
+        for case in [case for case in cases if case["arguments"]["estimator"] == "mean"]:
+            n = len(case["result"][0])
+            summed = [[n * a for a in row] for row in case["result"]]
+            cases.append({**case, "arguments": {**case["arguments"], "estimator": "mean x k"}, "result": summed})
+    else:
+        cases = [case for case in cases if case["function"].startswith(f"{script}.")]
+    return [{**case, "function": case["function"].rpartition(".")[2]} for case in cases]
+
+
+def copied(script: str) -> tuple[str, list[str]]:
+    """What a reader copies: `import math, torch`, the named functions of common.py, and the region; and their names."""
+    ((heading, region),) = re.findall(REGION, (ROOT / f"{script}.py").read_text(), re.M | re.S)
+    source, heading = (ROOT / "common.py").read_text(), " ".join(heading.replace("#", "").split())
+    names = re.split(", | and ", heading.removesuffix(" of common.py"))
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    pieces = [ast.get_source_segment(source, functions[name]) for name in names]
+    return "\n\n".join(["import math, torch", *pieces, region]), names
+
+
+@pytest.mark.parametrize("script, count", [("pass_at_k_pg", 16), ("majority_pg", 7), ("bon_rl", 16), ("bon_sft", 4),
+                                           ("bandit", 8)])  # fmt: skip
+def test_a_region_runs_with_what_its_heading_names(script, count, tmp_path):
+    cases, (code, _) = golden(script), copied(script)
+    assert len(cases) == count
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    (tmp_path / "copied.py").write_text(ONLY_TORCH + code + CHECK)
+    command = [sys.executable, "-I", "copied.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == count
+
+
+@pytest.mark.parametrize("script", ["pass_at_k_pg", "majority_pg", "bon_rl", "bon_sft", "bandit"])
+def test_a_heading_names_nothing_that_is_not_needed(script):
+    code, names = copied(script)
+    loaded = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    assert set(names) <= loaded

@@ -1,0 +1,77 @@
+"""What `--help` says and takes, and where an estimator can be imported."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT, SCRIPTS
+
+HEAVY = ["transformers.modeling_utils", "transformers.models.llama.modeling_llama", "datasets", "matplotlib"]
+HEAVY += ["math_verify", "sympy"]
+EXTRAS = ["tyro", "matplotlib", "math_verify", "landlockpy", "pyseccomp", "hypothesis", "resource", "fcntl"]
+COMMANDS = [[script, "--help"] for script in (*SCRIPTS, "bandit.py")] + [["bon_rl.py", "--preset", "paper", "--help"]]
+HELP = f"""
+import runpy, sys
+for command in {COMMANDS}:
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    print("LOADED", *(x for x in {HEAVY} if x in sys.modules))
+"""
+ELSEWHERE = f"""
+import sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS}:
+            raise ImportError(name + " is not installed")
+sys.meta_path.insert(0, Hook())
+from pass_at_k_pg import advantages
+import torch
+print(advantages(torch.tensor([[1.0, 0, 0]]), 2).tolist())
+import majority_pg, bon_rl, bon_sft, bandit
+print("LOADED", *(x for x in {EXTRAS + HEAVY} if x in sys.modules))
+"""
+
+
+def python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """What each command of COMMANDS prints, and which of HEAVY were imported by then."""
+    return re.findall(r"(.*?)LOADED ?(.*?)\n", python(HELP), re.S)
+
+
+def test_help_waits_for_no_model_class(helps):
+    assert len(helps) == len(COMMANDS) and all("--seed" in text and loaded == "" for text, loaded in helps)
+
+
+@pytest.mark.parametrize("number", range(len(SCRIPTS)), ids=SCRIPTS)
+def test_the_algorithms_flags_come_first_and_a_default_is_told_once(number, helps):
+    lines = [line.strip("│ ") for line in helps[number][0].partition("options")[2].splitlines()]
+    flags = [re.match("--([a-zA-Z-]+)", line)[1] for line in lines if line.startswith("--")]
+    own, shared = flags.index("N" if SCRIPTS[number].startswith("bon") else "k"), flags.index("model")
+    assert own < flags.index("lr") < shared < flags.index("data") < flags.index("run-name") < len(flags)
+    assert len(flags) > 30 and len(set(flags)) == len(flags) and "files" not in flags
+    told = [" ".join(flag.split()) for flag in "\n".join(lines).split("\n--")]
+    assert len(told) == len(flags) + 1  # before the first stands -h
+    assert all(flag.count("(default") <= 1 for flag in told) and not re.search(r"default: (None)?\)", " ".join(told))
+    silent = {flag.split()[0] for flag in told[1:] if "(default" not in flag}
+    assert silent == {"resume"}
+
+
+def test_a_presets_values_are_its_defaults(helps):
+    assert "(default: 0.075)" in " ".join(helps[-1][0].split())
+
+
+def test_estimators_are_imported_without_what_a_run_needs():
+    """Where torch, transformers, datasets and tqdm are all that is installed, and on Windows, which has no resource."""
+    first, loaded = python(ELSEWHERE).splitlines()
+    assert first == "[[0.6666666865348816, 0.0, 0.0]]" and loaded.strip() == "LOADED"

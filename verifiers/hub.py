@@ -1,0 +1,41 @@
+"""Models and tokenizers of a folder or of the Hugging Face hub. What is wrong with them is told in one line."""
+
+import re
+from pathlib import Path
+
+import torch
+import transformers
+
+from . import BadInput
+from .rows import first_line, unreachable
+
+
+def load_pretrained(what: str, name: str, auto: str, device: torch.device | str, new_head: bool = False, **options):
+    """A model (float32, in evaluation mode, on the device) and its tokenizer.
+
+    what: the user's words for it, such as "--model". name: a folder or a hub id, which is looked for in the cache where
+    the hub cannot be reached. auto: the class of transformers that loads it. new_head: weights that are not there may
+    be random ones. Raises BadInput."""
+    folder, problem = Path(name).expanduser(), f"cannot load {what} {name!r}"
+    here, source = folder.is_dir(), str(folder) if folder.is_dir() else name
+    if not here and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # a path, not a hub id
+        raise BadInput(f"{problem}: {folder} {'is a file' if folder.exists() else 'does not exist'}")
+    transformers.logging.set_verbosity_error()  # the rest is told here, or of no use
+    transformers.logging.disable_progress_bar()
+    silent = None if here else unreachable("model", name)
+    options |= {"local_files_only": silent is not None}  # else it asks again and again, and writes a line each time
+    loading = "the model"
+    try:
+        model_class = getattr(transformers, auto)
+        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+        if info["missing_keys"] and not new_head:
+            raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys']))[:200]}")
+        model, loading = model.to(device).eval(), "the tokenizer"
+        return model, transformers.AutoTokenizer.from_pretrained(source, local_files_only=options["local_files_only"])
+    except Exception as error:  # transformers, the hub and the device raise many types
+        why = first_line(error)
+        if silent is not None and isinstance(error, OSError):
+            why = f"it is neither a folder nor in the cache, and the hub cannot be reached ({first_line(silent)})"
+        elif here and loading == "the tokenizer":
+            why = f"it holds no tokenizer that can be read ({why}): tokenizer.save_pretrained({name!r}) writes one"
+        raise BadInput(f"{problem} on device {str(device)!r}: {why}") from error
