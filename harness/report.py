@@ -142,7 +142,7 @@ def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: s
         axis.set(xscale="log", xlabel="j", ylabel=f"{name}@j", title=f"{name}@j, {split} (± 95%)")
         axis.set_xticks(js, map(str, js))
         axis.minorticks_off()
-    for i, name in enumerate(["pass@1", *(f"{name}@{k}" for name in names)]):  # bon@1 is pass@1
+    for i, name in enumerate(["pass@1", *(f"{name}@{k}" for name in names if k > 1)]):  # bon@1 is pass@1
         mean, half = np.array([record["eval"]["all"][name] for record in evaluations], float).T
         at, logged = [record["step"] for record in evaluations], "reward" if i == 0 else name
         axes[-1].errorbar(at, mean, half, fmt="o", markersize=3, color=f"C{i}", label=f"{name}, {split}")

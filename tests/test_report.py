@@ -151,8 +151,9 @@ def test_curves_show_what_every_step_logged_with_the_evaluations_on_it(figures, 
 
 
 def test_curves_of_an_evaluation_alone_have_no_after(figures, tmp_path):
-    report.save_figure(write_run(tmp_path / "run", {}, {0: {"pass@1": 0.5, "pass@2": 0.75}}, {}), {}, ["pass"], 2, "x")
+    report.save_figure(write_run(tmp_path / "run", {}, {0: {"pass@1": 0.5, "pass@2": 0.75}}, {}), {}, ["pass"], 1, "x")
     assert lines_of(figures[0].axes[0]) == {"before": ([1, 2], [0.5, 0.75])}
+    assert [points.get_label() for points in figures[0].axes[1].containers] == ["pass@1, x"]  # with k = 1 once
 
 
 # --- Runs compared ---
