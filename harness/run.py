@@ -132,8 +132,9 @@ def flags_of(Args: type) -> type:
 
     types, shown = typing.get_type_hints(Args), tyro.conf.arg(help_behavior_hint=hint)
     fields = [(x.name, typing.Annotated[types[x.name], shown], x.default) for x in dataclasses.fields(Args)]
-    source = {x: vars(Args)[x] for x in ("__module__", "__firstlineno__") if x in vars(Args)}  # has the flags' words
-    flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,), namespace=source)
+    flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,))
+    for place in {"__module__", "__firstlineno__"} & {*vars(Args)}:  # of the source, which has the flags' words
+        setattr(flags, place, vars(Args)[place])
     own = Args.__annotations__
     flags.__dataclass_fields__ = dict(sorted(flags.__dataclass_fields__.items(), key=lambda x: x[0] not in own))
     return flags
