@@ -1,5 +1,5 @@
-"""The fast tests on other Pythons, where they are installed. README promises 3.11 and newer: transformers 5.24 needs it,
-and on 3.10 this is skipped in pip's words."""
+"""The fast tests on other Pythons, where they are installed. README promises 3.11 and newer: transformers 5.24 needs
+it, and on 3.10 this is skipped in pip's words."""
 
 import shutil
 import subprocess
