@@ -53,10 +53,6 @@ class Args(RunArgs):
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
     baseline: Literal["loo", "value"] = "loo"  # of mean and variational: the prompt's others, or a value network
     value_lr: float = 1e-4  # learning rate of the value network's AdamW
-    task: str = "suspects"  # which problems and verifier, see verifiers/
-    steps: int = 150  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
-    lr: float = 2e-4  # highest learning rate of AdamW
     warm_up_steps: int = 0  # steps over which the learning rate rises linearly to lr
     kl_coef: float = 0.0  # beta of -beta KL(policy || anchor) in the objective; the anchor is a moving average
     kl_coef_end: float | None = None  # what beta moves to, linearly (default: it stays)

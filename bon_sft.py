@@ -44,10 +44,6 @@ class Args(RunArgs):
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
-    task: str = "suspects"  # which problems and verifier, see verifiers/
-    steps: int = 150  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 16  # prompts, each with an expert response, in a step; it samples n times as many responses
-    lr: float = 2e-4  # highest learning rate of AdamW
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 
 

@@ -35,10 +35,6 @@ class Args(RunArgs):
     n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
     estimator: Literal["mean", "unbiased", "biased"] = "biased"
     """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
-    task: str = "suspects"  # which problems and verifier, see verifiers/
-    steps: int = 150  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
-    lr: float = 2e-4  # highest learning rate of AdamW
     kl_coef: float = 0.3  # beta of -beta KL(policy || initial policy), added to the objective
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on

@@ -42,10 +42,6 @@ class Args(RunArgs):
     estimator: Literal[NAMES] | str = "unbiased"
     """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL; or
     FILE:NAME, a function (rewards (B, n), k) -> advantages (B, n) of your own, see docs/own.md"""
-    task: str = "suspects"  # which problems and verifier, see verifiers/
-    steps: int = 150  # optimisation steps; 0 only evaluates
-    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
-    lr: float = 2e-4  # highest learning rate of AdamW
     kl_coef: float = 0.0  # beta of -beta KL(policy || initial policy), added to the objective
     log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on

@@ -40,6 +40,10 @@ NO_SIGNAL = "look at the responses by --show-samples 5, at --max-new-tokens and 
 class RunArgs:
     """The flags that all scripts share; each adds its algorithm's own."""
 
+    task: str = "suspects"  # which problems and verifier, see verifiers/, or FILE:load of your own, see docs/own.md
+    steps: int = 150  # optimisation steps; 0 only evaluates
+    prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
+    lr: float = 2e-4  # highest learning rate of AdamW
     model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems (default: the task's own source)
     chat: bool = True  # prompt by the model's chat template, if it has one (--no-chat: a base model that ships one)
@@ -68,24 +72,20 @@ class RunArgs:
 
 
 # Flags that do nothing unless others have certain values, what these are, and whether args have them.
+KL_MOVES = "--kl-coef-end", lambda args: args.kl_coef_end is not None
+TRAINS = "a verifier that is trained here", lambda args: args.verifier == "learned" and not args.verifier_model
 IDLE_WITHOUT = {
     "clip": ("--epochs 2 or more", lambda args: args.epochs > 1),
     "log_kl": ("--kl-coef 0: else the KL is logged anyway", lambda args: not args.kl_coef),
-    "kl_delay": ("--kl-coef-end", lambda args: args.kl_coef_end is not None),
-    "kl_anneal_steps": ("--kl-coef-end", lambda args: args.kl_coef_end is not None),
+    **dict.fromkeys(("kl_delay", "kl_anneal_steps"), KL_MOVES),
     "anchor_rate": ("--kl-coef or --log-kl", lambda args: args.kl_coef or args.kl_coef_end or args.log_kl),
     "value_lr": ("--baseline value", lambda args: args.baseline == "value"),
     "verifier_model": ("--verifier learned", lambda args: args.verifier == "learned"),
-    "verifier_problems": ("a verifier that is trained here", lambda args: trains_verifier(args)),
-    "verifier_lr": ("a verifier that is trained here", lambda args: trains_verifier(args)),
+    **dict.fromkeys(("verifier_problems", "verifier_lr"), TRAINS),
     "likelihood": ("--N 2 or more", lambda args: args.N != 1),
     "n": ("--N 2 or more", lambda args: not hasattr(args, "likelihood") or args.N != 1),
     "sandbox": ("a task that runs programs", lambda args: TASKS.get(args.task) == "code"),
 }
-
-
-def trains_verifier(args) -> bool:
-    return args.verifier == "learned" and args.verifier_model is None
 
 
 def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
@@ -134,8 +134,9 @@ def flags_of(Args: type) -> type:
 
     types, shown = typing.get_type_hints(Args), tyro.conf.arg(help_behavior_hint=hint)
     fields = [(x.name, typing.Annotated[types[x.name], shown], x.default) for x in dataclasses.fields(Args)]
-    source = {x: vars(Args)[x] for x in ("__module__", "__firstlineno__") if x in vars(Args)}  # has the flags' words
-    flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,), namespace=source)
+    flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,))
+    for place in {"__module__", "__firstlineno__"} & {*vars(Args)}:  # of the source, which has the flags' words
+        setattr(flags, place, vars(Args)[place])
     own = Args.__annotations__
     flags.__dataclass_fields__ = dict(sorted(flags.__dataclass_fields__.items(), key=lambda x: x[0] not in own))
     return flags
@@ -226,8 +227,7 @@ class Run:
     """
 
     def __init__(self, args, *parts):
-        """args: RunArgs and the script's own, `task`, `steps`, `prompts_per_step` and `lr` among them. parts: what the
-        folder's name begins with. Raises BadInput."""
+        """args: RunArgs and the script's own. parts: what the folder's name begins with. Raises BadInput."""
         check_args(args)
         self.args, self.parts, self.stopping, self.writer = args, parts, 0, None
         if ":" in args.task:
