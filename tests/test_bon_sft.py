@@ -88,7 +88,7 @@ def test_n_1_is_plain_sft_to_the_bit(untrained, tmp_path, monkeypatch):
     """Three steps of the script against three written out: the weights are equal, not close."""
     monkeypatch.chdir(tmp_path)
     small = {"task": "arithmetic", "levels": (1,), "eval_n": 2, "eval_problems": 1, "steps": 3, "prompts_per_step": 4}
-    bon_sft.main(Args(N=1, eval_N=2, model=untrained, run_name="r", **small))
+    bon_sft.main(Args(N=1, eval_N=2, model=untrained, run_name="r", lr_decay=False, **small))
     task = load_task("arithmetic")
     train = [problem for problem in task.train if problem.level == 1]
     policy = harness.policy.load_policy(untrained, task)
