@@ -235,7 +235,7 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     defined = re.compile(rf"(?m)^[ \t]*((def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
     (_, head), *blocks = blocks_of(response)
     start = CODE_START.search(head)
-    if start and head[:1] not in (" ", "\t") and parsed(head) is parsed(head[: start.start()]) is None:
+    if start and head[:1] not in (" ", "\t") and not parsed(head) and not parsed(head[: start.start()]):
         head = head[start.start() :]  # behind prose
     goes_on = head[:1] in (" ", "\t") if prefix else not names and is_run(parsed(head))
     if not blocks or goes_on or defined.search(head):
