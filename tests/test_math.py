@@ -303,6 +303,8 @@ VERDICTS = [  # gold, response, right or not, prompt if it matters
     (r"\frac{\sqrt2}{2}", r"\boxed{\frac{1}{\sqrt2}}", 1, r"If $\cos x = \frac{1}{\sqrt2}$, find $\sin x$."),
     ("x+1", r"\boxed{1+x}", 1, "Let $f(x)=1+x$. Find $f^{-1}$"),
     (r"\frac12", r"\boxed{1/2}", 1, "Find $1/2$."),
+    ("0.5", r"\boxed{1/2}", 1, "How large is $x^{1/2}$?"),
+    ("0.5", r"\boxed{1/2}", 0, "Write $1/2$ as a decimal."),
     (r"\frac{4}{11}", r"\boxed{\frac{8}{22}}", 0, r"Simplify $\frac{8}{22}$."),
     ("x^2+y^2", r"\boxed{x^2+y^2}", 1, "Let $x^2+y^2$"),
     ("7x(x-1)(x-2)", r"\boxed{7x^3 - 21x^2 + 14x}", 0, "Factor $7x^3 - 21x^2 + 14x$."),

@@ -1,7 +1,7 @@
 """Tasks: problems in, rewards and votes out. Nothing in this folder knows of models, tokens or algorithms.
 
 A task is whatever `load_task` returns: two sequences of `Problem` and one function, `verify`, that reads responses.
-To add one, write a module with a function `load(data) -> Task` and name it in `TASKS`.
+To add one, write a module with a function `load(data) -> Task` and name it in `MODULES`.
 """
 
 import importlib
@@ -10,23 +10,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-# name on the command line -> module of this package, whose `load(name, data)` returns the task
-TASKS = {
-    "arithmetic": "arithmetic",
-    "sums": "arithmetic",
-    "suspects": "suspects",
-    "suspects_uniform": "suspects",
-    "humaneval": "code",
-    "mbpp": "code",
-    "mbpp_sanitized": "code",
-    "code_contests": "code",
-    "taco": "code",
-    "programs": "code",
-    "gsm8k": "math",
-    "math": "math",
-    "math500": "math",
-    "reasoning_gym/": "reasoning_gym",
+# module of this package, whose `load(name, data)` returns the task -> names on the command line
+MODULES = {
+    "arithmetic": "arithmetic sums",
+    "suspects": "suspects suspects_uniform",
+    "code": "humaneval mbpp mbpp_sanitized code_contests taco programs",
+    "math": "gsm8k math math500",
+    "reasoning_gym": "reasoning_gym/",
 }
+TASKS = {name: module for module, names in MODULES.items() for name in names.split()}
 
 
 class BadInput(ValueError):

@@ -391,17 +391,18 @@ def pairs_of(problem: Problem, answers: Iterable[str | None]) -> list[tuple[str,
 
 def is_echo(problem: Problem, gold: str, answer: str) -> bool:
     """Whether an answer that equals the gold one is an unevaluated formula of the problem: one with operations that
-    stands in the prompt, where it is what the prompt asks to compute or where the gold answer has fewer operations. So
-    is the equation of a curve, with a power on its left side, unless the prompt has that side."""
+    stands in the prompt, where the prompt asks to compute it, or where it is no number and the gold answer has fewer
+    operations. The equation of a curve, with a power on its left side, is one unless the prompt has that side."""
     texts = (FRAC.sub(r"\1\2/\3\4", text_key(clean(text))) for text in (problem.prompt, gold, answer))
     prompt, gold, answer = (re.sub(r"\{([A-Za-z]+)\}", r"\1", text) for text in texts)  # of `with_variables`
     curve, is_equation, _ = answer.partition("=")
     if is_equation and "=" not in gold and re.search(r"(?<![A-Za-z\\])[a-z]\^", curve):
         return curve not in prompt
     before, found, _ = prompt.partition(answer)
+    if not found or sorted(gold) == sorted(answer):
+        return False
     least, count = len(OPERATION.findall(gold)), len(OPERATION.findall(answer))
-    same = not count or sorted(gold) == sorted(answer)
-    return bool(found) and not same and (count > least or TASK.search(before) is not None)
+    return count > least and not plain_keys(answer) or count > 0 and TASK.search(before) is not None
 
 
 def verify(

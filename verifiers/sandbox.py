@@ -8,8 +8,8 @@
 - Level `rlimits` is no protection: it bounds time, memory and output. A program can read and delete what you can, reach
   the network, signal your processes and leave processes behind. It is for programs that you would run yourself.
 - Crowding can turn a right program's verdict into "timed out", never a wrong one's into "passed". The wall time is long
-  enough for two busy programs per core, and a program that used less than half of it as CPU time runs again, alone
-  (`Sandbox.run`). What starves even then, beside other jobs on the machine, is judged too low.
+  enough for two busy programs per core, and a program that timed out with less than half of it as CPU time runs again,
+  alone (`Sandbox.run`). What starves even then, beside other jobs on the machine, is judged too low.
 
 **The verdict cannot be forged.** The tests never enter the process that runs the program. They run in a *judge*, for
 which the program's names stand for objects over there: a call goes out, plain data comes back, and the judge compares
@@ -45,9 +45,9 @@ fails. Where the machine's memory runs out, Linux ends workers first.
 - What only an object's own process can tell. Arguments and results are copied: a test sees no change of an argument in
   place and no identity of a result. An object that is no plain data (plain are the built-in types, Decimal, Fraction,
   naive dates, named tuples) equals only itself or, if both are dataclasses, one with equal fields; a test that asks
-  whether it is true, or calls its methods, is told what the program likes. `in` goes through its items, operators need
-  two objects of the program (from `f(2) - 4` it would learn what is expected), `with` tells it of no exception, and
-  functions cannot be handed over.
+  whether it is true, calls its methods, or has the program make what it expects, is told what the program likes. `in`
+  goes through its items, operators need two objects of the program (from `f(2) - 4` it would learn what is expected),
+  `with` tells it of no exception, and functions cannot be handed over.
 - Programs that ask for time, entropy or addresses, NumPy's `default_rng()` among them, may not behave the same twice;
   `random`, `numpy.random` and `hash` start the same.
 """
