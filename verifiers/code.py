@@ -93,7 +93,7 @@ def mbpp(row: dict) -> Problem:
     solution, tests = row["code"].replace("\r\n", "\n"), "\n".join([setup, *row["test_list"]])
     tests = "\n".join([*imports_of(solution, names_used(tests)), tests])
     text = row["text"] if "text" in row else row["prompt"]
-    prompt = f"{text}\nYour code should pass this test:\n{row['test_list'][0]}"
+    prompt = text + f"\nYour code should pass this test:\n{row['test_list'][0]}"
     return problem_of(prompt, solution, tests, names_of(solution, tests))
 
 
@@ -266,7 +266,7 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
     helpers, source = "".join(textwrap.dedent(blocks[i][1]) + "\n" for i in helpers), blocks[chosen][1]
     if prefix and not defined.search(source):
-        return f"{continuation(source, prefix)}\n{helpers}"
+        return continuation(source, prefix) + ("\n" + helpers if helpers else "")
     source = textwrap.dedent(source)
     return helpers + (source.lstrip() if source.lstrip("\n")[:1] in (" ", "\t") else source)
 
