@@ -257,6 +257,7 @@ SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
         f"```python\n{SUM}```\nA test:\n```python\nassert sum([1, 2]) == 3\nprint('right')\n```",
         f"```python\nprint(7)\n```\nNo:\n```python\n{SUM}```",
         f"```python\n{SOLVE}```\nand\n```python\nprint(solve())\n```",
+        f"```python\n{SOLVE}```\n```python\nprint(solve())\n```\n```python\nprint(sum([1, 2]))\n```",
         f"```python\n{SOLVE}print(solve())\n```\n"
         "A test:\n```python\nimport io, sys\nsys.stdin = io.StringIO('')\nprint(solve())\n```",
         f"{SUM}```\nThat is all",

@@ -13,7 +13,7 @@ from runs import ROOT
 REGION = r"^# --- copy this, with ([^-]*?) -+\n(.*?)^# -{100,}$"
 # refuses all but torch, math and the standard library
 ONLY_TORCH = """
-import json, sys
+import json, sys, torch  # with what torch itself brings
 class Hook:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in {"torch", *sys.stdlib_module_names}:

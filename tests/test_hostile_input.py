@@ -375,7 +375,7 @@ def test_math_verdicts_on_any_responses(responses):
     for extract in (math_task.math_answer, math_task.gsm8k_answer):
         verdict = math_task.verify([Problem("?", "24.125")] * len(responses), responses, extract)
         check_form(verdict, responses)
-        assert not verdict.rewards.any() and set(verdict.counts) <= {"timeouts", "dead workers", "errors"}
+        assert not verdict.rewards.any() and set(verdict.counts) <= {"timeouts", "late", "dead workers", "errors"}
         answered = torch.tensor([[extract(response) is not None for response in row] for row in responses])
         assert not (verdict.votes >= 0)[~answered].any()
         assert int((answered & (verdict.votes < 0)).sum()) == sum(verdict.counts.values())
@@ -490,8 +490,8 @@ WHOLE = repr('{"result": 7, "failure": null}\n')
 
 @pytest.mark.parametrize("answer, result, failure", [
     (SAY % WHOLE, 7, None), (SAY % f"{WHOLE}[:9]" + "; time.sleep(.2); " + SAY % f"{WHOLE}[9:]", 7, None),
-    (SAY % repr("{") + "; time.sleep(600)", None, "timeouts"), ("time.sleep(600)", None, "timeouts"),
-    ("while True: " + SAY % repr("{") + "; time.sleep(.001)", None, "timeouts"),
+    (SAY % repr("{") + "; time.sleep(600)", None, "late"), ("time.sleep(600)", None, "late"),
+    ("while True: " + SAY % repr("{") + "; time.sleep(.001)", None, "late"),
     ("while True: " + SAY % "'{' * 9999", None, "dead workers"), ("sys.exit(1)", None, "dead workers"),
     (SAY % r"'{\n'", None, "dead workers"), (SAY % r"'[' * 10**6 + '\n'", None, "dead workers"),
 ])  # fmt: skip
@@ -500,7 +500,7 @@ def test_no_answer_of_a_worker_hangs_its_parent_or_fills_it(tmp_path, monkeypatc
     child = tmp_path / "child.py"
     child.write_text(CHILD.replace("ANSWER", answer))
     monkeypatch.setattr(workers, "__file__", str(child))
-    pool = workers.Workers("stand-in", limit_s=1.0, count=2)
+    pool = workers.Workers("stand-in", limit_s=0.2, count=2)
     assert pool.map([[]] * 2) == [(result, failure)] * 2
     pool.close()
 

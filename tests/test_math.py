@@ -219,7 +219,6 @@ VERDICTS = [  # gold, response, right or not, prompt if it matters
     (r"x+\frac13", r"\boxed{x+0.\overline{3}}", 1),
     ("1", r"\boxed{0.999...}", 1),
     ("1", r"\boxed{0.\dot{9}}", 1),
-    (r"\frac{1}{7}", r"\boxed{0.\dot{1}4285\dot{7}}", 1),
     ("2516_8", r"\boxed{2516_9}", 0),
     ("2516_8", r"\boxed{2516}", 1),
     ("2516_8", r"\boxed{2516_{8}}", 1),
@@ -304,8 +303,11 @@ VERDICTS = [  # gold, response, right or not, prompt if it matters
     (r"\frac{\sqrt2}{2}", r"\boxed{\frac{1}{\sqrt2}}", 1, r"If $\cos x = \frac{1}{\sqrt2}$, find $\sin x$."),
     ("x+1", r"\boxed{1+x}", 1, "Let $f(x)=1+x$. Find $f^{-1}$"),
     (r"\frac12", r"\boxed{1/2}", 1, "Find $1/2$."),
+    ("0.5", r"\boxed{1/2}", 1, "How large is $x^{1/2}$?"),
+    ("0.5", r"\boxed{1/2}", 0, "Write $1/2$ as a decimal."),
     (r"\frac{4}{11}", r"\boxed{\frac{8}{22}}", 0, r"Simplify $\frac{8}{22}$."),
     ("x^2+y^2", r"\boxed{x^2+y^2}", 1, "Let $x^2+y^2$"),
+    ("7x(x-1)(x-2)", r"\boxed{7x^3 - 21x^2 + 14x}", 0, "Factor $7x^3 - 21x^2 + 14x$."),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}1\\[0.5em]2\end{pmatrix}}", 1),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}1\\ [4pt] 3\end{pmatrix}}", 0),
     (r"144\mbox{ m}^3", r"\boxed{144\text{ m}^3}", 1),
@@ -475,7 +477,8 @@ SLOW = "10^{10^{10}}"
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Workers that give a check one second, so that the tests of what happens then are quick."""
+    """Workers that give a check one second of CPU time, however long that takes."""
+    monkeypatch.setattr("verifiers.workers.CROWD", 200)
     workers = Workers("math", limit_s=1.0, count=2)
     monkeypatch.setattr(math_task, "CHECKERS", workers)
     math_task.checked.clear()
@@ -499,6 +502,19 @@ def test_a_timeout_is_kept_within_a_run(impatient, monkeypatch):
     verdict = verify([problem], [row * 2], math_answer)
     assert verdict.counts == {"timeouts": 2} and verdict.votes.tolist() == [[-1, -1]]
     math_task.checked.clear()
+
+
+def test_what_the_machine_had_no_time_for_is_asked_again(impatient):
+    """A worker that is stopped uses no CPU time: its answer is late, and no verdict is kept of it."""
+    impatient.map([["1", r"\sqrt{2}"]])
+    impatient.workers[0].process.send_signal(signal.SIGSTOP)
+    impatient.limit_s = 0.01  # of the parent's patience alone
+    problem, row = Problem("?", "3"), [r"\boxed{\sqrt{9}}"]
+    verdict = verify([problem], [row], math_answer)
+    assert verdict.counts == {"late": 1} and verdict.votes.tolist() == [[-1]] and verdict.rewards.tolist() == [[0]]
+    impatient.limit_s = 60.0
+    verdict = verify([problem], [row], math_answer)
+    assert verdict.counts == {} and verdict.rewards.tolist() == [[1]]
 
 
 def test_dead_workers_are_counted_and_replaced(impatient):
@@ -615,7 +631,7 @@ def test_verify_any_text(texts):
     row = [text.replace("Question:", "") for text in texts] + [r"; \boxed{12}"]
     verdict = verify([Problem("?", "12")], [row], math_answer)
     assert verdict.rewards.shape == verdict.votes.shape == (1, len(row)) and verdict.rewards[0, -1] == 1
-    assert set(verdict.counts) <= {"timeouts", "dead workers", "errors"}
+    assert set(verdict.counts) <= {"timeouts", "late", "dead workers", "errors"}
 
 
 # --- Data ---

@@ -2,7 +2,7 @@
 
 A task is whatever `load_task` returns: two sequences of `Problem` and one function, `verify`, that reads responses.
 One of your own is a file with a function `load(name, data) -> Task`, for `--task FILE:load`; see docs/own.md. One for
-everybody is a module of this package, named in `TASKS`.
+everybody is a module of this package, named in `MODULES`.
 """
 
 import dataclasses
@@ -12,23 +12,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-# name on the command line -> module of this package, whose `load(name, data)` returns the task
-TASKS = {
-    "arithmetic": "arithmetic",
-    "sums": "arithmetic",
-    "suspects": "suspects",
-    "suspects_uniform": "suspects",
-    "humaneval": "code",
-    "mbpp": "code",
-    "mbpp_sanitized": "code",
-    "code_contests": "code",
-    "taco": "code",
-    "programs": "code",
-    "gsm8k": "math",
-    "math": "math",
-    "math500": "math",
-    "reasoning_gym/": "reasoning_gym",
+# module of this package, whose `load(name, data)` returns the task -> names on the command line
+MODULES = {
+    "arithmetic": "arithmetic sums",
+    "suspects": "suspects suspects_uniform",
+    "code": "humaneval mbpp mbpp_sanitized code_contests taco programs",
+    "math": "gsm8k math math500",
+    "reasoning_gym": "reasoning_gym/",
 }
+TASKS = {name: module for module, names in MODULES.items() for name in names.split()}
 
 
 class BadInput(ValueError):

@@ -5,21 +5,18 @@ when all tests pass and 0 otherwise. Tests run outside the program's process, an
 
 **What counts as the program.** One rule for all tasks but `programs`:
 1. Candidates are the blocks between code fences (backticks or tildes, indented or not), and what stands before the
-   first fence where that goes on from the prompt, defines the asked function, or runs. A fence that never closes ends
-   with the response. Without fences, all is one candidate, from its first line of code on.
+   first fence where that goes on from the prompt, defines the asked function, or runs. Without fences, all is one
+   candidate, from its first line of code on.
 2. For a function, one that defines it (`def name` or `name =`; a signature without a body counts less) goes before all
    others, then one that parses; for standard input, one that reads it and calls something, outside of definitions.
    Then one tagged python goes before one without a tag, and the last before earlier ones.
-3. Earlier blocks that define what it uses are put in front.
-4. For HumanEval the prompt is put in front, so a continuation, a whole function, and a repeated prompt all work; lines
-   `from __future__ import` go first. The first line of a continuation is moved to the prompt's indentation.
-5. Text after the program is dropped: everything from the first line that does not parse. So is all of a response after
-   its first 50 000 characters.
+3. Earlier blocks that define what it uses are put in front, and for HumanEval the prompt: a continuation, a whole
+   function, and a repeated prompt all work. The first line of a continuation is moved to the prompt's indentation.
+4. Everything from the first line that does not parse is dropped, and all after the response's first 50 000 characters.
 
 TACO's functions have the imports of the data set's own harness; of dicts, keys count as texts, and floats to 6 digits.
-What a function does to its arguments is not looked at.
-
-The rows are those of Hugging Face data sets, or of local files in the same schemas."""
+What a function does to its arguments is not looked at. Rows are those of Hugging Face data sets, or local files alike.
+"""
 
 import ast
 import builtins
@@ -92,13 +89,11 @@ def humaneval(row: dict) -> Problem:
 def mbpp(row: dict) -> Problem:
     """A row of the full (`text`, `test_setup_code`) or sanitized (`prompt`, `test_imports`) schema. The first assert is
     part of the prompt, since it tells the function's name; the others stay hidden."""
-    text = row["text"] if "text" in row else row["prompt"]
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
-    asserts = row["test_list"]
-    solution = row["code"].replace("\r\n", "\n")
-    tests = "\n".join([setup, *asserts])
+    solution, tests = row["code"].replace("\r\n", "\n"), "\n".join([setup, *row["test_list"]])
     tests = "\n".join([*imports_of(solution, names_used(tests)), tests])
-    prompt = text + f"\nYour code should pass this test:\n{asserts[0]}"
+    text = row["text"] if "text" in row else row["prompt"]
+    prompt = text + f"\nYour code should pass this test:\n{row['test_list'][0]}"
     return problem_of(prompt, solution, tests, names_of(solution, tests))
 
 
@@ -119,12 +114,11 @@ def taco(row: dict) -> Problem | None:
     texts = (row["input_output"], row.get("solutions"))
     tests, solutions = (json.loads(text) if isinstance(text, str) and text.strip() else text for text in texts)
     tests, solution = tests or {}, solutions[0] if solutions else ""
-    prompt = "\n".join(part for part in (row["question"], row.get("starter_code")) if part)
+    prompt = "\n".join(filter(None, [row["question"], row.get("starter_code")]))
     pairs = list(zip(tests.get("inputs", []), tests.get("outputs", [])))[:MAX_CASES]
-    level = LEVELS.get(row.get("difficulty"))
+    name, level = tests.get("fn_name"), LEVELS.get(row.get("difficulty"))
     if not pairs:
         return None
-    name = tests.get("fn_name")
     if name is None:
         pairs = [["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair] for pair in pairs]
         return problem_of(prompt, solution, cases=pairs, level=level)
@@ -180,20 +174,14 @@ def problem_of(
         raise TypeError("the prompt, the solution, inputs and outputs must be texts")
     if not prompt.encode().strip():
         raise ValueError("empty prompt")
-    hidden = {"tests": tests, "names": list(names), "setup": setup, "prefix": prefix, "cases": list(cases)}
-    hidden["imports"] = imports
+    hidden = dict(tests=tests, names=[*names], setup=setup, prefix=prefix, cases=[*cases], imports=imports)
     return Problem(prompt, json.dumps(hidden), solution, level)
 
 
 def names_of(solution: str, tests: str) -> list[str]:
     """The names in the tests that the program has to define: those that the reference solution defines at top level,
     and those that neither Python nor the tests themselves define."""
-    nodes = list(ast.walk(tree(tests)))
-    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
-    used = names_used(tests)
-    return sorted((used & names_defined(solution)) | (used - own - names_defined(tests) - set(dir(builtins))))
+    return sorted(names_used(tests) & names_defined(solution) | names_in(tree(tests))[1])
 
 
 def imports_of(solution: str, names: set[str]) -> list[str]:
@@ -229,12 +217,12 @@ def program_of(problem: Problem, response: str) -> Program:
     if imports or hidden["prefix"]:
         future = r"(?m)^from __future__ import .*\n"
         source = "".join([*re.findall(future, source), imports, hidden["prefix"], re.sub(future, "", source)])
-    cases = tuple((given, wanted) for given, wanted in hidden["cases"])
-    return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], cases)
+    return Program(source, hidden["tests"], tuple(hidden["names"]), hidden["setup"], (*map(tuple, hidden["cases"]),))
 
 
 FENCE = re.compile(r"(.*?)(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*([\w+#.{}-]*)([^`\n]*)\n?")
 READS_INPUT = re.compile(r"\b(?:input|open)\s*\(|\bstdin\b(?!\s*=)")
+WHOLE = (ast.Return, ast.Yield, ast.Lambda)  # what a mere signature has not
 CODE_START = re.compile(
     r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[a-z_]\w*(?:, ?\w+)* = |print\()"
 )
@@ -246,7 +234,9 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     name = "|".join(map(re.escape, names)) or "(?!)"
     defined = re.compile(rf"(?m)^[ \t]*((def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
     (_, head), *blocks = blocks_of(response)
-    head = without_prose(head)
+    start = CODE_START.search(head)
+    if start and head[:1] not in (" ", "\t") and not parsed(head) and not parsed(head[: start.start()]):
+        head = head[start.start() :]  # behind prose
     goes_on = head[:1] in (" ", "\t") if prefix else not names and is_run(parsed(head))
     if not blocks or goes_on or defined.search(head):
         blocks = [("", head), *blocks]
@@ -263,18 +253,20 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
         return found
 
     def rank(number: int) -> tuple:
-        (tag, text), run = blocks[number], is_run(trees[number])
+        (tag, text), syntax = blocks[number], trees[number]
         language = 2 if tag.lower().strip("{}.") in ("python", "python3", "py") else not tag
         if names:
-            defines = bool(defined.search(text)) * (1 if is_stub(trees[number]) else 2)
-            return defines, bool(prefix) and text[:1] in (" ", "\t"), trees[number] is not None, language, number
-        reads = run and any(READS_INPUT.search(blocks[i][1]) for i in with_needed(number))
-        return run and bool(READS_INPUT.search(text)), reads, language, run, number
+            whole = syntax is None or any(isinstance(node, WHOLE) for node in ast.walk(syntax))
+            defines = bool(defined.search(text)) * (1 + whole)
+            return defines, prefix and text[:1] in (" ", "\t"), syntax is not None, language, number
+        run = is_run(syntax)
+        reads = [run and bool(READS_INPUT.search(blocks[i][1])) for i in with_needed(number)]
+        return reads[-1], any(reads), language, run, number
 
     *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
     helpers, source = "".join(textwrap.dedent(blocks[i][1]) + "\n" for i in helpers), blocks[chosen][1]
     if prefix and not defined.search(source):
-        return "\n".join(filter(None, [continuation(source, prefix), helpers]))
+        return continuation(source, prefix) + ("\n" + helpers if helpers else "")
     source = textwrap.dedent(source)
     return helpers + (source.lstrip() if source.lstrip("\n")[:1] in (" ", "\t") else source)
 
@@ -300,26 +292,13 @@ def blocks_of(response: str, strings: bool = True) -> list[tuple[str, str]]:
     return [(tag, "".join(lines)) for tag, lines in blocks]
 
 
-def without_prose(text: str) -> str:
-    """A text from its first line of code on, where what stands before does not parse, nor does the whole."""
-    start = CODE_START.search(text)
-    prose = start and text[:1] not in (" ", "\t") and parsed(text[: start.start()]) is None and parsed(text) is None
-    return text[start.start() :] if prose else text
-
-
 def continuation(source: str, prefix: str) -> str:
     """Lines that go on from those of the prompt, with their indentation: a response decoded by itself can have lost its
     first space, or all, and a body with another indentation is moved as a whole."""
-    lines = source.lstrip("\n").split("\n")
-    widths = [len(line) - len(line.lstrip(" ")) for line in lines]
-    last = prefix.rstrip().rpartition("\n")[2]
-    shift = (len(last) - len(last.lstrip()) or 4) - widths[0]
-    inside = itertools.takewhile(lambda number: widths[number] or not lines[number].strip(), range(1, len(lines)))
-    inside = [number for number in inside if lines[number].strip()]
-    whole = inside and min(widths[number] for number in inside) == widths[0]
-    for number in [0, *inside] if whole else [0]:
-        lines[number] = " " * (widths[number] + shift) + lines[number].lstrip(" ")
-    return "\n".join(lines) if source.lstrip("\n")[:1] != "\t" else source
+    source, last = source.lstrip("\n"), prefix.rstrip().rpartition("\n")[2]
+    width, wanted = (len(line) - len(line.lstrip(" ")) for line in (source, last))
+    lines = 0 if width and re.search(rf"\n {{{width}}}\S", source) else 1
+    return source if source[:1] == "\t" else re.sub(rf"(?m)^ {{{width}}}", " " * (wanted or 4), source, count=lines)
 
 
 def parsed(source: str) -> ast.Module | None:
@@ -345,25 +324,21 @@ def is_run(syntax: ast.Module | None) -> bool:
     return any(isinstance(node, ast.Call) for statement in own for node in ast.walk(statement))
 
 
-def is_stub(syntax: ast.Module | None) -> bool:
-    """Whether the functions of a program are signatures: their bodies hold words, `...`, `pass` or `raise`."""
-    bodies = [node.body for node in ast.walk(syntax) if isinstance(node, ast.FunctionDef)] if syntax else []
-    parts = [part.value if isinstance(part, ast.Expr) else part for body in bodies for part in body]
-    return bool(bodies) and all(isinstance(part, (ast.Pass, ast.Raise, ast.Constant)) for part in parts)
-
-
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
     """1 where all hidden tests pass; see `Task.verify`. Programs have no final answer to vote with: all votes are -1.
     counts: programs that timed out, ran out of memory, were killed or refused, or printed too much. Raises BadInput
     where the sandbox is to blame, not the programs."""
-    pairs = zip(problems, responses)
-    runs = {(problem.answer, response): (problem, response) for problem, row in pairs for response in row}
-    results = dict(zip(runs, shared().run([program_of(*run) for run in runs.values()])))
-    of_rows = [[results[problem.answer, response] for response in row] for problem, row in zip(problems, responses)]
-    statuses = Counter(result.status for row in of_rows for result in row)
+    pairs = [[(problem, response) for response in row] for problem, row in zip(problems, responses)]
+    unique = {(problem.answer, response): (problem, response) for row in pairs for problem, response in row}
+    results = dict(zip(unique, shared().run([program_of(*pair) for pair in unique.values()])))
+    of_rows = [[results[problem.answer, response] for problem, response in row] for row in pairs]
     rewards = torch.tensor([[float(result.passed) for result in row] for row in of_rows])
-    counts = {status: count for status, count in statuses.items() if status not in ("passed", "failed")}
-    return Verdict(rewards, torch.full(rewards.shape, -1), counts)
+    return Verdict(rewards, torch.full(rewards.shape, -1), troubles(result.status for row in of_rows for result in row))
+
+
+def troubles(statuses: Iterable[str]) -> dict[str, int]:
+    """How many programs met with which trouble."""
+    return {status: count for status, count in Counter(statuses).items() if status not in ("passed", "failed")}
 
 
 INPUTS = tuple(range(-3, 13))  # where the hidden tests look; the prompt shows two or three of SHOWN
@@ -401,10 +376,9 @@ value = [row if row and all(type(y) is int and abs(y) < {LARGEST} for y in row) 
 
 def load_programs(name: str, data: str | None = None) -> Task:
     """The task `programs`: from points of a small integer function, such as "1>3 5>11:", to a Python expression in x,
-    such as "2*x+1"; always the same problems in the same order. The prompt shows two or three points, and usually more
-    than one short expression fits them; the hidden tests, on INPUTS, tell which one was meant. A function, that is its
-    values on INPUTS, belongs to train or to test, not both. Votes: expressions with equal values on INPUTS are equal
-    answers; one that fails to give integers, none of 2**63 or more in size, is no answer."""
+    such as "2*x+1"; always the same problems in the same order. Usually more than one short expression fits the points;
+    the hidden tests, on INPUTS, tell which one was meant. A function belongs to train or to test, not both. Votes:
+    expressions with equal values on INPUTS are equal answers; one without values of integers below 2**63 is none."""
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     rng = random.Random(0)
@@ -419,16 +393,12 @@ def load_programs(name: str, data: str | None = None) -> Task:
         seen |= functions.keys()
         for problems, held_out, count in ((train, False, TRAIN_PER_LEVEL), (test, True, TEST_PER_LEVEL)):
             of_split = [pair for pair in functions.items() if (zlib.crc32(repr(pair[0]).encode()) % 5 == 0) == held_out]
-            problems += [example_problem(*rng.choice(of_split), level, rng) for _ in range(count)]
+            for values, expression in (rng.choice(of_split) for _ in range(count)):
+                points = sorted(rng.sample(SHOWN, rng.choice((2, 3))))
+                prompt = " ".join(f"{x}>{values[INPUTS.index(x)]}" for x in points)
+                problems.append(Problem(f"{prompt}:", json.dumps(values), expression, level))
     warm_start = {"steps": 800, "batch": 128, "lr": 3e-3}
     return Task(name, train, test, verify_programs, max_new_tokens=12, warm_start=warm_start)
-
-
-def example_problem(values: tuple[int, ...], expression: str, level: int, rng: random.Random) -> Problem:
-    """A problem that shows a function at two or three points; `answer` is its values on INPUTS."""
-    points = sorted(rng.sample(SHOWN, rng.choice((2, 3))))
-    prompt = " ".join(f"{x}>{values[INPUTS.index(x)]}" for x in points)
-    return Problem(f"{prompt}:", json.dumps(values), expression, level)
 
 
 def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
@@ -437,8 +407,7 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
     answers = [[values[response.strip()][1] for response in row] for row in responses]
     wanted = [tuple(json.loads(problem.answer)) for problem in problems]
     rewards = [[float(answer == right) for answer in row] for right, row in zip(wanted, answers)]
-    statuses = Counter(values[response.strip()][0] for row in responses for response in row)
-    counts = {status: count for status, count in statuses.items() if status not in ("passed", "failed")}
+    counts = troubles(values[response.strip()][0] for row in responses for response in row)
     return Verdict(torch.tensor(rewards), votes_from_answers(answers), counts)
 
 

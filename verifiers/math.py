@@ -16,28 +16,26 @@ last 10 000 characters are read, and the first rule that finds something decides
            several numbers and is no equation, there is no answer (see `number_in`)
 An answer of more than 1000 characters is none. No answer: reward 0 and no vote.
 
-Rewards and votes. An answer that the verifier finds equal to the gold one has reward 1 and votes for "the gold answer";
-any other has reward 0 and votes for its own canonical form: numbers by value, to 6 decimals; expressions by value at a
-fixed point; sets by their elements (workers.canonical). Reward and vote so depend on the problem and the answer alone,
-never on the other responses: the vote is a partition, the same in any order, and all who vote alike have the same
-reward. Pairwise comparison would not do: to math-verify 5 equals "x = 5" and "y = 5", which differ from each other.
-Plain numbers, choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py).
-A comparison that takes over 5 s, or whose worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
-A comparison that took too long is not tried again in the same run.
+Rewards and votes. An answer that equals the gold one has reward 1 and votes for "the gold answer"; any other has reward
+0 and votes for its own canonical form: numbers by value, to 6 decimals; expressions by value at a fixed point; sets by
+their elements (workers.canonical). Both depend on the problem and the answer alone, so that the vote is a partition:
+by pairwise comparison it would be none, since to math-verify 5 equals "x = 5" and "y = 5", which differ. Plain numbers,
+choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py). A comparison that takes
+over 5 s of CPU time, or whose worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
 
 Decided, where math-verify or its users differ:
-  several boxes       the last one counts (math-verify: the first, or all); with commas, "and", "or" between, a list
+  several boxes       the last one counts; with commas, "and", "or" between, a list
   "$18", "18 dollars" equal: currency signs, and words after a number, are units, and units are not compared
   "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice; "(C) 12" is either of its parts
   1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 10^-6, 6 digits count
-  28% and 28          equal, as in math-verify; so are 28% and 0.28, whichever is gold
+  28%, 28 and 0.28    28% equals the others, whichever is gold
   5x, 5ab, 5 cm       letters glued to a number, or one or two behind it, are variables, unless they are a known
                       unit and no variables of the prompt; a word is a unit
   121_3 and 121_4     different, as are m^2 and m^3; a base or an exponent of a unit may be left out
   x < 3 and (-oo, 3)  equal, as sets
   10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and no 11
   255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
-  x = 5 and 5         equal when either is gold, as in math-verify; x^2 + y^2 = 5 is a curve, and no 5
+  x = 5 and 5         equal when either is gold; x^2 + y^2 = 5 is a curve, and no 5
 Left as they are: digits of other scripts and the sign for roots (½ is 1/2), colours, a.m. against p.m., and a box
 inside <think> where none follows.
 """
@@ -69,8 +67,6 @@ INSTALL = "pip install math-verify==0.9.0"
 MAX_ANSWER_CHARS = 1_000
 MAX_RESPONSE_CHARS = 10_000
 CACHED_PAIRS = 100_000
-
-# --- Prompts ---
 
 GSM8K_TEMPLATE = """Question: A baker fills 6 trays with 12 rolls each and sells 50 rolls. How many rolls are left?
 Answer: The baker makes 6 * 12 = 72 rolls. After selling 50 there are 72 - 50 = 22 rolls left.
@@ -117,8 +113,10 @@ NUMBER = re.compile(
     rf"(?:\^\{{?[0-9]+\}}?)?(?:{SCALE})*"
 )
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
-BETWEEN = re.compile(r"(?:\s|[,$]|(?:and|or)\b|\\(?:[\[\]()]|quad|text\s*\{\s*(?:and|or)\s*\}))*")
-UNKNOWN = re.compile(r"[A-Za-z]\s*=\s*\Z")
+# what stands before an item of a list, "x = ", and, behind a \0, between it and the next: words, signs, the same "x = "
+LISTED = re.compile(
+    r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:\s|[,$]|(?:and|or)\b|\\(?:[\[\]()]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
+)
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
 ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
@@ -147,7 +145,7 @@ def gsm8k_answer(response: str) -> str | None:
     text = end_of(response)
     answers = (read(text) for read in (after_hashes, boxed, stated))
     number = next((number for answer in answers if answer and (number := number_in(answer)) is not None), None)
-    return first_usable([last_number(text) if number is None else number])
+    return first_usable([number] if number is not None else [found[0] for found in NUMBER.finditer(text)][-1:])
 
 
 def end_of(response: str) -> str:
@@ -169,9 +167,7 @@ def first_usable(answers: Iterable[str | None]) -> str | None:
 
 def boxed(text: str) -> str | None:
     r"""What the last complete \boxed{} holds; of nested ones, the inner; of "\boxed{a} and \boxed{b}", the list "a, b".
-
-    A box without braces, "\boxed 5", holds the number or letter that follows.
-    """
+    A box without braces, "\boxed 5", holds the number or letter that follows."""
     boxes, opened = [], []  # boxes: start and end in the text, contents; opened: box starts, None for bare braces
     for token in BOX_OR_BRACE.finditer(text):
         if token[0] == "}":
@@ -190,11 +186,9 @@ def lists(items: Sequence[tuple[int, int, str]], text: str) -> list[tuple[int, i
     the same "x = " before each, are one: the list "a, b"."""
     found: list = []
     for start, end, contents in items:
-        if found:
-            unknown = UNKNOWN.search(text[max(found[-1][0] - 9, 0) : found[-1][0]])
-            between = text[found[-1][1] : start]
-            if BETWEEN.fullmatch(between.replace(unknown[0], "") if unknown else between):
-                start, contents = found[-1][0], f"{found.pop()[2]}, {contents}"
+        if found and LISTED.fullmatch(f"{text[max(found[-1][0] - 9, 0) : found[-1][0]]}\0{text[found[-1][1] : start]}"):
+            start, _, first = found.pop()
+            contents = f"{first}, {contents}"
         found.append((start, end, contents))
     return found
 
@@ -213,22 +207,20 @@ def after_hashes(text: str) -> str | None:
 
 def stated(text: str) -> str | None:
     """The formula or sentence after the last "answer is" or "answer:"; of "the sum of the roots is 5", the "5"."""
-    last = None
-    for last in ANSWER_IS.finditer(text):
-        pass
-    if last is None:
+    found = [*ANSWER_IS.finditer(text)]
+    if not found:
         return None
-    start = last.end()
+    start = found[-1].end()
     if MATH_SPAN.match(text, start):
         return formulas(text, start)[0][2]
     sentence = SENTENCE_END.split(text[start:], maxsplit=1)[0]
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
-    words = LEADING_WORDS.match(sentence)
-    if MATH_SPAN.match(sentence, words.end()):
-        return formulas(sentence, words.end())[0][2]
-    return COUNTING.search(words[0]) and number_in(sentence) or sentence
+    words = LEADING_WORDS.match(sentence)[0]
+    if MATH_SPAN.match(sentence, len(words)):
+        return formulas(sentence, len(words))[0][2]
+    return COUNTING.search(words) and number_in(sentence) or sentence
 
 
 def last_math(text: str) -> str | None:
@@ -237,11 +229,6 @@ def last_math(text: str) -> str | None:
     found += [(fraction.end(), fraction[0]) for fraction in FRACTION.finditer(text)][-1:]
     found += [(number.end(), number[0]) for number in NUMBER.finditer(text)][-1:]
     return max(found, key=lambda item: item[0])[1] if found else None
-
-
-def last_number(text: str) -> str | None:
-    """The last number of a text."""
-    return next((number[0] for number in [*NUMBER.finditer(text)][-1:]), None)
 
 
 def number_in(answer: str) -> str | None:
@@ -272,9 +259,9 @@ PLAIN_NUMBER = re.compile(
 NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base", re.IGNORECASE)
 
 FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
-REPEATING = re.compile(
-    r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\dot\s*\{?([0-9])\}?([0-9]*)\\dot\s*\{?([0-9])\}?|\(([0-9]+)\)|"
-    r"\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?|([0-9]{1,6}?)\8+\s*(?:\.{3}|…|\\[lc]?dots))"
+REPEATING = re.compile(  # 0.1\overline{6}, 0.1(6), 0.1666...
+    r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?|\(([0-9]+)\)|"
+    r"([0-9]{1,6}?)\5+\s*(?:\.{3}|…|\\[lc]?dots))"
 )
 VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A-Za-z\\])([A-Za-z]+)", re.DOTALL)
 CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s+(?![-+*/^=<>(]\s*[^0-9])(.+)")
@@ -283,7 +270,9 @@ ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:
 DROPPED = re.compile(r"[0-9]_\{?([0-9]+)\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
 RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|neq?|leqslant|geqslant)(?![a-z])|[<>≤≥≠]")
 OPERATION = re.compile(r"\\(?!left|right|pi|text|mbox|circ|display|infty)[A-Za-z]+|[-+*/^!]|\)\(")
-TASK = re.compile(r"\b(?:Expand|Factor|Simplify|Comput|Evaluat|Calculat|Find|Convert|What is|Write)[^.?$]*$")
+TASK = re.compile(  # at the end of a text without spaces: the formula that follows is to be computed
+    r"(?:Expand|Factor|Simplify|Comput|Evaluat|Calculat|Find|Convert|Whatis|Write)[A-Za-z:,]*(?:\\[\[(])?$"
+)
 
 
 def clean(answer: str) -> str:
@@ -299,22 +288,18 @@ def unwrapped(answer: str) -> str:
     return " ".join(WRAPPER.sub(r" \1 ", answer).split()).rstrip(". ")
 
 
-def in_fractions(answer: str) -> str:
-    """An answer with repeating decimals as fractions."""
-
-    def fraction(decimal: re.Match) -> str:
-        start, period = decimal[1] + decimal[2], "".join(filter(None, decimal.groups()[2:]))
-        bottom = (10 ** len(period) - 1) * 10 ** len(decimal[2])
-        return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{bottom}}}"
-
-    return REPEATING.sub(fraction, answer)
+def as_fraction(decimal: re.Match) -> str:
+    """A repeating decimal, a match of REPEATING, as a fraction."""
+    start, period = decimal[1] + decimal[2], decimal[3] or decimal[4] or decimal[5]
+    bottom = (10 ** len(period) - 1) * 10 ** len(decimal[2])
+    return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{bottom}}}"
 
 
 @functools.lru_cache(maxsize=CACHED_PAIRS)
 def plain_keys(answer: str) -> tuple[str, ...]:
     """What decides the equality of answers that need no algebra, numbers and choice letters; () for others. A
     percentage has two, as it stands and as a part of 1."""
-    text = unwrapped(in_fractions(answer))
+    text = unwrapped(REPEATING.sub(as_fraction, answer))
     if re.fullmatch(r"[A-Z]|\([A-Z]\)", text):
         return (text.strip("()"),)
     number = PLAIN_NUMBER.fullmatch(" ".join(FRAC.sub(r" \1\2/\3\4", text).split()))
@@ -337,16 +322,12 @@ def text_key(answer: str) -> str:
     text = unwrapped(answer)
     if re.fullmatch("[A-Za-z ]{3,}", text):
         return text.lower()
-    return (
-        re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])", "", text)
-        .replace("dfrac", "frac")
-        .replace("tfrac", "frac")
-    )
+    return re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])|(?<=\\)[dt](?=frac)", "", text)
 
 
 def for_algebra(answer: str) -> str:
     """An answer as math-verify reads it rightly: 2 1/2, 0.\\overline{3} and 1e3 are otherwise other numbers."""
-    answer = re.sub(r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}", in_fractions(answer))
+    answer = re.sub(r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}", REPEATING.sub(as_fraction, answer))
     return re.sub(r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9_])", r" \\times 10^{\1}", answer)
 
 
@@ -367,15 +348,13 @@ checked: dict[tuple[str, str], tuple[bool, str] | str] = {}  # what the workers 
 
 
 def judged(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool, str] | str]:
-    """For each (gold, answer): (whether right, what it votes by if wrong), or the name of what went wrong. A time-out
-    is kept like a verdict, since a policy repeats itself; a dead worker may have been the machine's fault."""
+    """For each (gold, answer): (right or not, what it votes by if wrong), or the name of what went wrong. Time-outs are
+    kept like verdicts, since a policy repeats itself; other failures may have been the machine's fault."""
     verdicts = {pair: without_algebra(*pair) or checked.get(pair) for pair in pairs}
     jobs = [pair for pair, verdict in verdicts.items() if verdict is None]
     for pair, (result, failure) in zip(jobs, CHECKERS.map([[*map(for_algebra, pair)] for pair in jobs])):
-        verdicts[pair] = failure
-        if not failure:
-            word = text_key(pair[1]) if re.fullmatch("[A-Za-z ]{3,}", unwrapped(pair[1])) else None
-            verdicts[pair] = result[0], plain_key(pair[1]) or word or result[1]
+        words = re.fullmatch("[a-z ]{3,}", text_key(pair[1]))
+        verdicts[pair] = failure or (result[0], plain_key(pair[1]) or (words[0] if words else result[1]))
         if failure in (None, "timeouts"):
             checked[pair] = verdicts[pair]
     while len(checked) > CACHED_PAIRS:
@@ -383,14 +362,9 @@ def judged(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool
     return verdicts
 
 
-def variables_in(prompt: str) -> set[str]:
-    """The letters that the formulas of a prompt use."""
-    texts = (re.sub(r"\\[A-Za-z]+", " ", WRAPPER.sub(" ", formula)) for _, _, formula in formulas(prompt))
-    return {*re.findall("[A-Za-z]", " ".join(texts))}
-
-
 def with_variables(answer: str, names: set[str]) -> str:
-    """An answer in which variables at the end are in braces, by which math-verify knows them from units."""
+    """An answer in which variables at the end are in braces, by which math-verify knows them from units. names: the
+    letters that are variables of the problem."""
     match = VARIABLES.fullmatch(answer)
     if not match:
         return answer
@@ -400,67 +374,56 @@ def with_variables(answer: str, names: set[str]) -> str:
     return answer if known or word or letters == "i" else f"{head}{gap}{{{letters}}}"
 
 
-def answer_to(problem: Problem, gold: str, answer: str) -> str:
-    """An answer as the problem and its gold answer let it be read: the letter or the text of "(C) 12", letters that are
-    variables, "2 dozen" where dozens are asked for."""
-    choice = CHOICE.fullmatch(unwrapped(answer))
-    if choice:
-        letters = re.fullmatch(r"\(?[A-Z]\)?", unwrapped(gold))
-        answer = choice[1] or choice[2] if letters else choice[3]
-    if ASKED_SCALE.search(problem.prompt):
-        answer = re.sub(SCALE, "", answer)
-    return answer
+def pairs_of(problem: Problem, answers: Iterable[str | None]) -> list[tuple[str, str] | None]:
+    """(gold, answer) for each answer to a problem, as it lets them be read: the letter or the text of "(C) 12", letters
+    that are its variables, "2 dozen" where dozens are asked for. None where there is no answer."""
+    gold, pairs = clean(problem.answer), []
+    texts = (re.sub(r"\\[A-Za-z]+", " ", WRAPPER.sub(" ", formula)) for _, _, formula in formulas(problem.prompt))
+    names = {*re.findall("[A-Za-z]", " ".join(texts)), *re.findall("[0-9]([A-Za-z])$", gold)}
+    for answer in answers:
+        if answer and (choice := CHOICE.fullmatch(unwrapped(answer))):
+            letters = re.fullmatch(r"\(?[A-Z]\)?", unwrapped(gold))
+            answer = choice[1] or choice[2] if letters else choice[3]
+        if answer and ASKED_SCALE.search(problem.prompt):
+            answer = re.sub(SCALE, "", answer)
+        pairs.append((with_variables(gold, names), with_variables(answer, names)) if answer else None)
+    return pairs
 
 
 def is_echo(problem: Problem, gold: str, answer: str) -> bool:
-    """Whether an answer that equals the gold one is an unevaluated formula of the problem, or the equation of a curve.
-
-    A formula is one with operations that stands in the prompt, alone or as a side of a relation, where it is what the
-    prompt asks to compute or where the gold answer has fewer operations. The equation of a curve has a power on its
-    left side, which is not in the prompt, and math-verify would take its right side for the answer."""
-    gold, answer = (FRAC.sub(r"\1\2/\3\4", text_key(text)) for text in (gold, answer))
+    """Whether an answer that equals the gold one is an unevaluated formula of the problem: one with operations that
+    stands in the prompt, where the prompt asks to compute it, or where it is no number and the gold answer has fewer
+    operations. The equation of a curve, with a power on its left side, is one unless the prompt has that side."""
+    texts = (FRAC.sub(r"\1\2/\3\4", text_key(clean(text))) for text in (problem.prompt, gold, answer))
+    prompt, gold, answer = (re.sub(r"\{([A-Za-z]+)\}", r"\1", text) for text in texts)  # of `with_variables`
     curve, is_equation, _ = answer.partition("=")
     if is_equation and "=" not in gold and re.search(r"(?<![A-Za-z\\])[a-z]\^", curve):
-        return curve not in text_key(problem.prompt)
-    count = len(OPERATION.findall(answer))
-    if not count or sorted(gold) == sorted(answer):
+        return curve not in prompt
+    before, found, _ = prompt.partition(answer)
+    if not found or sorted(gold) == sorted(answer):
         return False
-    for start, _, formula in formulas(problem.prompt):
-        whole = FRAC.sub(r"\1\2/\3\4", text_key(clean(formula)))
-        if whole == answer and TASK.search(problem.prompt[:start]):
-            return True
-        if answer in (whole, *re.split(r"(?<![<>])=|\\equiv", whole)) and count > len(OPERATION.findall(gold)):
-            return True
-    return False
+    least, count = len(OPERATION.findall(gold)), len(OPERATION.findall(answer))
+    return count > least and not plain_keys(answer) or count > 0 and TASK.search(before) is not None
 
 
 def verify(
     problems: Sequence[Problem], responses: Sequence[Sequence[str]], answer_in: Callable[[str], str | None]
 ) -> Verdict:
-    """See `Task.verify`. answer_in: the task's reading of a response.
+    """See `Task.verify`. answer_in: the task's reading of a response. Raises RuntimeError if no worker can start."""
+    rows = [pairs_of(problem, map(answer_in, row)) for problem, row in zip(problems, responses)]
+    verdicts = judged([pair for row in rows for pair in row if pair])
 
-    Raises RuntimeError if the worker processes cannot start.
-    """
-    golds, answers = [], []
-    for problem, row in zip(problems, responses):
-        gold = clean(problem.answer)
-        names = variables_in(problem.prompt) | {*re.findall("[0-9]([A-Za-z])$", gold)}
-        found = [answer_in(response) for response in row]
-        golds.append(with_variables(gold, names))
-        answers.append([answer and with_variables(answer_to(problem, gold, answer), names) for answer in found])
-    pairs = [(gold, answer) for gold, row in zip(golds, answers) for answer in row if answer is not None]
-    verdicts = judged(pairs)
-    counts = dict(collections.Counter(verdicts[pair] for pair in pairs if isinstance(verdicts[pair], str)))
-    rewards, voters = [], []
-    for problem, gold, row in zip(problems, golds, answers):
-        found = [verdicts.get((gold, answer)) for answer in row]
-        found = [None if isinstance(verdict, str) else verdict for verdict in found]
-        for i, verdict in enumerate(found):
-            if verdict and verdict[0] and is_echo(problem, gold, row[i]):
-                found[i] = False, f"text {row[i]}"
-        rewards.append([float(verdict is not None and verdict[0]) for verdict in found])
-        voters.append([verdict and (True if verdict[0] else verdict[1]) for verdict in found])
-    return Verdict(torch.tensor(rewards), votes_from_answers(voters), counts)
+    def vote(problem: Problem, pair: tuple[str, str] | None) -> bool | str | None:
+        """True for the gold answer."""
+        verdict = verdicts.get(pair)
+        if isinstance(verdict, tuple) and verdict[0] and is_echo(problem, *pair):
+            return f"text {pair[1]}"
+        return verdict[0] or verdict[1] if isinstance(verdict, tuple) else None
+
+    voters = [[vote(problem, pair) for pair in row] for problem, row in zip(problems, rows)]
+    failures = [verdicts[pair] for row in rows for pair in row if isinstance(verdicts.get(pair), str)]
+    rewards = torch.tensor([[float(voter is True) for voter in row] for row in voters])
+    return Verdict(rewards, votes_from_answers(voters), dict(collections.Counter(failures)))
 
 
 # --- Data ---
@@ -517,12 +480,8 @@ def load(name: str, data: str | None = None) -> Task:
             print(f"{place}: {what}: these problems have no level", file=sys.stderr)
     if not any(splits.values()):
         raise BadInput(f"{where} has no {'test' if name == 'math500' else 'train or test'} split")
-    answer_in = gsm8k_answer if numeric else math_answer
+    template, instruction = (GSM8K_TEMPLATE, GSM8K_INSTRUCTION) if numeric else (MATH_TEMPLATE, MATH_INSTRUCTION)
+    check = functools.partial(verify, answer_in=gsm8k_answer if numeric else math_answer)
     return Task(
-        name,
-        **splits,
-        verify=functools.partial(verify, answer_in=answer_in),
-        template=GSM8K_TEMPLATE if numeric else MATH_TEMPLATE,
-        instruction=GSM8K_INSTRUCTION if numeric else MATH_INSTRUCTION,
-        max_new_tokens=256 if numeric else 512,
+        name, **splits, verify=check, template=template, instruction=instruction, max_new_tokens=256 if numeric else 512
     )

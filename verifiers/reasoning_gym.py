@@ -49,12 +49,9 @@ class GymProblem(Problem):
 
 def problems_at(name: str, seed: int, indices: Sequence[int]) -> list[GymProblem]:
     """The problems at these indices, without those that cannot be made."""
-    entries = GYM.map([[name, seed, index] for index in indices])
-    return [
-        GymProblem(entry[0].strip(), entry[1] or "", dataset=name, seed=seed, index=index)
-        for index, (entry, failure) in zip(indices, entries)
-        if not failure
-    ]
+    entries = zip(indices, GYM.map([[name, seed, index] for index in indices]))
+    made = [(index, *entry) for index, (entry, failure) in entries if not failure]
+    return [GymProblem(text.strip(), answer or "", dataset=name, seed=seed, index=i) for i, text, answer in made]
 
 
 class TrainProblems(Sequence):
@@ -92,19 +89,15 @@ def answer_in(response: str) -> str | None:
 def verify(problems: Sequence[GymProblem], responses: Sequence[Sequence[str]]) -> Verdict:
     """The data set's own score of each answer; see `Task.verify`."""
     answers = [[answer_in(response) for response in row] for row in responses]
-    asked = [
-        (problem.dataset, problem.seed, problem.index, answer)
+    rows = [
+        [answer and (problem.dataset, problem.seed, problem.index, answer) for answer in row]
         for problem, row in zip(problems, answers)
-        for answer in row
-        if answer is not None
     ]
-    scores = dict(zip(dict.fromkeys(asked), GYM.map(list(dict.fromkeys(asked)))))
-    counts = dict(collections.Counter(scores[question][1] for question in asked if scores[question][1]))
-    rewards, voters = [], []
-    for problem, row in zip(problems, answers):
-        found = [scores.get((problem.dataset, problem.seed, problem.index, answer), (None, None))[0] for answer in row]
-        rewards.append([0.0 if score is None else score for score in found])
-        voters.append([None if score is None else answer for score, answer in zip(found, row)])
+    asked = list(dict.fromkeys(question for row in rows for question in row if question))
+    scores = {None: (None, None), **dict(zip(asked, GYM.map(asked)))}
+    counts = dict(collections.Counter(scores[question][1] for row in rows for question in row if scores[question][1]))
+    rewards = [[scores[question][0] or 0.0 for question in row] for row in rows]
+    voters = [[None if scores[question][0] is None else question[-1] for question in row] for row in rows]
     return Verdict(torch.tensor(rewards), votes_from_answers(voters), counts)
 
 

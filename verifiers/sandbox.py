@@ -7,51 +7,47 @@
 **First, what does not hold.**
 - Level `rlimits` is no protection: it bounds time, memory and output. A program can read and delete what you can, reach
   the network, signal your processes and leave processes behind. It is for programs that you would run yourself.
-- Crowding can turn a right program's verdict into "timed out", never a wrong one's into "passed". So the wall time is
-  long enough for two busy programs per core, and a program that timed out with less than half of it as CPU time runs
-  again, alone (`Sandbox.run`). What starves even then, beside other jobs on the machine, is judged too low.
+- Crowding can turn a right program's verdict into "timed out", never a wrong one's into "passed". The wall time is long
+  enough for two busy programs per core, and a program that timed out with less than half of it as CPU time runs again,
+  alone (`Sandbox.run`). What starves even then, beside other jobs on the machine, is judged too low.
 
 **The verdict cannot be forged.** The tests never enter the process that runs the program. They run in a *judge*, for
 which the program's names stand for objects over there: a call goes out, plain data comes back, and the judge compares
 exact built-in types in its own memory. So exit codes, printed words, patched built-ins, an `__eq__` that is always
-true, and a search for the expected values in memory or on disk get nowhere. What tests draw at random is seeded by the
-tests and the program, which does not know the tests. The judge reports to the pool over a socket that the program does
-not have, with a secret drawn anew for each program. `sandbox_worker` describes the processes.
+true, and a search for the expected values in memory or on disk get nowhere. What tests draw at random is seeded by
+tests and program, and the program does not know the tests. The judge reports over a socket that the program does not
+have, with a secret drawn anew for each program. `sandbox_worker` describes the processes.
 
 **Levels**, strongest first. A level is in force or refused, never replaced by a weaker one, and each worker proves its
 lock with a program that tries it. `auto` is the strongest of the first two.
-
 - `bubblewrap`. Needs the program `bwrap`, and all that `landlock` needs. What holds there, in mount, PID, network, IPC
   and UTS namespaces of its own (and a user namespace, but for root): other files and processes do not even exist.
 - `landlock`. Needs Linux 5.13 with Landlock, libseccomp, and the packages landlockpy and pyseccomp. Files: the
   interpreter's library and installed packages can be read; nothing can be written or locked. seccomp lets through a
   list of system calls: no sockets but connected pairs, no descriptors sent, no new processes or programs, no signals,
-  no access to other processes, no shared memory, no io_uring; calls that later kernels add are shut out. As root, a
-  worker first becomes a user of its own, without capabilities but that of reading the interpreter.
+  no access to other processes, no shared memory, no io_uring, nothing that later kernels add. As root, a worker first
+  becomes a user of its own, without capabilities but that of reading the interpreter.
 - `rlimits`. Any Unix, and the only one on macOS, by name only. The limits, an empty environment, a process of its own.
 Limits at every level, on each program: wall and CPU time, address space, threads and processes (root at level
 `rlimits`: no), bytes written to files (none), open files, bytes printed, one core. The judge has the same address space
-and a second more of wall time; answers are bounded before values are built. The program's process group is killed and
-reaped before the next one starts, which finds none of its flags on descriptors. A worker that dies or does not answer
-in time costs the program that it judged and is replaced; BadInput is raised where that fails. Where the machine's
-memory runs out, Linux ends workers first.
+and a second more of wall time. The program's process group is killed and reaped before the next one starts. A worker
+that dies or does not answer in time costs the program that it judged and is replaced; BadInput is raised where that
+fails. Where the machine's memory runs out, Linux ends workers first.
 
 **Not covered.**
 - Holes in the kernel, and side channels (timing, caches). Only a virtual machine is stronger; run one around the pool.
-- The files that can be read: the interpreter's library and site-packages, with whatever secrets somebody put there. At
-  level `landlock`, what other names tell: whether a file exists, its size and times, which process numbers are taken.
+- The files that can be read, with whatever secrets somebody put into site-packages. At level `landlock`, what other
+  names tell: whether a file exists, its size and times, which process numbers are taken.
 - The sum over workers: each may use its memory limit twice (judge, program). Set `Limits.memory` accordingly.
-- As an ordinary user, but for `bubblewrap`: the system counts the threads of all that this user runs. The limit on a
-  program's threads is raised by what runs on the machine when it starts. A program with very many threads can keep
-  other programs of the same user from making theirs until it is killed.
+- As an ordinary user, but for `bubblewrap`: the system counts the threads of all that this user runs. The limit is
+  raised by what runs when a program starts; one with very many threads can keep others from making theirs.
 - The tests themselves are trusted with the judge's process, under the same lock: they come with the data set.
-- What only an object's own process can tell. Arguments and results are copied, so a test that looks at how an argument
-  was changed in place, or at the identity of a result, does not see it. An object that is no plain data (plain are the
-  built-in types, Decimal, Fraction, naive dates, named tuples) equals only itself or, if both are dataclasses, one with
-  equal fields, whatever its `__eq__`; a test that asks whether it is true, calls its methods, or has the program make
-  what it expects is told what the program likes. `in` goes through its items, so that a class with `__contains__` alone
-  fails. Operators need two objects of the program: from `f(2) - 4` it would learn what is expected. `with` keeps no
-  exception back and tells of none. Functions cannot be handed over.
+- What only an object's own process can tell. Arguments and results are copied: a test sees no change of an argument in
+  place and no identity of a result. An object that is no plain data (plain are the built-in types, Decimal, Fraction,
+  naive dates, named tuples) equals only itself or, if both are dataclasses, one with equal fields; a test that asks
+  whether it is true, calls its methods, or has the program make what it expects, is told what the program likes. `in`
+  goes through its items, operators need two objects of the program (from `f(2) - 4` it would learn what is expected),
+  `with` tells it of no exception, and functions cannot be handed over.
 - Programs that ask for time, entropy or addresses, NumPy's `default_rng()` among them, may not behave the same twice;
   `random`, `numpy.random` and `hash` start the same.
 """
@@ -86,13 +82,11 @@ WORKER = Path(__file__).with_name("sandbox_worker.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program; each case of standard input and output is a run of its own, with these limits, but all its
-    cases together have CASES times the wall time of one.
+    """Limits of one program; each case is a run of its own, but all together have CASES times the wall time of one.
 
     cpu: whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. wall: seconds, enough for two programs per
-    core that use up their CPU time beside other work; more in proportion where a pool has more workers than that.
-    memory: bytes of address space. output: bytes of standard output, or twice what is expected if that is more.
-    threads: of one program, itself included."""
+    core that use up their CPU time; more in proportion where a pool has more workers. memory: bytes of address space.
+    output: bytes printed, or twice what is expected if that is more. threads: of one program, itself included."""
 
     wall: float = 30.0
     cpu: int = 8
@@ -106,11 +100,10 @@ class Limits:
 class Program:
     """A program and what decides about it: either tests or cases.
 
-    source: the untrusted Python. tests: Python that the judge runs, outside the program's process, and that must reach
-    its end; `names` stand for the program's objects of these names in it, and what it leaves in a variable `value` is
-    `Result.value`, by way of JSON: integers of up to 4300 digits, lists for tuples. setup: Python that the judge runs
-    before. cases: pairs of standard input and expected standard output, compared token by token; all must agree. wall:
-    seconds, where they are fewer than the pool's `Limits.wall`."""
+    source: the untrusted Python. tests: Python that the judge runs and that must reach its end; `names` stand for the
+    program's objects in it, and what it leaves in a variable `value` is `Result.value`, by way of JSON: integers of up
+    to 4300 digits, lists for tuples. setup: Python that the judge runs before. cases: pairs of standard input and
+    expected output, compared token by token. wall: seconds, where they are fewer than the pool's `Limits.wall`."""
 
     source: str
     tests: str = ""
@@ -122,8 +115,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program. status: one of STATUSES; detail: one line of why, written by the program in part, so
-    not to be trusted; value: see `Program.tests`; wall, cpu: seconds that it took."""
+    """What became of a program. status: one of STATUSES; detail: one line of why, in part the program's words, not to
+    be trusted; value: see `Program`; wall, cpu: seconds that it took."""
 
     status: str
     detail: str = ""
@@ -140,10 +133,8 @@ class Result:
 class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers at one level of isolation.
 
-    level: "auto", the strongest of bubblewrap and landlock that works here, or one of LEVELS, which is then in force or
-    refused. workers: programs that run at once, default two per core; each is kept to one core. Raises BadInput for a
-    level that is not to be had. `level` is the level in force.
-    """
+    level: "auto" or one of LEVELS; afterwards the level in force. workers: programs that run at once, default two per
+    core; each is kept to one core. Raises BadInput for a level that is not to be had."""
 
     def __init__(self, level: str = "auto", workers: int | None = None, limits: Limits = Limits()) -> None:
         if level != "auto" and level not in LEVELS:
@@ -154,7 +145,7 @@ class Sandbox(contextlib.AbstractContextManager):
         self.limits = replace(limits, wall=limits.wall * self._crowd)
         self._workers: list[_Worker] = []
         self._lock, reasons = threading.Lock(), []
-        for self.level in ("bubblewrap", "landlock") if level == "auto" else (level,):
+        for self.level in LEVELS[:2] if level == "auto" else (level,):
             try:
                 self._workers.append(self._start())
                 break
@@ -168,8 +159,8 @@ class Sandbox(contextlib.AbstractContextManager):
         atexit.register(self.close)
 
     def run(self, programs: Sequence[Program]) -> list[Result]:
-        """The result of each program, in order. Safe to call from several threads, which then take turns. Raises
-        BadInput where no program is to blame: a worker cannot be replaced, tests need a module that is missing.
+        """The result of each program, in order; threads that call it take turns. Raises BadInput where no program is to
+        blame: a worker cannot be replaced, tests need a module that is missing.
 
         Programs that timed out with less than half their wall time of CPU time may have starved beside others. They run
         again, alone, for as long as all programs took together: each for a sixteenth of its wall time, so that those
@@ -235,7 +226,7 @@ class Sandbox(contextlib.AbstractContextManager):
         self.close()
 
     def _fill(self) -> None:
-        """Start what workers are missing. Raises BadInput."""
+        """Start what workers are missing."""
         while len(self._workers) < self.count:
             self._workers.append(self._start())
 
@@ -262,10 +253,10 @@ def shared(level: str | None = None) -> Sandbox:
     """The one pool of this process that the tasks use. The first call starts it, at the level named or else "auto"; a
     later call with another level replaces it. Raises BadInput."""
     global _pool
-    if _pool is None or level not in (None, _pool.level):
-        if _pool is not None:
-            _pool.close()
-        _pool = Sandbox(level or "auto")
+    if _pool and level not in (None, _pool.level):
+        _pool.close()
+        _pool = None
+    _pool = _pool or Sandbox(level or "auto")
     return _pool
 
 

@@ -1,5 +1,4 @@
 """Messages between pool, judge and programs, and values as JSON. `decode` reads what hostile programs wrote.
-
 A message is its length, four bytes, and its bytes. A value is a JSON scalar or [kind, content]; `encode` lists kinds.
 """
 
@@ -40,8 +39,7 @@ def as_json(message) -> bytes:
 
 
 def from_json(data: bytes):
-    """What a program wrote. Raises ValueError or RecursionError. Objects, which encode nothing, come as lists, for keys
-    may be chosen to collide."""
+    """What a program wrote; objects as lists, for keys may be chosen to collide. Raises ValueError, RecursionError."""
     return _decoder.decode(data.decode())
 
 

@@ -77,7 +77,7 @@ for _name in OPERATORS:
 
 
 class Run:
-    """One program under judgement: from its source to its end. `trouble`: None, a status, or "ended"."""
+    """One program under judgement, from source to end. `trouble`: None, a status, or "ended"."""
 
     def __init__(self, control: socket.socket, job: dict, end: float) -> None:
         self.control, self.job, self.trouble, self.detail, self.rest = control, job, None, "", bytearray()

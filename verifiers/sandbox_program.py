@@ -1,5 +1,5 @@
-"""The process of one program: a fresh child of the fork server, which runs the program and answers its judge. Whatever
-is called or read for the first time costs a page: so plainly, and in few words."""
+"""The process of one program: a fresh child of the fork server, which runs it and answers its judge. Whatever is called
+or read for the first time costs a page."""
 
 import atexit
 import contextlib

@@ -93,8 +93,8 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
 
 
 def with_devices(open_path, open_number):
-    """`open_path`, which opens files, for programs: they can open no device to writing and not all to reading, and get
-    copies of the descriptors that are open; of standard input from its start, as if it was a file."""
+    """`open_path`, which opens files, for programs: of devices, which they cannot open, they get copies of descriptors;
+    of standard input from its start, as if it was a file."""
 
     def opened(file, *args, **kwargs):
         number = DEVICES.get(file) if isinstance(file, str) else None

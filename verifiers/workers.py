@@ -2,10 +2,10 @@
 
 `Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
 line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. The children import neither torch nor this
-package and are not forked from a parent that has threads. Limits: `limit_s` of wall time a job, whatever part of an
-answer has come by then, after which the child is killed and replaced; `REPLY_BYTES` an answer; `MEMORY_BYTES` of
-address space. A child ends with its parent, whether idle (end of stdin) or stuck (its own alarm). This guards against
-slow algebra and accidents; it is no sandbox for hostile programs.
+package and are not forked from a parent that has threads. Limits: `limit_s` of CPU time a job, after which the child
+ends, and CROWD times that of wall time, since a busy machine shall change no verdict; `REPLY_BYTES` an answer;
+`MEMORY_BYTES` of address space. A child ends with its parent, whether idle (end of stdin) or stuck (its own alarm).
+This guards against slow algebra and accidents; it is no sandbox for hostile programs.
 """
 
 import os
@@ -32,6 +32,7 @@ from fractions import Fraction
 from multiprocessing.connection import wait
 
 START_S = 120  # for the child's imports, on a slow disk
+CROWD = 12  # the wall time of a job over its CPU time
 MEMORY_BYTES = 4 << 30
 REPLY_BYTES = 1 << 20
 # With hash seed 0 the order of sympy's symbols, and so every result, is the same in all children; a thread per core
@@ -50,7 +51,7 @@ class Worker:
         self.deadline = time.monotonic() + START_S
 
     def send(self, number: int, job: list, limit_s: float) -> None:
-        self.job, self.deadline = number, time.monotonic() + limit_s
+        self.job, self.deadline = number, time.monotonic() + CROWD * limit_s
         with contextlib.suppress(BrokenPipeError):  # it died while idle: `receive` will find the end of its output
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
@@ -77,7 +78,7 @@ class Worker:
 
 
 class Workers:
-    """Children that call one of `FUNCTIONS`: started when first needed, at most `count` (the CPUs, but 8 at most)."""
+    """Children that call one of `FUNCTIONS`: started when first needed, at most `count` (the CPUs, 8 at most)."""
 
     def __init__(self, function: str, limit_s: float = 5.0, count: int | None = None):
         self.function, self.limit_s, self.count = function, limit_s, count or min(os.cpu_count() or 1, 8)
@@ -85,9 +86,9 @@ class Workers:
         self.lock = threading.Lock()
 
     def map(self, jobs: list[list]) -> list[tuple[object, str | None]]:
-        """For each job, a list of arguments, in order: (result, None), or (None, failure), which is "timeouts", "dead
-        workers" or "errors" (the function raised). A result depends on its job alone. May be called from any thread.
-        Raises RuntimeError if a child cannot start."""
+        """For each job, a list of arguments, in order: (result, None), or (None, failure): "timeouts" (of CPU time, so
+        the job's fault), "late" (of wall time), "dead workers" or "errors" (the function raised). A result depends on
+        its job alone. May be called from any thread. Raises RuntimeError if a child cannot start."""
         results: list = [(None, "dead workers")] * len(jobs)
         todo = collections.deque(enumerate(jobs))
         with self.lock:
@@ -122,8 +123,8 @@ class Workers:
                 code = self.drop(worker)
                 if not worker.ready:
                     raise RuntimeError(f"the process for {self.function} did not start (exit code {code})") from end
-                timed_out = isinstance(end, TimeoutError) or code == -signal.SIGALRM
-                results[worker.job] = None, "timeouts" if timed_out else "dead workers"
+                late = "late" if isinstance(end, TimeoutError) else "dead workers"
+                results[worker.job] = None, "timeouts" if code == -signal.SIGPROF else late
             else:
                 if worker.job is not None:
                     results[worker.job] = reply["result"], reply["failure"]
@@ -255,12 +256,12 @@ def serve(name: str, limit_s: float) -> None:
         return reply(None, f"{type(error).__name__}: {error}")
     reply(None, None)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, limit_s + 1)  # unhandled: ends this process, even if the parent is gone
+        signal.setitimer(signal.ITIMER_PROF, limit_s)  # unhandled: ends this process, even if the parent is gone
         try:
             result, failure = function(*json.loads(line)), None
         except Exception:
             result, failure = None, "errors"
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         reply(result, failure)
 
 
