@@ -5,18 +5,18 @@ for runs that differ in nothing but the seed as means over seeds.
     python -m harness.report runs/* --figure together.png
 """
 
+import argparse
 import glob
 import itertools
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 from verifiers import BadInput, Problem
 
@@ -213,23 +213,24 @@ def save_comparison(path: Path, runs: dict, metric: str) -> None:
     save_and_close(figure, path)
 
 
-@dataclass
-class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # folders of runs; what is no finished run is left out
-    figure: Path | None = None  # also draw the runs together into this file, such as together.png
-    metric: str | None = None  # what is drawn (default: pass@k, by the k or N of the first run)
-
-
-def main(args: Args) -> None:
-    runs = finished_runs(args.runs)
+def compare(patterns: Sequence[str], figure: Path | None = None, metric: str | None = None) -> None:
+    """Print how runs compare, and draw them together if a figure is asked for. Raises BadInput."""
+    runs = finished_runs(patterns)
     print(comparison(runs))
-    if args.figure:
+    if figure:
         (first, *_), *_ = next(iter(runs.values()))
-        save_comparison(args.figure, runs, args.metric or f"pass@{first.get('k', first.get('N'))}")
-        print(f"figure: {args.figure}")
+        save_comparison(figure, runs, metric or f"pass@{first.get('k', first.get('N'))}")
+        print(f"figure: {figure}")
 
 
 if __name__ == "__main__":
-    from harness.run import run_cli
-
-    run_cli(main, Args)
+    parser = argparse.ArgumentParser(prog="python -m harness.report", description=__doc__)
+    parser.add_argument("runs", nargs="*", help="folders of runs; what is no finished run is left out")
+    parser.add_argument("--figure", type=Path, help="also draw the runs together into this file, such as together.png")
+    parser.add_argument("--metric", help="what is drawn (default: pass@k, by the k or N of the first run)")
+    args = parser.parse_args()
+    try:
+        compare(args.runs, args.figure, args.metric)
+    except (BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -22,11 +22,11 @@ sys.meta_path.insert(0, Hook())
 """
 CHECK = """
 for case in json.load(open("cases.json")):
-    arguments = {x: torch.tensor(v).double() if isinstance(v, list) else v for x, v in case["arguments"].items()}
+    arguments = {x: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for x, v in case["arguments"].items()}
     if "votes" in arguments:
         arguments["votes"] = arguments["votes"].long()
     result = globals()[case["function"]](**arguments)
-    assert torch.allclose(result, torch.tensor(case["result"]).double(), rtol=1e-12, atol=1e-14), case
+    assert torch.allclose(result, torch.tensor(case["result"], dtype=torch.float64), rtol=1e-12, atol=1e-14), case
     print(case["function"])
 """
 

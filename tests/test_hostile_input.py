@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import LlamaConfig
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_code import CONTEST, HUMANEVAL, MBPP, SANITIZED, TACO, TACO_FUNCTION
@@ -735,7 +736,7 @@ def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
     """From the file to the tokenizer of the `tiny` policy: what a reader lets through can be encoded."""
     row = json.dumps({"problem": prompt, "answer": "1"}).encode()
     problems = problems_or_refusal("math", folder / "prompt.jsonl", row) or [Problem("", "1")]
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
+    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=context))
     policy = SimpleNamespace(tokenizer=TOKENIZER, model=model)
     try:
         (ids,) = harness.policy.encode_prompts(policy, SimpleNamespace(template="{prompt}"), problems, 8)

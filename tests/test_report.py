@@ -177,7 +177,7 @@ def runs(tmp_path, monkeypatch):
 
 def test_runs_are_compared_over_seeds(runs, capsys):
     """Changes .25 and .45: mean .35, deviation .1414, half-width 12.706 x .1414 / sqrt(2) = 1.271."""
-    runs.main(report.Args(("runs/*",)))
+    runs.compare(("runs/*",))
     assert capsys.readouterr().out.splitlines() == [
         "mean over seeds of the evaluations; ± is a 95% interval over seeds (Student's t)",
         "estimator=mean (1 seed)",
@@ -196,7 +196,7 @@ def test_a_seed_counts_once_and_what_is_no_finished_run_is_left_out(runs, capsys
     Path("runs/bandit.png").write_text("")
     Path("runs/x").mkdir()
     Path("runs/x/args.json").write_text("{")
-    runs.main(report.Args(("runs/unbiased?", "runs/[vwxb]*", "runs/nothing", "runs/unbiased0")))
+    runs.compare(("runs/unbiased?", "runs/[vwxb]*", "runs/nothing", "runs/unbiased0"))
     lines = capsys.readouterr().out.splitlines()
     once = "it counts once, for a run before it has the same arguments and seed"
     assert [line.partition(": ")[::2] for line in lines[:5]] == [
@@ -209,13 +209,13 @@ def test_a_seed_counts_once_and_what_is_no_finished_run_is_left_out(runs, capsys
     assert lines[5] == f"left out runs/unbiased0: {once}" and lines[7] == "pass_at_k_pg (2 seeds)"
     assert lines[-1] == "  pass@2  0.250 -> 0.600   +0.350 ± 1.271"
     with pytest.raises(BadInput, match=r"no finished run is there: give folders of some, such as runs/\*"):
-        runs.main(report.Args(("runs/nothing",)))
+        runs.compare(("runs/nothing",))
 
 
 def test_runs_that_only_evaluate_are_compared(runs, capsys):
     for seed, model in enumerate(("a", "b", "b")):
         write_run(Path(f"runs/e{seed}"), {"model": model, "steps": 0, "seed": seed}, {0: {"pass@1": seed / 10}}, {})
-    runs.main(report.Args(("runs/e*",)))
+    runs.compare(("runs/e*",))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:4] == ["model=a (1 seed)", "  metric  mean ± 95%", "  pass@1  0.000"]
     assert lines[4:] == ["model=b (2 seeds)", "  metric  mean ± 95%", "  pass@1  0.150 ± 0.635"]  # 12.706 x .05
@@ -225,13 +225,13 @@ def test_labels_and_lines_fit_80_columns(runs, capsys):
     for lr in (1, 2):
         args = {f"flag_{i}": "x" * 20 + str(lr) for i in range(5)} | {"steps": 0}
         write_run(Path(f"runs/long{lr}"), args, {0: {"metric@32": 1.0}}, {})
-    runs.main(report.Args(("runs/long*",)))
+    runs.compare(("runs/long*",))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_runs_are_drawn_against_steps_and_kl(runs, figures, capsys):
     """Step t logs the KL after t - 1 steps, (t - 1) / 10; none is logged after the last, whose KL is the one before."""
-    runs.main(report.Args(("runs/*",), Path("t.png")))
+    runs.compare(("runs/*",), Path("t.png"))
     steps, kl = figures[0].axes
     assert "figure: t.png" in capsys.readouterr().out and steps.get_ylabel() == "pass@2"
     means = {"estimator=mean": [0.5, 0.5, 0.4997], "estimator=unbiased": [0.25, 0.5, 0.6]}
@@ -246,13 +246,13 @@ def test_runs_are_drawn_against_steps_and_kl(runs, figures, capsys):
 
 def test_a_figure_that_cannot_be_drawn_is_one_line(runs):
     with pytest.raises(BadInput, match="--metric maj@2 is none of estimator=mean: it has pass@2"):
-        runs.main(report.Args(("runs/*",), Path("t.png"), "maj@2"))
+        runs.compare(("runs/*",), Path("t.png"), "maj@2")
     with pytest.raises(BadInput, match="cannot draw t.foo: Format 'foo' is not supported"):
-        runs.main(report.Args(("runs/*",), Path("t.foo"), "pass@2"))
+        runs.compare(("runs/*",), Path("t.foo"), "pass@2")
 
 
 def test_a_seed_that_was_evaluated_more_often_is_drawn_where_all_were(runs, figures):
     args = {"estimator": "unbiased", "seed": 2, "steps": 4, "k": 2}
     write_run(Path("runs/unbiased2"), args, {step: {"pass@2": 0.5} for step in (0, 1, 2, 4)}, {1: {"kl": 0.0}})
-    runs.main(report.Args(("runs/unbiased*",), Path("t.png")))
+    runs.compare(("runs/unbiased*",), Path("t.png"))
     assert lines_of(figures[0].axes[0])["pass_at_k_pg"][0] == [0, 2, 4]
