@@ -368,8 +368,11 @@ class Runs:
     def command(self, name: str, seed: int) -> str:
         return command(name, seed)
 
+    def folder(self, name: str, seed: int) -> Path:
+        return run_folder(self.out, name, seed, self.command(name, seed))
+
     def done(self, name: str, seed: int) -> bool:
-        return (run_folder(self.out, name, seed, self.command(name, seed)) / "exact.json").exists()
+        return (self.folder(name, seed) / "exact.json").exists()
 
     def keep(self, name: str, seed: int, folder: Path) -> None:
         """Evaluate a finished run, and leave what marks it as done."""
@@ -383,11 +386,10 @@ class Runs:
 
     def make(self, name: str, seed: int) -> None:
         """Run, or resume, and evaluate what is not done yet of one run."""
-        words = self.command(name, seed)
-        folder = run_folder(self.out, name, seed, words)
+        folder = self.folder(name, seed)
         if self.done(name, seed) or self.stopping:
             return
-        script, *flags = shlex.split(words)
+        script, *flags = shlex.split(self.command(name, seed))
         log = self.out / "logs" / f"{folder.name}.txt"
         if not (folder / "curves.png").exists():  # what a script writes last
             resume = (folder / "args.json").exists()

@@ -36,6 +36,7 @@ def test_every_run_is_a_command_that_its_script_takes_and_rl_starts_from_the_sft
         for name in names:
             settings = parsed(runs, f"{model} {name}", 2)
             assert (settings.seed, settings.task, settings.steps) == (2, "suspects", 60) and settings.lr_decay
+            assert re.fullmatch(r"[\w.-]+", runs.folder(f"{model} {name}", 2).name)  # --run-name takes it
             sft = f"runs/{runs.folder(f'{model} sft', 2).name}/policy"
             assert settings.model == (f"models/{model}" if name == "sft" else sft)
             # Runs that are compared see as many prompts and samples.
