@@ -60,7 +60,7 @@ BON = f"bon_rl.py {SHARED} --N 8 --n 16"
 VERIFIER_PROBLEMS = 2000
 LEARNED = f"{BON} --verifier learned --verifier-problems {VERIFIER_PROBLEMS}"
 VOTE = f"majority_pg.py {SHARED} --k 8"
-SFT = f"bon_sft.py {SHARED} --likelihood exact --eval-N 8"
+SFT = f"bon_sft.py {SHARED} --eval-N 8"
 PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
 
 # Each is run for every seed s, with --model tiny-s --seed s behind.
@@ -86,7 +86,7 @@ RUNS = {
     "rlb-p": f"{BON} --estimator rlb-p",
     "variational": f"bon_rl.py {SHARED} --N 8 --n 24 --prompts-per-step 11 --estimator variational",  # 3 groups of N
     "sft": f"{SFT} --N 1",
-    "bon-sft": f"{SFT} --N 8",
+    "bon-sft": f"{SFT} --N 8 --likelihood exact",
 }
 ON_PROGRAMS = {"programs-mean": f"{PROGRAMS} --estimator mean", "programs-k8": PROGRAMS}
 BASE = f"pass_at_k_pg.py --steps 0 --k 4 {FORMALITY}"  # first of all: it leaves tiny-s in the cache
@@ -368,8 +368,11 @@ class Runs:
     def command(self, name: str, seed: int) -> str:
         return command(name, seed)
 
+    def folder(self, name: str, seed: int) -> Path:
+        return run_folder(self.out, name, seed, self.command(name, seed))
+
     def done(self, name: str, seed: int) -> bool:
-        return (run_folder(self.out, name, seed, self.command(name, seed)) / "exact.json").exists()
+        return (self.folder(name, seed) / "exact.json").exists()
 
     def keep(self, name: str, seed: int, folder: Path) -> None:
         """Evaluate a finished run, and leave what marks it as done."""
@@ -383,11 +386,10 @@ class Runs:
 
     def make(self, name: str, seed: int) -> None:
         """Run, or resume, and evaluate what is not done yet of one run."""
-        words = self.command(name, seed)
-        folder = run_folder(self.out, name, seed, words)
+        folder = self.folder(name, seed)
         if self.done(name, seed) or self.stopping:
             return
-        script, *flags = shlex.split(words)
+        script, *flags = shlex.split(self.command(name, seed))
         log = self.out / "logs" / f"{folder.name}.txt"
         if not (folder / "curves.png").exists():  # what a script writes last
             resume = (folder / "args.json").exists()

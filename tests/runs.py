@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import harness.policy
+import harness.run
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"]
@@ -27,6 +28,14 @@ EXTRA = {"bon_rl.py": ["--estimator", "variational", "--n", "6", "--baseline", "
 def of_script(script: str, text: str) -> str:
     """The Best-of-N scripts say N where the others say k."""
     return re.sub("--k\\b", "--N", text) if script.startswith("bon") else text
+
+
+def idle_flags(args) -> list[str]:
+    """The flags among a script's arguments that do nothing there, for which it would stop at once."""
+    default = type(args)()
+    rules = harness.run.IDLE_WITHOUT.items()
+    changed = [(name, used) for name, (_, used) in rules if getattr(args, name, None) != getattr(default, name, None)]
+    return [name for name, used in changed if not used(args)]
 
 
 def in_process(script: str, *flags: str) -> SimpleNamespace:

@@ -125,7 +125,7 @@ def test_a_pretrained_model_is_trained_in_every_way_recorded_and_reported(model,
     (out / "models").mkdir(parents=True)
     made = real_model.pretrained.Args("smollm2", out / "models" / "smollm2", plain=True)
     real_model.pretrained.main(made)
-    args = real_model.Args("smollm2", 1, 2, "--steps 2 --prompts-per-step 2 --n 8 --eval-n 8", out, records)
+    args = real_model.Args("smollm2", 1, 2, "--steps 2 --prompts-per-step 2 --eval-n 8", out, records)
     real_model.main(args)
     assert "7 runs to make" in (printed := capsys.readouterr().out)
     rows, runs = real_model.records_in(records), real_model.Runs(args)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tyro
-from runs import ROOT
+from runs import ROOT, idle_flags
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 real_model = importlib.import_module("real_model")
@@ -36,6 +36,8 @@ def test_every_run_is_a_command_that_its_script_takes_and_rl_starts_from_the_sft
         for name in names:
             settings = parsed(runs, f"{model} {name}", 2)
             assert (settings.seed, settings.task, settings.steps) == (2, "suspects", 60) and settings.lr_decay
+            assert not idle_flags(settings), name
+            assert re.fullmatch(r"[\w.-]+", runs.folder(f"{model} {name}", 2).name)  # --run-name takes it
             sft = f"runs/{runs.folder(f'{model} sft', 2).name}/policy"
             assert settings.model == (f"models/{model}" if name == "sft" else sft)
             # Runs that are compared see as many prompts and samples.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from runs import ROOT
+from runs import ROOT, idle_flags
 
 import harness.policy
 from verifiers.suspects import candidates
@@ -35,7 +35,7 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
     for name in ("base", *reproduce.RUNS, *reproduce.ON_PROGRAMS):
         script, *flags = reproduce.command(name, 3).split()
         args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
-        assert (args.model, args.seed) == ("tiny-3", 3)
+        assert (args.model, args.seed) == ("tiny-3", 3) and not idle_flags(args), name
         if name in reproduce.RUNS:
             samples = args.prompts_per_step * (getattr(args, "n", None) or max(getattr(args, "k", 0), 16))
             assert args.steps == (50 if name.endswith("-50") else 150) and 256 <= samples <= 264, name
