@@ -22,7 +22,8 @@ sys.meta_path.insert(0, Hook())
 """
 CHECK = """
 for case in json.load(open("cases.json")):
-    arguments = {x: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for x, v in case["arguments"].items()}
+    exact = lambda v: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v
+    arguments = {x: exact(v) for x, v in case["arguments"].items()}
     if "votes" in arguments:
         arguments["votes"] = arguments["votes"].long()
     result = globals()[case["function"]](**arguments)

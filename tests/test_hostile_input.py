@@ -15,10 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import LlamaConfig
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_code import CONTEST, HUMANEVAL, MBPP, SANITIZED, TACO, TACO_FUNCTION
+from transformers import LlamaConfig
 
 import common
 import harness.policy
