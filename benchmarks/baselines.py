@@ -66,7 +66,7 @@ def result(folder: Path, k: int) -> tuple[float, float, float]:
     """pass@k on held-out prompts, exact; the mean share of samples with an advantage; the median seconds of a step."""
     task, problems = load_task("suspects"), optima.problems_of()
     with torch.no_grad():
-        log_pi = exact.candidate_log_probs(load_policy(folder / "policy", task, "cpu"), task, problems)
+        log_pi = exact.candidate_log_probs(load_policy(str(folder / "policy"), task, "cpu"), task, problems)
     value = optima.level_weights(problems) @ exact.exact_metrics(log_pi, problems)[f"pass@{k}"]
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     signal = np.mean([record["nonzero_advantage"] for record in steps if "nonzero_advantage" in record])

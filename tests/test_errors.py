@@ -146,7 +146,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("free, path", [(0, "metrics.jsonl"), (48, "checkpoint.pt")])
+@pytest.mark.parametrize("free, path", [(0, "samples.jsonl"), (48, "checkpoint.pt")])
 def test_a_full_disk_is_told_with_its_path(free, path, run, skilled, small_disk):
     """What is left: 0 or 48 KiB, too little for a checkpoint."""
     with contextlib.chdir(small_disk):
@@ -234,7 +234,9 @@ def test_a_torn_checkpoint_is_one_line(run, skilled, tmp_path):
 @pytest.mark.parametrize("where", ["harness.run.load_policy", "harness.run.Run.evaluate"])
 def test_ctrl_c_before_the_first_step_is_one_line(where, run, skilled, monkeypatch):
     monkeypatch.setattr(where, lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     result = run(PASS, *SMALL, "--model", skilled)
+    signal.signal(signal.SIGINT, before)
     assert result.returncode == 130
     assert result.stderr == "stopped: give the same command again, or --resume the folder that it was writing to\n"
 
