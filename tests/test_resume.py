@@ -174,7 +174,7 @@ def test_resuming_with_other_arguments_is_refused_by_name(run, model, tmp_path):
     before = outcome(tmp_path / "runs/a")
     assert run(PASS, *flags, "--resume", "runs/a").returncode == 0  # the same arguments are welcome
     result = run(PASS, "--resume", "runs/a", "--lr", "1", "--steps", "9", "--eval-n", "8", "--save-every", "1")
-    assert result.returncode == 2 and result.stderr.endswith("keeps its own arguments: leave out --eval-n, --lr\n")
+    assert result.returncode == 2 and result.stderr.endswith("keeps its own arguments: leave out --lr, --eval-n\n")
     result = run("majority_pg.py", "--resume", "runs/a")
     assert result.returncode == 2 and "runs/a is a run of pass_at_k_pg.py" in result.stderr
     result = run(PASS, "--resume", "runs/b")
