@@ -233,7 +233,7 @@ def test_an_evaluation_by_value(name, one_step):
         for metric, (of_a, of_b) in metrics.items():
             levels = {"1": of_a, "2": of_b, "all": (of_a + of_b) / 2}
             assert {x: record["eval"][x][metric][0] for x in levels} == pytest.approx(levels), metric
-            error = abs(of_a - of_b) / 2  # of two values: their deviation over the root of 2
+            error = 12.706 * abs(of_a - of_b) / 2  # of two values: Student's t times their deviation over the root of 2
             assert record["eval"]["all"][metric][1] == pytest.approx(error)
 
 
