@@ -206,7 +206,8 @@ def test_beta_is_constant_unless_an_end_is_given(name, spied):
     for flags, betas in ends:
         with pytest.MonkeyPatch.context() as patch:
             plain, advantages = [], MODULES[name].advantages
-            patch.setattr(MODULES[name], "advantages", lambda *args: plain.append(advantages(*args)) or plain[-1])
+            kept = lambda *args, **named: plain.append(advantages(*args, **named)) or plain[-1]  # noqa: E731
+            patch.setattr(MODULES[name], "advantages", kept)
             spies, log = spied(name, **flags)
         assert len(spies.kl) == 3 and any(A.abs().sum() > 0 for A in plain)
         for step, beta in enumerate(betas):
@@ -228,7 +229,12 @@ def test_tokens_a_second_count_what_was_sampled_alone(N, run, skilled, monkeypat
         return rollouts
 
     monkeypatch.setattr(common, "sample", spy)  # training's; evaluation has its own name for it
-    flags = [*SMALL, "--k", str(N), "--eval-N", "2", "--model", skilled, "--run-name", "a"]
+    small = (
+        [*SMALL]
+        if N > 1
+        else [x for x in SMALL if x not in ("--n", "4")] + ["--eval-n", "4", "--prompts-per-step", "4"]
+    )
+    flags = [*small, "--k", str(N), "--eval-N", "2", "--model", skilled, "--run-name", "a"]
     assert run("bon_sft.py", *flags).returncode == 0
     timings = [json.loads(line) for line in (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()]
     assert len(sampled) == (2 if N > 1 else 0) and len(timings) == 2
