@@ -18,7 +18,6 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_code import CONTEST, HUMANEVAL, MBPP, SANITIZED, TACO, TACO_FUNCTION
-from transformers import LlamaConfig
 
 import common
 import harness.policy
@@ -736,7 +735,9 @@ def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
     """From the file to the tokenizer of the `tiny` policy: what a reader lets through can be encoded."""
     row = json.dumps({"problem": prompt, "answer": "1"}).encode()
     problems = problems_or_refusal("math", folder / "prompt.jsonl", row) or [Problem("", "1")]
-    model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=context))
+    config = SimpleNamespace(max_position_embeddings=context)
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(config=config)
     policy = SimpleNamespace(tokenizer=TOKENIZER, model=model)
     try:
         (ids,) = harness.policy.encode_prompts(policy, SimpleNamespace(template="{prompt}"), problems, 8)
