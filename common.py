@@ -215,7 +215,7 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def halved(amount: int, least: int, error: Exception, what: str) -> int:
+def halve_on_oom(amount: int, least: int, error: Exception, what: str) -> int:
     """Half of an amount that did not fit in memory. Raises an error about something else again; BadInput at `least`."""
     on_cpu = isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
     if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
@@ -262,7 +262,7 @@ def sample(
             parts.append(sampled_rows(policy, rows[part], uniform[part], temperature))
             start = part.stop
         except (RuntimeError, MemoryError) as error:
-            policy.sample_rows = halved(min(policy.sample_rows, len(rows)), 1, error, "sample_rows")
+            policy.sample_rows = halve_on_oom(min(policy.sample_rows, len(rows)), 1, error, "sample_rows")
     ids, mask, log_probs = (torch.cat(x) for x in zip(*parts))  # (R, max_new_tokens) each
     T = int(mask.any(0).sum())
     return Rollouts(prompts, *(x[:, :T].unflatten(0, (-1, n)) for x in (ids, mask, log_probs)), temperature)
@@ -388,7 +388,7 @@ def halving(policy: Policy, rollouts: Rollouts, compute: Callable):
         try:
             return compute()
         except (RuntimeError, MemoryError) as error:
-            policy.micro_batch_tokens = halved(policy.micro_batch_tokens, longest, error, "micro_batch_tokens")
+            policy.micro_batch_tokens = halve_on_oom(policy.micro_batch_tokens, longest, error, "micro_batch_tokens")
 
 
 def response_states(

@@ -78,7 +78,7 @@ class OurStep:
         self.parts = []
 
     def __call__(self, step: int) -> None:
-        generator = harness.run.random_numbers(self.policy.device, "step", step)
+        generator = harness.run.seeded_generator(self.policy.device, "step", step)
 
         def sample():
             prompts = harness.policy.encode_prompts(self.policy, self.task, self.problems, self.tokens)

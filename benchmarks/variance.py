@@ -35,7 +35,7 @@ from tqdm import tqdm
 import bon_rl
 import common
 from harness.policy import encode_prompts, load_policy
-from harness.run import random_numbers
+from harness.run import seeded_generator
 from pass_at_k_pg import advantages
 from verifiers import Problem, Task, load_task
 from verifiers.suspects import LEVELS, listed, posterior, suspect
@@ -198,7 +198,7 @@ def exact_gradients(policy: common.Policy, task: Task, problems: Sequence[Proble
 
 def estimates(policy: common.Policy, task: Task, problems: Sequence[Problem], draw: int) -> dict[str, torch.Tensor]:
     """One estimate by each of NETWORK, (D,) each, from the same SAMPLES responses to each prompt and hidden answers."""
-    texts, generator = [p.prompt for p in problems], random_numbers(policy.device, "variance", draw)
+    texts, generator = [p.prompt for p in problems], seeded_generator(policy.device, "variance", draw)
     answers = torch.multinomial(posterior(texts), 1, generator=generator)[:, 0].tolist()
     prompts = encode_prompts(policy, task, problems, task.max_new_tokens)
     rollouts = common.sample(policy, prompts, SAMPLES, task.max_new_tokens, generator=generator)

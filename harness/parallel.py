@@ -35,13 +35,13 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(problems: Sequence) -> Sequence:
+def shard(problems: Sequence) -> Sequence:
     """This process's share: every `size`-th problem, from the `rank`-th on."""
     rank, size = world()
     return problems if size == 1 else problems[rank::size]
 
 
-def in_first_process(write: Callable[[], None]) -> None:
+def rank0_only(write: Callable[[], None]) -> None:
     """Call write() in the first process alone; the others wait for it, here and nowhere else."""
     rank, size = world()
     if rank == 0:
@@ -58,7 +58,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             parameter.grad /= world()[1]
 
 
-def from_all(value) -> list:
+def all_gather(value) -> list:
     """What each process has of this value, in the order of ranks; it is sent by pickle."""
     values = [value] * world()[1]
     if len(values) > 1:
@@ -66,8 +66,8 @@ def from_all(value) -> list:
     return values
 
 
-def merged(record: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
+def reduce_metrics(record: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
     """One record of those of all processes: the means of its values, and the sums of the counts."""
-    everyone = from_all((record, counts))
+    everyone = all_gather((record, counts))
     means = {name: sum(values[name] for values, _ in everyone) / len(everyone) for name in record}
     return means | dict(sum((Counter(events) for _, events in everyone), Counter()))

@@ -31,7 +31,7 @@ from common import (
 from verifiers import BadInput, Problem, Task
 from verifiers.hub import load_pretrained
 
-from .parallel import in_first_process
+from .parallel import rank0_only
 
 
 def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=False, chat=True) -> Policy:
@@ -249,13 +249,13 @@ def tiny_tokenizer() -> "transformers.PreTrainedTokenizerFast":
 
 
 def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
-    """Where the warm-started `tiny` policy for this task lies, named by a hash of its recipe; see `cached`."""
+    """Where the warm-started `tiny` policy for this task lies, named by a hash of its recipe; see `cached_folder`."""
     if task.warm_start is None:
         raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
     problems = [[(problem.prompt, problem.solution) for problem in group] for group in warm_start_groups(task)]
     key = hashlib.sha256(json.dumps([TINY, seed, task.warm_start, problems]).encode()).hexdigest()[:12]
     name = f"tiny-{task.name.replace('/', '-')}-{key}"
-    return cached(name, lambda folder: save_policy(warm_start(task, seed), folder))
+    return cached_folder(name, lambda folder: save_policy(warm_start(task, seed), folder))
 
 
 @contextlib.contextmanager
@@ -269,14 +269,14 @@ def full_disk_told(path: Path) -> Iterator[None]:
         raise BadInput(f"no space left on the disk of {path}: make room, then go on") from error
 
 
-def cached(name: str, write: Callable[[Path], None]) -> Path:
+def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of this name under $XDG_CACHE_HOME (~/.cache); `write(folder)` fills it if it is not there yet."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-aware-rl" / name
-    in_first_process(lambda: write_whole(folder, write))
+    rank0_only(lambda: write_atomically(folder, write))
     return folder
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
     """Let write(folder) fill a folder that is not there yet. It is whole or absent, whenever the process dies.
 
     Two processes may race: both write, one wins."""

@@ -27,8 +27,8 @@ from verifiers.problems import evaluation_problems, problems_at, training_batch
 
 from . import report
 from .load_file import load_own_task
-from .parallel import from_all, in_first_process, merged, share, start, stop, world
-from .policy import cached, encode_prompts, full_disk_told, load_policy, save_policy, tiny_seed, write_whole
+from .parallel import all_gather, rank0_only, reduce_metrics, shard, start, stop, world
+from .policy import cached_folder, encode_prompts, full_disk_told, load_policy, save_policy, tiny_seed, write_atomically
 
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
@@ -196,7 +196,7 @@ def check_args(args) -> None:
         raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
 
 
-def random_numbers(device: torch.device, *what) -> torch.Generator:
+def seeded_generator(device: torch.device, *what) -> torch.Generator:
     """A generator seeded by a hash of `what`, such as purpose, seed, step and rank: other values, other numbers.
 
     The hash matters: on the CPU torch reads only the low 32 bits of a seed."""
@@ -280,7 +280,7 @@ class Run:
         """The run's folder, made when it is first asked for."""
         if self.args.resume:
             return Path(self.args.resume)
-        return from_all(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
+        return all_gather(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
 
     def use_learned_verifier(self) -> None:
         """Select by a reward model: --verifier-model, or one trained here on the initial policy's own labelled samples
@@ -291,7 +291,7 @@ class Run:
 
         def labelled_samples(problems: Sequence[Problem]):
             """8 responses to each problem, and their rewards."""
-            generator = random_numbers(policy.device, "verifier")
+            generator = seeded_generator(policy.device, "verifier")
             responses = decode(policy, sample(policy, self.encoded(problems), 8, args.max_new_tokens, 1.0, generator))
             return responses, task.verify(problems, responses).rewards
 
@@ -305,10 +305,10 @@ class Run:
         elif tiny_seed(args.model) is not None:
             levels = ".".join(map(str, args.levels)) or "all"
             recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}-l{levels}"
-            folder = cached(f"{Path(base).name}-verifier-{recipe}", train)
+            folder = cached_folder(f"{Path(base).name}-verifier-{recipe}", train)
         else:
             folder = self.folder / "verifier"
-            in_first_process(lambda: write_whole(folder, train))
+            rank0_only(lambda: write_atomically(folder, train))
         verifier = learned.load_verifier(str(folder), task, policy.device)
         responses, rewards = labelled_samples(self.test)
         print(learned.quality(verifier.score([problem.prompt for problem in self.test], responses), rewards))
@@ -337,12 +337,12 @@ class Run:
                 self.progress["step"] = step
                 self.evaluate_if_due()
                 self.bar.update()
-                self.stopping = max(from_all(self.stopping))  # all stop after the same step
+                self.stopping = max(all_gather(self.stopping))  # all stop after the same step
                 if step == last or step % self.args.save_every == 0 or self.stopping:
                     self.save()
                 if self.stopping and step < last:
                     print(f"stopped after step {step}; to go on:\n{resume_command(self.folder, world()[1])}")
-                    from_all(None)  # torchrun ends all when one has ended: not before the first has saved
+                    all_gather(None)  # torchrun ends all when one has ended: not before the first has saved
                     sys.exit(128 + self.stopping)  # 130 after Ctrl-C, as shells have it
         finally:
             self.bar.close()
@@ -357,8 +357,8 @@ class Run:
 
     def batch(self, step: int) -> tuple[Sequence[Problem], list[list[int]], torch.Generator]:
         """This process's share of a step: B problems, their prompts as token ids, and the numbers to sample by."""
-        problems = share(training_batch(self.train, step - 1, self.args.prompts_per_step, self.args.seed))
-        generator = random_numbers(self.policy.device, "training", self.args.seed, step, world()[0])
+        problems = shard(training_batch(self.train, step - 1, self.args.prompts_per_step, self.args.seed))
+        generator = seeded_generator(self.policy.device, "training", self.args.seed, step, world()[0])
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
@@ -380,9 +380,9 @@ class Run:
             yield
         except Exception as error:
             failure = error
-        reasons = from_all(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
+        reasons = all_gather(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
         if any(reasons):
-            in_first_process(self.save)  # the first process to die takes the others with it
+            rank0_only(self.save)  # the first process to die takes the others with it
             why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
             raise failure or BadInput(f"the verifier raised in {why} (mend it, and --resume {self.folder})")
 
@@ -393,7 +393,7 @@ class Run:
         seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
         timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
         timings["peak_memory_mib"] = peak_memory_mib()  # these are the first process's own
-        record = {"step": step, **merged(record, verdict.counts)}
+        record = {"step": step, **reduce_metrics(record, verdict.counts)}
         self.write("metrics.jsonl", record)
         self.write("timings.jsonl", timings)
         values = record | timings
@@ -427,8 +427,8 @@ class Run:
 
     def evaluate(self) -> Metrics:
         """Log and return the metrics of eval_n samples a held-out problem, drawn by the same numbers each time."""
-        args, (rank, processes), problems = self.args, world(), share(self.test)
-        generator = random_numbers(self.policy.device, "evaluation", args.seed, rank)
+        args, (rank, processes), problems = self.args, world(), shard(self.test)
+        generator = seeded_generator(self.policy.device, "evaluation", args.seed, rank)
         prompts, T = self.encoded(problems), args.temperature
         samples = prompts and sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator)
         verdict = self.verdict(problems, responses := samples and decode(self.policy, samples))
@@ -439,7 +439,7 @@ class Run:
                 tqdm.write(f"{record['rewards'][0]:g}  {prompt} -> {response}")
             for record in report.samples(problems, responses, verdict.rewards, 50):
                 append_json(self.folder / "samples.jsonl", {"step": step, **record})
-        verdicts, counts = from_all(verdict), merged({}, verdict.counts)
+        verdicts, counts = all_gather(verdict), reduce_metrics({}, verdict.counts)
         # From the order of ranks back to that of the problems.
         order = torch.tensor([i for r in range(processes) for i in range(r, len(self.test), processes)]).argsort()
         parts = ([getattr(v, name) for v in verdicts] for name in ("rewards", "votes", "scores"))
@@ -512,7 +512,7 @@ class Run:
             names = (name for name in before if name.startswith("pass@"))
             best = {name: self.task.best(self.test, int(name.partition("@")[2])) for name in names}
         if self.args.steps and world()[0] == 0:
-            write_whole(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
+            write_atomically(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
         if self.args.steps and not self.progress["steps_with_signal"]:
             print(f"no step had a signal, and nothing was learnt: {NO_SIGNAL}")
         print(report.final_table(before, after, best, self.test, columns, self.split))

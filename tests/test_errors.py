@@ -211,7 +211,7 @@ def test_a_policy_and_a_warm_start_are_written_to_such_disks(tmp_path):
         raise TELLS["safetensors"]
 
     with pytest.raises(BadInput, match=f"no space left on the disk of {tmp_path}/policy"):
-        harness.policy.write_whole(tmp_path / "policy", write)
+        harness.policy.write_atomically(tmp_path / "policy", write)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -264,7 +264,7 @@ def test_track_calls_wandb_before_the_writer_is_made_in_the_first_process_alone(
     if rank:
         monkeypatch.setattr(harness.run, "world", lambda: (1, 1))
         monkeypatch.setattr(harness.run, "new_run_folder", lambda args, parts: Path("runs/second"))
-        monkeypatch.setattr(harness.run, "from_all", lambda value: [Path("runs/second") if value is None else value])
+        monkeypatch.setattr(harness.run, "all_gather", lambda value: [Path("runs/second") if value is None else value])
         args = __import__("pass_at_k_pg").Args(task="arithmetic", model=skilled, track=True, n=4, k=2, eval_n=4)
         assert harness.run.Run(args).writer is None and calls == []
         return

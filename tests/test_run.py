@@ -112,7 +112,7 @@ def test_an_evaluation_has_other_random_numbers_than_any_step_and_the_same_every
     run.progress["step"] = 2
     run.evaluate()
     monkeypatch.setattr(harness.run, "world", lambda: (1, 2))
-    monkeypatch.setattr(harness.run, "from_all", lambda value: [value, value])
+    monkeypatch.setattr(harness.run, "all_gather", lambda value: [value, value])
     run.evaluate()
     same, again, other_seed, later, rank_1 = drawn
     assert same == again == later and other_seed != same and rank_1 not in (same, other_seed)
@@ -257,10 +257,10 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
     for rank in (0, 1):
         monkeypatch.setattr(harness.run, "share", lambda problems: problems[rank::2])
         monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
-        monkeypatch.setattr(harness.run, "from_all", lambda value: value and shares.append(value) or [value])
+        monkeypatch.setattr(harness.run, "all_gather", lambda value: value and shares.append(value) or [value])
         with pytest.raises(IndexError):  # half of the problems are not here
             run.evaluate()
-    monkeypatch.setattr(harness.run, "from_all", lambda value: value and shares or [value])  # a failure is no value
+    monkeypatch.setattr(harness.run, "all_gather", lambda value: value and shares or [value])  # a failure is no value
     run.evaluate()
     assert whole == [list(range(5)), list(range(5))]
 

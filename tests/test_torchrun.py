@@ -26,12 +26,12 @@ parallel.start("cpu")
 policy = random_policy("llama")
 prompts, ids, mask, log_probs, A = torch.load({data!r}, weights_only=False)
 rank, size = parallel.world()
-mine = common.Rollouts(parallel.share(prompts), *(x[rank::size] for x in (ids, mask, log_probs)))
+mine = common.Rollouts(parallel.shard(prompts), *(x[rank::size] for x in (ids, mask, log_probs)))
 optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
 common.policy_gradient_step(policy, optimizer, mine, A[rank::size], 1e9, average_gradients=parallel.average_gradients)
 torch.save(policy.model.state_dict(), {data!r} + str(rank))
 counts = [{{"timeouts": 1}}, {{"timeouts": 2, "late": 2}}][rank]
-merged = parallel.merged({{"reward": float(rank)}}, counts)
+merged = parallel.reduce_metrics({{"reward": float(rank)}}, counts)
 print(merged, file=sys.stderr, flush=True)
 parallel.stop()  # or the interpreter may abort at its end, with gloo's threads still there
 """
@@ -215,7 +215,7 @@ def test_a_verifier_that_raises_in_one_process_ends_all_after_a_checkpoint(call,
 
 
 def test_a_process_whose_verifier_works_says_which_one_does_not(untrained, run, monkeypatch):
-    monkeypatch.setattr(harness.run, "from_all", lambda mine: [mine] if mine is not None else [None, "KeyError: 'x'"])
+    monkeypatch.setattr(harness.run, "all_gather", lambda mine: [mine] if mine is not None else [None, "KeyError: 'x'"])
     result = run("pass_at_k_pg.py", *SMALL, "--model", untrained, "--run-name", "a")
     line = "error: the verifier raised in rank 1: KeyError: 'x' (mend it, and --resume runs/a)"
     assert result.returncode == 2 and result.stderr.splitlines()[-1] == line
