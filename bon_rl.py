@@ -69,35 +69,24 @@ class Args(RunArgs):
 
 
 def advantages(
-    rewards: torch.Tensor,
-    scores: torch.Tensor,
-    N: int,
-    estimator: str = "exact",
-    baseline: torch.Tensor | None = None,
-    p_fail: torch.Tensor | None = None,
-) -> torch.Tensor:
+    rewards: torch.Tensor, scores: torch.Tensor, N: int, estimator: str = "exact",
+    baseline: torch.Tensor | None = None, p_fail: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Advantages A of the Best-of-N policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over n samples.
 
       mean         A_i = (1/n) (r_i - b),  b the mean of the others                                            (RLOO)
-      exact        A_i = (N/n) mean over N-subsets T containing i of [ f(T) - f(T without i) ], f the reward of the
-                   best-scored                                                                         (Tang, Lemma 1)
-      variational  E_{y ~ pi_bon}[ h(y) (R(y) - b) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')}
-                   grad log pi(y') ]: y the winner of a group of N, y' all samples of the other groups, b the mean
-                   reward of the winners of the groups that hold neither                               (Chow, BoN-RL)
-      rlb          E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ], g+ = N p^(N-1) / (1 - p^N), g- = N p / (1-p)
+      exact        A_i = (N/n) mean over N-subsets T containing i of [ f(T) - f(T without i) ]         (Tang, Lemma 1)
+      variational  E_{y ~ pi_bon}[ h(y) (R(y) - b) ], see `variational_advantages`                     (Chow, BoN-RL)
+      rlb          E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ],  g+ = N p^(N-1) / (1 - p^N),  g- = N p / (1-p)
       rlb-p        E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]           (Chow, BoN-RLB, BoN-RLB(P))
-      rlb-all      N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]: all samples; less variance than rlb-p where many
-                   answers are right or wrong, more where one is right
+      rlb-all      N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]                    the same mean, by all samples
 
-    rewards: (B, n), the environment's, n >= N, any real numbers. scores: (B, n), the verifier's; equal scores share.
-    baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), the failure rate p of rlb*,
-    else the share of failures among the n samples, clipped to [0.01, 0.99]. rlb* need rewards 0 and 1, of which the
-    scores are an increasing function. Returns (B, n), of the dtype of `rewards` (float32 for integers and bools).
-    Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what an estimator lacks.
-    Example, variational: N = 2, rewards and scores 1 0 | 0 0 | 0 0. Winners are worth 1, 0, 0 and those of the others
-    0, .5, .5: the first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels
-    here: what the first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08.
-    """
+    f is the reward of the best-scored sample, p the failure rate. rewards: (B, n), the environment's, n >= N, any real
+    numbers. scores: (B, n), the verifier's; equal scores share. rlb* need rewards 0 and 1, and scores that increase
+    with them. baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), p, else the share
+    of failures among the n samples, clipped to [0.01, 0.99]. Returns (B, n), of the dtype of `rewards` (float32 for
+    integers and bools). Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what
+    an estimator lacks."""
     rewards, scores = checked_rewards(rewards, N), checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")
@@ -107,24 +96,7 @@ def advantages(
     elif estimator == "exact":
         A = k_sample_advantages(best_of_k, scores, r, k=N)
     elif estimator == "variational":
-        G = n // N
-        if n % N or G < (3 if baseline is None else 2):
-            raise ValueError(f"variational needs groups of N={N}, 3 or more (2 with a baseline), not n={n} samples")
-        r, s = r.view(-1, G, N), scores.view(-1, G, N)
-        best = s.amax(-1)  # (B, G)
-        won = (s == best.unsqueeze(-1)).double()  # (B, G, N)
-        won = won / won.sum(-1, keepdim=True)
-        R = (won * r).sum(-1)  # (B, G): rewards of the winners
-        if baseline is None:
-            b = ((R.sum(-1, keepdim=True) - R) / (G - 1)).unsqueeze(-1)  # (B, G, 1): without g
-            b_pair = (R.sum(-1).view(-1, 1, 1) - R.unsqueeze(-1) - R.unsqueeze(-2)) / (G - 2)  # (B, G, G): nor g'
-        else:
-            b = b_pair = baseline.double().view(-1, 1, 1)
-        beaten = (best.view(-1, G, 1, 1) >= s.unsqueeze(1)).double()  # (B, G, G, N): winner g, sample j of g'
-        other = ~torch.eye(G, dtype=torch.bool, device=r.device)
-        gain = (R.unsqueeze(-1) - b_pair) * other / (n - N)  # (B, G, G): per sample y', of which a winner has n - N
-        tilt = best_of_n_tilt(N) * (gain.unsqueeze(-1) * beaten).sum(1)  # (B, G, G, N) -> (B, G, N)
-        A = ((won * (r - b) + tilt) / G).flatten(1)  # (B, G, N) -> (B, n)
+        A = variational_advantages(r, scores, N, baseline)
     elif estimator in ("rlb", "rlb-p", "rlb-all"):
         if not ((r == 0) | (r == 1)).all():
             raise ValueError(f"{estimator} needs rewards that are 0 or 1")
@@ -141,6 +113,38 @@ def advantages(
     else:
         raise ValueError(f"unknown estimator {estimator!r}: see advantages' docstring")
     return A.to(rewards.dtype)
+
+
+def variational_advantages(r: torch.Tensor, s: torch.Tensor, N: int, baseline: torch.Tensor | None) -> torch.Tensor:
+    """A of Chow's BoN-RL:  E_{y ~ pi_bon}[ h(y) (R(y) - b) ],
+
+        h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')} grad log pi(y') ]
+
+    r: rewards (B, n) float64. s: scores (B, n). The samples form n/N groups: y is the winner of a group, y' any sample
+    of another one. b is `baseline` (B,), or the mean reward of the winners of the groups that hold neither y nor y'.
+    Returns (B, n) float64. Raises ValueError unless n is a multiple of N, 3 N or more (2 N with a baseline).
+    Example: N = 2, rewards and scores 1 0 | 0 0 | 0 0. Winners are worth 1, 0, 0 and their baselines are 0, .5, .5: the
+    first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels here: what the
+    first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08."""
+    n = r.shape[-1]
+    G = n // N
+    if n % N or G < (3 if baseline is None else 2):
+        raise ValueError(f"variational needs groups of N={N}, 3 or more (2 with a baseline), not n={n} samples")
+    r, s = r.view(-1, G, N), s.view(-1, G, N)  # (B, n) -> (B, G, N)
+    best = s.amax(-1)  # (B, G)
+    won = (s == best.unsqueeze(-1)).double()  # (B, G, N)
+    won = won / won.sum(-1, keepdim=True)
+    R = (won * r).sum(-1)  # (B, G): rewards of the winners
+    if baseline is None:
+        b = ((R.sum(-1, keepdim=True) - R) / (G - 1)).unsqueeze(-1)  # (B, G, 1): without g
+        b_pair = (R.sum(-1).view(-1, 1, 1) - R.unsqueeze(-1) - R.unsqueeze(-2)) / (G - 2)  # (B, G, G): nor g'
+    else:
+        b = b_pair = baseline.double().view(-1, 1, 1)
+    beaten = (best.view(-1, G, 1, 1) >= s.unsqueeze(1)).double()  # (B, G, G, N): winner g, sample j of g'
+    other = ~torch.eye(G, dtype=torch.bool, device=r.device)
+    gain = (R.unsqueeze(-1) - b_pair) * other / (n - N)  # (B, G, G): per sample y', of which a winner has n - N
+    tilt = best_of_n_tilt(N) * (gain.unsqueeze(-1) * beaten).sum(1)  # (B, G, G, N) -> (B, G, N)
+    return ((won * (r - b) + tilt) / G).flatten(1)  # (B, G, N) -> (B, n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ draws N responses from pi and keeps the one that a verifier scores highest, over
 whose gradient, sum_i A_i grad log pi(y_i), runs over the expert and over n samples of the policy, see `coefficients`.
 With N = 1 it is plain SFT, to the bit, and nothing is sampled.
 
-What differs from bon_rl.py: the coefficients below; the expert stands beside the samples; no reward but the verifier's.
+What differs from bon_rl.py: the coefficients below; an expert beside the samples; no reward but the verifier's score.
 
     python bon_sft.py --N 8                            # variational, as in the paper
     python bon_sft.py --N 8 --likelihood exact         # the exact likelihood of a 0/1 verifier
@@ -54,19 +54,16 @@ def coefficients(
     expert_scores: torch.Tensor, scores: torch.Tensor, N: int, likelihood: str = "variational",
     p_fail: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Coefficients of grad log pi in the gradient of log pi_bon(y*), to be used as a sum over y* and the n samples.
+    """Coefficients of grad log pi in the gradient of log pi_bon(y*): 1 for the expert y*, A_j for n samples of pi.
 
-      variational  h(y*) - E_{y ~ pi_bon}[ h(y) ],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[ 1{s(y) >= s(y')} grad
-                   log pi(y') ], averaged over all N-subsets T of the samples:
-                   A_j = 1/n - P(j wins T) + (lambda_N / n) (1{s* >= s_j} - P(max_{i in T} s_i >= s_j | j not in T))
-      exact        scores 0 and 1, p the failure rate: log pi_bon(y*) = log pi(y*) + log((1 - p^N) / (1 - p)) for a
-                   right y*, log pi(y*) + (N-1) log p for a wrong one; with grad p = E[(1{s = 0} - p) grad log pi],
-                   A_j = ((1{s_j = 0} - p) / n) w,  w = 1 / (1-p) - N p^(N-1) / (1 - p^N)  or  w = (N-1) / p
+      variational  A_j = 1/n - P(j wins T) + (lambda_N / n) (1{s* >= s_j} - P(max_{i in T} s_i >= s_j | j not in T))
+      exact        A_j = ((1{s_j = 0} - p) / n) w,  w = 1 / (1-p) - N p^(N-1) / (1 - p^N)  or, s* = 0,  (N-1) / p
 
-    expert_scores: (B,), the verifier's, of y*. scores: (B, n), of n samples from pi, n > N (none are read if N = 1).
-    p_fail: (B,), p if known, else the share of failures among the n samples, clipped to [0.01, 0.99].
-    Returns (B, 1 + n), of the dtype of `scores` (float32 for integers and bools): the expert's, 1, and the samples'.
-    Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not finite, and for an unknown likelihood.
+    T is a random N-subset of the samples, p the failure rate. expert_scores: (B,), the verifier's, of y*. scores:
+    (B, n), n > N; none are read if N = 1. The exact one needs scores 0 and 1. p_fail: (B,), p if known, else the share
+    of failures among the n samples, clipped to [0.01, 0.99]. Returns (B, 1 + n), of the dtype of `scores` (float32 for
+    integers and bools), to be used as a sum. Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not
+    finite, and for an unknown likelihood.
     Example, variational: N = 2, a right expert, samples 1, 0, 0. These win 2/3, 1/6, 1/6 of pairs and lambda_2 / n is
     .76. The coefficients are 1; 1/3 - 2/3 + .76 (1 - 0) = .43; twice 1/3 - 1/6 + .76 (1 - 1) = .17."""
     (B, n), dtype = scores.shape, scores.dtype if scores.is_floating_point() else torch.float32
@@ -81,6 +78,7 @@ def coefficients(
     if N == 1:
         A = torch.zeros_like(scores)
     elif likelihood == "variational":
+        # h(y*) - E_{y ~ pi_bon}[h(y)],  h(y) = grad log pi(y) + lambda_N E_{y' ~ pi}[1{s(y) >= s(y')} grad log pi(y')]
         inside = torch.nn.functional.pad(subset_weights(n - 1, N).cumsum(0), (1, 0))  # (n,): C(j, N) / C(n-1, N)
         below = inside.to(scores.device)[ranks(scores)[0]]  # (B, n): P(max of T < s_j | j not in T)
         tilt = best_of_n_tilt(N) / n * (below - (expert_scores.unsqueeze(-1) < scores).double())
@@ -88,6 +86,8 @@ def coefficients(
     else:
         if not ((every == 0) | (every == 1)).all():
             raise ValueError("the exact likelihood needs scores that are 0 or 1")
+        # log pi_bon(y*) = log pi(y*) + log((1 - p^N) / (1 - p)) for a right y*, log pi(y*) + (N-1) log p for a wrong
+        # one; grad p = E[(1{s = 0} - p) grad log pi]
         fail = 1 - scores.double()
         p = (fail.mean(-1).clamp(0.01, 0.99) if p_fail is None else p_fail.double()).unsqueeze(-1)  # (B, 1)
         right = 1 / (1 - p) - N * p ** (N - 1) / (1 - p**N)
@@ -107,8 +107,8 @@ def joined(first: common.Rollouts, second: common.Rollouts) -> common.Rollouts:
 
 
 def mean_over_experts(coefficients: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Coefficients (E, 1 + n) of E experts and their prompts' samples as (B, m + n): each prompt's mean over its own
-    experts. counts: (B,) int64, the experts of each prompt, E in all and m at most.
+    """Coefficients (E, 1 + n) of E experts and their prompts' samples, averaged over the experts of each of B prompts:
+    (B, m + n). counts: (B,) int64, the experts of each prompt, E in all and m at most.
 
     Example: counts (2, 1), n = 1 and rows (1, .2), (1, .4), (1, .6) give (.5, .5, .3), (1, 0, .6)."""
     B, m = len(counts), int(counts.max())

@@ -24,20 +24,21 @@ from verifiers import BadInput
 def k_sample_advantages(
     metric: "Callable[..., torch.Tensor]", *samples: torch.Tensor, k: int, estimator: str = "unbiased"
 ) -> torch.Tensor:
-    """Leave-one-out advantages A for any k-sample objective E[f(y_1..y_k)] (Tang, Lemma 1), from its metric alone.
+    """Leave-one-out advantages A of any k-sample objective E[f(y_1..y_k)] (Tang, Lemma 1), from its metric alone.
+
+      unbiased  A_i = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i)        the gradient of E[f] of k samples
+                    = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]
+      biased    A_i = M_{k-1} - M_{k-1}(-i)                              each T centred (Tang): of k-1 samples
+
+    M_j is the metric of all n samples, M_j(-i) the metric without the i-th, M_0 = 0. With k = 1 biased is zero, and
+    unbiased takes M_1(-i) for M_0: RLOO. A single sample (n = 1) has no baseline.
 
     metric: metric(*samples, j) maps tensors (rows, m) to (rows,) float64, the mean of the symmetric function f over all
     j-subsets of a row's m samples, 1 <= j <= m. samples: one or more tensors (B, n), n >= k. Returns (B, n) float64, to
-    be used as sum_i A_i grad log pi(y_i), a sum over the n samples. With M_j the metric of all n samples, M_j(-i) that
-    of those other than the i-th, and M_0 = 0,
-      unbiased  A_i = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i): the mean over all k-subsets T of Lemma 1, that is
-                (k/n) mean over T containing i of [ f(T) - f(T without i) ]; the gradient of E[f] of k samples
-      biased    A_i = M_{k-1} - M_{k-1}(-i): the same, each subset centred (Tang); the gradient of E[f] of k-1 samples
-    With k = 1 biased is zero, and unbiased has M_1(-i) in place of M_0: RLOO. A single sample (n = 1) has no baseline.
-    Example: the maximum (pass_at_k) of k = 2 from three rewards 3, 1, 0. The pairs have the maxima 3, 3, 1, so that
-    M_2 = 7/3; without the first sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = (1 + 0) / 2. A_1 = 7/3 - 1/3 - 1/3 = 5/3,
-    as by definition: (2/3) mean(3 - max(1), 3 - max(0)). recipes/all_right.py has pass^k. Memory grows as B n^2.
-    Raises ValueError unless 1 <= k <= n, and for any other estimator."""
+    be used as sum_i A_i grad log pi(y_i), a sum over the n samples. Memory grows as B n^2. Raises ValueError unless
+    1 <= k <= n, and for any other estimator.
+    Example: pass_at_k with k = 2 and rewards 3, 1, 0. The pairs have the maxima 3, 3, 1: M_2 = 7/3. Without the first
+    sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = 1/2. A_1 = 7/3 - 1/3 - 1/3 = 5/3 = (2/3) mean(3 - 1, 3 - 0)."""
     n = samples[0].shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
@@ -59,7 +60,7 @@ def k_sample_advantages(
         terms += [-(1 - k / n) * M_without(k)] if k < n else []
         terms += [-k / n * M_without(max(k - 1, 1))] if n > 1 else []
     A = sum(terms)
-    # Rounding leaves 1e-15 of a zero. Made exact, it costs nothing: training skips the rows that have no advantage.
+    # Rounding leaves 1e-15 where A is zero. Exact zeros save time: training skips rows without an advantage.
     scale = sum(term.abs() for term in terms).amax(-1, keepdim=True)  # (B, 1)
     return A.masked_fill(A.abs() <= 1e-12 * scale, 0)
 
@@ -71,7 +72,7 @@ def mean_advantages(rewards: torch.Tensor) -> torch.Tensor:
     n = rewards.shape[-1]
     if n == 1:
         return rewards.clone()
-    rewards = rewards - rewards[..., :1]  # A stays the same, but equal rewards become exact zeros, which cost nothing
+    rewards = rewards - rewards[..., :1]  # A stays the same; equal rewards become exact zeros, which training skips
     return (rewards - rewards.mean(-1, keepdim=True)) / (n - 1)
 
 
@@ -96,7 +97,7 @@ def subset_weights(n: int, k: int) -> torch.Tensor:
 
 
 def ranks(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each sample of (B, n), how many of its row score less, and how many score no more: twice (B, n) int64."""
+    """Counts of lower, and of lower-or-equal, scores in the row of each sample: two tensors (B, n) int64."""
     scores = scores.to(torch.uint8) if scores.dtype == torch.bool else scores.contiguous()
     ordered = scores.sort(dim=-1).values
     return torch.searchsorted(ordered, scores), torch.searchsorted(ordered, scores, right=True)
@@ -115,8 +116,8 @@ def win_shares(scores: torch.Tensor, k: int) -> torch.Tensor:
 def best_of_k(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
     """Best-of-k: the expected reward of the sample that scores highest among k, over all k-subsets of n, exactly.
 
-    scores, rewards: (B, n), n >= k. Equal scores share: a tie is worth the mean reward of the tied samples. Returns
-    (B,) float64. Raises ValueError unless 1 <= k <= n."""
+    scores, rewards: (B, n), n >= k. A tie is worth the mean reward of the tied samples. Returns (B,) float64. Raises
+    ValueError unless 1 <= k <= n."""
     return (win_shares(scores, k) * rewards).sum(-1)
 
 
@@ -130,11 +131,12 @@ def pass_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:
 def best_of_n_tilt(N: int) -> float:
     """lambda_N of Chow's variational form pi_bon ~ pi exp(lambda_N Q) / Z: 0 for N = 1, about N + 1 from N = 8 on.
 
-    At this tilt a uniform win rate Q is as far from pi as Best-of-N is: it is the root, found by bisection, of
+    It is the root of
 
         ((l-1) e^l + 1) / (e^l - 1) - log((e^l - 1) / l)  =  log N - (N-1)/N
 
-    whose left side is written in e^-l, which neither overflows nor cancels at large l. Raises ValueError for N < 1."""
+    at which a uniform win rate Q has the KL of Best-of-N. Bisection finds it. The left side is written in e^-l, which
+    neither overflows nor cancels at large l. Raises ValueError for N < 1."""
     if N < 1:
         raise ValueError(f"N must be at least 1, not {N}")
     low, high = 0.0, N + 2.0
@@ -150,9 +152,10 @@ def best_of_n_tilt(N: int) -> float:
 
 @dataclasses.dataclass
 class Policy:
-    """A causal language model, its tokenizer, the tokens that end a response, and how much of it fits in memory:
-    responses that are sampled at once, and tokens in one forward and backward pass. Both are halved when memory runs
-    out, and neither changes a token or (but for rounding) a gradient."""
+    """A causal language model, its tokenizer, and the tokens that end a response.
+
+    sample_rows: responses sampled at once. micro_batch_tokens: tokens in one forward and backward pass. Both are halved
+    when memory runs out. Neither changes a token; the gradient changes by rounding alone."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -170,8 +173,8 @@ class Rollouts:
     """n responses to each of B prompts, as token ids: nothing is ever decoded and tokenized again.
 
     prompts: B lists of token ids. ids: (B, n, T) int64. mask: (B, n, T) bool, true at the tokens of a response, its
-    end token included, and false at the filler behind. log_probs: (B, n, T) float32, those of the distribution that was
-    sampled from, 0 at filler. temperature: of that distribution, which is also the one to differentiate."""
+    end token included, and false at the filler behind. log_probs: (B, n, T) float32, of the distribution that was
+    sampled from, 0 at filler. temperature: of that distribution. Training differentiates the same one."""
 
     prompts: list[list[int]]
     ids: torch.Tensor
@@ -236,9 +239,8 @@ class CompactCache(DynamicCache):
 
 
 def can_share_prompts(model: torch.nn.Module) -> bool:
-    """Whether a prompt may be read once for all its rows in training. Every layer must be attention, whose cache can be
-    differentiated (a linear layer updates its state in place), and activations must not be recomputed, which rules a
-    cache out."""
+    """Whether training may read a prompt once for all its rows. Every layer must be attention: a linear layer updates
+    its state in place, which cannot be differentiated. Gradient checkpointing must be off: it rules a cache out."""
     plain = (type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in CompactCache(config=model.config).layers)
     return all(plain) and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
@@ -250,8 +252,8 @@ def sample(
 ) -> Rollouts:  # fmt: skip
     """n responses to each prompt by pure temperature sampling, each up to and including its end token.
 
-    A random number belongs to a response and a position. The tokens therefore do not depend on `policy.sample_rows`.
-    Runs on the policy's device and returns there. Raises BadInput when memory runs out with a single response."""
+    Each response and position has its own random number: the tokens do not depend on `policy.sample_rows`. Computes and
+    returns on the policy's device. Raises BadInput when memory runs out with a single response."""
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
     uniform = torch.rand(len(rows), max_new_tokens, generator=generator, device=policy.device)  # (R, max_new_tokens)
@@ -311,7 +313,7 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
                 rows, token, seen, position = rows[alive], token[alive], seen[alive], position[alive]
                 alive = alive[alive]
             seen, position = F.pad(seen, (0, 1), value=True), position + 1
-            # A model of linear layers alone (Mamba) would take the mask for that of this token.
+            # A model of linear layers alone (Mamba) would take the mask for this token's.
             inputs = {"input_ids": token, "attention_mask": None if all(cache.is_linear) else seen.long()}
             inputs["position_ids"] = position
             hidden = model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state
@@ -321,8 +323,8 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
 def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
     """The responses as text, special tokens left out: B lists of n strings.
 
-    Each is decoded behind the last token of its prompt, which is then cut off: tokenizers of Llama's kind drop the
-    space that begins what they decode, and with it one of a program's indentation."""
+    Each is decoded behind the last token of its prompt, which is then cut off. Llama's tokenizers drop the space that
+    begins a text: decoded alone, an indented program would lose one column."""
     texts = []
     for prompt, *group in zip(rollouts.prompts, rollouts.ids.cpu(), rollouts.mask.cpu()):
         rows = [prompt[-1:], *(prompt[-1:] + ids[keep].tolist() for ids, keep in zip(*group))]
@@ -333,7 +335,7 @@ def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
 
 # --- Training step ----------------------------------------------------------------------------------------------------
 
-LOGITS_PER_CHUNK = 2**25  # float32 logits held at once: 128 MiB, whatever the vocabulary
+LOGITS_PER_CHUNK = 2**25  # float32 logits held at once: 128 MiB for any vocabulary
 
 
 @dataclasses.dataclass
@@ -381,8 +383,8 @@ def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterat
 
 
 def halving(policy: Policy, rollouts: Rollouts, compute: Callable):
-    """compute(), a pass over micro-batches of these rollouts. It starts again with half of `policy.micro_batch_tokens`
-    whenever memory runs out. Raises BadInput if memory lacks for one row."""
+    """compute(), a pass over micro-batches of these rollouts. Whenever memory runs out it starts again, with half of
+    `policy.micro_batch_tokens`. Raises BadInput if memory lacks for one row."""
     longest = max(map(len, rollouts.prompts)) + rollouts.ids.shape[-1]
     while True:
         try:
@@ -408,7 +410,7 @@ def response_states(
         inputs = {"input_ids": ids[:, :-1], "attention_mask": seen, "position_ids": position}
         rest = model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state
         return torch.cat([first, rest], 1)[mask]  # (R, 1, H) and (R, T-1, H) -> (R, T, H) -> (M, H)
-    # Filler stands on the right, where causal attention never looks: the fast kernels without a mask apply.
+    # Filler stands on the right, where causal attention never looks: no mask is needed, and fast kernels apply.
     rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
     states = model.base_model(input_ids=padded(rows)[0].to(ids.device), use_cache=False).last_hidden_state
     before = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device).unsqueeze(-1)  # (R, 1)
@@ -421,8 +423,8 @@ def response_log_probs(
 ) -> torch.Tensor:
     """log pi(token | prompt, earlier tokens) of each response token; (R, T) float32, 0 where mask is false.
 
-    prompts: R lists of ids. ids, mask: (R, T), as in `Rollouts`. Differentiable. The output layer is applied to the
-    response positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists."""
+    prompts: R lists of ids. ids, mask: (R, T), as in `Rollouts`. Differentiable. The output layer reads the response
+    positions only, a chunk at a time, and again in the backward pass: no (R, T, V) tensor ever exists."""
     model, ids, mask = policy.model, ids.to(policy.device), mask.to(policy.device)
 
     def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -475,9 +477,9 @@ def policy_gradient_step(
 ) -> dict[str, float]:  # fmt: skip
     """`epochs` optimiser steps on the same rollouts, PPO-clipped by `clip` if there are several (Tang).
 
-    advantages: (B, n), sum convention. average_gradients: what several processes do before gradients are clipped.
-    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (the share of such rows), and skipped: 1
-    if the gradient was not finite and the policy stayed as it was. Raises BadInput if memory lacks for one row."""
+    advantages: (B, n), sum convention. average_gradients: several processes call it before gradients are clipped.
+    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (share of the rows), skipped (1 if the
+    gradient was not finite: the policy then stays as it was). Raises BadInput if memory lacks for one row."""
     skipped, parameters = 0, list(policy.model.parameters())
 
     def gradient() -> float:
@@ -497,11 +499,10 @@ def policy_gradient_step(
 
 @torch.no_grad()
 def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.Tensor:
-    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler. The sum over T is a
-    response's log ratio.
+    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler.
 
     Both policies make the same pass over the same rows and round alike: a policy that has not moved has ratios of
-    exactly 0. The log-probs of sampling would leave 1e-7 there, of which AdamW makes full steps."""
+    exactly 0. The log-probs of sampling would leave 1e-7 there, and AdamW would make full steps of it."""
 
     def compute() -> torch.Tensor:
         ratios = torch.zeros(rollouts.mask.flatten(0, 1).shape)  # (R, T)
@@ -515,15 +516,15 @@ def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.T
 
 
 def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
-    """Advantages of the objective -KL(pi || pi_ref), to be added to a reward's with a coefficient. (B, n), n >= 2.
+    """Advantages (B, n) of the objective -KL(pi || pi_ref), n >= 2. Tang trains J_k - beta KL: add beta times these.
 
-    ratios: (B, n, T) from `log_ratios`. KL is a mean-type objective whose reward is -log(pi(y) / pi_ref(y)) a sample:
-    it has its own leave-one-out baseline and never passes through max or a vote. Tang trains J_k - beta KL."""
+    ratios: (B, n, T) from `log_ratios`. KL is the mean of the per-sample reward -log(pi(y) / pi_ref(y)): it has its own
+    leave-one-out baseline and never passes through max or a vote."""
     return mean_advantages(-ratios.sum(-1))
 
 
 def kl_estimate(ratios: torch.Tensor) -> float:
-    """KL(pi || pi_ref) in nats a response, from (B, n, T) log ratios of tokens: E[1/w - 1 + log w] summed over tokens,
-    which is unbiased and, unlike the mean of log w, never negative (Schulman's k3)."""
+    """KL(pi || pi_ref) in nats a response, from the log ratios of tokens (B, n, T): E[1/w - 1 + log w], summed over
+    tokens. It is unbiased and, unlike the mean of log w, never negative (Schulman's k3)."""
     ratios = ratios.double()
     return (torch.expm1(-ratios) + ratios).sum(-1).mean().item()

@@ -64,52 +64,57 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
     """maj@k: the reward of the most voted answer, its mean over all k-subsets of n samples, exactly.
 
     votes: (B, n) int64, equal = same answer, -1 = no answer (casts no vote; a subset without votes is worth 0).
-    rewards: (B, n), a function of the answer; where it is not, the mean reward of the answer's samples counts.
-    Ties are split: the mean over the tied answers. Returns (B,) float64 on the device of rewards; computes on the CPU.
-    Raises ValueError unless 1 <= k <= n.
-
+    rewards: (B, n), a function of the answer; where it is not, the mean reward of the answer's samples counts. Tied
+    answers are worth their mean. Returns (B,) float64 on the device of rewards; computes on the CPU. Raises ValueError
+    unless 1 <= k <= n.
     Example: of three samples two give a right answer and one a wrong one, k = 2. The pairs are worth 1 (both right),
-    1/2 and 1/2 (ties), so maj@2 = 2/3.
-
-    Subsets are counted, not listed. Each sample enters the subset with chance p; given that k enter, all k-subsets are
-    equally likely, whatever p. For each number t of votes that can win, a walk over the answers keeps the chance that s
-    samples have entered, m of the answers have exactly t votes and none has more; and the same times the sum of the
-    rewards of these m."""
+    1/2 and 1/2 (ties): maj@2 = 2/3."""
     n = votes.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
+    # Subsets are counted, not listed. Each sample is drawn with chance p: given that k are drawn, all k-subsets are
+    # equally likely. p near k/n makes k the likeliest number, and nothing that matters underflows.
     # Rows of one pattern are counted once: in leave-one-out, all samples of an answer have the same others.
     patterns, row = answer_patterns(votes, rewards).unique(dim=0, return_inverse=True)  # (U, 2, n), (B,)
     count, reward = patterns[:, 0].long(), patterns[:, 1]  # (U, n) each
-    p = k / (n + 1)  # near k/n, where the chance of k in all is largest: nothing that matters underflows
-    chance = torch.zeros(n + 1, k + 1, dtype=torch.float64)  # [c, u]: that u of c samples enter, by Pascal's rule
+    p = k / (n + 1)
+    chance = torch.zeros(n + 1, k + 1, dtype=torch.float64)  # [c, u]: u of c samples are drawn, by Pascal's rule
     chance[0, 0] = 1
     for c in range(n):
         chance[c + 1] = (1 - p) * chance[c]
         chance[c + 1, 1:] += p * chance[c, :-1]
     value = torch.zeros(len(count), dtype=torch.float64)  # (U,)
-    for t in range(1, min(k, int(count.max())) + 1):
+    for t in range(1, min(k, int(count.max())) + 1):  # the votes that win
         most = n - (count - t).clamp(min=0).sum(-1)  # (U,): the largest subset in which no answer has more than t
         some = (count[:, 0] >= t) & (most >= k)  # (U,): the patterns, S of them, that t votes can win
         if not some.any():
             continue
         able = count[some].where(count[some] >= t, 0)  # (S, n): who has fewer than t samples cannot win with t votes
         answers = int((able > 0).sum(-1).max())
-        ties = min(answers, k // t)
-        table = torch.zeros(len(able), 2, ties + 1, k + 1, dtype=torch.float64)  # chance, and times rewards: [m, s]
-        table[:, 0, 0, 0] = 1
+        # ways[value?, m answers tied at t, s samples drawn]: the chance, and the chance times the rewards of the tied
+        ways = torch.zeros(len(able), 2, min(answers, k // t) + 1, k + 1, dtype=torch.float64)
+        ways[:, 0, 0, 0] = 1
         for a in range(answers):
-            enter = chance[able[:, a]].view(-1, 1, 1, k + 1, 1)  # (S, 1, 1, k+1, 1): chance that u of answer a enter
-            before, table = table, enter[..., 0, :] * table
-            for u in range(1, t):
-                table[..., u:].addcmul_(before[..., :-u], enter[..., u, :])
-            tied = enter[..., t, :] * before[:, :, :-1, :-t]  # (S, 2, ties, k+1-t)
-            tied[:, 1] += reward[some, a].view(-1, 1, 1) * tied[:, 0]
-            table[:, :, 1:, t:] += tied
-        mean = (table[:, 1, 1:] / torch.arange(1, ties + 1).unsqueeze(-1)).sum(1)  # (S, k+1): reward of the tied
+            ways = with_answer(ways, chance[able[:, a], : t + 1], reward[some, a])
+        mean = (ways[:, 1, 1:] / torch.arange(1, ways.shape[2]).unsqueeze(-1)).sum(1)  # (S, k+1): reward of the tied
         rest = chance[n - able.sum(-1)].flip(-1)  # (S, k+1): blanks and those who cannot win fill up, k - s of them
         value[some] += (mean * rest).sum(-1)
     return (value / chance[n, k])[row].to(rewards.device)
+
+
+def with_answer(ways: torch.Tensor, drawn: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
+    """One more answer joins the count: new[m, s] = sum_{u < t} P(u) ways[m, s-u] + P(t) ways[m-1, s-t].
+
+    ways: (S, 2, ties+1, k+1), see `majority_at_k`. drawn: (S, t+1), P(u) that u of the answer's samples are drawn.
+    reward: (S,), of the answer, which the value gains where it ties."""
+    P, t = drawn[:, None, None, :, None], drawn.shape[-1] - 1  # (S, 1, 1, t+1, 1)
+    new = P[..., 0, :] * ways
+    for u in range(1, t):
+        new[..., u:].addcmul_(ways[..., :-u], P[..., u, :])
+    tied = P[..., t, :] * ways[:, :, :-1, :-t]  # (S, 2, ties, k+1-t)
+    tied[:, 1] += reward.view(-1, 1, 1) * tied[:, 0]
+    new[:, :, 1:, t:] += tied
+    return new
 
 
 def answer_patterns(votes: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
