@@ -15,8 +15,8 @@ from verifiers import BadInput, Task
 def load_file(where: str) -> tuple[Callable, ModuleType, str]:
     """The function that "FILE:NAME" names, the module made of the file, and the SHA-256 of the file's bytes, in hex.
 
-    The bytes that are hashed are those that run. Raises BadInput for a file or a name that is not there, for a file
-    that cannot be run, and for what is not a function."""
+    The bytes that run are the bytes that are hashed. Raises BadInput for a file or a name that is not there, for a file
+    that cannot be run, and for a name that is no function."""
     path, _, name = where.rpartition(":")
     if not path or not name:
         raise BadInput(f"{where!r} is not FILE:NAME, as in my_file.py:my_function")
@@ -35,7 +35,7 @@ def load_file(where: str) -> tuple[Callable, ModuleType, str]:
 
 
 def called(function: Callable, path: str, doing: str):
-    """function(). An exception in the code of the file at `path` becomes a BadInput of one line that says where."""
+    """function(). An exception in the file at `path` becomes a BadInput of one line that says where."""
     try:
         return function()
     except BadInput:
@@ -49,11 +49,11 @@ def called(function: Callable, path: str, doing: str):
 
 
 def load_estimator(where: str) -> tuple[Callable, Callable | None, str]:
-    """The estimator "FILE:NAME", (rewards (B, n), k) -> (B, n), the file's metric, (rewards (B, n), k) -> (B,), or None
-    without one, and the SHA-256 of the file.
+    """The estimator "FILE:NAME", (rewards (B, n), k) -> (B, n); the file's metric, (rewards (B, n), k) -> (B,), or None
+    if it has none; and the SHA-256 of the file.
 
-    Both are returned checked: they raise BadInput if the code raises, or if what it returns has another shape, is not
-    a tensor of floating point, or is not finite. Raises BadInput as `load_file` does."""
+    Both functions raise BadInput if the file's code raises, or if its result has another shape, is no floating-point
+    tensor, or is not finite. Raises BadInput as `load_file` does."""
     function, module, digest = load_file(where)
     path, _, name = where.rpartition(":")
 

@@ -1,4 +1,4 @@
-"""Several processes (torchrun): each samples and trains on its share of the prompts, all hold the same weights."""
+"""Several processes (torchrun): each samples and trains on its shard of the prompts; all hold the same weights."""
 
 import datetime
 import os
@@ -25,7 +25,7 @@ def start(device: str) -> None:
 
 
 def stop() -> None:
-    """Leave the other processes. For the end of a run, which all reach; where one fails, the others wait for it."""
+    """Leave the other processes, at the end of a run, which all reach."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -36,13 +36,13 @@ def world() -> tuple[int, int]:
 
 
 def shard(problems: Sequence) -> Sequence:
-    """This process's share: every `size`-th problem, from the `rank`-th on."""
+    """This process's shard: every `size`-th problem, from the `rank`-th on."""
     rank, size = world()
     return problems if size == 1 else problems[rank::size]
 
 
 def rank0_only(write: Callable[[], None]) -> None:
-    """Call write() in the first process alone; the others wait for it, here and nowhere else."""
+    """Call write() in the first process alone; the others wait for it."""
     rank, size = world()
     if rank == 0:
         write()
@@ -51,7 +51,7 @@ def rank0_only(write: Callable[[], None]) -> None:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes: shares of equal size have the gradient of the whole."""
+    """Replace each gradient by its mean over the processes: with equal shards, the gradient of the whole batch."""
     for parameter in parameters:
         if world()[1] > 1:
             dist.all_reduce(parameter.grad)
@@ -59,7 +59,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def all_gather(value) -> list:
-    """What each process has of this value, in the order of ranks; it is sent by pickle."""
+    """The value of each process, in the order of ranks; it is sent by pickle."""
     values = [value] * world()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -67,7 +67,7 @@ def all_gather(value) -> list:
 
 
 def reduce_metrics(record: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
-    """One record of those of all processes: the means of its values, and the sums of the counts."""
+    """One record for all processes: the means of the records' values, and the sums of the counts."""
     everyone = all_gather((record, counts))
     means = {name: sum(values[name] for values, _ in everyone) / len(everyone) for name in record}
     return means | dict(sum((Counter(events) for _, events in everyone), Counter()))

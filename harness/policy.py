@@ -36,10 +36,11 @@ from .parallel import rank0_only
 
 def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=False, chat=True) -> Policy:
     """The policy: "tiny" (warm-started on `task`, cached), "tiny-S" (the same from seed S), or a Hugging Face causal LM
-    by hub id or folder, without its chat template unless `chat`.
+    by hub id or folder. chat: use its chat template, if it has one.
 
-    Weights are float32; on CUDA they are used under bfloat16 autocast. Dropout is off for good: the log-probs that
-    training differentiates must be those of the distribution that was sampled from. Raises BadInput."""
+    Weights are float32, under bfloat16 autocast on CUDA. Dropout is off for good: training must differentiate the
+    distribution that was sampled from. The model is refused unless its log-probs agree, see `disagreement`. Raises
+    BadInput."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = name if tiny_seed(name) is None else tiny_policy_folder(task, tiny_seed(name))
@@ -66,8 +67,7 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
 
 
 def turn_off_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability to 0. Gradient checkpointing puts layers into training mode, where dropout would
-    make the log-probs of training differ from those of sampling."""
+    """Set every dropout probability to 0: gradient checkpointing puts layers into training mode."""
     for owner in (*model.modules(), *(getattr(module, "config", None) for module in model.modules())):
         for name, value in vars(owner).items() if owner else ():
             if isinstance(value, float) and ("drop" in name or isinstance(owner, torch.nn.modules.dropout._DropoutNd)):
@@ -76,9 +76,10 @@ def turn_off_dropout(model: torch.nn.Module) -> None:
 
 @torch.enable_grad()
 def disagreement(policy: Policy) -> str:
-    """How the model's ways to compute log-probs differ, "" if they agree: sampling with its cache, the training pass
-    over several rows and over one (with gradient checkpointing if it is on), and a plain forward pass of each row
-    without filler. The gradients of training and of the plain pass are compared as well."""
+    """How the model's ways to compute log-probs differ; "" if they agree.
+
+    The ways are sampling with a cache, the training pass over several rows and over one (with gradient checkpointing if
+    it is on), and a plain forward pass of each row without filler. The gradients of the last two are compared."""
     V = policy.model.config.get_text_config().vocab_size
     half = dataclasses.replace(policy, stop_ids=list(range(0, V, 2)))  # responses of different lengths
     short, long = ([V // 2 + i for i in range(length)] for length in (3, 8))
@@ -121,8 +122,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 
 def chat(tokenizer) -> tuple[str, str, str]:
-    """A user's and an assistant's turn as the chat template writes them: what the assistant reads, with {prompt} for
-    the user's words; the whitespace, if any, between that and a response; and what follows a response.
+    """A user's and an assistant's turn as the chat template writes them, in three parts: what the assistant reads, with
+    {prompt} for the user's words; the whitespace before a response; and what follows a response.
 
     Raises BadInput if the template fails, or does not write the user's words."""
     turns = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{response}"}]
@@ -139,8 +140,8 @@ def chat(tokenizer) -> tuple[str, str, str]:
 
 
 def ends_of_response(tokenizer, generation_config) -> list[int]:
-    """The tokens that end a response, first the one that ends an expert's: what the chat template writes behind an
-    assistant's turn, its first added token that is not whitespace (Qwen: <|im_end|>); the end-of-sequence tokens."""
+    """The tokens that end a response. The first one ends an expert's: the first added token, whitespace aside, that the
+    chat template writes behind an assistant's turn (Qwen: <|im_end|>). Then come the end-of-sequence tokens."""
     after = tokenizer(chat(tokenizer)[2], add_special_tokens=False).input_ids if tokenizer.chat_template else []
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     eos = generation_config.eos_token_id if generation_config else None
@@ -149,10 +150,10 @@ def ends_of_response(tokenizer, generation_config) -> list[int]:
 
 
 def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
-    """The text that a policy reads of each problem, and the whitespace that stands between it and a response.
+    """The text that a policy reads of each problem, and the whitespace between it and a response.
 
-    A chat template, if there is one, is asked for both. A tokenizer of characters (`tiny`) reads the prompt alone,
-    others read the task's words or its template; a space follows a word."""
+    A chat template, if there is one, writes both. A tokenizer of characters (`tiny`) reads the prompt alone, another
+    reads the task's words or its template; a space follows a word."""
     if tokenizer.chat_template:
         read, gap, _ = chat(tokenizer)
         words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
@@ -166,10 +167,8 @@ def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list
 
 
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, see `texts_read`. The special tokens are those that the chat template writes, if there
-    is one, else those that the tokenizer puts in front.
-
-    Raises BadInput if a prompt and its response would not fit the model's context."""
+    """Token ids of each prompt, see `texts_read`. The chat template writes the special tokens; without one, the
+    tokenizer puts its own in front. Raises BadInput if a prompt and its response would not fit the model's context."""
     if not problems:
         return []
     (texts, _), special = texts_read(policy.tokenizer, task, problems), not policy.tokenizer.chat_template
@@ -185,8 +184,8 @@ def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_
 
 
 def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
-    """Raise BadInput if what is so many tokens long exceeds the model's context, or the length from which on its
-    rotary embeddings depend on the length of the whole: samples and training would then differ."""
+    """Raise BadInput if `length` tokens exceed the model's context, or the length beyond which its rotary embeddings
+    depend on the length of the whole: samples and training would then differ."""
     config = policy.model.config.get_text_config()
     limits, why = [getattr(config, "max_position_embeddings", None) or math.inf], ""
     ropes = getattr(config, "rope_parameters", None) or {}
@@ -202,8 +201,8 @@ def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
 def expert_rollouts(
     policy: Policy, task: Task, prompts: list[list[int]], groups: Sequence[Sequence[Problem]], temperature: float = 1.0
 ) -> Rollouts:
-    """The solutions of B groups of problems that share a prompt, as rollouts with an end token behind; log_probs are 0.
-    Returns (B, m, T), m the size of the largest group; the rows that a smaller one lacks have no token.
+    """The solutions of B groups of problems, each group with one prompt, as rollouts (B, m, T). An end token is added;
+    log_probs are 0. m is the size of the largest group; smaller ones are filled up with rows without tokens.
 
     Raises BadInput if a prompt and its response do not fit the model's context."""
     problems, m = [problem for group in groups for problem in group], max(map(len, groups))
@@ -260,7 +259,7 @@ def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
 
 @contextlib.contextmanager
 def full_disk_told(path: Path) -> Iterator[None]:
-    """Around what writes to a path: BadInput with the path if there is no space left, whatever library says so."""
+    """Around code that writes to a path: BadInput with the path if there is no space left, whatever library says so."""
     try:
         yield
     except Exception as error:  # torch tells of another error, in which this one lies
@@ -270,16 +269,15 @@ def full_disk_told(path: Path) -> Iterator[None]:
 
 
 def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder of this name under $XDG_CACHE_HOME (~/.cache); `write(folder)` fills it if it is not there yet."""
+    """The folder of this name under $XDG_CACHE_HOME (~/.cache). If it is not there, `write(folder)` fills it."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inference-aware-rl" / name
     rank0_only(lambda: write_atomically(folder, write))
     return folder
 
 
 def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let write(folder) fill a folder that is not there yet. It is whole or absent, whenever the process dies.
-
-    Two processes may race: both write, one wins."""
+    """Let write(folder) fill a folder that is not there yet. It is whole or absent whenever the process dies. Two
+    processes may race: both write, one wins."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -293,15 +291,14 @@ def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def warm_start_groups(task: Task) -> Sequence[Sequence[Problem]]:
-    """What tiny learns from: groups of problems that share a prompt, each group read once."""
+    """The groups of problems, each with one prompt, that tiny learns from."""
     return task.warm_start_problems or [(problem,) for problem in task.train]
 
 
 def warm_start(task: Task, seed: int = 0) -> Policy:
     """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and threads.
 
-    A group of m solutions to one prompt is weighed 1/m each: they are read once, and the target is the uniform choice
-    among them."""
+    The m solutions of a group weigh 1/m each: the target is the uniform choice among them. The prompt is read once."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -341,8 +338,8 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix (m, n) with its singular values moved near 1, times sqrt(m/n) if that is more than 1.
 
-    It takes five Newton-Schulz steps in float32. torch.optim.Muon takes them in bfloat16, which is ten times as slow or
-    more on a CPU without it."""
+    Five Newton-Schulz steps in float32. torch.optim.Muon takes them in bfloat16: ten times slower or more on a CPU
+    without it."""
     m, n = matrix.shape
     X = (matrix.T if m > n else matrix) / matrix.norm().clamp(min=1e-7)  # (min, max)
     for _ in range(5):

@@ -1,5 +1,5 @@
-"""What a run tells: tables, figures, samples. As a program it compares runs: their metrics before and after training,
-for runs that differ in nothing but the seed as means over seeds.
+"""Tables, figures and samples of a run. As a program it compares runs: their metrics before and after training, as
+means over the runs that differ in nothing but the seed.
 
     python -m harness.report runs/a runs/b
     python -m harness.report runs/* --figure together.png
@@ -25,10 +25,10 @@ STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  #
 
 
 def mean_and_interval(values) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first dimension, of seeds or of problems, and half-width of its 95% confidence interval.
+    """Mean over the first dimension (seeds or problems) and half-width of its 95% confidence interval.
 
-    values: (S, ...), an array or a tensor on the CPU. Returns two arrays (...) float64. The interval is Student's t, by
-    Abramowitz and Stegun 26.7.5 for more than 10 values, which is right to 4 digits; it is nan for S = 1."""
+    values: (S, ...), an array or a tensor on the CPU. Returns two arrays (...) float64. The interval is Student's t. It
+    is nan for S = 1; for S > 10 it is Abramowitz and Stegun 26.7.5, which is right to 4 digits."""
     values = np.asarray(values, dtype=float)
     v = len(values) - 1
     if v == 0:
@@ -61,8 +61,8 @@ HEADS = {1: ["mean ± 95%"], 2: ["before -> after", "change ± 95%"]}  # of what
 
 
 def cells(before, after=None) -> list[str]:
-    """Means over problems or seeds, before and after, and the paired change with its interval; before alone: with its
-    own. before, after: (S,), arrays or tensors."""
+    """Means over problems or seeds, before and after, and the paired change with its interval; without `after` the mean
+    and its interval. before, after: (S,), arrays or tensors."""
     if after is None:
         return [number(*mean_and_interval(before))]
     return [f"{number(before.mean())} -> {number(after.mean())}", number(*mean_and_interval(after - before), "+")]
@@ -77,8 +77,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def final_table(
     before: dict, after: dict | None, best: dict, problems: list, columns: Sequence[str], split: str
 ) -> str:
-    """A row a level and a metric in `columns`, of per-problem values, name -> (P,), before training and after it, and
-    the best that any policy could have, where it is known. split: what the problems are, such as "held-out"."""
+    """The table of a run: one row for each level and each metric of `columns`. before, after, best: values of each
+    problem, name -> (P,); best is the best that any policy could have. split: "held-out" or "TRAINING"."""
     rows = [["level", "metric", *HEADS[1 if after is None else 2], *(["best possible"] if best else [])]]
     for (level, at), name in itertools.product(by_level(problems).items(), columns):
         possible = [number(best[name][at].mean())] if name in best else []
@@ -114,7 +114,7 @@ def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def smoothed(steps: Sequence[dict], name: str) -> tuple[list[int], np.ndarray]:
-    """The steps that logged `name`, and at each the mean over the twentieth of them around it, fewer at the ends."""
+    """The steps that logged `name`, and a running mean of it over a twentieth of the steps (fewer at the ends)."""
     values = np.array([record[name] for record in steps if name in record])
     ones, window = np.ones(len(values)), np.ones(max(1, len(values) // 20))
     means = np.convolve(values, window, "same") / np.convolve(ones, window, "same") if len(values) else values
@@ -122,11 +122,11 @@ def smoothed(steps: Sequence[dict], name: str) -> tuple[list[int], np.ndarray]:
 
 
 def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: str) -> None:
-    """curves.png, from the run's log: each metric family against j before and after, with 95% bands over problems, and
-    along training the evaluations as points, what the steps logged as a thin smoothed line.
+    """curves.png, from the run's log. Left: each metric family against j, before and after, 95% bands over problems.
+    Right: along training, the evaluations as points and the steps as a thin smoothed line.
 
-    best: the best possible values of metrics, name -> (P,), where they are known. names: metric families, such as
-    "pass" for pass@1, pass@2. split: what the problems of evaluations are, such as "held-out"."""
+    best: the best possible values, name -> (P,), where they are known. names: metric families, such as "pass" for
+    pass@1, pass@2. split: "held-out" or "TRAINING"."""
     plt, (evaluations, steps) = pyplot(), read_log(folder)
     figure, axes = plt.subplots(1, len(names) + 1, figsize=(4.2 * (len(names) + 1), 4.2), layout="constrained")
     ends = {"before": ("tab:gray", evaluations[0])} | ({"after": ("tab:blue", evaluations[-1])} if steps else {})
@@ -155,9 +155,9 @@ def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: s
 
 
 def finished_runs(patterns: Sequence[str]) -> dict[str, list[tuple[dict, list[dict], list[dict]]]]:
-    """Arguments, evaluations and steps of runs that differ in nothing but the seed, by how they differ from the others,
-    such as "estimator=mean k=4". A line tells what is left out: what is no finished run, what repeats another one.
-    Raises BadInput if nothing is left."""
+    """Arguments, evaluations and steps of the runs of each setting (all flags but the seed). The key tells it
+    from the others, such as "estimator=mean k=4". A line tells what is left out: no finished run, or a repeat. Raises
+    BadInput if nothing is left."""
     groups: dict[str, list] = {}
     for folder in (Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) or [pattern]):
         try:
@@ -193,8 +193,8 @@ def comparison(runs: dict) -> str:
 
 
 def save_comparison(path: Path, runs: dict, metric: str) -> None:
-    """Evaluations of all settings of `finished_runs`, one colour each: the metric against steps and against the KL that
-    the steps around logged, smoothed; means over seeds with 95% bands. Raises BadInput where a run lacks the metric."""
+    """Draw the metric of all settings of `finished_runs`, one colour each: against steps, and against the KL that the
+    steps logged, smoothed; means over seeds with 95% bands. Raises BadInput if a run lacks the metric."""
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     for label, group in runs.items():
         if metric not in (there := group[0][1][0]["eval"]["all"]):

@@ -52,7 +52,7 @@ class RunArgs:
     temperature: float = 1.0  # of sampling and of the log-probs that are differentiated, also in evaluation
     max_new_tokens: int | None = None  # longest response in tokens (default: the task's)
     lr_decay: bool = True  # the learning rate falls linearly to 0; --no-lr-decay: it stays
-    max_grad_norm: float = 1.0  # longest gradient that is not scaled down
+    max_grad_norm: float = 1.0  # clip the gradient norm at this value
     sample_rows: int = 1024  # responses sampled at once; lower it when memory runs out, the tokens stay the same
     micro_batch_tokens: int = 16384  # tokens in one pass; lower it when memory runs out, the gradient stays the same
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -71,7 +71,7 @@ class RunArgs:
     files: typing.ClassVar[dict[str, str]] = {}  # no flag: FILE:NAME -> SHA-256, see `keep_file`
 
 
-# Flags that do nothing unless others have certain values, what these are, and whether args have them.
+# Flags that do nothing without another one: what they need, and whether args have it.
 KL_MOVES = "--kl-coef-end", lambda args: args.kl_coef_end is not None
 TRAINS = "a verifier that is trained here", lambda args: args.verifier == "learned" and not args.verifier_model
 IDLE_WITHOUT = {
@@ -125,8 +125,8 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
 
 
 def flags_of(Args: type) -> type:
-    """The dataclass Args as --help shows it: the script's own flags stand before those that all share, and where the
-    default is None the flag's own words say what happens."""
+    """The dataclass Args as --help shows it: the script's own flags come first, and a default of None is not shown (the
+    flag's words say what happens)."""
     import tyro
 
     def hint(default: str) -> str:
@@ -164,8 +164,8 @@ def resume_command(folder: str | Path, processes: int) -> str:
 
 
 def keep_file(args, where: str, digest: str) -> None:
-    """Keep the SHA-256 of the user's own file "FILE:NAME" with the run's arguments. Raises BadInput where a run that is
-    to be resumed was begun with another one."""
+    """Keep the SHA-256 of the user's own file "FILE:NAME" with the run's arguments. Raises BadInput if a resumed run
+    began with another one."""
     if args.resume and args.files.get(where) != digest:
         raise BadInput(f"{where} has changed since {args.resume} began: put the file back, or begin a new run")
     args.files = args.files | {where: digest}
@@ -197,15 +197,14 @@ def check_args(args) -> None:
 
 
 def seeded_generator(device: torch.device, *what) -> torch.Generator:
-    """A generator seeded by a hash of `what`, such as purpose, seed, step and rank: other values, other numbers.
-
-    The hash matters: on the CPU torch reads only the low 32 bits of a seed."""
+    """A generator seeded by a hash of `what`, such as purpose, seed, step and rank. On the CPU torch reads only the low
+    32 bits of a seed: the hash spreads `what` over them."""
     return torch.Generator(device).manual_seed(random.Random("/".join(map(str, what))).getrandbits(63))
 
 
 def learning_rate(step: int, args) -> float:
-    """Of a step, 1, 2, ... args.steps: args.lr; before it a linear rise where the script has warm-up steps (args), and
-    behind these a linear fall, which would reach 0 one step after the last, where args.lr_decay is set."""
+    """The learning rate of a step, 1, 2, ... args.steps. It rises linearly over args.warm_up_steps, if the script has
+    them, to args.lr. With args.lr_decay it then falls linearly, to reach 0 one step after the last."""
     warm_up = getattr(args, "warm_up_steps", 0)
     fall = (args.steps + 1 - step) / max(args.steps - warm_up, 1) if args.lr_decay else 1.0
     return args.lr * min(step / max(warm_up, 1), fall, 1.0)
@@ -219,12 +218,11 @@ def sizes_up_to(n: int, *others: int) -> list[int]:
 class Run:
     """A run: task, problems, policy and optimizer, and a folder under runs/ that can be resumed at its last checkpoint.
 
-    folder: args.json; metrics.jsonl, a line a step and a line an evaluation, the same for the same arguments (on the
-    CPU bit for bit, however often the run was stopped or killed); samples.jsonl, of each evaluation 4 responses to 50
-    problems with their rewards; timings.jsonl, what depends on the machine; checkpoint.pt. state: what training
-    changes, by name: modules and optimizers; a script adds its own before it calls `steps`. All else is a function of
-    arguments and step. progress: plain values and tensors, saved beside the state.
-    """
+    folder: args.json; metrics.jsonl, a line a step and a line an evaluation; samples.jsonl, 4 responses to 50 problems
+    of each evaluation with their rewards; timings.jsonl, what depends on the machine; checkpoint.pt. A resumed CPU run
+    is bit-identical to an uninterrupted one with the same number of threads.
+    state: modules and optimizers that training changes, by name; a script adds its own before it calls `steps`.
+    progress: plain values and tensors, saved beside the state. All else is a function of arguments and step."""
 
     def __init__(self, args, *parts):
         """args: RunArgs and the script's own. parts: what the folder's name begins with. Raises BadInput."""
@@ -250,7 +248,7 @@ class Run:
             print(self.policy.tokenizer.decode(self.encoded(self.train[:1])[0]))
             sys.exit(0)
         for problems in (self.train, self.test):
-            if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now, not later
+            if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now
                 self.encoded(problems)
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
         self.state = {"policy": self.policy.model, "optimizer": self.optimizer}
@@ -283,10 +281,8 @@ class Run:
         return all_gather(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
 
     def use_learned_verifier(self) -> None:
-        """Select by a reward model: --verifier-model, or one trained here on the initial policy's own labelled samples
-        (once for `tiny`, in the cache; else kept with the run). Prints its quality on samples for held-out problems.
-
-        args: verifier_model, verifier_problems, verifier_lr."""
+        """Select by a reward model: --verifier-model, or one trained here on labelled samples of the initial policy
+        (cached for `tiny`, else kept with the run). Prints its quality on samples for held-out problems."""
         args, policy, task, base = self.args, self.policy, self.task, self.policy.model.name_or_path
 
         def labelled_samples(problems: Sequence[Problem]):
@@ -317,8 +313,8 @@ class Run:
     def steps(self, metrics: Callable[[Verdict], Metrics], description: str) -> Iterator[int]:
         """1, 2, ... args.steps, less those done before, with evaluations, a progress bar and checkpoints in between.
 
-        metrics: what an evaluation's verdict says of each problem. On SIGINT or SIGTERM the step is finished and saved,
-        and the script ends; at a second one it ends at once."""
+        metrics: an evaluation's verdict -> values of each problem, by name. On SIGINT or SIGTERM the step is finished
+        and saved, and the script ends; at a second one it ends at once."""
         self.metrics, doing, first, last = metrics, "writing to", 1, self.args.steps
         if self.args.resume:
             self.restore()
@@ -362,9 +358,9 @@ class Run:
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-        """The verifier's verdict on n responses to each of B problems, with the seconds it took. All processes call it.
+        """The verifier's verdict on n responses to each of B problems, and its seconds. All processes call it.
 
-        A verifier that raises is broken, which no reward may hide: the run ends with its error, after a checkpoint."""
+        If the verifier raises, the run ends with its error, after a checkpoint: no reward may hide that."""
         began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
         with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
@@ -373,8 +369,8 @@ class Run:
 
     @contextlib.contextmanager
     def saved_if_this_fails(self) -> Iterator[None]:
-        """Around the user's code, a verifier or an estimator, in all processes alike: where it raises in one of them,
-        the first writes a checkpoint of the steps done, and all end."""
+        """Around the user's code, a verifier or an estimator, in all processes. If it raises in one of them, the first
+        writes a checkpoint of the steps done, and all end."""
         failure = None
         try:
             yield
@@ -387,9 +383,9 @@ class Run:
             raise failure or BadInput(f"the verifier raised in {why} (mend it, and --resume {self.folder})")
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
-        """Append a step's line to metrics.jsonl and one to timings.jsonl; the names in `shown` go to the progress bar.
+        """Append a step's lines to metrics.jsonl and timings.jsonl; the names in `shown` go to the progress bar.
 
-        rollouts: what was sampled in it, for the speed. Raises BadInput when ten steps in a row were skipped."""
+        rollouts: the step's samples, for the speed. Raises BadInput when ten steps in a row were skipped."""
         seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
         timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
         timings["peak_memory_mib"] = peak_memory_mib()  # these are the first process's own
@@ -408,7 +404,7 @@ class Run:
             raise BadInput(f"ten steps in a row had a gradient that is not finite and were skipped: lower --lr, {mend}")
 
     def write(self, name: str, record: dict) -> None:
-        """Append a record to a log of the first process, and its numbers to TensorBoard's where they are wanted."""
+        """Append a record to a log of the first process, and its numbers to TensorBoard's if it is on."""
         if world()[0] == 0:
             append_json(self.folder / name, record)
         if self.writer:
@@ -419,7 +415,7 @@ class Run:
             self.writer.flush()
 
     def evaluate_if_due(self) -> None:
-        """Evaluate before the first step, after the last, and every args.eval_every, where that has not been done."""
+        """Evaluate before the first step, after the last, and every args.eval_every steps, unless that is done."""
         step, every = self.progress["step"], self.args.eval_every
         if self.progress["evaluated"] == step or not (step in (0, self.args.steps) or (every and step % every == 0)):
             return
@@ -440,7 +436,7 @@ class Run:
             for record in report.samples(problems, responses, verdict.rewards, 50):
                 append_json(self.folder / "samples.jsonl", {"step": step, **record})
         verdicts, counts = all_gather(verdict), reduce_metrics({}, verdict.counts)
-        # From the order of ranks back to that of the problems.
+        # From the ranks' order back to the problems' order.
         order = torch.tensor([i for r in range(processes) for i in range(r, len(self.test), processes)]).argsort()
         parts = ([getattr(v, name) for v in verdicts] for name in ("rewards", "votes", "scores"))
         rewards, votes, scores = (torch.cat(part)[order] for part in parts)  # (P, eval_n) each
@@ -454,8 +450,8 @@ class Run:
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint, under a temporary name, synced and renamed, so that it is whole or not there. Raises
-        BadInput if it cannot be written; the one before it is then as it was."""
+        """Write a checkpoint under a temporary name, sync and rename it: it is whole or not there. Raises BadInput if
+        it cannot be written; the checkpoint before it then stays."""
         if world()[0] > 0:
             return
         path, unfinished = self.folder / "checkpoint.pt", self.folder / "checkpoint.unfinished"
@@ -476,8 +472,8 @@ class Run:
             raise BadInput(f"cannot write a checkpoint of step {self.progress['step']} to {path}: {why}") from error
 
     def restore(self) -> None:
-        """Load the checkpoint, if there is one, and cut the logs back to it. Where args.steps is not what it was, say
-        what follows and note it in args.json. Raises BadInput for fewer steps than are done."""
+        """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, say what
+        follows and note it in args.json. Raises BadInput for fewer steps than are done."""
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
@@ -495,7 +491,7 @@ class Run:
         if steps != saved["steps"] and done:
             saved["extended_after"] = [*saved.get("extended_after", []), done]
             if self.args.lr_decay or getattr(self.args, "kl_coef_end", None) is not None:
-                print(f"from step {done + 1} on, schedules are those of {steps} steps, no longer of {saved['steps']}:")
+                print(f"from step {done + 1} on, schedules follow {steps} steps, no longer {saved['steps']}:")
                 print(f"the result is not the one of an uninterrupted run of {steps} steps")
             if (self.folder / "policy").exists():
                 os.rename(self.folder / "policy", self.folder / f"policy-{done}")
@@ -504,9 +500,9 @@ class Run:
         os.replace(path.with_suffix(".unfinished"), path)
 
     def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
-        """Save the policy, print the table of `columns` (such as "pass@4") before and after, behind a line where no
-        step had a signal, and draw the curves of `families` (such as "pass"). A finished run that is resumed comes here
-        at once and writes what is missing."""
+        """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
+        `families` (such as "pass"). A line says if no step had a signal. A finished run that is resumed comes here at
+        once and writes what is missing."""
         before, after, best = self.progress["before"], self.progress.get("after"), {}
         if self.task.best:
             names = (name for name in before if name.startswith("pass@"))
@@ -523,7 +519,7 @@ class Run:
 
 def new_run_folder(args, parts: Sequence) -> Path:
     """Create runs/<name>/ with args.json and return it. The name is --run-name, or the script, `parts` and a hash of
-    all arguments; where it is taken a number is appended, so that no run overwrites another's."""
+    all arguments; a number is appended if it is taken: no run overwrites another."""
     arguments = {"files": args.files, **dataclasses.asdict(args)}
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:6]
     script = Path(sys.argv[0]).stem
@@ -566,7 +562,7 @@ def peak_memory_mib() -> float:
 
 
 def rollout_metrics(policy: Policy, rollouts: Rollouts, verdict: Verdict, advantages: torch.Tensor) -> dict[str, float]:
-    """What a step's rollouts (B, n) look like: the metrics that all scripts log, see README."""
+    """The metrics of a step's rollouts (B, n) that all scripts log, see docs/pass_at_k.md."""
     length = rollouts.mask.sum(-1)  # (B, n)
     last = rollouts.ids.gather(-1, (length - 1).unsqueeze(-1)).squeeze(-1)  # (B, n)
     truncated = ~torch.isin(last, torch.tensor(policy.stop_ids, device=last.device))
