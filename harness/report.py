@@ -155,7 +155,7 @@ def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: s
 
 
 def finished_runs(patterns: Sequence[str]) -> dict[str, list[tuple[dict, list[dict], list[dict]]]]:
-    """Arguments, evaluations and steps of the runs of each setting (all flags but the seed). The key tells it
+    """Arguments, evaluations and steps of the runs of each setting (all flags but the seed). The key tells one setting
     from the others, such as "estimator=mean k=4". A line tells what is left out: no finished run, or a repeat. Raises
     BadInput if nothing is left."""
     groups: dict[str, list] = {}
