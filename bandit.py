@@ -1,4 +1,4 @@
-"""Figure 1 of Tang et al. (ICML 2025, arXiv 2503.19595): k-sample objectives on a 100-armed bandit.
+"""Figure 1 of Tang et al. (ICML 2025, arXiv 2503.19595) on a 100-armed bandit. See docs/bandit.md.
 
 Arms have fixed rewards drawn from N(0, 1); a softmax policy starts uniform and takes k = 4 samples a step, with
 learning rate 1. All three metrics are computed exactly from the policy, over many seeds at once; none is sampled.
@@ -85,7 +85,7 @@ def trajectory(args: Args, estimator: str) -> torch.Tensor:
 
 def mean_at_kl(metrics: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """Mean reward (len(grid), G) at the point of training where the KL reaches each value of `grid`, nan where it never
-    does: of averages over G groups of seeds, for a single seed's KL jumps. Linear between steps."""
+    does. The curves are averaged over G groups of seeds first: a single seed's KL jumps. Linear between steps."""
     groups = torch.stack([part.mean(-1) for part in metrics.chunk(GROUPS, -1)], -1)  # (steps + 1, 3, S) -> (.., 3, G)
     reward, kl = groups[:, 0].T.numpy(), groups[:, 2].cummax(0).values.T.numpy()  # (G, steps + 1)
     at = [np.interp(grid, *path, right=np.nan) for path in zip(kl, reward)]
@@ -97,7 +97,7 @@ def save_figure(path: Path, runs: dict[str, torch.Tensor], grid: torch.Tensor, k
     figure, axes = pyplot().subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for name, metrics in runs.items():
         steps = torch.arange(len(metrics))
-        at_kl = mean_at_kl(metrics, grid)  # (G, S)
+        at_kl = mean_at_kl(metrics, grid)  # (len(grid), G)
         for axis, x, y in zip(axes, (steps, grid, steps), (metrics[:, 0], at_kl, metrics[:, 1])):
             mean, ci = mean_and_interval(y.mT)
             axis.plot(x, mean, label=name)

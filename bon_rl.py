@@ -1,4 +1,4 @@
-"""Best-of-N aware RL: train a language model so that the best of N responses, by a verifier's choice, is right.
+"""Best-of-N aware RL: the response of N that a verifier picks is right. See docs/best_of_n_rl.md.
 
 Chow, Tennenholtz, Gur, Zhuang, Dai, Kumar, Agarwal, Thiagarajan, Boutilier, Faust. Inference-Aware Fine-Tuning for
 Best-of-N Sampling in Large Language Models. ICLR 2025, arXiv 2412.15287. The objective, with pi_bon the policy that
@@ -9,8 +9,8 @@ draws N responses from pi and keeps the one that a verifier scores highest, and 
 and its gradient estimates, sum_i A_i grad log pi(y_i), see `advantages`. The verifier is the environment's reward
 (BoN-RL-S; J is then pass@N) or a learned one, which selects in training as at test time (BoN-RL-V).
 
-What differs from pass_at_k_pg.py: the advantages below, which read a verifier's scores as well as rewards; a value
-network as a baseline; the KL, which is to a moving average of the policy, with a coefficient that may fall; warm-up.
+Unlike pass_at_k_pg.py: the advantages read a verifier's scores as well as rewards; a value network can be the baseline;
+the KL is measured from a moving average of the policy, and its coefficient can fall; the learning rate can warm up.
 
     python bon_rl.py --N 8                                           # exact gradient, the environment selects
     python bon_rl.py --N 8 --estimator variational                   # BoN-RL as in the paper

@@ -1,4 +1,4 @@
-"""Best-of-N aware SFT: imitate experts so that the best of N responses, by a verifier's choice, is like theirs.
+"""Best-of-N aware SFT: the response of N that a verifier picks is the expert's. See docs/best_of_n_sft.md.
 
 Chow, Tennenholtz, Gur, Zhuang, Dai, Kumar, Agarwal, Thiagarajan, Boutilier, Faust. Inference-Aware Fine-Tuning for
 Best-of-N Sampling in Large Language Models. ICLR 2025, arXiv 2412.15287. The objective, with pi_bon the policy that
@@ -9,7 +9,7 @@ draws N responses from pi and keeps the one that a verifier scores highest, over
 whose gradient, sum_i A_i grad log pi(y_i), runs over the expert and over n samples of the policy, see `coefficients`.
 With N = 1 it is plain SFT, to the bit, and nothing is sampled.
 
-What differs from bon_rl.py: the coefficients below; an expert beside the samples; no reward but the verifier's score.
+Unlike bon_rl.py: an expert stands beside the samples, and the verifier's score is the only reward.
 
     python bon_sft.py --N 8                            # variational, as in the paper
     python bon_sft.py --N 8 --likelihood exact         # the exact likelihood of a 0/1 verifier

@@ -219,7 +219,8 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def halve_on_oom(amount: int, least: int, error: Exception, what: str) -> int:
-    """Half of an amount that did not fit in memory. Raises an error about something else again; BadInput at `least`."""
+    """Half of an amount that did not fit in memory. Re-raises an error that is not about memory. Raises BadInput if the
+    amount is already `least`."""
     on_cpu = isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
     if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
         raise error
@@ -354,7 +355,7 @@ class MicroBatch:
 
 def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterator[MicroBatch]:
     """The given rows (any of the R = B n, int64) of the rollouts, longest first, in micro-batches of at most `budget`
-    tokens, or of one row. A micro-batch counts U times its longest prompt and its longest response.
+    tokens, or of one row. Its size is U * (longest prompt + longest response).
 
     Equal rows are computed once: a policy that has learnt to answer gives the same response again and again."""
     prompts, ids, mask, _ = rollouts.flat()
@@ -384,7 +385,7 @@ def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterat
 
 def halving(policy: Policy, rollouts: Rollouts, compute: Callable):
     """compute(), a pass over micro-batches of these rollouts. Whenever memory runs out it starts again, with half of
-    `policy.micro_batch_tokens`. Raises BadInput if memory lacks for one row."""
+    `policy.micro_batch_tokens`. Raises BadInput if one row does not fit in memory."""
     longest = max(map(len, rollouts.prompts)) + rollouts.ids.shape[-1]
     while True:
         try:
@@ -479,7 +480,7 @@ def policy_gradient_step(
 
     advantages: (B, n), sum convention. average_gradients: several processes call it before gradients are clipped.
     Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (share of the rows), skipped (1 if the
-    gradient was not finite: the policy then stays as it was). Raises BadInput if memory lacks for one row."""
+    gradient was not finite: the policy then stays as it was). Raises BadInput if one row does not fit."""
     skipped, parameters = 0, list(policy.model.parameters())
 
     def gradient() -> float:

@@ -1,4 +1,4 @@
-"""Policy gradient for majority voting: train a language model so that the most frequent of k answers is right.
+"""Policy gradient for majority voting: the most frequent of k answers is right. See docs/majority.md.
 
 Tang, Zheng, Synnaeve, Munos. Optimizing Language Models for Inference Time Objectives using Reinforcement Learning.
 ICML 2025, arXiv 2503.19595. The objective, over k independent responses to a prompt with final answers a_1..a_k,
@@ -9,9 +9,9 @@ and its gradient estimate, sum_i A_i grad log pi(y_i), with the leave-one-out ad
 
     A_i = r(maj(a_1..a_k)) - r(maj(a_{-i}))
 
-so that a response matters only where taking its vote away changes the outcome. What differs from pass_at_k_pg.py: the
-advantages below, which read votes as well as rewards, and the curves. The reward of the vote is that of a verifier with
-the right answer; "agree with the vote" as a reward is another objective, see README.
+A response matters only where removing its vote changes the outcome. Unlike pass_at_k_pg.py: the advantages read votes
+as well as rewards; a KL penalty is on, without which majority and mean training reach the same policy. Rewarding
+agreement with the vote is another objective: docs/majority.md.
 
     python majority_pg.py --k 8                      # biased: the gradient of maj@7
     python majority_pg.py --k 8 --estimator mean     # the baseline
@@ -49,7 +49,7 @@ def advantages(votes: torch.Tensor, rewards: torch.Tensor, k: int, estimator: st
 
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]             (n = k: Tang)
-      biased    the same less the subset's mean advantage: the gradient of maj@(k-1); zero for k = 1          (Tang)
+      biased    as unbiased, minus the mean advantage of each subset: the gradient of maj@(k-1); 0 for k = 1  (Tang)
 
     f is the reward of the majority, see `majority_at_k`. votes: (B, n) int64, n >= k, equal = same answer, -1 = none.
     rewards: (B, n). Returns (B, n), of the dtype of rewards (float32 for integers and bools). Raises ValueError unless

@@ -1,4 +1,4 @@
-"""Policy gradient for pass@k: train a language model to be right at least once in k tries.
+"""Policy gradient for pass@k: train for at least one right response in k tries. See docs/pass_at_k.md.
 
 Tang, Zheng, Synnaeve, Munos. Optimizing Language Models for Inference Time Objectives using Reinforcement Learning.
 ICML 2025, arXiv 2503.19595. The objective, over k independent responses to a prompt,
@@ -56,7 +56,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
 
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
-      biased    the same less the subset's mean advantage: the gradient of pass@(k-1); zero for k = 1         (Tang)
+      biased    as unbiased, minus the mean advantage of each subset: the gradient of pass@(k-1); 0 for k = 1 (Tang)
       maxrl     sum_{j=2..n} biased_j / (j-1), whatever k; (r_i - c/n) / c with c of n rewards 1, others 0  (MaxRL)
 
     rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype (float32 for integers and bools).

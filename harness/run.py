@@ -44,7 +44,7 @@ class RunArgs:
     steps: int = 150  # optimisation steps; 0 only evaluates
     prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
     lr: float = 2e-4  # highest learning rate of AdamW
-    model: str = "tiny"  # embedded, 1M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
+    model: str = "tiny"  # embedded, 0.9M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems (default: the task's own source)
     chat: bool = True  # prompt by the model's chat template, if it has one (--no-chat: a base model that ships one)
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
@@ -63,7 +63,7 @@ class RunArgs:
     resume: str | None = None  # runs/<name>: go on from its last checkpoint, with its arguments, maybe for more --steps
     tensorboard: bool = False  # also write the metrics for TensorBoard (an optional dependency)
     track: bool = False  # the same, sent to Weights & Biases as well (an optional dependency)
-    seed: int = 0  # of the order of problems and of sampling
+    seed: int = 0  # of the order of problems and of sampling; --model tiny-SEED varies the initial policy
     eval_every: int = 100  # steps between evaluations on held-out problems; 0: only before and after
     eval_n: int = 32  # samples per problem in evaluation; the metrics of 1, 2, 4, ... of them are reported
     eval_problems: int = 100  # held-out problems per level
@@ -358,9 +358,9 @@ class Run:
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-        """The verifier's verdict on n responses to each of B problems, and its seconds. All processes call it.
+        """The verdict on n responses to each of B problems, with the seconds it took. All processes must call it.
 
-        If the verifier raises, the run ends with its error, after a checkpoint: no reward may hide that."""
+        If the verifier raises, the run saves a checkpoint and ends with that error."""
         began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
         with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())

@@ -4,7 +4,9 @@ A reward function of TRL returns one number per completion. Here each one's numb
 each of B prompts, and `advantages` makes (B, n) advantages of them, whatever processes and micro-batches the rows lie
 in. All else stays TRL's: generation, vLLM, PEFT, accelerate, logging, resume.
 
-    config = GRPOConfig("out", loss_type="dr_grpo", num_generations=16, max_completion_length=512)
+    config = GRPOConfig(
+        "out", loss_type="dr_grpo", num_generations=16, per_device_train_batch_size=16, max_completion_length=512
+    )
     KSampleTrainer("Qwen/Qwen2.5-0.5B", verify, config, dataset, advantages=partial(pass_at_k, k=4)).train()
 
   advantages                                    reward functions
