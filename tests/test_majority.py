@@ -93,8 +93,8 @@ def test_rows_are_independent_and_the_names_and_order_of_answers_do_not_matter()
 
 
 def test_agreeing_with_the_vote_is_another_objective():
-    """Of docs/majority.md: probabilities .5 (wrong), .3 (right), .2 (wrong), k = 3. Rewarding agreement
-    with the vote pushes towards the most likely answer, here the wrong one; the gradient of maj@k pushes towards the right one."""
+    """The example of docs/majority.md: probabilities .5 (wrong), .3 (right), .2 (wrong), k = 3. Agreement as a reward
+    pushes towards the most likely answer, here the wrong one; maj@k pushes towards the right one."""
     theta = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
     log_pi = theta.log_softmax(-1)
     y = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
