@@ -78,6 +78,26 @@ def test_a_row_of_the_table():
     assert tokens[3:] == ["refused", "tokens of one response have different advantages"]
 
 
+def test_the_rules_of_a_registry():
+    """A flag makes two rules; what a trainer passes on is passed on; a rule that needs more is named and not run."""
+
+    def flagged(token_level_rewards, response_mask, index, by_std=True):
+        return (in_groups(token_level_rewards, response_mask, index) * (2 if by_std else 1),)
+
+    def discounted(token_level_rewards, response_mask, gamma, **kwargs):
+        return (in_groups(token_level_rewards, response_mask, kwargs["index"]) * gamma,)
+
+    def valued(token_level_rewards, response_mask, index, values, gamma):
+        raise AssertionError
+
+    functions = {"flagged": flagged, "discounted": discounted, "valued": valued}
+    rules = engines.registered(functions, "by_std", lambda name, by_std: {"gamma": 4.0})
+    assert rules.pop("valued") == "takes more than outcome rewards: values"
+    assert list(rules) == ["flagged, by_std=True", "flagged, by_std=False", "discounted"]
+    rewards = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
+    assert [rule(rewards)[0, 0].item() for rule in rules.values()] == [2 * 0.75 / 4, 0.75 / 4, 4 * 0.75 / 4]
+
+
 def test_what_a_loss_makes_of_a_token():
     mask = engines.TOKENS  # lengths 1, 3, 2, 1
     assert engines.token_weights(-mask / 7).startswith("1 / all tokens")

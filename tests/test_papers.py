@@ -278,7 +278,8 @@ def test_chow_variational_and_sft():
     r = torch.tensor([[1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
     tilt = common.best_of_n_tilt(2)
     # Winners are worth 1, 0, 0, the mean of the other winners 0, 1/2, 1/2. The first winner beats the four of the other
-    # groups and gains 1 - 0 from each; each tied one loses as much to the other tied group, by 0 - 1, and none to the first.
+    # groups and gains 1 - 0 from each. Each tied one loses as much to the other tied group, by 0 - 1, and none to the
+    # first.
     first = 1 / 3
     tied = -0.5 / 3 / 2 + tilt / 3 / 4 * (1 - 1)
     close(bon_rl.advantages(r, r, 2, "variational"), torch.tensor([[first, 0, *[tied] * 4]], dtype=torch.float64))

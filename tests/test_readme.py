@@ -102,13 +102,8 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
         if i and words[i - 1] == "--measured":
             words[i] = str(problems / "measured.json")
         if i and words[i - 1] == "--data":
-            own = (
-                f"mine/{word}"
-                if word.endswith("jsonl")
-                else "humaneval"
-                if "humaneval" in words or "speed.py" in words[0]
-                else ""
-            )
+            code = "humaneval" in words or "speed.py" in words[0]
+            own = f"mine/{word}" if word.endswith("jsonl") else "humaneval" if code else ""
             words[i] = str(problems / own)
     flags = SHRUNK.get(words[0], [])
     if flags is TRAINING:

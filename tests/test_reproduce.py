@@ -1,4 +1,4 @@
-"""benchmarks/reproduce.py: its statistics and tables, and its runs, stopped and taken up again, on small ones."""
+"""benchmarks/reproduce.py: statistics, tables, and small runs, stopped and taken up again. baselines.py: its table."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ from harness.report import mean_and_interval
 from verifiers.suspects import candidates
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-reproduce, claims = importlib.import_module("reproduce"), importlib.import_module("claims")
+reproduce, claims, baselines = map(importlib.import_module, ("reproduce", "claims", "baselines"))
 measure = reproduce.measure
 PREDICTIONS = json.loads(reproduce.optima.PREDICTIONS.read_text())
 
@@ -227,6 +227,43 @@ def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
     best = PREDICTIONS["policies"]["k4"]["pass@4"]
     assert policy["held-out"][1] == pytest.approx((now - base) / (best - base), rel=1e-3)
     assert json.loads((out / "measured.json").read_text())["unbiased, k = 4"] == policy["points"]
+
+
+def test_the_table_of_baselines_is_paired_by_seed(tmp_path, capsys, monkeypatch):
+    """u(k) has .5, .6 and .7; b(k+1) .1 more, .1 more and .4 more: .2 ± 4.303 x .1732 / sqrt(3) = .4303."""
+    args = baselines.Args(k=2, n=4, seeds=3, out=tmp_path, report=True)
+    runs, more = (
+        baselines.Runs(args),
+        {"u": (0, 0, 0), "b": (0.1, 0.1, 0.4), "others": (0, 0, 0), "posterior": (0, 0, 0)},
+    )
+    with pytest.raises(reproduce.BadInput, match="not all runs are in"):
+        baselines.main(args)
+    for name, seed in ((name, seed) for name in more for seed in range(3)):
+        values = {"pass": 0.5 + seed / 10 + more[name][seed], "signal": seed / 10, "seconds": seed**2}
+        runs.folder(name, seed).mkdir(parents=True)
+        (runs.folder(name, seed) / "exact.json").write_text(json.dumps(values))
+    capsys.readouterr()
+    baselines.main(args)
+    rows = [re.split("  +", row.strip()) for row in capsys.readouterr().out.splitlines()[:3]]
+    assert rows[0][1] == "pass@2 ± 95%"
+    assert rows[1] == ["u(k)", "0.6000 ± 0.2484", "-", "0.100", "1.000"]
+    assert rows[2][2:] == ["+0.2000 ± 0.4303", "0.100", "1.000"] and rows[2][1].startswith("0.8000 ± ")
+
+
+def test_a_run_of_a_baseline_is_a_command_and_its_values(tmp_path, monkeypatch):
+    runs = baselines.Runs(baselines.Args(k=2, n=4, seeds=2, out=tmp_path, more="--steps 3"))
+    script, *flags = runs.command("b", 1).split()
+    args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+    assert (args.k, args.n, args.steps, args.model, args.seed) == (2, 4, 3, "tiny-1", 1)
+    assert args.estimator.endswith("recipes/baselines.py:b") and runs.stages()[0] == [("u", 0), ("u", 1)]
+    problems = [problem for problem in reproduce.prompts("held-out") if problem.level == 2][:2]
+    monkeypatch.setattr(baselines.optima, "problems_of", lambda: problems)
+    half = torch.full((2, 8), 0.5).log().masked_fill(torch.arange(8) > 1, -torch.inf).double()
+    monkeypatch.setattr(reproduce, "log_probs", lambda model: half)
+    (tmp_path / "metrics.jsonl").write_text('{"nonzero_advantage": 0.2}\n{"eval": 1}\n{"nonzero_advantage": 0.4}\n')
+    (tmp_path / "timings.jsonl").write_text('{"seconds": 1}\n{"seconds": 5}\n{"seconds": 2}\n')
+    found = runs.evaluation("b", 1, tmp_path)  # two names, each half: two tries find the right one with chance 3/4
+    assert found == pytest.approx({"pass": 0.75, "signal": 0.3, "seconds": 2})
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
