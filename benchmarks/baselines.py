@@ -3,15 +3,13 @@
     python benchmarks/baselines.py                            # `suspects`, k = 8, 150 steps of 4 prompts x 16 samples
     python benchmarks/baselines.py --report                   # the table of runs that are there
 
-Each estimator is a function of recipes/baselines.py, run by pass_at_k_pg.py --estimator FILE:NAME from the same initial
-policies (tiny-0, tiny-1, ...). Policies are evaluated without sampling (exact.py) on held-out prompts. Runs that are
-there are kept, so that the command can be stopped and started again.
+Each estimator is a function of recipes/baselines.py. pass_at_k_pg.py --estimator FILE:NAME runs it from the same
+initial policies (tiny-0, tiny-1, ...). Policies are evaluated without sampling (exact.py) on held-out prompts. A
+stopped run is resumed. A finished run is kept.
 """
 
 import json
-import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +17,10 @@ import exact  # first: puts the repository on the path
 import measure
 import numpy as np
 import optima
-import torch
-import tyro
+import reproduce
 
-from harness.policy import load_policy
-from verifiers import BadInput, load_task
+from verifiers import BadInput
 
-ROOT = Path(__file__).parent.parent
 ESTIMATORS = {
     "u(k)": "u", "b(k+1)": "b", "(1-s) u(k) + s b(k+1)": "others", "posterior mean": "posterior",
 }  # fmt: skip
@@ -47,31 +42,40 @@ class Args:
     """learning rate"""
     more: str = ""
     """further flags of pass_at_k_pg.py, in one string"""
-    folder: Path = Path("runs/baselines")
-    """where the table's runs are kept"""
+    jobs: int = 2
+    """runs at a time, each on one thread"""
+    out: Path = Path("runs/baselines")
+    """folder of the runs and their logs"""
     report: bool = False
     """make no run"""
 
 
-def command(args: Args, name: str, seed: int) -> list[str]:
-    """The command of one run, which leaves runs/NAME."""
-    flags = f"--task suspects --model tiny-{seed} --seed {seed} --k {args.k} --n {args.n} --steps {args.steps} "
-    flags += f"--prompts-per-step {args.prompts_per_step} --lr {args.lr} "
-    flags += f"--eval-every 0 --eval-problems 1 --eval-n {args.k} {args.more}"  # policies are evaluated exactly instead
-    where = ["--estimator", f"{ROOT / 'recipes' / 'baselines.py'}:{name}", "--run-name", f"baselines-{name}-{seed}"]
-    return [sys.executable, str(ROOT / "pass_at_k_pg.py"), *flags.split(), *where]
+class Runs(reproduce.Runs):
+    def __init__(self, args: Args):
+        super().__init__(args.out, list(ESTIMATORS.values()), range(args.seeds), args.jobs)
+        self.flags = f"--task suspects --k {args.k} --n {args.n} --steps {args.steps} --lr {args.lr} "
+        self.flags += f"--prompts-per-step {args.prompts_per_step} --eval-every 0 --eval-problems 1 --eval-n {args.k}"
+        self.more, self.k = args.more, args.k
 
+    def stages(self) -> list[list[tuple[str, int]]]:
+        """The first run of a seed leaves its initial policy in the cache."""
+        return [[(name, seed) for seed in self.seeds for name in names] for names in (self.names[:1], self.names[1:])]
 
-def result(folder: Path, k: int) -> tuple[float, float, float]:
-    """pass@k on held-out prompts, exact; the mean share of samples with an advantage; the median seconds of a step."""
-    task, problems = load_task("suspects"), optima.problems_of()
-    with torch.no_grad():
-        log_pi = exact.candidate_log_probs(load_policy(str(folder / "policy"), task, "cpu"), task, problems)
-    value = optima.level_weights(problems) @ exact.exact_metrics(log_pi, problems)[f"pass@{k}"]
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    signal = np.mean([record["nonzero_advantage"] for record in steps if "nonzero_advantage" in record])
-    seconds = [json.loads(line)["seconds"] for line in (folder / "timings.jsonl").read_text().splitlines()]
-    return value.item(), float(signal), float(np.median(seconds))
+    def command(self, name: str, seed: int) -> str:
+        estimator = f"{measure.ROOT / 'recipes' / 'baselines.py'}:{name}"
+        return f"pass_at_k_pg.py {self.flags} --estimator {estimator} --model tiny-{seed} --seed {seed} {self.more}"
+
+    def evaluation(self, name: str, seed: int, folder: Path) -> dict:
+        """pass@k on held-out prompts, exact; the mean share of samples with an advantage; the median seconds a step."""
+        problems = optima.problems_of()
+        metrics = exact.exact_metrics(reproduce.log_probs(str(folder / "policy")), problems)
+        steps, timings = ([json.loads(line) for line in (folder / x).read_text().splitlines()]
+                          for x in ("metrics.jsonl", "timings.jsonl"))  # fmt: skip
+        return {
+            "pass": (optima.level_weights(problems) @ metrics[f"pass@{self.k}"]).item(),
+            "signal": np.mean([x["nonzero_advantage"] for x in steps if "nonzero_advantage" in x]),
+            "seconds": np.median([x["seconds"] for x in timings]),
+        }
 
 
 def main(args: Args) -> None:
@@ -79,34 +83,24 @@ def main(args: Args) -> None:
         raise BadInput(f"--k must be one of {', '.join(map(str, optima.TRIES))}, not {args.k}")
     if args.n <= args.k:
         raise BadInput(f"--n must be more than --k {args.k}, which b(k+1) takes, not {args.n}")
-    for seed in range(args.seeds):
-        for name in ESTIMATORS.values():
-            kept, made = args.folder / f"{name}-{seed}", Path("runs") / f"baselines-{name}-{seed}"
-            if kept.exists() or args.report:
-                continue
-            shutil.rmtree(made, ignore_errors=True)  # of a run that was stopped
-            if subprocess.run(command(args, name, seed)).returncode:
-                raise BadInput(f"the run of {name}, seed {seed}, failed: see above")
-            args.folder.mkdir(parents=True, exist_ok=True)
-            shutil.move(made, kept)
-    found = {x: [args.folder / f"{name}-{seed}" for seed in range(args.seeds)] for x, name in ESTIMATORS.items()}
-    missing = [folder for folders in found.values() for folder in folders if not folder.exists()]
-    if missing:
-        raise BadInput(f"{missing[0]} is not there: run this without --report")
-    values = {x: np.array([result(folder, args.k) for folder in folders]) for x, folders in found.items()}  # (S, 3)
-    first = next(iter(values.values()))
-    rows = []
-    for x, seen in values.items():
-        cells = ["{:.4f} ± {:.4f}".format(*measure.interval(seen[:, 0]))]
-        less = "-" if seen is first else "{:+.4f} ± {:.4f}".format(*measure.interval(seen[:, 0] - first[:, 0]))
-        rows.append([x, *cells, less, f"{seen[:, 1].mean():.3f}", f"{np.median(seen[:, 2]):.3f}"])
+    if not 2 <= args.seeds <= 10:
+        raise BadInput(f"--seeds must lie between 2 and 10, not {args.seeds}")
+    runs, rows = Runs(args), []
+    if not args.report:
+        runs.make_all()
+    if runs.failed or not all(runs.done(name, seed) for name in ESTIMATORS.values() for seed in runs.seeds):
+        raise BadInput("\n".join(runs.failed) or f"not all runs are in {args.out}: run this without --report")
+    for label, name in ESTIMATORS.items():
+        found = [json.loads((runs.folder(name, seed) / "exact.json").read_text()) for seed in runs.seeds]
+        seen = {key: np.array([row[key] for row in found]) for key in found[0]}  # (S,) each
+        first = rows[0][-1] if rows else seen["pass"]
+        less = measure.interval(seen["pass"] - first, "+.4f") if rows else "-"
+        cells = [measure.interval(seen["pass"], ".4f"), less]
+        rows.append([label, *cells, f"{seen['signal'].mean():.3f}", f"{np.median(seen['seconds']):.3f}", seen["pass"]])
     head = ["", f"pass@{args.k} ± 95%", "less u(k), paired", "samples with a signal", "seconds a step"]
-    measure.print_table(head, rows)
+    measure.print_table(head, [row[:-1] for row in rows])
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except BadInput as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    measure.program(main, Args)

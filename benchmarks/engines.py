@@ -1,7 +1,7 @@
 """Which objective are you training? The advantage estimators that an engine brings, run on all 0/1 patterns of n = 8.
 
     python benchmarks/engines.py               # the engines that are installed here
-    python benchmarks/engines.py --write       # and put their tables into docs/engines.md
+    python benchmarks/engines.py --publish     # and put their tables into docs/engines.md
 
 Each engine takes an environment of its own:
 
@@ -11,39 +11,37 @@ Each engine takes an environment of its own:
              omegaconf jaxtyping tensordict skyrl-gym
 
 The rewards of n samples to each of B prompts go in as the engine's trainer passes them on, the advantages come out;
-`spectrum.worth` reads off what they maximise. All engines average over rows, so that what stands in the tables is the
-spectrum of A / n. Responses have 1 to 3 tokens; a rule that is refused for it is run again with equal lengths. The
-second table is what each loss makes of an advantage, from its gradient in the log-probs: which sum to undo.
+`spectrum.worth` reads off what they maximise. All engines average over rows: the tables have the spectrum of A / n.
+Responses have 1 to 3 tokens; a rule that is refused for it is run again with equal lengths. The second table is what
+each loss makes of an advantage, from its gradient in the log-probs: which sum to undo.
 """
 
 import importlib.metadata
 import importlib.util
 import inspect
-import re
 import sys
 import tempfile
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import measure  # first: puts the repository on the path
+import numpy as np
 import spectrum
 import torch
-import tyro
 
 from pass_at_k_pg import advantages as pass_at_k
 from verifiers import BadInput
 
 N, K = 8, 4
-DOC = Path(__file__).parent.parent / "docs" / "engines.md"
+PAGE = "docs/engines.md"
 LIMIT = 5e-3  # of the error of a weight: engines compute in float32
 Rules = dict[str, Callable | str]  # name -> (B, n) rewards -> (B, n) advantages, or why there is none
 
 
 @dataclass
 class Args:
-    write: bool = False
+    publish: bool = False
     """put the tables of the engines that are installed here into docs/engines.md"""
 
 
@@ -68,7 +66,6 @@ def of_tokens(call: Callable) -> Callable:
     """An estimator of token-level rewards, with the reward at the last token, as (B, n) -> (B, n), divided by n.
 
     call(rewards (R, 3), mask (R, 3), index (R,)) returns advantages (R, 3), equal at all tokens of a response."""
-    import numpy as np
 
     def advantages(rewards: torch.Tensor) -> torch.Tensor:
         B, n = rewards.shape
@@ -84,31 +81,36 @@ def of_tokens(call: Callable) -> Callable:
     return advantages
 
 
+def registered(functions: dict[str, Callable], flag: str, values: Callable) -> Rules:
+    """The rules of a registry of functions of token-level rewards.
+
+    flag: the name of their argument that says whether to divide by the standard deviation. values: (name, flag's value)
+    -> the other arguments that an engine's trainer passes on."""
+    rules, passed = {}, {"token_level_rewards", "response_mask", "index", "kwargs"}
+    for name, function in functions.items():
+        known = inspect.signature(function).parameters
+        if needed := {x for x, p in known.items() if p.default is p.empty} - passed - {*values(name, None)}:
+            rules[name] = f"takes more than outcome rewards: {', '.join(sorted(needed))}"
+            continue
+        for value in (True, False) if flag in known else (None,):
+            options = values(name, value) | ({} if value is None else {flag: value})
+
+            def call(rewards, mask, index, function=function, known=known, options=options):
+                options = {x: v for x, v in {"index": index, **options}.items() if x in known or "kwargs" in known}
+                return function(token_level_rewards=rewards, response_mask=mask, **options)[0]
+
+            rules[name if value is None else f"{name}, {flag}={value}"] = of_tokens(call)
+    return rules
+
+
 def verl_rules() -> Rules:
     from verl.trainer.config import AlgoConfig
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
-    rules = {}
-    for name, function in ADV_ESTIMATOR_REGISTRY.items():
-        needed = [x for x, p in inspect.signature(function).parameters.items() if p.default is p.empty]
-        needed = set(needed) - {"token_level_rewards", "response_mask", "index", "kwargs"}
-        if needed:
-            rules[name] = f"takes more than outcome rewards: {', '.join(sorted(needed))}"
-            continue
-        flags = (True, False) if "norm_adv_by_std_in_grpo" in inspect.signature(function).parameters else (None,)
-        for flag in flags:
-            config = AlgoConfig(adv_estimator=name, norm_adv_by_std_in_grpo=flag is not False)
-            options = {} if flag is None else {"norm_adv_by_std_in_grpo": flag}
+    def config(name, by_std):
+        return {"config": AlgoConfig(adv_estimator=name, norm_adv_by_std_in_grpo=by_std is not False)}
 
-            def call(rewards, mask, index, function=function, options={"config": config} | options):
-                known = inspect.signature(function).parameters
-                several = {"index": index, **options}
-                kept = {x: v for x, v in several.items() if x in known or "kwargs" in known}
-                return function(token_level_rewards=rewards, response_mask=mask, **kept)[0]
-
-            suffix = {True: ", norm_adv_by_std_in_grpo=True", False: ", norm_adv_by_std_in_grpo=False", None: ""}
-            rules[name + suffix[flag]] = of_tokens(call)
-    return rules
+    return registered(ADV_ESTIMATOR_REGISTRY, "norm_adv_by_std_in_grpo", config)
 
 
 def skyrl_utils():
@@ -123,23 +125,9 @@ def skyrl_utils():
 
 
 def skyrl_rules() -> Rules:
-    registry, rules = skyrl_utils().AdvantageEstimatorRegistry, {}
-    for name in registry.list_available():
-        function = registry.get(name)
-        needed = [x for x, p in inspect.signature(function).parameters.items() if p.default is p.empty]
-        needed = set(needed) - {"token_level_rewards", "response_mask", "index", "gamma", "kwargs"}
-        if needed:
-            rules[name] = f"takes more than outcome rewards: {', '.join(sorted(needed))}"
-            continue
-        flags = (True, False) if "grpo_norm_by_std" in inspect.signature(function).parameters else (None,)
-        for flag in flags:
-
-            def call(rewards, mask, index, function=function, flag=flag):
-                options = {} if flag is None else {"grpo_norm_by_std": flag}
-                return function(token_level_rewards=rewards, response_mask=mask, index=index, gamma=1.0, **options)[0]
-
-            rules[name + ("" if flag is None else f", grpo_norm_by_std={flag}")] = of_tokens(call)
-    return rules
+    registry = skyrl_utils().AdvantageEstimatorRegistry
+    functions = {name: registry.get(name) for name in registry.list_available()}
+    return registered(functions, "grpo_norm_by_std", lambda *_: {"gamma": 1.0})
 
 
 def trl_trainer(name: str, reward: Callable, **settings):
@@ -163,38 +151,36 @@ def trl_trainer(name: str, reward: Callable, **settings):
 
 
 LENGTH = 3  # max_completion_length
-TRL = {
-    'GRPO, scale_rewards="group"': ("GRPO", {"scale_rewards": "group"}),
-    'GRPO, scale_rewards="batch"': ("GRPO", {"scale_rewards": "batch"}),
-    'GRPO, scale_rewards="none"': ("GRPO", {"scale_rewards": "none"}),
+NO_SCALE = {"scale_rewards": "none"}
+TRL = {  # name -> trainer, settings, what the reward function returns
+    'GRPO, scale_rewards="group"': ("GRPO", {"scale_rewards": "group"}, lambda r: r),
+    'GRPO, scale_rewards="batch"': ("GRPO", {"scale_rewards": "batch"}, lambda r: r),
+    'GRPO, scale_rewards="none"': ("GRPO", NO_SCALE, lambda r: r),
     'GRPO, multi_objective_aggregation="normalize_then_sum"': (
-        "GRPO", {"multi_objective_aggregation": "normalize_then_sum"},
+        "GRPO", {"multi_objective_aggregation": "normalize_then_sum"}, lambda r: r,
     ),
-    "RLOO": ("RLOO", {}),
-    "RLOO, normalize_advantages=True": ("RLOO", {"normalize_advantages": True}),
-    'GRPO, scale_rewards="none", the reward function returns n b(5)': ("GRPO", {"scale_rewards": "none"}),
-    'GRPO, scale_rewards="none", the reward function returns n u(4)': ("GRPO", {"scale_rewards": "none"}),
+    "RLOO": ("RLOO", {}, lambda r: r),
+    "RLOO, normalize_advantages=True": ("RLOO", {"normalize_advantages": True}, lambda r: r),
+    'GRPO, scale_rewards="none", the reward function returns n b(5)': (
+        "GRPO", NO_SCALE, lambda r: N * pass_at_k(r, K + 1, "biased"),
+    ),
+    'GRPO, scale_rewards="none", the reward function returns n u(4)': ("GRPO", NO_SCALE, lambda r: N * pass_at_k(r, K)),
 }  # fmt: skip
 
 
 def trl_rules() -> Rules:
-    def rule(kind: str, settings: dict, seen: Callable) -> Callable:
+    def rule(kind: str, settings: dict, returned: Callable) -> Callable:
         now = []
         trainer = trl_trainer(kind, lambda completions, **_: now[-1].flatten().tolist(), **settings)
 
         def advantages(rewards: torch.Tensor) -> torch.Tensor:
-            now[:] = [seen(rewards)]
+            now[:] = [returned(rewards)]
             inputs = [{"prompt": str(b)} for b in range(len(rewards)) for _ in range(N)]
             return trainer._generate_and_score_completions(inputs)["advantages"].view(-1, N) / N
 
         return advantages
 
-    def seen(name: str) -> Callable:
-        if name.endswith("n b(5)"):
-            return lambda r: N * pass_at_k(r, K + 1, "biased")
-        return (lambda r: N * pass_at_k(r, K)) if name.endswith("n u(4)") else lambda r: r
-
-    return {name: rule(kind, settings, seen(name)) for name, (kind, settings) in TRL.items()}
+    return {name: rule(*setting) for name, setting in TRL.items()}
 
 
 # --- what their losses make of an advantage ---------------------------------------------------------------------------
@@ -287,34 +273,21 @@ def row(name: str, rule: Callable | str, again: bool) -> list[str]:
 def tables(engine: str) -> str:
     """Both tables of an engine that is installed here, in Markdown."""
     rules, losses = ENGINES[engine]
-    lines = [f"{engine} {importlib.metadata.version(engine)}", ""]
-    lines += ["| name | D(0) .. D(7) | w of pass@1 .. pass@8 | maximises | remark |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {' | '.join(row(name, rule, engine != 'trl'))} |" for name, rule in rules().items()]
-    lines += ["", "| loss | a token of a response with A = 1 is weighted by |", "| --- | --- |"]
-    lines += [f"| {name} | {words} |" for name, words in losses().items()]
-    return "\n".join(lines)
-
-
-def in_document(engine: str) -> str:
-    """The tables of an engine as docs/engines.md has them."""
-    return re.search(rf"<!-- {engine}:begin -->\n(.*?)\n<!-- {engine}:end -->", DOC.read_text(), re.S)[1]
+    head = ["name", "D(0) .. D(7)", "w of pass@1 .. pass@8", "maximises", "remark"]
+    rows = [row(name, rule, engine != "trl") for name, rule in rules().items()]
+    of_loss = measure.markdown(["loss", "a token of a response with A = 1 is weighted by"], losses().items())
+    return f"{engine} {importlib.metadata.version(engine)}\n\n{measure.markdown(head, rows)}\n\n{of_loss}"
 
 
 def main(args: Args) -> None:
     installed = [engine for engine in ENGINES if importlib.util.find_spec(engine)]
     if not installed:
         raise BadInput("none of trl, verl and skyrl is installed: see the top of this file")
-    for engine in installed:
-        text = tables(engine)
-        print(text + "\n")
-        if args.write:
-            begin, end = f"<!-- {engine}:begin -->\n", f"\n<!-- {engine}:end -->"
-            DOC.write_text(DOC.read_text().replace(begin + in_document(engine) + end, begin + text + end))
+    found = {engine: tables(engine) for engine in installed}
+    print("\n\n".join(found.values()))
+    if args.publish:
+        measure.publish(found)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except BadInput as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    measure.program(main, Args)

@@ -18,7 +18,6 @@ import measure  # first: puts the repository on the path
 import optima
 import torch
 import torch.nn.functional as F
-import tyro
 
 import common
 from harness.policy import encode_prompts, expert_rollouts, load_policy
@@ -79,21 +78,23 @@ def exact_metrics(
     return metrics
 
 
+def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, float]]:
+    """Weighted means of metrics (P,): name -> level -> value, the levels being "all", "2", "3", ..."""
+    weights, levels = optima.level_weights(problems), torch.tensor([problem.level for problem in problems])
+    groups = {"all": torch.ones_like(weights)} | {str(x): (levels == x).double() for x in levels.unique().tolist()}
+    shares = {level: weights * some / (weights @ some) for level, some in groups.items()}
+    return {name: {level: (share @ value).item() for level, share in shares.items()} for name, value in metrics.items()}
+
+
 def main(args: Args) -> None:
-    task = load_task("suspects")
+    task, problems = load_task("suspects"), optima.problems_of()
     base, policy = (load_policy(model, task, "cpu") for model in (args.base, args.model))
-    problems = optima.problems_of()
     with torch.no_grad():
         base_log_pi, log_pi = (candidate_log_probs(p, task, problems) for p in (base, policy))
-    metrics = exact_metrics(log_pi, problems, base_log_pi=base_log_pi)
-    weights = optima.level_weights(problems)
-    levels = torch.tensor([problem.level for problem in problems])
-    rows = [["all", *(f"{weights @ value:.3f}" for value in metrics.values())]]
-    for level in levels.unique().tolist():
-        share = weights * (levels == level) / weights[levels == level].sum()
-        rows.append([level, *(f"{share @ value:.3f}" for value in metrics.values())])
-    measure.print_table(["level", *metrics], rows)
+    found = by_level(exact_metrics(log_pi, problems, base_log_pi=base_log_pi), problems)
+    rows = [[level, *(f"{found[name][level]:.3f}" for name in found)] for level in found["kl"]]
+    measure.print_table(["level", *found], rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    measure.program(main, Args)

@@ -4,7 +4,7 @@
     python benchmarks/frontier.py --measured measured.json      # {"name": [[pass@1, pass@8, pass@32] of each seed]}
 
 A policy is a point; the frontier comes from maximising w pass@1 + (1 - w) pass@k for each w. An objective's own optimum
-may lie below it, as that for k = 16 does in (pass@1, pass@8): it spends on tries that pass@8 does not count.
+may lie below it: the optimum for k = 16 spends on tries that pass@8 does not count.
 """
 
 import functools
@@ -17,10 +17,9 @@ from pathlib import Path
 import measure  # first: puts the repository on the path
 import numpy as np
 import optima
-import tyro
 from colours import COLOURS
 
-from harness.report import pyplot
+from harness.report import mean_and_interval, pyplot, save_and_close
 from verifiers.suspects import best_policy
 
 KS = (8, 32)  # the panels
@@ -58,8 +57,8 @@ def optimum(k: int) -> np.ndarray:
 
 
 def label(axis, labels: Sequence[tuple[Sequence[float], str, str]]) -> None:
-    """Write each (point, text, colour) where it covers no point and no other text: the nearest place that is free, with
-    a thin line to the point where that is farther off. To be called when all else is drawn and the layout stands."""
+    """Write each (point, text, colour) at the nearest place where it covers no point and no other text. A thin line
+    goes to a point that is farther off. All else is drawn before, and the layout stands."""
     from matplotlib.text import Text
 
     renderer, taken = axis.figure.canvas.get_renderer(), []
@@ -99,8 +98,8 @@ def draw(axis, k: int, measured: Mapping[str, np.ndarray]) -> list[tuple]:
     for family in dict.fromkeys(families.values()):
         colour, names = COLOURS[family.split(" at ")[0]], [name for name in measured if families[name] == family]
         seeds = [np.asarray(measured[name])[:, [0, column]] for name in names]  # (S, 2) each
-        pairs = [measure.interval(x) if len(x) > 1 else (x[0], 0 * x[0]) for x in seeds]
-        (x, dx), (y, dy) = (np.transpose([(mean[i], error[i]) for mean, error in pairs]) for i in (0, 1))
+        pairs = np.array([mean_and_interval(x) for x in seeds])  # (names, 2, 2): mean and half-width, of x and of y
+        (x, dx), (y, dy) = np.nan_to_num(pairs).transpose(2, 1, 0)
         axis.errorbar(x, y, dy, dx, "o-", color=colour, ms=5, linewidth=1, label=family)
         labels += [((a, b), name.partition(", ")[2] or name, colour) for a, b, name in zip(x, y, names)]
     axis.set(xlabel="pass@1", ylabel=f"pass@{k}", xlim=(0.2, 0.68))
@@ -109,9 +108,8 @@ def draw(axis, k: int, measured: Mapping[str, np.ndarray]) -> list[tuple]:
 
 def save_figure(path: Path, panels: Sequence[tuple[str, int, Mapping[str, np.ndarray]]], low: float = 0.62) -> None:
     """A panel for each (title, k, measured) of `draw`; pass@k from `low` up."""
-    plt = pyplot()
     size = 5.4 * len(panels) + 2.2, 5.2
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     found, entries = [], {}
     for axis, (title, k, measured) in zip(axes[0], panels):
         found.append(draw(axis, k, measured))
@@ -121,26 +119,26 @@ def save_figure(path: Path, panels: Sequence[tuple[str, int, Mapping[str, np.nda
     figure.canvas.draw()  # the layout stands from here on
     for axis, labels in zip(axes[0], found):
         label(axis, labels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_and_close(figure, path)
+
+
+def panels(measured: Mapping[str, np.ndarray]) -> list[tuple[str, int, Mapping[str, np.ndarray]]]:
+    """What `save_figure` takes for one model."""
+    return [(f"one try against {k}", k, measured) for k in KS]
 
 
 def main(args: Args) -> None:
     measured = json.loads(args.measured.read_text()) if args.measured else {}
     measured = {name: np.array(seeds, dtype=float) for name, seeds in measured.items()}
-    save_figure(args.figure, [(f"one try against {k}", k, measured) for k in KS])
+    save_figure(args.figure, panels(measured))
     rows = []
     for name, seeds in {**{f"best for {k}": optimum(k)[None] for k in MARKED}, **measured}.items():
-        columns = [*seeds.T, *(below_frontier(curve(k), seeds[:, [0, i]]) for i, k in enumerate(KS, start=1))]
-        if len(seeds) == 1:  # exact
-            rows.append([name, *(f"{column[0]:.3f}" for column in columns)])
-        else:
-            rows.append([name, *("{:.3f} ± {:.3f}".format(*measure.interval(column)) for column in columns)])
+        below = (below_frontier(curve(k), seeds[:, [0, i]]) for i, k in enumerate(KS, start=1))
+        rows.append([name, *map(measure.interval, (*seeds.T, *below))])
     head = ["", "pass@1", *(f"pass@{k}" for k in KS), *(f"below the frontier of pass@{k}" for k in KS)]
     measure.print_table(head, rows)
     print(args.figure)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    measure.program(main, Args)

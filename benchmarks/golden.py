@@ -120,7 +120,7 @@ def variational(rewards: Row, scores: Row, N: int) -> list[Fraction]:
 
 
 def closed_form(rewards: Row, N: int, estimator: str) -> list[Fraction]:
-    """BoN-RLB (rlb), positives only, and by all samples, the failure rate being that of the row, in [.01, .99]."""
+    """BoN-RLB (rlb), positives only, and by all samples, with the failure rate of the row, in [.01, .99]."""
     n = len(rewards)
     p = min(max(1 - mean(rewards), Fraction(1, 100)), Fraction(99, 100))
     if estimator == "rlb-all":
@@ -135,7 +135,7 @@ def closed_form(rewards: Row, N: int, estimator: str) -> list[Fraction]:
 
 
 def sft(expert: Fraction, scores: Row, N: int, likelihood: str) -> list[Fraction]:
-    """The expert's coefficient, 1, and those of n samples in grad log pi_bon(y*), see bon_sft.coefficients."""
+    """Coefficients of the expert, 1, and of n samples in grad log pi_bon(y*), see bon_sft.coefficients."""
     n = len(scores)
     if likelihood == "exact":
         p = min(max(1 - mean(scores), Fraction(1, 100)), Fraction(99, 100))

@@ -1,12 +1,15 @@
-"""What the benchmarks share: the machine in two lines, interleaved timing, the tiny model, tables.
+"""What the benchmarks share: machine, interleaved timing, a tiny model, tables, the pages that show them.
 
-Importing it puts the repository's root on sys.path, so that `python benchmarks/x.py` finds common.py.
+Importing it puts the repository's root on sys.path. `python benchmarks/x.py` then finds common.py.
 """
 
+import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -14,50 +17,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is downloaded
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
+import tyro
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import harness.policy
-from harness.report import mean_and_interval as interval  # noqa: F401
+from harness.report import mean_and_interval, table
+from verifiers import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def program(main: Callable, Args: type) -> None:
+    """Parse the command line into Args and run main(args). A user's mistake ends in one line and exit code 2."""
+    try:
+        main(tyro.cli(Args, description=sys.modules[main.__module__].__doc__))
+    except BadInput as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
 
 def machine(threads: int, *packages: str) -> dict:
-    """What numbers depend on. packages: peers, by name."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": round(load, 2),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def describe_machine(threads: int, *packages: str) -> dict:
-    """Set the number of threads; print and return what the numbers below depend on. packages: peers, by name."""
+    """What numbers depend on. Sets torch's number of threads. packages: names of peers."""
     torch.set_num_threads(threads)
-    found = machine(threads, *packages)
-    print(
-        f"{found['cpu']}, {found['cores']} cores, load {found['load']} at the start; {found['threads']} "
-        f"thread(s); GPU: {found['gpu'] or 'none'}"
-    )
-    names = ("python", "torch", "transformers", *packages)
-    print(", ".join(f"{name} {found[name]}" for name in names) + "\n")
-    return found
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found = {"date": datetime.date.today().isoformat(), "cores": os.cpu_count(), "threads": threads, "gpu": gpu}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
+    return found | {"python": platform.python_version()} | versions
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def in_words(machine: dict) -> str:
+    """One line of text for what `machine` returns."""
+    start = f"{machine['date']}; {machine['cores']} cores, {machine['threads']} thread(s), {machine['gpu'] or 'no GPU'}"
+    return f"{start}; " + ", ".join(f"{name} {version}" for name, version in list(machine.items())[4:])
 
 
 def now() -> float:
@@ -75,45 +71,53 @@ def seconds(function: Callable) -> float:
 
 
 def interleaved(functions: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each function in each round. Every round runs all of them, so that what else the machine does strikes
-    them alike; the first `warm_up` rounds are not counted."""
+    """Seconds of each function in each round. Every round runs all of them: other load on the machine strikes them
+    alike. The first `warm_up` rounds are not counted."""
     rows = [{name: seconds(function) for name, function in functions.items()} for _ in range(warm_up + rounds)]
     return {name: [row[name] for row in rows[warm_up:]] for name in functions}
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, first and third quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
 
 
-def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Median [first quartile, third quartile]."""
-    middle, low, high = quartiles(values)
-    return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+def spread(values: Sequence[float]) -> str:
+    """Median [first quartile, third quartile], to three digits."""
+    low, middle, high = (f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in np.quantile(values, (0.25, 0.5, 0.75)))
+    return f"{middle} [{low}, {high}]"
 
 
-def verdict(value: float, bar: float, at_most: bool) -> str:
-    """The bar and whether the value meets it."""
-    met = value <= bar if at_most else value >= bar
-    return f"bar {'<=' if at_most else '>='} {bar:.3g}: {'met' if met else 'NOT met'}"
+def interval(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean ± half-width of its 95% interval, or the one value. form: of the mean; "+" in it is for the mean alone."""
+    mean, half = mean_and_interval(values)
+    return f"{mean:{form}}" + ("" if np.isnan(half) else f" ± {half:{form.lstrip('+')}}")
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """First column left, the others right."""
-    rows = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    for row in rows:
-        print("  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)).rstrip())
-    print()
+def print_table(head: Sequence[str], rows: Sequence[Sequence]) -> None:
+    print(table([[str(cell) for cell in row] for row in (head, *rows)]) + "\n")
 
 
-def write_json(path: str | None, machine: dict, results) -> None:
-    """The numbers behind the tables, if a path was given."""
-    if path:
-        Path(path).write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+def markdown(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def pasted(text: str, name: str, table: str) -> str:
+    """The text with the table between <!-- NAME:begin --> and <!-- NAME:end -->, if it has these markers."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    return f"{before}{begin}\n{table}\n{end}{after}" if found and closed else text
+
+
+def publish(tables: dict[str, str]) -> None:
+    """Paste tables, by the names of their markers, into README.md and the pages of docs/."""
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        page.write_text(functools.reduce(lambda text, item: pasted(text, *item), tables.items(), page.read_text()))
+
+
+def published(name: str, page: str) -> str:
+    """What stands between the markers of this name, on a page such as "docs/speed.md"."""
+    return re.search(f"<!-- {name}:begin -->\n(.*?)\n<!-- {name}:end -->", (ROOT / page).read_text(), re.S)[1]
 
 
 def records_json(facts: dict) -> str:
@@ -135,28 +139,25 @@ def tiny_policy(
 ) -> common.Policy:
     """A small Llama with random weights, the same at every call, on the character tokenizer of the embedded tasks.
 
-    stop: how many ordinary characters, the digits first, end a response; their probability is about 1/99 each. With 0
-    nothing does: the end token has an id just past the model's output layer, so that every response is of full length
-    in any system, without a change to how it samples.
+    stop: how many ordinary characters, the digits first, end a response; each has a probability of about 1/99. With 0
+    every response has full length.
     """
     tokenizer = harness.policy.tiny_tokenizer()
-    size = vocabulary or len(tokenizer)
-    if not stop:
-        tokenizer.add_special_tokens({"eos_token": "<never>"})
     config = LlamaConfig(
-        vocab_size=size, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=None,  # tokenizer and stop_ids know it
+        vocab_size=vocabulary or len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=None, pad_token_id=tokenizer.pad_token_id, eos_token_id=None,  # tokenizer and stop_ids know it
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(device).eval()
-    ends = [tokenizer.convert_tokens_to_ids(c) for c in "0123456789abcdefghijklmnopqrstuvwxyz"[:stop]]
-    return common.Policy(model, tokenizer, ends or [tokenizer.eos_token_id])
+    ends = tokenizer.convert_tokens_to_ids([*"0123456789abcdefghijklmnopqrstuvwxyz"[:stop]])
+    return common.Policy(model, tokenizer, ends) if stop else endless(common.Policy(model, tokenizer, []))
 
 
 def endless(policy: common.Policy) -> common.Policy:
-    """The policy, changed so that nothing ends a response, as in `tiny_policy`: in any system all have full length."""
+    """The policy, changed: its end token lies just past the output layer, and in any system all responses have full
+    length."""
     policy.tokenizer.add_special_tokens({"eos_token": "<never>"})
     policy.stop_ids = [policy.tokenizer.eos_token_id]
     policy.model.config.eos_token_id = policy.model.generation_config.eos_token_id = None

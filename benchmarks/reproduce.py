@@ -3,22 +3,20 @@
     python benchmarks/reproduce.py               # 5 seeds of 28 settings
     python benchmarks/reproduce.py --quick       # 3 seeds of five settings, which the whole takes over
     python benchmarks/reproduce.py --report      # runs nothing: the tables of what there is
-    python benchmarks/reproduce.py --programs    # M4 on `programs`, too: two settings more
+    python benchmarks/reproduce.py --programs    # M4 on `programs` as well: two settings more
 
-The task is `suspects`. Every number comes from RUNS, which are commands that can also be run by themselves: the
-scripts' own settings, 150 steps of 256 samples (16 prompts x 16, or as many in other groups), a learning rate that
-falls from 2e-4 to 0. A run that was stopped is resumed, a finished one not made again.
+The task is `suspects`. Every number comes from RUNS, commands that can also be run by themselves: the scripts' own
+settings, 150 steps of 256 samples (16 prompts x 16, or as many in other groups), a learning rate that falls from 2e-4
+to 0. A stopped run is resumed. A finished run is not made again.
 
 Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
-without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike;
+without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike.
 exact.json lies beside the run. predictions.json, which optima.py wrote before the runs, has for each comparison what
-exact theory says of the optima. These are limits, not where 150 steps end: so the verdict is on the sign of what the
-claim says, and beside it stands the share of the predicted change that was reached. Differences are paired by seed; ±
-is a 95% confidence interval over seeds (Student's t). Writes results.json, tables and the measured points of
-frontier.py to --out.
+exact theory says of the optima. They are limits, and 150 steps end before them. The verdict judges only the sign.
+share = measured / predicted. Differences are paired by seed; ± is a 95% confidence interval over seeds (Student's t).
+Writes results.json, tables and the measured points of frontier.py to --out.
 """
 
-import datetime
 import functools
 import hashlib
 import itertools
@@ -32,26 +30,26 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import claims
 import exact  # first: it puts the repository on the path
+import frontier
 import measure
 import numpy as np
 import optima
 import torch
+from measure import markdown
 from optima import level_weights
 from tqdm import tqdm
 
 import bandit
 import common
 from harness.policy import encode_prompts, load_policy, tiny_policy_folder
-from harness.run import run_cli
+from harness.report import mean_and_interval
 from verifiers import BadInput, Problem, learned, load_task
-from verifiers.suspects import LEVELS, MOST, listed, posterior, suspect
-
-ROOT = Path(__file__).resolve().parent.parent
-HERE = ROOT / "benchmarks"  # results.json and README.md, see --publish
+from verifiers.suspects import MOST, listed, posterior, suspect
 
 FORMALITY = "--eval-every 0 --eval-problems 1 --eval-n 32"  # the scripts' own evaluation, by sampling, is not used
 SHARED = f"--steps 150 --prompts-per-step 16 --lr 2e-4 {FORMALITY}"
@@ -106,7 +104,7 @@ class Args:
     quick: bool = False
     """three seeds of five settings"""
     programs: bool = False
-    """M4 on `programs`, too"""
+    """also M4 on `programs`"""
     seeds: int = 5
     """2 to 10"""
     jobs: int = 2
@@ -116,45 +114,19 @@ class Args:
     report: bool = False
     """run nothing, report what there is"""
     publish: bool = False
-    """copy results.json beside this file, and its tables into README.md here and above, between their markers"""
+    """copy results.json here, its tables into README.md and docs/results.md, and draw .github/frontier.png"""
 
 
 BEST_MEAN = "maj@8 of the highest mean reward at this KL"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is claimed
-# ---------------------------------------------------------------------------------------------------------------------
 
-PAPERS = {
-    "B1": "bandit: the mean gradient raises the mean reward fastest (Tang, Fig. 1 left)",
-    "B2": "per unit of KL the k-sample gradients have more mean reward (Fig. 1 middle)",
-    "B3": "pass@k rises much faster with the k-sample gradients (Fig. 1 right)",
-    "M1": "pass@k training at least the baseline on pass@4, by level (Fig. 2)",
-    "M2": "the advantage over the baseline grows with k (Fig. 3)",
-    "M3": "hard data: the baseline wins the mean, loses pass@k (Fig. 4)",
-    "M4": "code: pass@1 is traded for pass@8, gains out to pass@100 (Fig. 5)",
-    "M5": "majority training wins at majority@k",
-    "C1": "BoN-RL-V, a verifier selects: Best-of-32 26.8 to 30.8% (Chow)",
-    "C2": "BoN-RL-S, the reward selects: pass@32 60.0 to 67.0%",
-    "C3": "BoN-RLB(P): pass@16 61.6 to 67.1%; plain RL lowers it to 59.8%",
-    "C4": "plain SFT lowers Best-of-N accuracy, BoN-SFT does not",
-    "C5": "gains hold at other N and temperatures",
-    "E1": "neither paper: more prompts, or more samples than k?",
-    "E2": "neither paper: unbiased or biased?",
-    "E3": "neither paper: does a larger k help at many tries?",
-}
+class Seed(claims.Source):
+    """What the runs of one seed came to. `read` has the names of the runs that were looked at."""
 
-
-@dataclass
-class Seed:
-    """What the runs of one seed came to."""
-
-    out: Path
-    seed: int
-    read: list[str] = field(default_factory=list)  # names of the runs that were looked at
+    def __init__(self, out: Path, seed: int):
+        self.out, self.seed, self.read = out, seed, []
 
     def at(self, name: str, metric: str, levels: Sequence[int] = (), where: str = "held-out") -> float:
-        """A metric of a run's policy, over all levels or the mean over some. Raises KeyError if that is not done."""
         path = run_folder(self.out, name, self.seed) / "exact.json"
         if not path.exists():
             raise KeyError(name)
@@ -162,16 +134,9 @@ class Seed:
         values = json.loads(path.read_text())[where][metric]
         return sum(values[str(x)] for x in levels) / len(levels) if levels else values["all"]
 
-    def gain(self, name: str, metric: str, over: str = "base", levels: Sequence[int] = (), where="held-out") -> float:
-        """The metric of one run's policy less that of another's, or less the base policy's."""
-        return self.at(name, metric, levels, where) - self.at(over, metric, levels, where)
-
     def votes_at_equal_kl(self, beta: float) -> float:
-        """maj@8 of majority training, less that of mean training where its KL is the same.
-
-        maj@8 along mean training is known at the base policy and at three values of beta; between them the distance to
-        the exact frontier, the best mean reward at each KL, is interpolated: maj@8 bends too much for that.
-        """
+        """maj@8 along mean training is known at the base policy and at three values of beta. Between them the distance
+        to the exact frontier, the best mean reward at each KL, is interpolated: maj@8 bends too much for that."""
 
         def point(name: str) -> tuple[float, float]:
             maj, kl, best = (self.at(name, metric) for metric in ("maj@8", "kl", BEST_MEAN))
@@ -182,77 +147,9 @@ class Seed:
         return distance - float(np.interp(kl, *zip(*path)))
 
 
-def claims() -> list[tuple[str, str, Callable[[Seed], float]]]:
-    """(claim, comparison, its value for a seed): positive where it is as the claim says. A claim's first comparison is
-    the one that decides it; all were fixed before the runs, with predictions.json, which has each by the same words."""
-    hard, after, code = (6, 7, 8), "after less before", "on programs:"
-
-    def gain(*args, **kwargs):
-        return lambda seed: seed.gain(*args, **kwargs)
-
-    def loss(*args):
-        return lambda seed: -seed.gain(*args)
-
-    def verifier(metric, other="before"):
-        return lambda seed: seed.at("learned-exact", metric) - seed.at("learned-exact", metric, (), other)
-
-    return [
-        ("M1", "pass@4, k = 4 less mean", gain("k4", "pass@4", "mean")),
-        *(("M1", f"the same, level {x}", gain("k4", "pass@4", "mean", (x,))) for x in LEVELS),
-        ("M2", "advantage at k = 16 less that at k = 2",
-         lambda seed: seed.gain("k16", "pass@16", "mean") - seed.gain("k2", "pass@2", "mean")),
-        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", f"pass@{k}", "mean")) for k in (2, 4, 8, 16, 32)),
-        ("M3", "pass@8, k = 8 less mean, levels 6 to 8", gain("hard-k8", "pass@8", "hard-mean", hard)),
-        ("M3", "pass@1, mean less k = 8, the same", gain("hard-mean", "pass@1", "hard-k8", hard)),
-        ("M3", "pass@32, k = 8 less mean, the same", gain("hard-k8", "pass@32", "hard-mean", hard)),
-        ("M4", "pass@8, k = 8 less mean", gain("k8", "pass@8", "mean")),
-        ("M4", "pass@1, mean less k = 8", gain("mean", "pass@1", "k8")),
-        ("M4", "pass@32, k = 8 less mean", gain("k8", "pass@32", "mean")),
-        ("M4", f"{code} pass@8, k = 8 less mean", gain("programs-k8", "pass@8", "programs-mean")),
-        ("M4", f"{code} pass@1, mean less k = 8", gain("programs-mean", "pass@1", "programs-k8")),
-        ("M4", f"{code} pass@32, k = 8 less mean", gain("programs-k8", "pass@32", "programs-mean")),
-        *(("M5", f"maj@8 at equal KL, that of majority at beta = {beta}",
-           lambda seed, beta=beta: seed.votes_at_equal_kl(beta)) for beta in (0.5, 0.3, 0.8)),
-        *(("M5", f"{what}, majority less mean, beta = {beta}", gain(f"vote-biased-{beta}", metric, f"vote-mean-{beta}"))
-          for what, metric in (("maj@8", "maj@8"), ("KL", "kl")) for beta in (0.3, 0.5, 0.8)),
-        *(("C1", f"bon@{N}, BoN-RL-V with N = 8, {after}", verifier(f"bon@{N}")) for N in (8, 1, 2, 4, 16, 32)),
-        *(("C1", f"bon@{N}, BoN-RL-V less plain RL", gain("learned-exact", f"bon@{N}", "learned-mean"))
-          for N in (8, 32)),
-        ("C1", "AUC within problems, the posterior less the verifier",
-         lambda seed: -np.diff([seed.at("learned-exact", x, (), "before") for x in ("AUC of q", "AUC")]).item()),
-        ("C1", "share of winners that are not listed, after, N = 32 less N = 8",
-         lambda seed: seed.at("learned-exact", "misfit@32") - seed.at("learned-exact", "misfit@8")),
-        *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("variational", f"pass@{k}"))
-          for k in (16, 8, 32)),
-        *(("C2", f"pass@{k}, the same, exact", gain("k8", f"pass@{k}")) for k in (16, 8, 32)),  # pass_at_k_pg.py
-        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-p", "pass@16")),
-        ("C3", "pass@16, mean, before less after", loss("mean", "pass@16")),
-        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-p", "pass@16", "mean")),
-        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-p", "pass@32", "mean")),
-        *(("C4", f"bon@{N}, SFT, before less after", loss("sft", f"pass@{N}")) for N in (32, 16, 8)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft", f"pass@{N}")) for N in (32, 16, 8)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (32, 16, 8)),
-        *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", f"pass@{k}")) for k in (16, 2, 4, 32)),
-        ("C5", "N = 2: pass@16", gain("k2", "pass@16")),
-        ("C5", "N = 16: pass@2", gain("k16", "pass@2")),
-        *(("C5", f"N = 8: pass@8 at temperature {T}", gain("k8", "pass@8", where=f"T = {T}")) for T in (0.7, 1.3)),
-        ("E1", "pass@8, k = 8: n = 16 less n = k at equal samples", gain("k8", "pass@8", "k8-n8")),
-        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", f"pass@{k}", f"k{k}-biased")) for k in (4, 2, 8, 16)),
-        ("E3", "pass@32, k = 16 less k = 4", gain("k16", "pass@32", "k4")),
-    ]  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Exact evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> dict[str, dict[str, float]]:
-    """Weighted means of metrics (P,): name -> level -> value, the levels being "all", "1", "2", ..."""
-    weights, levels = level_weights(problems), torch.tensor([problem.level for problem in problems])
-    groups = {"all": torch.ones_like(weights)} | {str(x): (levels == x).double() for x in levels.unique().tolist()}
-    shares = {level: weights * some / (weights @ some) for level, some in groups.items()}
-    return {name: {level: (share @ value).item() for level, share in shares.items()} for name, value in metrics.items()}
 
 
 @functools.cache
@@ -280,8 +177,8 @@ def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
     """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level.
 
     bon@N over all N-subsets, with q in place of the hidden answer; misfit@N, the share of winners among N that are not
-    listed; AUC within problems, the verifier's and that of q on the very same samples. It is sampled, unlike all else,
-    because a verifier scores what is not listed, too, and may like it best.
+    listed; AUC within problems, of the verifier and of q on the very same samples. It is sampled, unlike all else,
+    because a verifier also scores what is not listed, and may like it best.
     """
     task, problems = the_task(), prompts("held-out")
     texts, weights = [problem.prompt for problem in problems], level_weights(problems)
@@ -297,7 +194,7 @@ def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
     chance = torch.nn.functional.pad(q, (0, 1)).gather(-1, place)  # (P, 64): of being right
     metrics = {f"bon@{N}": common.best_of_k(scores, chance, N) for N in optima.TRIES}
     metrics |= {f"misfit@{N}": common.best_of_k(scores, misfit.double(), N) for N in optima.TRIES}
-    result = by_level(metrics, problems)
+    result = exact.by_level(metrics, problems)
     for name, by in (("AUC", scores), ("AUC of q", chance)):
         auc = [[learned.auc(s, (row == y).double()) for y in range(MOST)] for s, row in zip(by, place)]
         auc = torch.tensor(auc).double()  # (P, 8): nan where not both right and wrong samples
@@ -321,7 +218,9 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
 
     def metrics(where: str, temperature: float = 1.0, votes: Sequence[int] = ()):
         log_pi, base_log_pi = (log_probs(m, where, temperature) for m in (model, base))
-        return by_level(exact.exact_metrics(log_pi, prompts(where), "suspects", base_log_pi, votes), prompts(where))
+        return exact.by_level(
+            exact.exact_metrics(log_pi, prompts(where), "suspects", base_log_pi, votes), prompts(where)
+        )
 
     result = {"held-out": metrics("held-out", votes=(8,)), "training": metrics("training")}
     if name in ("base", "k8"):
@@ -331,7 +230,7 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
         fits = base_pi.sum(-1, keepdim=True)  # (P, 1)
         kl = result["held-out"]["kl"]["all"]
         best = fits * optima.mean_kl_policy_at(q, weights * fits.squeeze(-1), base_pi / fits, kl)  # (P, 8)
-        result["held-out"] |= by_level({BEST_MEAN: optima.maj_at_k(q, best, 8)}, problems)
+        result["held-out"] |= exact.by_level({BEST_MEAN: optima.maj_at_k(q, best, 8)}, problems)
     if name.startswith("learned"):
         result["before"] = verifier_metrics(base, seed)
         result["held-out"] |= verifier_metrics(model, seed)
@@ -350,14 +249,14 @@ def command(name: str, seed: int | str = "S") -> str:
 
 
 def run_folder(out: Path, name: str, seed: int, words: str | None = None) -> Path:
-    """out/runs/NAME-sSEED-HASH, the hash being that of the command, or of `words`; exact.json in it is written last."""
+    """out/runs/NAME-sSEED-HASH, with the hash of the command, or of `words`; exact.json in it is written last."""
     digest = hashlib.sha256((words or command(name, seed)).encode()).hexdigest()[:6]
     return out / "runs" / f"{name}-s{seed}-{digest}"
 
 
 class Runs:
     """Makes runs, several at a time. A failure is kept in `failed` and stops no other. What is run, in which stages,
-    when it is done and what is kept of it are methods, which real_model.py replaces."""
+    when it is done and what is kept of it are methods, which real_model.py and baselines.py replace."""
 
     threads = 1
 
@@ -374,14 +273,18 @@ class Runs:
     def done(self, name: str, seed: int) -> bool:
         return (self.folder(name, seed) / "exact.json").exists()
 
+    def evaluation(self, name: str, seed: int, folder: Path) -> dict:
+        """What exact.json says of a finished run."""
+        return evaluation(name, seed, folder)
+
     def keep(self, name: str, seed: int, folder: Path) -> None:
         """Evaluate a finished run, and leave what marks it as done."""
-        (folder / "exact.unfinished").write_text(json.dumps(evaluation(name, seed, folder)))
+        (folder / "exact.unfinished").write_text(json.dumps(self.evaluation(name, seed, folder)))
         os.replace(folder / "exact.unfinished", folder / "exact.json")
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
 
     def stages(self) -> list[list[tuple[str, int]]]:
-        """(name, seed) of all runs; those of a stage wait for the one before."""
+        """(name, seed) of all runs. A stage waits for the one before."""
         return [[(name, seed) for seed in self.seeds for name in names] for names in (["base"], self.names)]
 
     def make(self, name: str, seed: int) -> None:
@@ -397,7 +300,7 @@ class Runs:
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "60"}
             with open(log, "a") as file:
                 process = subprocess.Popen(
-                    [sys.executable, ROOT / script, *flags], cwd=self.out, stdout=file, stderr=file,
+                    [sys.executable, measure.ROOT / script, *flags], cwd=self.out, stdout=file, stderr=file,
                     stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
                 )  # fmt: skip
                 self.processes.add(process)
@@ -412,8 +315,8 @@ class Runs:
             self.keep(name, seed, folder)
 
     def make_all(self) -> None:
-        """All of them, seed by seed, warm starts first. On Ctrl-C the runs save what they have, and KeyboardInterrupt
-        is raised."""
+        """All of them, seed by seed, warm starts first. On Ctrl-C the runs save what they have, and BadInput says how
+        to go on."""
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         stages = self.stages()
         with ThreadPoolExecutor(self.jobs) as pool, tqdm(total=sum(map(len, stages)), unit="run") as bar:
@@ -423,10 +326,12 @@ class Runs:
                         future.result()
                         bar.update()
                         bar.set_postfix(failed=len(self.failed))
-            except BaseException:
+            except BaseException as error:
                 self.stopping = True
                 for process in list(self.processes):
                     process.terminate()  # a run in training saves first
+                if isinstance(error, KeyboardInterrupt):
+                    raise BadInput(f"stopped; the same command goes on with what is in {self.out}") from None
                 raise
 
 
@@ -471,20 +376,20 @@ def bandit_rows() -> list[dict]:
         ]
     rows.sort(key=lambda row: row[0])
     return [
-        row_of(claim, what, *measure.interval(x), None, headline="mean x k" in what, seeds=1000, runs=["bandit"])
+        row_of(claim, what, *mean_and_interval(x), None, headline="mean x k" in what, seeds=1000, runs=["bandit"])
         for claim, what, x in rows
     ]
 
 
 def claim_rows(out: Path, seeds: int) -> list[dict]:
     """The rows of all claims whose runs are done for two seeds or more."""
-    saved = json.loads(optima.PREDICTIONS.read_text())["claims"]
+    saved, compared = json.loads(optima.PREDICTIONS.read_text())["claims"], claims.claims()
     predictions, rows = {(row["claim"], row["what"]): row["predicted"] for row in saved}, []
-    first = {claim: what for claim, what, _ in reversed(claims())}
-    for claim, what, value in claims():
+    first = {claim: what for claim, what, _ in reversed(compared)}
+    for claim, what, value in compared:
         values, read = over_seeds(out, seeds, value)
         if len(values) > 1:
-            mean, ci = map(float, measure.interval(values))
+            mean, ci = map(float, mean_and_interval(values))
             more = {"headline": what == first[claim], "seeds": len(values), "runs": read, "values": values.tolist()}
             rows.append(row_of(claim, what, mean, ci, predictions[claim, what], **more))
     return rows
@@ -510,29 +415,21 @@ def policy_rows(out: Path, seeds: int) -> list[dict]:
     return rows
 
 
+LEARNED_AT = {"before": ("learned-exact", "before"), "BoN-RL-V": ("learned-exact", "held-out"),
+              "plain RL": ("learned-mean", "held-out")}  # fmt: skip
+
+
 def verifier_rows(out: Path, seeds: int) -> list[dict]:
     """C1's curve: bon@N under the learned verifier, a value a seed, before and after, and predicted for one that knows
     q; misfit@N: winners that are not listed."""
     known, rows = json.loads(optima.PREDICTIONS.read_text())["verifier"], []
-    places = {"before": ("learned-exact", "before"), "BoN-RL-V": ("learned-exact", "held-out"),
-              "plain RL": ("learned-mean", "held-out")}  # fmt: skip
-    metrics = [*(f"bon@{N}" for N in optima.TRIES), "misfit@1", "misfit@8", "misfit@32", "AUC", "AUC of q"]
-    for metric in metrics:
+    for metric in [*(f"bon@{N}" for N in optima.TRIES), "misfit@1", "misfit@8", "misfit@32", "AUC", "AUC of q"]:
         row = {"metric": metric, "predicted": [known[name].get(metric) for name in ("base", "k1")]}
-        for label, (name, where) in places.items():
+        for label, (name, where) in LEARNED_AT.items():
             row[label] = over_seeds(out, seeds, lambda seed: seed.at(name, metric, (), where))[0].tolist()
-        if all(len(row[label]) > 1 for label in places):
+        if all(len(row[label]) > 1 for label in LEARNED_AT):
             rows.append(row)
     return rows
-
-
-def interval(values: Sequence[float], form: str = ".3f") -> str:
-    mean, ci = measure.interval(np.array(values))
-    return f"{mean:{form}} ± {ci:{form}}"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def cells(row: dict) -> list[str]:
@@ -545,47 +442,34 @@ def cells(row: dict) -> list[str]:
 def tables(result: dict) -> dict[str, str]:
     """The markdown tables of results.json, by the names of their markers: every comparison; one a claim; policies; the
     learned verifier."""
-    every, short = [], []
+    every, short, policies = [], [], []
     for claim, group in itertools.groupby(result["rows"], key=lambda row: row["claim"]):
+        page = claims.PAGES[claim]
         for place, row in enumerate(group):
             what = f"**{row['what']}**" if row["headline"] else row["what"]
-            every.append(["" if place else f"**{claim}** {PAPERS[claim]}", what, *cells(row)])
+            every.append(["" if place else f"**{claim}** {claims.PAPERS[claim]} [({page})]({page})", what, *cells(row)])
             if row["headline"] and claim[0] != "E":  # what no paper claims stands in the long table alone
-                short.append([claim, PAPERS[claim], row["what"], *cells(row)])
-    head = ["compared here", "predicted", "measured ± 95%", "share", "verdict"]
-    policies = [
-        [row["policy"], *(interval(column) for column in zip(*row["points"])),
-         *(interval(row[where], ".0%") if row["k"] else "-" for where in ("held-out", "training"))]
-        for row in result["policies"]
-    ]  # fmt: skip
+                short.append([claim, claims.PAPERS[claim], row["what"], *cells(row)])
+    for row in result["policies"]:
+        points = np.array(row["points"])  # (S, 3)
+        below = [frontier.below_frontier(frontier.curve(k), points[:, [0, i]]) for i, k in ((1, 8), (2, 32))]
+        way = (measure.interval(row[where], ".0%") if row["k"] else "-" for where in ("held-out", "training"))
+        policies.append([row["policy"], *map(measure.interval, points.T), *way, *map(measure.interval, below)])
     verifier = [
         [row["metric"], *("-" if x is None else f"{x:.3f}" for x in row["predicted"]),
-         *(interval(row[label]) for label in ("before", "BoN-RL-V", "plain RL"))]
+         *(measure.interval(row[label]) for label in LEARNED_AT)]
         for row in result["verifier"]
     ]  # fmt: skip
-    way = "way from base to best at its own k"
+    head = ["compared here", "predicted", "measured ± 95%", "share", "verdict"]
+    passes, way = ["pass@1", "pass@8", "pass@32"], "way from base to best at its own k"
+    below = [f"below the frontier of pass@{k}" for k in (8, 32)]
+    selected = ["", "knows q: before", "after", "learned: before", "after BoN-RL-V", "after plain RL"]
     return {
-        "claims": markdown(["what the papers saw", *head], every),
+        "claims": markdown(["claim", *head], every),
         "claims-short": markdown(["", "what the papers saw", *head], short),
-        "policies": markdown(["policy", "pass@1", "pass@8", "pass@32", way, "the same, training prompts"], policies),
-        "verifier": markdown(
-            ["", "knows q: before", "after", "learned: before", "after BoN-RL-V", "after plain RL"], verifier
-        ),
+        "policies": markdown(["policy", *passes, way, "the same, training prompts", *below], policies),
+        "verifier": markdown(selected, verifier),
     }
-
-
-def pasted(text: str, name: str, table: str) -> str:
-    """The text with the table between <!-- NAME:begin --> and <!-- NAME:end -->, if it has these markers."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    return f"{before}{begin}\n{table}\n{end}{after}" if found and closed else text
-
-
-def publish(texts: dict[str, str]) -> None:
-    """Paste tables, by the names of their markers, into README.md here and above."""
-    for path in (HERE / "README.md", HERE.parent / "README.md"):
-        path.write_text(functools.reduce(lambda text, item: pasted(text, *item), texts.items(), path.read_text()))
 
 
 def main(args: Args) -> None:
@@ -594,34 +478,37 @@ def main(args: Args) -> None:
     if args.publish and args.quick:
         raise BadInput("--publish is for all of it: leave --quick out")
     args.out.mkdir(parents=True, exist_ok=True)
-    seeds, machine = 3 if args.quick else args.seeds, measure.describe_machine(1)
+    seeds, machine = 3 if args.quick else args.seeds, measure.machine(1)
     names = [*(QUICK if args.quick else RUNS), *(ON_PROGRAMS if args.programs else ())]
     runs = Runs(args.out, names, range(seeds), args.jobs)
     if not args.report:
-        try:
-            runs.make_all()
-        except KeyboardInterrupt:
-            raise BadInput(f"stopped; the same command goes on with what is in {args.out}") from None
+        runs.make_all()
     result = {
-        "date": datetime.date.today().isoformat(), "machine": machine, "seeds": seeds,
-        "commands": {name: command(name) for name in ("base", *names)},
+        "machine": machine, "seeds": seeds, "commands": {name: command(name) for name in ("base", *names)},
         "rows": bandit_rows() + claim_rows(args.out, seeds),
         "policies": policy_rows(args.out, seeds), "verifier": verifier_rows(args.out, seeds),
     }  # fmt: skip
     (args.out / "results.json").write_text(measure.records_json(result))
     points = {row["policy"]: row["points"] for row in result["policies"]}
     (args.out / "measured.json").write_text(json.dumps(points, indent=1) + "\n")
-    for name, table in tables(result).items():
+    found = tables(result)
+    for name, table in found.items():
         (args.out / f"{name}.md").write_text(table + "\n")
         print(f"{table}\n")
     print(f"{args.out}: results.json, measured.json for frontier.py, and these tables")
     if runs.failed:
         raise BadInput("these runs failed, their claims lack seeds:\n" + "\n".join(runs.failed))
     if args.publish:
-        shutil.copy(args.out / "results.json", HERE / "results.json")
-        publish(tables(result))
+        shutil.copy(args.out / "results.json", measure.ROOT / "benchmarks" / "results.json")
+        figure = {name: np.array(seeds) for name, seeds in points.items()}
+        frontier.save_figure(measure.ROOT / ".github" / "frontier.png", frontier.panels(figure))
+        texts = {"claims-machine": f"{measure.in_words(machine)}; {seeds} seeds."}
+        texts["claims-figure"] = (
+            "![pass@1 against pass@8 and pass@32: the exact frontier, policies](../.github/frontier.png)"
+        )
+        measure.publish(found | texts)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_cli(main, Args)
+    measure.program(main, Args)

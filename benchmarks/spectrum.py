@@ -14,8 +14,8 @@ be what success is worth when m of the others succeed. Then, for every n and eve
 
     E[ sum_i A_i grad log pi(y_i) ] = grad U(p),     U(p) = sum_m D(m) P(more than m of n tries are right)           (1)
 
-because a right sample's mean score is grad p / p, that of a wrong one -grad p / (1 - p), and the derivative of
-P(more than m of n) is n Binom(m; n-1, p). D is the answer: the n tails are independent, so that no other weights of
+because a right sample's mean score is grad p / p, a wrong one's -grad p / (1 - p), and the derivative of
+P(more than m of n) is n Binom(m; n-1, p). D is the answer: the n tails are independent, and no other weights of
 "at least one right", "at least two right", ... give this gradient. Read in pass@j the same objective is
 
     U = sum_j w_j pass@j,     w_j = C(n, j) sum_{i<j} (-1)^(j-1-i) C(j-1, i) D(n-1-i)                                (2)
@@ -28,7 +28,6 @@ et al. (arXiv 2510.23049) read advantages as surrogate rewards in the limit of m
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,7 +43,9 @@ from colours import COLOURS
 import bon_rl
 import pass_at_k_pg
 from harness.load_file import load_estimator
-from harness.report import pyplot
+from harness.report import pyplot, save_and_close
+from recipes.all_right import all_right
+from recipes.baselines import b as leave_two_out
 from verifiers import BadInput
 
 Advantages = Callable[[torch.Tensor], torch.Tensor]  # (B, n) -> (B, n)
@@ -153,7 +154,7 @@ def worth(advantages: Advantages, n: int) -> torch.Tensor:
 
 
 def baseline(advantages: Advantages, n: int) -> torch.Tensor:
-    """beta(m) = -A(wrong | m) / D(m), m = 0..n-1, so that A_i = D(m) (r_i - beta(m)): (n,) float64, nan where D(m) = 0.
+    """beta(m) = -A(wrong | m) / D(m), m = 0..n-1, of A_i = D(m) (r_i - beta(m)): (n,) float64, nan where D(m) = 0.
 
     Raises BadInput as `worth` does."""
     D, wrong = worth(advantages, n), by_count(advantages, n)[1]
@@ -216,7 +217,7 @@ def noise(advantages: Advantages, n: int, policy: torch.Tensor, right: torch.Ten
     """Standard deviation of g = sum_i A_i S_i (the root of its covariance's trace) over the length of its mean.
 
     policy: (K,) probabilities of a softmax over K responses; S_i = grad log pi(y_i) in its K logits, the unit vector of
-    y_i less pi. right: (K,) bool. Exact: given c right samples all are independent within their class, so that
+    y_i less pi. right: (K,) bool. Exact: given c right samples all are independent within their class, and
 
         E[ |g|^2 | c ] = c a^2 E|S_right|^2 + (n-c) b^2 E|S_wrong|^2 + |c a mu_right + (n-c) b mu_wrong|^2
                          - c a^2 |mu_right|^2 - (n-c) b^2 |mu_wrong|^2
@@ -313,16 +314,6 @@ def rs_grpo(r: torch.Tensor, k: int, beta: float = 1.0) -> torch.Tensor:
     return (e / e.mean(-1, keepdim=True) - 1) / beta / r.shape[-1]
 
 
-def leave_two_out(r: torch.Tensor, k: int) -> torch.Tensor:
-    """b(k+1), n > k: the mean over (k+1)-subsets of Tang's centred advantages; MaxPO's, unbiased for pass@k."""
-    return pass_at_k_pg.advantages(r, k + 1, "biased")
-
-
-def all_right(r: torch.Tensor, k: int) -> torch.Tensor:
-    """pass^k: the minimum is -max of -r."""
-    return -pass_at_k_pg.advantages(-r, k)
-
-
 OTHERS = {
     "REINFORCE, r/n": reinforce,
     "Dr. GRPO": dr_grpo,
@@ -352,21 +343,17 @@ def numbers(values: Sequence[float], form: str = ".3g") -> str:
 
 
 def print_own(n: int, k: int) -> None:
-    """A row for each estimator: D, w, what it maximises."""
-    rows = []  # name, D, w, words
+    """Of each estimator: what it maximises, D, w."""
+    print(f"n = {n} samples, k = {k}\n")
     for name, rule in own_estimators(n, k).items():
         try:
             if isinstance(rule, str):
                 raise BadInput(rule)
             D = worth(rule, n)
-            w = weights(D) or []
-            w = [0.0 if abs(x) <= bound else x for x, bound in zip(w, error_bounds(D))]
-            rows.append([name, numbers(D.tolist()), numbers(w), maximises(D)])
+            w = [0.0 if abs(x) <= bound else x for x, bound in zip(weights(D) or [], error_bounds(D))]
+            print(f"{name}\n    {maximises(D)}\n    D  {numbers(D.tolist())}" + f"\n    w  {numbers(w)}" * bool(w))
         except ValueError as error:
-            rows.append([name, "", "", f"refused: {str(error).removeprefix('refused: ')}"])
-    print(f"n = {n} samples, k = {k}\n")
-    for name, D, w, words in rows:
-        print(f"{name}\n    {words}" + f"\n    D  {D}" * bool(D) + f"\n    w  {w}" * bool(w))
+            print(f"{name}\n    refused: {str(error).removeprefix('refused: ')}")
 
 
 def print_one(advantages: Advantages, n: int) -> None:
@@ -416,8 +403,7 @@ def save_figure(path: Path, n: int, k: int) -> None:
         "biased": ((n - 3, 0, -14), (n - k - 1, -40, 6), (104, 8, -13)),
         "pass^k": ((n - 2, -40, 6), (n - 3, 0, -10), (150, 8, -6)),
     }
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     m, p = torch.arange(n), torch.linspace(0, 1, 201, dtype=torch.float64)
     axes[1].plot(m, m / (n - 1), color="black", linewidth=0.6, zorder=9)
     axes[1].annotate("thin: m / (n - 1)", (0.3, 0.93), fontsize=9)
@@ -430,9 +416,7 @@ def save_figure(path: Path, n: int, k: int) -> None:
     axes[0].set(title=f"what a right answer is worth\nwhen m of the other {n - 1} are right", xlabel="m", ylabel="D(m)")
     axes[1].set(title="how many were expected to be right", xlabel="m", ylabel="beta(m)")
     axes[2].set(title="what is maximised (1 at p = 1)", xlabel="p, the chance that a try is right", ylabel="U(p)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_and_close(figure, path)
 
 
 def main(args: Args) -> None:
@@ -457,8 +441,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except BadInput as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    measure.program(main, Args)

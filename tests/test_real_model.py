@@ -74,16 +74,16 @@ def test_a_run_is_done_when_it_has_its_line_and_an_sft_while_rl_needs_its_policy
 
 def test_published_tables_are_those_of_the_lines(args, tmp_path, monkeypatch, capsys):
     """Three seeds of two runs and two of a third, with numbers by hand."""
-    here = tmp_path / "repository" / "benchmarks"
-    (here.parent / ".github").mkdir(parents=True)
-    here.mkdir()
+    here = tmp_path / "repository"
+    for name in ("benchmarks", "docs"):
+        (here / name).mkdir(parents=True)
     names = ("real-suspects", "real-compared")
     marked = "above\n" + "".join(f"<!-- {x}:begin -->\nold\n<!-- {x}:end -->\n" for x in names) + "below"
-    for path in (here / "README.md", here.parent / "README.md"):
+    for path in (here / "README.md", here / "docs" / "results.md"):
         path.write_text(marked)
     tiny = [{"policy": "mean", "points": [[0.59, 0.7, 0.8], [0.6, 0.7, 0.8]]}]
-    (here / "results.json").write_text(json.dumps({"policies": tiny}))
-    monkeypatch.setattr(real_model.reproduce, "HERE", here)
+    (here / "benchmarks" / "results.json").write_text(json.dumps({"policies": tiny}))
+    monkeypatch.setattr(real_model.measure, "ROOT", here)
     monkeypatch.setattr(real_model.frontier, "curve", lambda k: np.array([[0.2, 0.9], [0.6, 0.7]]))
     monkeypatch.setattr(real_model.frontier, "save_figure", lambda path, panels: drawn.update({path: panels}))
     runs, drawn = real_model.Runs(args), {}
@@ -94,8 +94,8 @@ def test_published_tables_are_those_of_the_lines(args, tmp_path, monkeypatch, ca
     assert len(args.records.read_text().splitlines()) == 1 + 1 + 1 + 8 + 2  # a line a record
     args.report = args.publish = True
     real_model.main(args)
-    printed, text = capsys.readouterr().out, (here / "README.md").read_text()
-    assert text == (here.parent / "README.md").read_text() and "\nold\n" not in text and text.endswith("below")
+    printed, text = capsys.readouterr().out, (here / "docs" / "results.md").read_text()
+    assert text == (here / "README.md").read_text() and "\nold\n" not in text and text.endswith("below")
     tables = [re.search(f"<!-- {x}:begin -->\n(.*?)\n<!-- {x}:end -->", text, re.S)[1] for x in names]
     assert all(table in printed for table in tables)
     policies, compared = ([row.split("|")[1:-1] for row in table.splitlines()[2:]] for table in tables)

@@ -1,5 +1,5 @@
 """The recipes for TRL, inside its trainers where it is installed (pip install -r benchmarks/requirements.txt): the
-gradient that the optimiser gets, beside that of common.accumulate_gradient on the same samples. For verl: test_verl.py.
+optimiser's gradient beside the gradient of common.accumulate_gradient on the same samples. For verl: test_verl.py.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ PROBLEMS = ["1+2=", "47*85=", "9="]  # of several lengths
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Random weights; an eighth of the tokens end a response, so that lengths differ."""
+    """Random weights; an eighth of the tokens end a response: lengths differ."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(harness.policy.tiny_tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -43,7 +43,7 @@ def small_llama() -> LlamaForCausalLM:
 
 class Seen(TrainerCallback):
     """What each step of a trainer saw: `samples`, (prompts, token ids), of this process; `weights` and `gradients`, by
-    name, those of the optimiser's parameters."""
+    name, of the optimiser's parameters."""
 
     def __init__(self):
         self.samples, self.weights, self.gradients = [], [], []
@@ -59,7 +59,7 @@ class Seen(TrainerCallback):
 
 def trained(trainer, model, tokenizer, out, reward_funcs, steps=1, processes=1, problems=PROBLEMS, config={}, **more):
     """Train by a trainer of TRL, in micro-batches that split groups; returns it and its `Seen`. The first reward
-    function is told the step, too, 0 at first."""
+    function is also told the step, 0 at first."""
     import trl
     from datasets import Dataset
 
@@ -223,7 +223,7 @@ def test_lora_on_a_small_llama(tmp_path):
 @needs_peft
 def test_lora_on_smollm2(smollm2, tmp_path):  # noqa: F811
     model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
-    model.generation_config.eos_token_id = tokenizer("0123456789").input_ids  # so that lengths differ
+    model.generation_config.eos_token_id = tokenizer("0123456789").input_ids  # lengths differ
     adapted(model.float(), tokenizer, tmp_path, atol=2e-4)  # rounding in 30 layers: 6e-5 was seen
 
 
@@ -260,7 +260,7 @@ def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
     assert returncode == 0, err
     shares = [torch.load(tmp_path / f"out{rank}", weights_only=True) for rank in (0, 1)]
     texts, samples = shares[0][0] + shares[1][0], tuple(a + b for a, b in zip(shares[0][1], shares[1][1]))
-    assert len(shares[0][0]) == B * N // 2 and B % 2  # so that a group is in both
+    assert len(shares[0][0]) == B * N // 2 and B % 2  # a group is in both
     rows = [texts[i : i + N] for i in range(0, B * N, N)]
     votes = votes_from_answers([[answer_of(text) for text in row] for row in rows])
     A = majority_pg.advantages(votes, torch.tensor([worth(row) for row in rows]), 3, "unbiased")

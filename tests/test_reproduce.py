@@ -1,4 +1,4 @@
-"""benchmarks/reproduce.py: its statistics and tables, and its runs, stopped and taken up again, on small ones."""
+"""benchmarks/reproduce.py: statistics, tables, and small runs, stopped and taken up again. baselines.py: its table."""
 
 import dataclasses
 import importlib
@@ -17,17 +17,20 @@ import tyro
 from runs import ROOT, idle_flags
 
 import harness.policy
+from harness.report import mean_and_interval
 from verifiers.suspects import candidates
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-reproduce = importlib.import_module("reproduce")
+reproduce, claims, baselines = map(importlib.import_module, ("reproduce", "claims", "baselines"))
+measure = reproduce.measure
 PREDICTIONS = json.loads(reproduce.optima.PREDICTIONS.read_text())
 
 
-def test_the_interval_is_students():
+def test_the_interval_and_the_verdict():
     """For 1 .. 5: mean 3, deviation sqrt(2.5), half-width 2.776 sqrt(2.5 / 5) = 1.963 (any table of t)."""
-    mean, ci = reproduce.measure.interval(np.array([[1.0, -1.0], [2.0, -2.0], [3.0, -3.0], [4.0, -4.0], [5.0, -5.0]]))
-    assert mean.tolist() == [3, -3] and ci == pytest.approx([1.963, 1.963], abs=1e-3)
+    values = np.arange(1.0, 6.0)
+    assert reproduce.measure.interval(values) == "3.000 ± 1.963" and reproduce.measure.interval([0.5]) == "0.500"
+    assert reproduce.measure.interval(values, "+.1f") == "+3.0 ± 2.0"
     assert [reproduce.verdict(x, 1.963) for x in (3, -3, 1, -1)] == ["holds", "does not", *["not decidable"] * 2]
 
 
@@ -50,11 +53,11 @@ def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
             return 0.0
 
     seed = Recorder(None, 0)
-    for claim, _, value in reproduce.claims():
-        assert value(seed) == 0 and claim in reproduce.PAPERS
+    for claim, _, value in claims.claims():
+        assert value(seed) == 0 and claim in claims.PAPERS and claim in claims.PAGES
     points = {*reproduce.POLICIES} | {"learned-mean", "mean-50", "k8-50"}
     assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
-    compared = [(claim, what) for claim, what, _ in reproduce.claims()]
+    compared = [(claim, what) for claim, what, _ in claims.claims()]
     predicted = [(row["claim"], row["what"]) for row in PREDICTIONS["claims"] if row["claim"][0] != "B"]
     assert compared == predicted and len(set(compared)) == len(compared)
 
@@ -77,7 +80,7 @@ def test_levels_are_means_by_the_weights_of_their_prompts():
     problems = reproduce.prompts("held-out")
     weights = reproduce.optima.level_weights(problems)
     values = torch.arange(len(problems)).double()
-    found = reproduce.by_level({"x": values}, problems)["x"]
+    found = reproduce.exact.by_level({"x": values}, problems)["x"]
     assert found["all"] == pytest.approx((weights @ values).item())
     some = [i for i, problem in enumerate(problems) if problem.level == 7]
     assert found["7"] == pytest.approx((weights[some] @ values[some] / weights[some].sum()).item())
@@ -135,15 +138,15 @@ def check_tables(result: dict, texts: dict[str, str]) -> None:
     """Every number of the tables is the one of results.json, rounded; a row each, in the same order."""
     rows = {name: [line.split("|")[1:-1] for line in text.splitlines()[2:]] for name, text in texts.items()}
     assert len(rows["claims"]) == len(result["rows"])
-    for (_, what, predicted, measured, share, verdict), row in zip(rows["claims"], result["rows"]):
+    for (claim, what, predicted, measured, share, verdict), row in zip(rows["claims"], result["rows"]):
         assert what.strip(" *") == row["what"] and verdict.strip() == row["verdict"]
         assert numbers(measured) == pytest.approx([row["mean"], row["ci95"]], abs=0.00051)
         assert numbers(predicted) == pytest.approx([] if row["predicted"] is None else [row["predicted"]], abs=0.00051)
-        assert ("**" in what) == row["headline"]
+        assert ("**" in what) == row["headline"] and (not claim.strip() or claims.PAGES[row["claim"]] in claim)
         if row["share"] is not None:
             assert float(share.strip(" %")) == pytest.approx(100 * row["mean"] / row["predicted"], abs=0.51)
         if row["claim"][0] != "B":
-            mean, ci = reproduce.measure.interval(np.array(row["values"]))
+            mean, ci = mean_and_interval(row["values"])
             assert (mean, ci) == pytest.approx((row["mean"], row["ci95"]))
     first = {row["claim"]: row for row in result["rows"] if row["headline"]}
     assert [cells[0].strip() for cells in rows["claims-short"]] == [claim for claim in first if claim[0] != "E"]
@@ -152,24 +155,23 @@ def check_tables(result: dict, texts: dict[str, str]) -> None:
         assert what.strip() == row["what"] and verdict.strip() == row["verdict"]
         assert numbers(measured) == pytest.approx([row["mean"], row["ci95"]], abs=0.00051)
     for cells, row in zip(rows["policies"], result["policies"], strict=True):
-        expected = [x for column in zip(*row["points"]) for x in reproduce.measure.interval(np.array(column))]
+        expected = [x for column in zip(*row["points"]) for x in mean_and_interval(column)]
         assert numbers("|".join(cells[1:4])) == pytest.approx(expected, abs=0.00051)
     for cells, row in zip(rows["verifier"], result["verifier"], strict=True):
         expected = [x for x in row["predicted"] if x is not None]
         for label in ("before", "BoN-RL-V", "plain RL"):
-            expected += reproduce.measure.interval(np.array(row[label]))
+            expected += mean_and_interval(row[label])
         assert numbers("|".join(cells[1:])) == pytest.approx(expected, abs=0.00051)
 
 
-def between(path, name: str) -> str | None:
-    found = re.search(f"<!-- {name}:begin -->\n(.*?)\n<!-- {name}:end -->", path.read_text(), re.S)
-    return found and found[1]
+def published() -> dict[str, str]:
+    found = {name: measure.published(name, "docs/results.md") for name in ("claims", "policies", "verifier")}
+    return found | {"claims-short": measure.published("claims-short", "README.md")}
 
 
-def test_tables_in_readmes_are_those_of_results_json():
-    path = ROOT / "benchmarks" / "results.json"
-    texts = {name: between(ROOT / "benchmarks" / "README.md", name) for name in ("claims", "policies", "verifier")}
-    check_tables(json.loads(path.read_text()), texts | {"claims-short": between(ROOT / "README.md", "claims-short")})
+@pytest.mark.skipif(measure.published("claims", "docs/results.md") == "not run yet", reason="it is not run yet")
+def test_tables_on_the_pages_are_those_of_results_json():
+    check_tables(json.loads((ROOT / "benchmarks" / "results.json").read_text()), published())
 
 
 def fake_runs(out, seeds: int, where: tuple[str, ...]) -> None:
@@ -188,16 +190,15 @@ def fake_runs(out, seeds: int, where: tuple[str, ...]) -> None:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Where --publish writes, in place of the repository; no bandit, no change of threads."""
-    folder = tmp_path / "repository" / "benchmarks"
-    folder.mkdir(parents=True)
-    (folder / "README.md").write_text((ROOT / "benchmarks" / "README.md").read_text())
-    (folder.parent / "README.md").write_text(
-        "above\n<!-- claims-short:begin -->\nold\n<!-- claims-short:end -->\nbelow"
-    )
-    monkeypatch.setattr(reproduce, "HERE", folder)
+    """Where --publish writes, in place of the repository; no bandit."""
+    folder = tmp_path / "repository"
+    for name in ("benchmarks", "docs", ".github"):
+        (folder / name).mkdir(parents=True)
+    (folder / "docs" / "results.md").write_text((ROOT / "docs" / "results.md").read_text())
+    (folder / "README.md").write_text("above\n<!-- claims-short:begin -->\nold\n<!-- claims-short:end -->\nbelow")
+    monkeypatch.setattr(measure, "ROOT", folder)
     monkeypatch.setattr(reproduce, "bandit_rows", lambda: [])
-    monkeypatch.setattr(reproduce.measure, "describe_machine", lambda threads: {})
+    monkeypatch.setattr(reproduce.frontier, "save_figure", lambda path, panels: path.touch())
     return folder
 
 
@@ -206,13 +207,13 @@ def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
     fake_runs(out, 3, ("held-out", "training", "before", "T = 0.7", "T = 1.3"))
     for _ in range(2):  # a second time replaces what the first has written
         reproduce.main(reproduce.Args(seeds=3, out=out, report=True, publish=True))
-    result = json.loads((here / "results.json").read_text())
-    texts = {name: between(here / "README.md", name) for name in ("claims", "policies", "verifier")}
-    texts["claims-short"] = between(here.parent / "README.md", "claims-short")
+    result, texts = json.loads((here / "benchmarks" / "results.json").read_text()), published()
     check_tables(result, texts)
+    assert (here / ".github" / "frontier.png").exists()
+    assert measure.published("claims-machine", "docs/results.md").endswith("3 seeds.")
     printed = capsys.readouterr().out
     assert all(text in printed for text in texts.values())
-    assert (here.parent / "README.md").read_text().endswith("<!-- claims-short:end -->\nbelow")
+    assert (here / "README.md").read_text().endswith("<!-- claims-short:end -->\nbelow")
     # A comparison by hand, and the shares of the way.
     seeds = [reproduce.Seed(out, seed) for seed in range(3)]
     row = next(row for row in result["rows"] if row["what"] == "pass@8, k = 8 less mean, levels 6 to 8")
@@ -226,6 +227,43 @@ def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
     best = PREDICTIONS["policies"]["k4"]["pass@4"]
     assert policy["held-out"][1] == pytest.approx((now - base) / (best - base), rel=1e-3)
     assert json.loads((out / "measured.json").read_text())["unbiased, k = 4"] == policy["points"]
+
+
+def test_the_table_of_baselines_is_paired_by_seed(tmp_path, capsys, monkeypatch):
+    """u(k) has .5, .6 and .7; b(k+1) .1 more, .1 more and .4 more: .2 ± 4.303 x .1732 / sqrt(3) = .4303."""
+    args = baselines.Args(k=2, n=4, seeds=3, out=tmp_path, report=True)
+    runs, more = (
+        baselines.Runs(args),
+        {"u": (0, 0, 0), "b": (0.1, 0.1, 0.4), "others": (0, 0, 0), "posterior": (0, 0, 0)},
+    )
+    with pytest.raises(reproduce.BadInput, match="not all runs are in"):
+        baselines.main(args)
+    for name, seed in ((name, seed) for name in more for seed in range(3)):
+        values = {"pass": 0.5 + seed / 10 + more[name][seed], "signal": seed / 10, "seconds": seed**2}
+        runs.folder(name, seed).mkdir(parents=True)
+        (runs.folder(name, seed) / "exact.json").write_text(json.dumps(values))
+    capsys.readouterr()
+    baselines.main(args)
+    rows = [re.split("  +", row.strip()) for row in capsys.readouterr().out.splitlines()[:3]]
+    assert rows[0][1] == "pass@2 ± 95%"
+    assert rows[1] == ["u(k)", "0.6000 ± 0.2484", "-", "0.100", "1.000"]
+    assert rows[2][2:] == ["+0.2000 ± 0.4303", "0.100", "1.000"] and rows[2][1].startswith("0.8000 ± ")
+
+
+def test_a_run_of_a_baseline_is_a_command_and_its_values(tmp_path, monkeypatch):
+    runs = baselines.Runs(baselines.Args(k=2, n=4, seeds=2, out=tmp_path, more="--steps 3"))
+    script, *flags = runs.command("b", 1).split()
+    args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+    assert (args.k, args.n, args.steps, args.model, args.seed) == (2, 4, 3, "tiny-1", 1)
+    assert args.estimator.endswith("recipes/baselines.py:b") and runs.stages()[0] == [("u", 0), ("u", 1)]
+    problems = [problem for problem in reproduce.prompts("held-out") if problem.level == 2][:2]
+    monkeypatch.setattr(baselines.optima, "problems_of", lambda: problems)
+    half = torch.full((2, 8), 0.5).log().masked_fill(torch.arange(8) > 1, -torch.inf).double()
+    monkeypatch.setattr(reproduce, "log_probs", lambda model: half)
+    (tmp_path / "metrics.jsonl").write_text('{"nonzero_advantage": 0.2}\n{"eval": 1}\n{"nonzero_advantage": 0.4}\n')
+    (tmp_path / "timings.jsonl").write_text('{"seconds": 1}\n{"seconds": 5}\n{"seconds": 2}\n')
+    found = runs.evaluation("b", 1, tmp_path)  # two names, each half: two tries find the right one with chance 3/4
+    assert found == pytest.approx({"pass": 0.75, "signal": 0.3, "seconds": 2})
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pass_at_k_pg import advantages
 from verifiers import BadInput
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-spectrum = importlib.import_module("spectrum")
+spectrum, baselines = importlib.import_module("spectrum"), importlib.import_module("recipes.baselines")
 P = torch.tensor(spectrum.RATES, dtype=torch.float64)
 
 
@@ -188,18 +188,11 @@ def test_noise_is_that_of_all_draws(seed):
     assert spectrum.noise(rule(right, wrong), n, policy, is_right) == pytest.approx(expected, rel=1e-10)
 
 
-def laplace(r, k):
-    """The worth of pass@k and the posterior mean of p under a uniform prior as the baseline."""
-    n, others = r.shape[-1], r.sum(-1, keepdim=True) - r
-    D = torch.tensor([float(x) for x in spectrum.worth_of_pass_at(n, k)], dtype=torch.float64)[others.long()]
-    return D * (r - (others + 1) / (n + 1))
-
-
 def test_noise_in_the_two_regimes():
     """n = 8, k = 4, computed before by another program. Among a thousand equal answers a baseline helps; with one right
     answer in five none does, but for this one at p = .1."""
     many, one = reversed(spectrum.REGIMES.values())
-    u, b, posterior = (partial(f, k=4) for f in (advantages, spectrum.leave_two_out, laplace))
+    u, b, posterior = (partial(f, k=4) for f in (baselines.u, baselines.b, baselines.posterior))
     rows = {u: [11.8, 14.5, 20.7, 35.3, 96], b: [12.4, 14.2, 18.1, 26.1, 53], posterior: [12.3, 13.2, 17.3, 26.8, 63]}
     for estimator, expected in rows.items():
         seen = [spectrum.noise(estimator, 8, *many(p)) for p in spectrum.RATES]

@@ -1,4 +1,4 @@
-"""What benchmarks/variance.py and vote.py are made of, against enumeration."""
+"""What benchmarks/variance.py is made of, against enumeration."""
 
 import dataclasses
 import importlib
@@ -7,14 +7,13 @@ import sys
 
 import pytest
 import torch
-from enumeration import majority_value
 from runs import ROOT
 
 import harness.policy
 from verifiers import load_task, suspects
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-variance, vote = importlib.import_module("variance"), importlib.import_module("vote")
+variance = importlib.import_module("variance")
 
 
 @pytest.mark.parametrize("case", variance.CASES.values(), ids=variance.CASES)
@@ -27,6 +26,26 @@ def test_bias_and_variance_of_each_estimator(case):
     for name in ("unbiased", "biased"):
         assert moments[f"{name}, n > k"][2] < moments[f"{name}, n = k"][2]
     assert moments["unbiased, n = k"][2] < moments["no baseline, n = k"][2]
+
+
+def test_moments_by_hand():
+    """One sample, A = (1, 0), p = (.8, .2): g = (.2, -.2) with chance .8, else 0; grad pass@1 = (.16, -.16)."""
+    theta = torch.tensor([0.8, 0.2], dtype=torch.float64).log().requires_grad_()
+    reward = torch.tensor([1.0, 0], dtype=torch.float64)
+    found = variance.moments(theta, lambda pi: pi[0], lambda y: reward[y], 1)
+    assert found == pytest.approx((0, 0, 0.5), abs=1e-12)  # sqrt(.8 x .2) x .2 / .16
+    halved = variance.moments(theta, lambda pi: pi[0], lambda y: reward[y] / 2, 1)
+    assert halved == pytest.approx((0.5, 0, 0.25), abs=1e-12)
+
+
+@pytest.mark.parametrize("p_fail", [0.1, 0.9])
+def test_where_the_two_papers_meet(p_fail):
+    """With p_fail known all four are unbiased; of p_fail = .9, N = 4, the leave-one-out form needs no p_fail."""
+    known = {name: variance.tie_moments(p_fail, 4, name, True) for name in variance.TIES}
+    assert all(bias < 1e-12 for bias, _, _ in known.values())
+    assert known["rlb-all"][2] < known["exact"][2] < known["rlb"][2] or p_fail < 0.5
+    estimated = {name: variance.tie_moments(p_fail, 4, name, False)[0] for name in variance.TIES}
+    assert estimated["exact"] < 1e-12 and min(estimated["rlb"], estimated["rlb-p"], estimated["rlb-all"]) > 0.05
 
 
 def test_mean_estimates_are_the_gradients_that_they_are_named_for():
@@ -42,7 +61,7 @@ def test_mean_estimates_are_the_gradients_that_they_are_named_for():
 
 def test_mean_estimates_are_those_of_enumeration():
     """All arrangements of right and wrong among 6 samples, in groups of 2 that are not all alike."""
-    estimator = variance.Estimator(lambda r: variance.bon_rl.advantages(r, r, 2, "variational"), 6, "pass@8", 2)
+    estimator = variance.Estimator(lambda r: variance.best_of_n(r, r, 2, "variational"), 6, "pass@8", 2)
     rewards = torch.tensor(list(itertools.product((0.0, 1.0), repeat=6))).double()
     A, p = estimator.advantages(rewards), 0.3
     chance = (p**rewards * (1 - p) ** (1 - rewards)).prod(-1)
@@ -89,11 +108,3 @@ def test_interference_is_the_cosine_of_the_two_gradients(learned):
     assert levels == pytest.approx(expected, abs=1e-4)
     a, b = sum(gradients)
     assert total == pytest.approx((a @ b / (a.norm() * b.norm())).item(), abs=1e-4)
-
-
-def test_exact_majority_is_its_expectation():
-    p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]], dtype=torch.float64)
-    expected = torch.zeros(2, dtype=torch.float64)
-    for votes in itertools.product(range(3), repeat=4):
-        expected += p[:, votes].prod(-1) * majority_value([(vote, float(vote == 0)) for vote in votes])
-    torch.testing.assert_close(vote.majority(p, 4), expected)

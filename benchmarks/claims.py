@@ -1,0 +1,111 @@
+"""What the papers claim, and the comparison that decides it. Each is stated once and read twice: of the optima, before
+any run (optima.py), and of the runs (reproduce.py)."""
+
+from collections.abc import Callable, Sequence
+
+import measure  # noqa: F401  first: puts the repository on the path
+
+from verifiers.suspects import LEVELS
+
+PAPERS = {
+    "B1": "bandit: the mean gradient raises the mean reward fastest (Tang, Fig. 1 left)",
+    "B2": "per unit of KL the k-sample gradients have more mean reward (Fig. 1 middle)",
+    "B3": "pass@k rises much faster with the k-sample gradients (Fig. 1 right)",
+    "M1": "pass@k training at least the baseline on pass@4, by level (Fig. 2)",
+    "M2": "the advantage over the baseline grows with k (Fig. 3)",
+    "M3": "hard data: the baseline wins the mean, loses pass@k (Fig. 4)",
+    "M4": "code: pass@1 is traded for pass@8, gains out to pass@100 (Fig. 5)",
+    "M5": "majority training wins at majority@k",
+    "C1": "BoN-RL-V, a verifier selects: Best-of-32 26.8 to 30.8% (Chow)",
+    "C2": "BoN-RL-S, the reward selects: pass@32 60.0 to 67.0%",
+    "C3": "BoN-RLB(P): pass@16 61.6 to 67.1%; plain RL lowers it to 59.8%",
+    "C4": "plain SFT lowers Best-of-N accuracy, BoN-SFT does not",
+    "C5": "gains hold at other N and temperatures",
+    "E1": "neither paper: more prompts, or more samples than k?",
+    "E2": "neither paper: unbiased or biased?",
+    "E3": "neither paper: does a larger k help at many tries?",
+}
+
+PAGES = {
+    **dict.fromkeys(("B1", "B2", "B3"), "bandit.md"),
+    **dict.fromkeys(("M1", "M2", "M3", "M4", "E1", "E2", "E3"), "pass_at_k.md"),
+    "M5": "majority.md", "C4": "best_of_n_sft.md", **dict.fromkeys(("C1", "C2", "C3", "C5"), "best_of_n_rl.md"),
+}  # fmt: skip
+
+
+class Source:
+    """Where metrics come from: the runs of a seed, or the optima of their objectives."""
+
+    def at(self, name: str, metric: str, levels: Sequence[int] = (), where: str = "held-out") -> float:
+        """A metric of the policy of a run, over all levels or the mean over some. Raises KeyError if it is not known.
+
+        where: "held-out", "training", "T = 0.7", "T = 1.3", or "before", the base policy's where a verifier selects."""
+        raise NotImplementedError
+
+    def votes_at_equal_kl(self, beta: float) -> float:
+        """maj@8 of majority training less maj@8 of mean training at the same KL. Raises KeyError as `at`."""
+        raise NotImplementedError
+
+    def gain(self, name: str, metric: str, over: str = "base", levels: Sequence[int] = (), where="held-out") -> float:
+        """The metric of one run's policy less that of another run's, or of the base policy."""
+        return self.at(name, metric, levels, where) - self.at(over, metric, levels, where)
+
+
+def claims() -> list[tuple[str, str, Callable[[Source], float]]]:
+    """(claim, comparison, its value by a source): positive where it is as the claim says. A claim's first comparison
+    decides it. All were fixed before the runs, with predictions.json, which names each by the same words."""
+    hard, after, code = (6, 7, 8), "after less before", "on programs:"
+
+    def gain(*args, **kwargs):
+        return lambda source: source.gain(*args, **kwargs)
+
+    def loss(*args):
+        return lambda source: 0 - source.gain(*args)
+
+    def verifier(metric):
+        return lambda s: s.at("learned-exact", metric) - s.at("learned-exact", metric, (), "before")
+
+    return [
+        ("M1", "pass@4, k = 4 less mean", gain("k4", "pass@4", "mean")),
+        *(("M1", f"the same, level {x}", gain("k4", "pass@4", "mean", (x,))) for x in LEVELS),
+        ("M2", "advantage at k = 16 less that at k = 2",
+         lambda source: source.gain("k16", "pass@16", "mean") - source.gain("k2", "pass@2", "mean")),
+        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", f"pass@{k}", "mean")) for k in (2, 4, 8, 16, 32)),
+        ("M3", "pass@8, k = 8 less mean, levels 6 to 8", gain("hard-k8", "pass@8", "hard-mean", hard)),
+        ("M3", "pass@1, mean less k = 8, the same", gain("hard-mean", "pass@1", "hard-k8", hard)),
+        ("M3", "pass@32, k = 8 less mean, the same", gain("hard-k8", "pass@32", "hard-mean", hard)),
+        ("M4", "pass@8, k = 8 less mean", gain("k8", "pass@8", "mean")),
+        ("M4", "pass@1, mean less k = 8", gain("mean", "pass@1", "k8")),
+        ("M4", "pass@32, k = 8 less mean", gain("k8", "pass@32", "mean")),
+        ("M4", f"{code} pass@8, k = 8 less mean", gain("programs-k8", "pass@8", "programs-mean")),
+        ("M4", f"{code} pass@1, mean less k = 8", gain("programs-mean", "pass@1", "programs-k8")),
+        ("M4", f"{code} pass@32, k = 8 less mean", gain("programs-k8", "pass@32", "programs-mean")),
+        *(("M5", f"maj@8 at equal KL, that of majority at beta = {beta}",
+           lambda source, beta=beta: source.votes_at_equal_kl(beta)) for beta in (0.5, 0.3, 0.8)),
+        *(("M5", f"{what}, majority less mean, beta = {beta}", gain(f"vote-biased-{beta}", metric, f"vote-mean-{beta}"))
+          for what, metric in (("maj@8", "maj@8"), ("KL", "kl")) for beta in (0.3, 0.5, 0.8)),
+        *(("C1", f"bon@{N}, BoN-RL-V with N = 8, {after}", verifier(f"bon@{N}")) for N in (8, 1, 2, 4, 16, 32)),
+        *(("C1", f"bon@{N}, BoN-RL-V less plain RL", gain("learned-exact", f"bon@{N}", "learned-mean"))
+          for N in (8, 32)),
+        ("C1", "AUC within problems, the posterior less the verifier",
+         lambda s: s.at("learned-exact", "AUC of q", (), "before") - s.at("learned-exact", "AUC", (), "before")),
+        ("C1", "share of winners that are not listed, after, N = 32 less N = 8",
+         lambda s: s.at("learned-exact", "misfit@32") - s.at("learned-exact", "misfit@8")),
+        *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("variational", f"pass@{k}"))
+          for k in (16, 8, 32)),
+        *(("C2", f"pass@{k}, the same, exact", gain("k8", f"pass@{k}")) for k in (16, 8, 32)),  # pass_at_k_pg.py
+        ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-p", "pass@16")),
+        ("C3", "pass@16, mean, before less after", loss("mean", "pass@16")),
+        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-p", "pass@16", "mean")),
+        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-p", "pass@32", "mean")),
+        *(("C4", f"bon@{N}, SFT, before less after", loss("sft", f"pass@{N}")) for N in (32, 16, 8)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft", f"pass@{N}")) for N in (32, 16, 8)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (32, 16, 8)),
+        *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", f"pass@{k}")) for k in (16, 2, 4, 32)),
+        ("C5", "N = 2: pass@16", gain("k2", "pass@16")),
+        ("C5", "N = 16: pass@2", gain("k16", "pass@2")),
+        *(("C5", f"N = 8: pass@8 at temperature {T}", gain("k8", "pass@8", where=f"T = {T}")) for T in (0.7, 1.3)),
+        ("E1", "pass@8, k = 8: n = 16 less n = k at equal samples", gain("k8", "pass@8", "k8-n8")),
+        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", f"pass@{k}", f"k{k}-biased")) for k in (4, 2, 8, 16)),
+        ("E3", "pass@32, k = 16 less k = 4", gain("k16", "pass@32", "k4")),
+    ]  # fmt: skip
