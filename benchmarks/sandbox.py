@@ -20,9 +20,9 @@ import measure  # first: puts the repository on the path
 import tyro
 
 from verifiers import BadInput, load_task
-from verifiers.code import program_of
-from verifiers.sandbox import Sandbox
-from verifiers.sandbox_worker import PRELOAD
+from verifiers.code_tasks import program_of
+from verifiers.sandbox.pool import Sandbox
+from verifiers.sandbox.worker import PRELOAD
 
 BAR = 3.9  # isolated programs to plain ones
 FORK_SERVER = """

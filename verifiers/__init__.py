@@ -1,23 +1,27 @@
-"""Tasks: problems in, rewards and votes out. Nothing in this folder knows of models, tokens or algorithms.
+"""Tasks: problems in, rewards and votes out. One verifier is a model, learned.py; no other file knows of models.
 
 A task is whatever `load_task` returns: two sequences of `Problem` and one function, `verify`, that reads responses.
-One of your own is a file with a function `load(name, data) -> Task`, for `--task FILE:load`; see docs/own.md. One for
-everybody is a module of this package, named in `MODULES`.
+Your own task is a file with a function `load(name, data) -> Task`, for `--task FILE:load`; see docs/own.md. A task for
+everybody is a module of this package, named in `MODULES`. This file imports torch only where a function needs it.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import importlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # module of this package, whose `load(name, data)` returns the task -> names on the command line
 MODULES = {
     "arithmetic": "arithmetic sums",
     "suspects": "suspects suspects_uniform",
-    "code": "humaneval mbpp mbpp_sanitized code_contests taco programs",
-    "math": "gsm8k math math500",
+    "code_tasks": "humaneval mbpp mbpp_sanitized code_contests taco programs",
+    "math_tasks": "gsm8k math math500",
     "reasoning_gym": "reasoning_gym/",
 }
 TASKS = {name: module for module, names in MODULES.items() for name in names.split()}
@@ -95,7 +99,7 @@ class Task:
 
 def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task:
     """The task of this name. `data`: a local file or folder in place of the task's default source. `sandbox`: for tasks
-    that run programs, the level of isolation, which is started and named here (see sandbox.py).
+    that run programs, the level of isolation, which is started and named here (see sandbox/__init__.py).
 
     Raises BadInput for an unknown name, for `data` that cannot be read or that the task has no use for, and for a level
     of isolation that is not to be had.
@@ -104,8 +108,8 @@ def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task
     if module is None:
         raise BadInput(f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}")
     task = importlib.import_module(f".{module}", __name__).load(name, data)
-    if module == "code":
-        from .sandbox import shared
+    if module == "code_tasks":
+        from .sandbox.pool import shared
 
         print(f"sandbox: {shared(None if sandbox == 'auto' else sandbox).level}")
     return task
@@ -114,6 +118,7 @@ def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task
 def with_checked_verdicts(task: Task) -> Task:
     """The same task, whose `verify` raises BadInput for what is not a `Verdict` of the responses: one line that names
     what it returned and what is wanted."""
+    import torch
 
     def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
         verdict, of = task.verify(problems, responses), f"the verifier of {task.name}"
@@ -139,6 +144,8 @@ def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Te
 
     The number is the position of the answer's first occurrence in its row. Returns (B, n) int64.
     """
+    import torch
+
     rows = []
     for row in answers:
         first: dict[Hashable, int] = {}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from . import BadInput, Problem, Task, Verdict, votes_from_answers
-from .math import end_of
+from .math_tasks import end_of
 from .workers import Workers
 
 VERSION = "0.1.25"

@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 
-from verifiers.sandbox_codec import as_json, decode, encode
+from .codec import as_json, decode, encode
 
 CHANNEL = 3  # the descriptor of the socket to the judge
 TASKS = 63  # of /proc/loadavg, where the limit on processes counts others, too

@@ -18,8 +18,8 @@ import struct
 import time
 import types
 
-from verifiers.sandbox_codec import as_json, decode, encode, from_json, receive, send
-from verifiers.sandbox_program import OPERATORS
+from .codec import as_json, decode, encode, from_json, receive, send
+from .program import OPERATORS
 
 REPLY_BYTES = 16 << 20  # the longest answer to one call that is read
 GRACE = 1.0  # seconds after a program's deadline in which the judge must be done with it, or it ends itself

@@ -35,7 +35,7 @@ import torch
 
 from . import BadInput, Problem, Task, Verdict, votes_from_answers
 from .rows import first_line, load_rows
-from .sandbox import Program, shared
+from .sandbox.pool import Program, shared
 
 HUB = {
     "humaneval": ("openai/openai_humaneval", None),  # `check(candidate)`; a test split only, so nothing to train on
