@@ -98,7 +98,7 @@ class Workers:
                         if worker.ready and worker.job is None and todo:
                             worker.send(*todo.popleft(), self.limit_s)
                     self.collect(results)
-            finally:  # interrupted: the answer to an abandoned job must not be taken for that of a later one
+            finally:  # interrupted: no later job may get the answer to an abandoned one
                 for worker in [worker for worker in self.workers if worker.job is not None]:
                     self.drop(worker)
         return results

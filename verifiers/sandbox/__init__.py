@@ -36,11 +36,9 @@ What is not covered at `rlimits` (any Unix, only by name; the one level of macOS
 - Hostile programs. They can read and delete what you can, reach the network, signal your processes and leave processes
   behind. Use it for programs that you would run yourself.
 
-Not covered at `landlock`:
-- Names tell whether a file exists, its size and times, and which process numbers are taken.
-
-Not covered at `landlock` and `rlimits` as an ordinary user:
-- The system counts the threads of all that this user runs. A program with very many can keep others from theirs.
+Not covered at `landlock` and `rlimits`:
+- Names. They tell whether a file exists, its size and times, and which process numbers are taken.
+- An ordinary user's threads count together. A program with very many can keep the user's other programs from theirs.
 
 Not covered at any level:
 - Crowding. A right program can time out, though a wrong one never passes. The wall time is enough for two busy programs

@@ -32,11 +32,11 @@ START = "import sys; sys.path.insert(0, sys.argv[2]); from sandbox.worker import
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program; each case is a run of its own, but all together have CASES times the wall time of one.
+    """Limits of one program, or of each of its cases; all cases together have CASES times the wall time of one.
 
-    cpu: whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. wall: seconds, enough for two programs per
-    core that use up their CPU time; more in proportion where a pool has more workers. memory: bytes of address space.
-    output: bytes printed, or twice what is expected if that is more. threads: of one program, itself included."""
+    wall: seconds, enough for two programs per core that use up their CPU time; a pool of more workers has more. cpu:
+    whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. memory: bytes of address space. output: bytes
+    printed, or twice the expected ones if that is more. threads: of one program, itself included."""
 
     wall: float = 30.0
     cpu: int = 8
@@ -48,12 +48,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """A program and what decides about it: either tests or cases.
+    """A program and its tests or cases.
 
-    source: the untrusted Python. tests: Python that the judge runs and that must reach its end; `names` stand for the
-    program's objects in it, and what it leaves in a variable `value` is `Result.value`, by way of JSON: integers of up
-    to 4300 digits, lists for tuples. setup: Python that the judge runs before. cases: pairs of standard input and
-    expected output, compared token by token. wall: seconds, where they are fewer than the pool's `Limits.wall`."""
+    source: the untrusted Python. tests: Python that the judge runs to its end; `names` stand in it for the program's
+    objects. A variable `value` that it leaves becomes `Result.value`, through JSON: integers of up to 4300 digits,
+    lists for tuples. setup: Python that the judge runs before. cases: pairs of standard input and expected output,
+    compared token by token. wall: seconds, where they are fewer than the pool's `Limits.wall`."""
 
     source: str
     tests: str = ""
@@ -65,8 +65,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program. status: one of STATUSES; detail: one line of why, in part the program's words, not to
-    be trusted; value: see `Program`; wall, cpu: seconds that it took."""
+    """What became of a program. status: one of STATUSES. detail: why, in one line that may be the program's own words.
+    value: see `Program`. wall, cpu: seconds that it took."""
 
     status: str
     detail: str = ""
@@ -83,8 +83,8 @@ class Result:
 class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers at one level of isolation.
 
-    level: "auto" or one of LEVELS; afterwards the level in force. workers: programs that run at once, default two per
-    core; each is kept to one core. Raises BadInput for a level that is not to be had."""
+    level: "auto" or one of LEVELS; afterwards the level in force. workers: how many programs run at once, default two
+    per core; each is kept to one core. Raises BadInput for a level not to be had."""
 
     def __init__(self, level: str = "auto", workers: int | None = None, limits: Limits = Limits()) -> None:
         if level != "auto" and level not in LEVELS:
@@ -110,11 +110,11 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def run(self, programs: Sequence[Program]) -> list[Result]:
         """The result of each program, in order; threads that call it take turns. Raises BadInput where no program is to
-        blame: a worker cannot be replaced, tests need a module that is missing.
+        blame: a worker cannot be replaced, or tests need a module that is missing.
 
-        Programs that timed out with less than half their wall time of CPU time may have starved beside others. They run
-        again, alone, for as long as all programs took together: each for a sixteenth of its wall time, so that those
-        that sleep take little from the others, then for a quarter, then for all of it."""
+        A program that timed out with less than half its wall time of CPU time may have starved. It runs again, alone:
+        for a sixteenth of its wall time, as sleepers shall take little from the others, then a quarter, then all of it.
+        All these runs together may take as long as the first ones did."""
         with self._lock:
             start = time.monotonic()
             results = self._results(programs)
@@ -199,14 +199,14 @@ class Sandbox(contextlib.AbstractContextManager):
 _pool: Sandbox | None = None
 
 
-def shared(level: str | None = None) -> Sandbox:
-    """The one pool of this process that the tasks use. The first call starts it, at the level named or else "auto"; a
-    later call with another level replaces it. Raises BadInput."""
+def shared(level: str = "auto") -> Sandbox:
+    """The one pool of this process that the tasks use. The first call starts it; a later call that names another level
+    replaces it. Raises BadInput."""
     global _pool
-    if _pool and level not in (None, _pool.level):
+    if _pool and level not in ("auto", _pool.level):
         _pool.close()
         _pool = None
-    _pool = _pool or Sandbox(level or "auto")
+    _pool = _pool or Sandbox(level)
     return _pool
 
 

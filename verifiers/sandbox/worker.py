@@ -1,8 +1,6 @@
-"""One worker of the sandbox: a plain script that `verifiers.sandbox` starts by path, without torch. See its docstring.
-
-Three processes. The *fork server* imports the usual modules, locks itself in and forks; it never sees a test, so no
-program finds one in its memory. The *judge* (`sandbox_judge`), its first child, holds the tests and decides. Each
-*program* (`sandbox_program`) is a fresh child of the fork server, forked ahead; it waits, then answers in plain data:
+"""One worker, three processes. The *fork server* imports the usual modules, locks itself in and forks; it never sees a
+test, so no program finds one in its memory. The *judge*, its first child, holds the tests and decides. Each *program*
+is a fresh child of the fork server, forked ahead; it waits, then answers in plain data:
 
     judge -> program    {"source", "stdin"}, later [target, args, kwargs]     what to run, what to call
     program -> judge    ["value", encoded] or ["error", class, text, name]     once loaded (or ended), and to each call
@@ -43,7 +41,7 @@ LATE = 3  # exit code of a worker whose judge did not end in time
 
 def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tuple[int, int]]]) -> None:
     """Keep one program waiting for the judge; at its command, end this one and fork the next. Return when judge or pool
-    hang up (the pool's life line is stdin)."""
+    hang up (the pool by stdin)."""
     events = select.poll()
     events.register(control.fileno(), select.POLLIN)
     events.register(0, select.POLLIN)
@@ -90,8 +88,8 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
 
 
 def with_devices(open_path, open_number):
-    """`open_path`, which opens files, for programs: of devices, which they cannot open, they get copies of descriptors;
-    of standard input from its start, as if it was a file."""
+    """`open_path` for programs. Devices, which they cannot open, are copies of descriptors; standard input starts anew,
+    like a file."""
 
     def opened(file, *args, **kwargs):
         number = DEVICES.get(file) if isinstance(file, str) else None
@@ -152,7 +150,7 @@ def main() -> None:
     if pid == 0:
         try:
             ours.close()
-            resource.setrlimit(*lowered(resource.RLIMIT_AS, settings["memory"]))  # answers may be large, too
+            resource.setrlimit(*lowered(resource.RLIMIT_AS, settings["memory"]))  # answers may be large
             load_filter()
             send(jobs, {}, as_json)
             judge(jobs, theirs)
