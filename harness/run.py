@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from common import Policy, Rollouts, decode, sample
 from verifiers import TASKS, BadInput, Problem, Verdict, learned, load_task, with_checked_verdicts
-from verifiers.problems import evaluation_problems, problems_at, training_batch
 
 from . import report
 from .load_file import load_own_task
 from .parallel import all_gather, rank0_only, reduce_metrics, shard, start, stop, world
 from .policy import cached_folder, encode_prompts, full_disk_told, load_policy, save_policy, tiny_seed, write_atomically
+from .problems import evaluation_problems, problems_at, training_batch
 
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")

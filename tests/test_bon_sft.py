@@ -13,8 +13,8 @@ import bon_sft
 import common
 import harness.policy
 from bon_sft import Args, coefficients, experts_of, mean_over_experts
+from harness.problems import training_batch
 from verifiers import BadInput, Problem, Task, Verdict, load_task
-from verifiers.problems import training_batch
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
 

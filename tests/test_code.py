@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import common
-from verifiers import BadInput, Problem, code, load_task
-from verifiers.sandbox import Result, shared
-from verifiers.sandbox_judge import difference
+from verifiers import BadInput, Problem, load_task
+from verifiers import code_tasks as code
+from verifiers.sandbox.judge import difference
+from verifiers.sandbox.pool import Result, shared
 
 REAL_DATA = os.environ.get("REAL_DATA")
 real_data = pytest.mark.skipif(not REAL_DATA, reason="needs data sets: set REAL_DATA to their folder")

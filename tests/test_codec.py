@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from verifiers import sandbox_codec
-from verifiers.sandbox_codec import DIGITS, as_json, decode, encode, from_json, receive
+from verifiers.sandbox import codec
+from verifiers.sandbox.codec import DIGITS, as_json, decode, encode, from_json, receive
 
 Point = namedtuple("Point", "x y")
 COLLIDING = 2**61 - 1  # all its multiples have the hash 0
@@ -73,7 +73,7 @@ def test_what_encodes_no_value_is_refused(data):
 def test_colliding_keys_are_bounded_by_the_deadline(monkeypatch, kind):
     keys = [["int", hex(COLLIDING * i)] for i in range(1, 2000)]
     clock = iter(range(10**6))
-    monkeypatch.setattr(sandbox_codec.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(codec.time, "monotonic", lambda: next(clock))
     with pytest.raises(TimeoutError):
         decode([kind, [[key, 0] for key in keys] if kind == "dict" else keys], None, deadline=500)
     assert next(clock) < 600  # looked at between the items: none is added after it
@@ -93,14 +93,14 @@ def test_an_answer_that_drips_in_does_not_start_the_clock_again(monkeypatch):
             return b"\0"
 
     channel = Dripping()
-    monkeypatch.setattr(sandbox_codec.time, "monotonic", lambda: channel.now)
+    monkeypatch.setattr(codec.time, "monotonic", lambda: channel.now)
     with pytest.raises(TimeoutError):
         receive(channel, deadline=110.0)
     assert channel.timeouts == [10, 6, 2]
 
 
 LEAVES = [0, -1, 9**99, COLLIDING, 1e308, None, "", "1e999999999", "-0x1", "a" * 300, [], ["int", "7" * 400], 1 << 40]
-KINDS = [*sandbox_codec.COLLECTIONS, *sandbox_codec.NUMBERS]
+KINDS = [*codec.COLLECTIONS, *codec.NUMBERS]
 KINDS += ["int", "bytes", "decimal.Decimal", "keys", "items", "dict", "namedtuple", "reference", "no kind"]
 
 
@@ -142,10 +142,8 @@ def fuzz(count: int) -> None:
 def test_mutated_replies_neither_hang_nor_fill_the_judge(count):
     here = Path(__file__).parent
     code = f"""
-import sys, types
-sys.path.insert(0, {str(here)!r})
-sys.modules["verifiers"] = types.ModuleType("verifiers")  # as in the worker, without torch
-sys.modules["verifiers"].__path__ = [{str(here.parent / "verifiers")!r}]
+import sys
+sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]
 import test_codec
 test_codec.fuzz({count})
 """

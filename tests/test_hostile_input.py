@@ -23,9 +23,10 @@ import common
 import harness.policy
 import majority_pg
 import pass_at_k_pg
-from verifiers import BadInput, Problem, arithmetic, code, load_task, reasoning_gym, rows, votes_from_answers, workers
-from verifiers import math as math_task
-from verifiers.sandbox import STATUSES, Program
+from verifiers import BadInput, Problem, arithmetic, load_task, reasoning_gym, rows, votes_from_answers, workers
+from verifiers import code_tasks as code
+from verifiers import math_tasks as math_task
+from verifiers.sandbox.pool import STATUSES, Program
 from verifiers.workers import number_key
 
 HANG_S = 30  # far more than any test here needs, also on a machine that is busy

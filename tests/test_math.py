@@ -1,4 +1,4 @@
-"""verifiers/math.py and workers.py: which answer a response gives, is it right, whom it votes with, what can fail."""
+"""math_tasks.py and workers.py: which answer a response gives, whether it is right, how it votes, and what can fail."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verifiers import BadInput, Problem, load_task
-from verifiers import math as math_task
-from verifiers.math import boxed, gsm8k_answer, level_number, math_answer, verify
+from verifiers import math_tasks as math_task
+from verifiers.math_tasks import boxed, gsm8k_answer, level_number, math_answer, verify
 from verifiers.workers import Workers
 
 REAL_DATA = os.environ.get("REAL_DATA")

@@ -1,7 +1,7 @@
-"""verifiers/problems.py: which problems a step and an evaluation read."""
+"""harness/problems.py: which problems a step and an evaluation read."""
 
+from harness.problems import evaluation_problems, training_batch
 from verifiers import Problem
-from verifiers.problems import evaluation_problems, training_batch
 
 
 def test_training_batches_see_every_problem_once_a_pass():

@@ -14,8 +14,9 @@ import time
 
 import pytest
 
-from verifiers import BadInput, sandbox
-from verifiers.sandbox import Limits, Program, Result, Sandbox
+from verifiers import BadInput
+from verifiers.sandbox import lock
+from verifiers.sandbox.pool import Limits, Program, Result, Sandbox
 
 LEVEL = os.environ.get("SANDBOX", "auto")
 LIMITS = Limits(wall=3, cpu=1, memory=512 << 20, output=1 << 16)
@@ -172,7 +173,7 @@ def f(x): return 1
 """,
     "patched worker": """
 import sys
-w = sys.modules['verifiers.sandbox_program']
+w = sys.modules['sandbox.program']
 w.error_of = lambda e: ['value', None]
 w.encode = lambda *a: {'status': 'passed'}
 def f(x): raise ValueError
@@ -700,7 +701,7 @@ def test_a_worker_ends_with_its_pool():
     """A trainer that is killed cannot say goodbye: the workers notice by themselves."""
     code = """
 import sys, time
-from verifiers.sandbox import Sandbox
+from verifiers.sandbox.pool import Sandbox
 print(*(worker.process.pid for worker in Sandbox(sys.argv[1], 2)._workers), flush=True)
 time.sleep(60)
 """
@@ -716,17 +717,17 @@ def test_no_level_weaker_than_asked_for(monkeypatch):
     with pytest.raises(BadInput, match="bwrap is not installed.*--sandbox landlock or rlimits"):
         Sandbox("bubblewrap")
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
-    sandbox.sandbox_lock.filters.cache_clear()
+    lock.filters.cache_clear()
     for level in ("auto", "landlock"):
         with pytest.raises(BadInput, match="landlock: .*pyseccomp.*--sandbox rlimits"):
             Sandbox(level)
     with pytest.raises(BadInput, match="unknown sandbox 'docker'"):
         Sandbox("docker")
-    sandbox.sandbox_lock.filters.cache_clear()
+    lock.filters.cache_clear()
 
 
 def test_a_lock_that_does_not_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(sandbox.sandbox_lock, "readable", lambda: ["/"])
+    monkeypatch.setattr(lock, "readable", lambda: ["/"])
     with pytest.raises(BadInput, match="the lock does not hold"):
         Sandbox("landlock", workers=1)
 

@@ -14,8 +14,9 @@ import time
 import pytest
 from test_sandbox import LEVEL, LIMITS, SECRET, SYSCALL, linux, run
 
-from verifiers import BadInput, sandbox
-from verifiers.sandbox import Limits, Program, Result, Sandbox
+from verifiers import BadInput
+from verifiers.sandbox import pool as pools
+from verifiers.sandbox.pool import Limits, Program, Result, Sandbox
 
 pytestmark = [linux]
 x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by their x86-64 numbers")
@@ -250,8 +251,8 @@ def test_a_pool_that_cannot_replace_a_worker_says_why(monkeypatch, tmp_path):
         for worker in pool._workers:
             os.kill(worker.process.pid, signal.SIGKILL)
         with monkeypatch.context() as patch:
-            patch.setattr(sandbox, "WORKER", tmp_path / "sandbox_worker.py")
-            with pytest.raises(BadInput, match="no sandbox worker at level .*: .*can't open file"):
+            patch.setattr(pools, "FOLDER", tmp_path)
+            with pytest.raises(BadInput, match="no sandbox worker at level .*: .*No module named 'sandbox'"):
                 pool.run([RIGHT] * 3)
         assert all(result.passed for result in pool.run([RIGHT] * 3))
 
@@ -266,7 +267,7 @@ def test_a_module_that_only_the_tests_need_is_nobodys_failure(pool):
 
 def test_a_pool_that_is_interrupted_answers_the_next_question(pool, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "wait", lambda *_: signal.default_int_handler(signal.SIGINT, None))
+        patch.setattr(pools, "wait", lambda *_: signal.default_int_handler(signal.SIGINT, None))
         with pytest.raises(KeyboardInterrupt):
             pool.run([RIGHT] * 3)
     wrong = Program("def f(x): return -x", "assert f(1) == 1", ("f",))

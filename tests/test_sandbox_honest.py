@@ -5,7 +5,7 @@ import re
 import pytest
 from test_sandbox import LEVEL, LIMITS, linux, run
 
-from verifiers.sandbox import Sandbox
+from verifiers.sandbox.pool import Sandbox
 
 pytestmark = [linux]
 

@@ -6,10 +6,11 @@ The last number of a response is its answer and its vote; the reward is 1 if it 
 Leading zeros are ignored. A response with anything but numbers between commas has no answer.
 
 `sums`: sums and products at three levels, in words, for pretrained models with a chat template. The prompt is "What is
-47 + 85?", the response "132". Such models say more than that at first, so that the last number in a response is its
-answer, whatever stands around it: "47 + 85 = 132." is right, "132.5", "-132" and "1,32" are other numbers.
+47 + 85?", the response "132". The last number in a response is its answer, whatever stands around it: "47 + 85 = 132."
+is right; "132.5", "-132" and "1,32" are other numbers.
 """
 
+import functools
 import random
 import re
 import zlib
@@ -33,7 +34,7 @@ SUMS = {
     2: ("+", range(100, 1000), range(10, 100)),
     3: ("*", range(10, 100), range(2, 10)),
 }
-TRAIN_PER_LEVEL = 6_000  # small levels repeat, so that a uniform draw from `train` is a uniform draw of the level
+TRAIN_PER_LEVEL = 6_000  # small levels repeat: a uniform draw from `train` is a uniform draw of the level
 TEST_PER_LEVEL = 1_000
 
 
@@ -54,14 +55,12 @@ def problems_of_level(name: str, level: int, held_out: bool, rng: random.Random)
 
 def number(response: str) -> str | None:
     """The last number of the response without leading zeros, or None. A string: it may have a hostile 10^6 digits."""
-    response = response.strip()
-    if not re.fullmatch("[0-9]+(,[0-9]+)*", response):
-        return None
-    return response.rpartition(",")[2].lstrip("0") or "0"
+    digits = re.fullmatch(r"\s*(?:[0-9]+,)*([0-9]+)\s*", response)
+    return (digits[1].lstrip("0") or "0") if digits else None
 
 
 def number_in_words(response: str) -> str | None:
-    """The last number in the response, with its sign and decimals, without leading zeros, or None. A string, too."""
+    """The last number in the response, with its sign and decimals, without leading zeros, or None."""
     numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", response)
     return (numbers[-1].lstrip("0") or "0") if numbers else None
 
@@ -77,11 +76,6 @@ def verify(
     return Verdict(torch.tensor(rewards), votes_from_answers(answers))
 
 
-def verify_sums(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-    """The same for `sums`."""
-    return verify(problems, responses, number_in_words)
-
-
 def load(name: str, data: str | None = None) -> Task:
     """The task of this name; always the same problems in the same order."""
     if data is not None:
@@ -94,6 +88,7 @@ def load(name: str, data: str | None = None) -> Task:
         test += problems_of_level(name, level, held_out=True, rng=rng)[:TEST_PER_LEVEL]
     if name == "sums":
         form, words = "Question: {prompt}\nAnswer:", "Answer with the number only."
-        return Task(name, train, test, verify_sums, template=form, instruction=words, max_new_tokens=12)
+        check = functools.partial(verify, answer_of=number_in_words)
+        return Task(name, train, test, check, template=form, instruction=words, max_new_tokens=12)
     warm_start = {"steps": 800, "batch": 128, "lr": 3e-3, "slips": 0.15}
     return Task(name, train, test, verify, max_new_tokens=8, warm_start=warm_start)

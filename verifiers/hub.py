@@ -13,9 +13,8 @@ from .rows import first_line, unreachable
 def load_pretrained(what: str, name: str, auto: str, device: torch.device | str, new_head: bool = False, **options):
     """A model (float32, in evaluation mode, on the device) and its tokenizer.
 
-    what: the user's words for it, such as "--model". name: a folder or a hub id, which is looked for in the cache where
-    the hub cannot be reached. auto: the class of transformers that loads it. new_head: weights that are not there may
-    be random ones. Raises BadInput."""
+    what: the user's name for it, "--model". name: a folder or a hub id; without a connection the cache is read. auto:
+    the class of transformers that loads it. new_head: missing weights may be random ones. Raises BadInput."""
     folder, problem = Path(name).expanduser(), f"cannot load {what} {name!r}"
     here, source = folder.is_dir(), str(folder) if folder.is_dir() else name
     if not here and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # a path, not a hub id

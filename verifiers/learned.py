@@ -1,8 +1,8 @@
 """A learned verifier: a reward model as Hugging Face users know it, `AutoModelForSequenceClassification`, one label.
 
-It reads a prompt and a response and gives a score, which Best-of-N selects by; see Chow et al. (arXiv 2412.15287),
-BoN-RL-V. Train one here (`trained_verifier`) on a policy's own samples with the rewards of a task's verifier, or load
-any reward model by hub id or folder (`load_verifier`). It is imperfect, and that is the point: `quality` says how much.
+It reads a prompt and a response and gives a score, by which Best-of-N selects: BoN-RL-V of Chow et al. (arXiv
+2412.15287). `trained_verifier` trains one on a policy's own samples with the rewards of a task's verifier;
+`load_verifier` loads any reward model by hub id or folder. It makes errors: `quality` says how many.
 """
 
 import dataclasses
@@ -48,10 +48,8 @@ class LearnedVerifier:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> torch.Tensor:
-        """Scores (B, n) float32 of n responses to each of B prompts, any real numbers, higher is better.
-
-        Equal responses to equal prompts are read once, so that they tie to the bit.
-        """
+        """Scores (B, n) float32 of n responses to each of B prompts, any real numbers, higher is better. Equal
+        responses to equal prompts are read once: they tie to the bit."""
         pairs = [(prompt, response) for prompt, row in zip(prompts, responses) for response in row]
         unique = sorted(set(pairs), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))  # like lengths together
         scores = {}
@@ -62,7 +60,7 @@ class LearnedVerifier:
         return torch.tensor([scores[pair] for pair in pairs]).view(len(prompts), -1)
 
     def save(self, folder) -> None:
-        """Write model and tokenizer so that `AutoModelForSequenceClassification.from_pretrained` loads them."""
+        """Write model and tokenizer for `AutoModelForSequenceClassification.from_pretrained`."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -88,10 +86,9 @@ def trained_verifier(
 ) -> LearnedVerifier:  # fmt: skip
     """A verifier fitted to `rewards` (B, n) in [0, 1] of `responses` (B lists of n) by cross-entropy.
 
-    base: the model whose weights it starts from, by hub id or folder; its classification head is new. It learns from
-    the problems alone that have both right and wrong samples: to select is to tell samples of one problem apart.
-    Raises BadInput for rewards outside [0, 1], and if there is no such problem to learn from.
-    """
+    base: hub id or folder of the model whose weights it starts from; its classification head is new. It learns only
+    from problems with both right and wrong samples: selecting is telling samples of one problem apart. Raises BadInput
+    for rewards outside [0, 1], and where no problem has both."""
     if not ((rewards >= 0) & (rewards <= 1)).all():
         raise BadInput("a verifier is trained on rewards from 0 to 1: this task has others")
     mixed = (rewards.amin(-1) < rewards.amax(-1)).nonzero()[:, 0].tolist()
@@ -131,14 +128,9 @@ def with_scores(task: Task, verifier: LearnedVerifier) -> Task:
     return with_checked_verdicts(dataclasses.replace(task, verify=verify))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def auc(scores: torch.Tensor, rewards: torch.Tensor) -> float:
     """Chance that a right sample scores higher than a wrong one, ties counting one half; nan without both kinds.
-
-    scores, rewards: (M,); rewards are right above 1/2.
-    """
+    scores, rewards: (M,); a reward above 1/2 is right."""
     right = rewards > 0.5
     ordered = scores[~right].sort().values
     wins = torch.searchsorted(ordered, scores[right]) + torch.searchsorted(ordered, scores[right], right=True)
@@ -146,9 +138,8 @@ def auc(scores: torch.Tensor, rewards: torch.Tensor) -> float:
 
 
 def quality(scores: torch.Tensor, rewards: torch.Tensor) -> str:
-    """A few lines on a verifier's held-out samples, scores (B, n) and rewards (B, n): AUC over all of them and within
-    problems, which is what Best-of-N lives by, and calibration: of what it takes to be right with probability p, the
-    share that is."""
+    """A few lines on a verifier's held-out samples, scores (B, n) and rewards (B, n): its AUC over all samples and
+    within problems, where Best-of-N selects, and the share of right samples by predicted probability."""
     within = torch.tensor([auc(*row) for row in zip(scores, rewards)])
     mixed = within.isfinite()
     lines = [

@@ -2,12 +2,12 @@
 
 Optional: pip install reasoning-gym==0.1.25. Names: reasoning_gym.factory.DATASETS, with their default settings.
 
-Problems are made when they are first looked at, by (seed, index), and are the same on every run. Train and test differ
-by seed; test holds no problem twice, and no problem of it is in train. The answer is the last <answer>...</answer>
-of the response (the library's convention), the reward the score, 0 to 1, and the vote the text of the answer.
-Problems are made and answers scored in worker processes (workers.py): a scorer that raises, hangs or dies gives reward
-0 and no vote, and is counted in `Verdict.counts`. These processes have the user's rights. Data sets whose scorer runs
-the answer as Python code (EVALUATED) are therefore refused, and so are other versions, whose scorers nobody has read.
+A problem is made when it is first read, from (seed, index), and is the same on every run. Train and test differ by
+seed; test holds no problem twice, and none of train. The answer is the last <answer>...</answer> of the response (the
+library's convention), the reward the score, 0 to 1, and the vote the text of the answer. Worker processes (workers.py)
+make problems and score answers: a scorer that raises, hangs or dies gives reward 0 and no vote, and is counted in
+`Verdict.counts`. They have the user's rights: data sets whose scorer runs the answer as code (EVALUATED) are refused,
+and so are other versions of the library, whose scorers nobody has read.
 """
 
 import collections
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from . import BadInput, Problem, Task, Verdict, votes_from_answers
-from .math import end_of
+from .math_tasks import end_of
 from .workers import Workers
 
 VERSION = "0.1.25"
@@ -59,7 +59,7 @@ class TrainProblems(Sequence):
 
     def __init__(self, name: str, held_out: set[str]):
         self.name, self.held_out = name, held_out
-        self.problem = functools.lru_cache(maxsize=TRAIN_SIZE)(self.problem)
+        self.problem = functools.cache(self.problem)
 
     def __len__(self) -> int:
         return TRAIN_SIZE

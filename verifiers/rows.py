@@ -2,7 +2,7 @@
 
 A local folder is read as a hub repository lays it out: `<split>.jsonl`, `.json`, `.parquet`, or `<split>-*` shards of
 these, in the folder itself, in `data/`, or in a folder with the configuration's name. One file serves every split.
-Local files are read straight from where they are: nothing is copied, cached or written.
+Local files are read where they are: nothing is copied, cached or written.
 """
 
 import json
@@ -21,10 +21,9 @@ def load_rows(
 ) -> list[dict]:
     """The rows of one split, one dict each, column -> value.
 
-    data: None for the hub's `hub_id` (and `config`), else a local file or folder. A folder that has other splits but
-    not this one gives []. flag: the one that named `data`, for errors. Raises BadInput for a path that is missing,
-    empty or unreadable and for a hub out of reach.
-    """
+    data: None for the hub's `hub_id` (and `config`), else a local file or folder. A folder with other splits only gives
+    []. flag: the one that named `data`, for errors. Raises BadInput for a path that is missing, empty or unreadable and
+    for a hub out of reach."""
     if data is None:
         return hub_rows(hub_id, split, config)
     try:
@@ -105,8 +104,7 @@ def hub_rows(hub_id: str, split: str, config: str | None = None) -> list[dict]:
 
 def unreachable(kind: str, hub_id: str) -> Exception | None:
     """Why the hub does not answer a short question about this "dataset" or "model"; None if it does, whatever it says.
-
-    Its libraries ask for minutes."""
+    Its own libraries retry for minutes."""
     import huggingface_hub
 
     try:

@@ -1,8 +1,8 @@
 """`suspects`: an underspecified task, whose best policies are known exactly.
 
-One of the people listed did it. The prompt lists some of 16 names in random order, "Eve Tom Ann:"; how many, 2 to 8, is
-its level. The response is one name, "Tom". Who did it stays hidden, as hidden tests do in programming, so that one try
-and many tries ask for different policies. Every candidate stands in the prompt: only the choice is left to learn.
+One of the people listed did it. The prompt lists 2 to 8 of 16 names in random order, "Eve Tom Ann:". Its level is how
+many. The response is one name, "Tom". Who did it stays hidden, as hidden tests do in programming: one try and many
+tries ask for different policies. Every candidate stands in the prompt: only the choice is left to learn.
 
 `suspects`: NAMES are ordered by falling guilt; the i-th has the weight .7^i, i = 0..15. `tiny` is warm-started on
 prompts with all their candidates: it knows those listed and prefers none. `suspects_uniform`: all are equally likely.
@@ -16,7 +16,7 @@ import random
 import zlib
 from bisect import bisect
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, combinations
 
 import torch
@@ -89,10 +89,8 @@ def best_policy(q: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def best_pass_at_k(problems: Sequence[Problem], k: int, name: str = "suspects") -> torch.Tensor:
-    """The highest pass@k that any policy can have that reads only the prompt, for each problem: (P,) float64.
-
-    It is the expectation over the hidden answers; k independent tries. Raises ValueError for k < 1.
-    """
+    """The highest pass@k, with k independent tries, of any policy that reads only the prompt: for each problem its
+    expectation over the hidden answers, (P,) float64. Raises ValueError for k < 1."""
     q = posterior([problem.prompt for problem in problems], name)
     return (q * (1 - (1 - best_policy(q, k)) ** k)).sum(-1)
 
@@ -122,11 +120,9 @@ def training_problems(name: str) -> list[Problem]:
 
 def spread_problems(name: str, held_out: bool = True, per_level: int = TEST_PER_LEVEL) -> list[Problem]:
     """Up to so many problems of each level, all with different prompts, evenly spread: every n-th set, by the chance of
-    its likeliest name; and the answers by the golden ratio, so that likely and unlikely ones have the shares that they
-    have in the task, where random draws would move what any policy scores by a point or two.
-
-    Sets are in a random order. Where there are fewer of them than problems they are read backwards, too, which gives
-    level 2 all its orders."""
+    its likeliest name. Answers follow the golden ratio, by which each has its share; random draws would move the score
+    of any policy by a point or two. The names of a set are in a random order. A level with fewer sets than problems
+    also has each set backwards: level 2 has all its orders."""
     rng, chosen = random.Random(0), []
     for level, sets in all_sets(held_out).items():
         q = {names: sorted((PRIOR[name][y] for y in names), reverse=True) for names in sets}
@@ -151,10 +147,6 @@ def load(name: str, data: str | None = None) -> Task:
     """The task of this name; always the same problems in the same order."""
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
-
-    def best(problems: Sequence[Problem], k: int) -> torch.Tensor:
-        return best_pass_at_k(problems, k, name)
-
     train = training_problems(name)
     return Task(
         name,
@@ -166,5 +158,5 @@ def load(name: str, data: str | None = None) -> Task:
         max_new_tokens=4,
         warm_start={"steps": 200, "batch": 16, "lr": 8e-3},
         warm_start_problems=[candidates(problem) for problem in train],
-        best=best,
+        best=partial(best_pass_at_k, name=name),
     )

@@ -1,19 +1,12 @@
 """Calls on model output that may hang, crash or eat memory, made in child processes that can be killed.
 
 `Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
-line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. The children import neither torch nor this
-package and are not forked from a parent that has threads. Limits: `limit_s` of CPU time a job, after which the child
-ends, and CROWD times that of wall time, since a busy machine shall change no verdict; `REPLY_BYTES` an answer;
-`MEMORY_BYTES` of address space. A child ends with its parent, whether idle (end of stdin) or stuck (its own alarm).
-This guards against slow algebra and accidents; it is no sandbox for hostile programs.
+line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. A child imports neither torch nor this package,
+and is not forked from a parent that has threads. A job has `limit_s` of CPU time and CROWD times that of wall time, for
+a busy machine shall change no verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child
+ends with its parent, whether idle (end of stdin) or stuck (its own alarm). This guards against slow algebra and
+accidents; it is no sandbox for hostile programs.
 """
-
-import os
-import sys
-
-if __name__ == "__main__":  # a script's folder comes first on the path, where our math.py would hide the standard one
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
 
 import collections
 import contextlib
@@ -21,9 +14,11 @@ import functools
 import importlib
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -44,7 +39,8 @@ class Worker:
     """One child process, and the number of the job that it holds or None. Its first line says that it is ready."""
 
     def __init__(self, function: str, limit_s: float):
-        command = [sys.executable, os.path.abspath(__file__), function, str(limit_s)]
+        # -P: this folder's reasoning_gym.py would hide the library
+        command = [sys.executable, "-P", os.path.abspath(__file__), function, str(limit_s)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, **pipes)
         self.ready, self.job, self.line = False, None, b""
@@ -102,7 +98,7 @@ class Workers:
                         if worker.ready and worker.job is None and todo:
                             worker.send(*todo.popleft(), self.limit_s)
                     self.collect(results)
-            finally:  # interrupted: the answer to an abandoned job must not be taken for that of a later one
+            finally:  # interrupted: no later job may get the answer to an abandoned one
                 for worker in [worker for worker in self.workers if worker.job is not None]:
                     self.drop(worker)
         return results

@@ -1,6 +1,5 @@
-"""The judge: the process that holds a program's tests, has the program called, and decides. It is told what a call
-returned, never whether a test passed; it compares exact built-in types in its own memory. A value that is no plain data
-stays in the program, and the judge holds a `Remote` reference to it."""
+"""The judge: the process that holds a program's tests, has the program called, and decides. A value that is no plain
+data stays in the program, and the judge holds a `Remote` reference to it."""
 
 import builtins
 import contextlib
@@ -18,8 +17,8 @@ import struct
 import time
 import types
 
-from verifiers.sandbox_codec import as_json, decode, encode, from_json, receive, send
-from verifiers.sandbox_program import OPERATORS
+from .codec import as_json, decode, encode, from_json, receive, send
+from .program import OPERATORS
 
 REPLY_BYTES = 16 << 20  # the longest answer to one call that is read
 GRACE = 1.0  # seconds after a program's deadline in which the judge must be done with it, or it ends itself
@@ -30,13 +29,12 @@ NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?")
 
 
 class Ended(BaseException):
-    """The program is of no more use; a BaseException, so that no test's `except Exception` goes on without it."""
+    """The program is of no more use. A BaseException: no test's `except Exception` goes on without it."""
 
 
 class Remote:
-    """An object of the program, seen from the judge; `target` is its name or number there. Two are equal if they are
-    the same object, or dataclasses with equal fields. Operators take two of them: from an operand of the tests' own the
-    program would learn what is expected."""
+    """An object of the program, seen from the judge; `target` is its name or number there. Operators take two of them:
+    from an operand of the tests' own the program would learn what is expected."""
 
     def __init__(self, run: "Run", target) -> None:
         object.__setattr__(self, "_run", run)
@@ -158,8 +156,8 @@ class Run:
         return b"".join(parts[1:])
 
     def end(self) -> tuple[int, float]:
-        """The program's exit code (negative: the signal) and CPU seconds, once it has ended. One that hung up does so
-        by itself, in its time, so that the code does not depend on who was faster; others are killed."""
+        """The program's exit code (negative: the signal) and CPU seconds, once it has ended. A program that hung up
+        ends by itself, in its time: its code shall not depend on who was faster. Others are killed."""
         late = self.deadline - time.monotonic() if self.trouble == "ended" else 0
         self.control.send(PATIENCE.pack(max(late, 0)))
         status, cpu = ENDED.unpack(self.control.recv(ENDED.size))

@@ -1,21 +1,20 @@
 """Programs judged by hidden tests: `humaneval`, `mbpp`, `mbpp_sanitized`, `code_contests`, `taco`, and `programs`.
 
-A response is run in the sandbox (`verifiers.sandbox`, which states what it holds and what it does not); the reward is 1
-when all tests pass and 0 otherwise. Tests run outside the program's process, and the program never holds them.
+The sandbox (`verifiers.sandbox`) runs a response; the reward is 1 when all tests pass and 0 otherwise.
 
 **What counts as the program.** One rule for all tasks but `programs`:
-1. Candidates are the blocks between code fences (backticks or tildes, indented or not), and what stands before the
-   first fence where that goes on from the prompt, defines the asked function, or runs. Without fences, all is one
+1. Candidates are the blocks between code fences (backticks or tildes, indented or not), and the text before the first
+   fence where it continues the prompt, defines the asked function, or runs. Without fences the whole text is the
    candidate, from its first line of code on.
-2. For a function, one that defines it (`def name` or `name =`; a signature without a body counts less) goes before all
-   others, then one that parses; for standard input, one that reads it and calls something, outside of definitions.
-   Then one tagged python goes before one without a tag, and the last before earlier ones.
+2. For a function, a candidate that defines it (`def name` or `name =`; a signature without a body counts less) goes
+   first, then one that parses; for standard input, one that reads it and calls something outside of definitions. Then
+   a python tag goes before no tag, and the last before earlier ones.
 3. Earlier blocks that define what it uses are put in front, and for HumanEval the prompt: a continuation, a whole
    function, and a repeated prompt all work. The first line of a continuation is moved to the prompt's indentation.
 4. Everything from the first line that does not parse is dropped, and all after the response's first 50 000 characters.
 
-TACO's functions have the imports of the data set's own harness; of dicts, keys count as texts, and floats to 6 digits.
-What a function does to its arguments is not looked at. Rows are those of Hugging Face data sets, or local files alike.
+TACO's functions have the imports of the data set's own harness; its dicts compare by the text of their keys, floats to
+6 digits. Changes of a function's arguments are not looked at. Rows have the columns of the Hugging Face data sets.
 """
 
 import ast
@@ -35,7 +34,7 @@ import torch
 
 from . import BadInput, Problem, Task, Verdict, votes_from_answers
 from .rows import first_line, load_rows
-from .sandbox import Program, shared
+from .sandbox.pool import Program, shared
 
 HUB = {
     "humaneval": ("openai/openai_humaneval", None),  # `check(candidate)`; a test split only, so nothing to train on
@@ -64,13 +63,13 @@ def load(name: str, data: str | None = None) -> Task:
 
 
 def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | None], split: str) -> list[Problem]:
-    """The problems of some rows; those that cannot be judged are left out, and their number told on stderr."""
+    """The problems of some rows. Rows that cannot be judged are left out, and counted on stderr."""
     problems = []
     for number, row in enumerate(rows, start=1):
         try:
             problems.append(read(row))
         except Exception as error:  # rows of another shape raise many types
-            why = f"row {number}: {first_line(error)}; the schema is that of {HUB[name][0]}"
+            why = f"row {number}: {first_line(error)}; {HUB[name][0]} has the schema"
             raise BadInput(f"{name}, split {split!r}, {why}") from error
     if left_out := problems.count(None):
         why = "no tests, or named files for input and output"
@@ -92,9 +91,10 @@ def mbpp(row: dict) -> Problem:
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     solution, tests = row["code"].replace("\r\n", "\n"), "\n".join([setup, *row["test_list"]])
     tests = "\n".join([*imports_of(solution, names_used(tests)), tests])
+    names = names_used(tests) & names_defined(solution) | names_in(tree(tests))[1]  # the latter nobody else defines
     text = row["text"] if "text" in row else row["prompt"]
     prompt = text + f"\nYour code should pass this test:\n{row['test_list'][0]}"
-    return problem_of(prompt, solution, tests, names_of(solution, tests))
+    return problem_of(prompt, solution, tests, sorted(names))
 
 
 def code_contest(row: dict) -> Problem | None:
@@ -133,7 +133,7 @@ def with_integer_keys(value):
     return {int(key): item for key, item in value.items()} if integers else value
 
 
-# those of the data set's own harness, and of LeetCode
+# as in the data set's own harness and on LeetCode
 TACO_IMPORTS = """
 import bisect, collections, fractions, functools, heapq, itertools, math, random, re, string, sys, time
 from bisect import *
@@ -176,12 +176,6 @@ def problem_of(
         raise ValueError("empty prompt")
     hidden = dict(tests=tests, names=[*names], setup=setup, prefix=prefix, cases=[*cases], imports=imports)
     return Problem(prompt, json.dumps(hidden), solution, level)
-
-
-def names_of(solution: str, tests: str) -> list[str]:
-    """The names in the tests that the program has to define: those that the reference solution defines at top level,
-    and those that neither Python nor the tests themselves define."""
-    return sorted(names_used(tests) & names_defined(solution) | names_in(tree(tests))[1])
 
 
 def imports_of(solution: str, names: set[str]) -> list[str]:
@@ -293,8 +287,8 @@ def blocks_of(response: str, strings: bool = True) -> list[tuple[str, str]]:
 
 
 def continuation(source: str, prefix: str) -> str:
-    """Lines that go on from those of the prompt, with their indentation: a response decoded by itself can have lost its
-    first space, or all, and a body with another indentation is moved as a whole."""
+    """A response that continues the prompt, at the prompt's indentation. Decoding may have lost the first space, or all
+    of them; a body with another indentation is moved as a whole."""
     source, last = source.lstrip("\n"), prefix.rstrip().rpartition("\n")[2]
     width, wanted = (len(line) - len(line.lstrip(" ")) for line in (source, last))
     lines = 0 if width and re.search(rf"\n {{{width}}}\S", source) else 1
@@ -310,7 +304,7 @@ def parsed(source: str) -> ast.Module | None:
 
 
 def names_in(syntax: ast.Module | None) -> tuple[set[str], set[str]]:
-    """The names that a program binds, and those that it uses without binding them."""
+    """The names that a program binds, and the names that it uses without binding them."""
     nodes = list(ast.walk(syntax)) if syntax else []
     names = [node for node in nodes if isinstance(node, ast.Name)]
     bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}

@@ -4,7 +4,7 @@ import functools
 import random
 from collections.abc import Sequence
 
-from . import BadInput, Problem
+from verifiers import BadInput, Problem
 
 
 def problems_at(

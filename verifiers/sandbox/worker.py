@@ -1,8 +1,6 @@
-"""One worker of the sandbox: a plain script that `verifiers.sandbox` starts by path, without torch. See its docstring.
-
-Three processes. The *fork server* imports the usual modules, locks itself in and forks; it never sees a test, so no
-program finds one in its memory. The *judge* (`sandbox_judge`), its first child, holds the tests and decides. Each
-*program* (`sandbox_program`) is a fresh child of the fork server, forked ahead; it waits, then answers in plain data:
+"""One worker, three processes. The *fork server* imports the usual modules, locks itself in and forks; it never sees a
+test, so no program finds one in its memory. The *judge*, its first child, holds the tests and decides. Each *program*
+is a fresh child of the fork server, forked ahead; it waits, then answers in plain data:
 
     judge -> program    {"source", "stdin"}, later [target, args, kwargs]     what to run, what to call
     program -> judge    ["value", encoded] or ["error", class, text, name]     once loaded (or ended), and to each call
@@ -10,15 +8,11 @@ program finds one in its memory. The *judge* (`sandbox_judge`), its first child,
 
 import os
 import sys
-import types
 
-if __name__ == "__main__":
+if __package__ == "sandbox":  # in a worker, and not where the pool or a test imports this file
     # Hooks that `threading` and `random` leave for each new child cost more than the rest of it; a process with one
     # thread has no use for the one, and programs shall share one random state.
     os.register_at_fork = lambda **_: None
-    folder = sys.path.pop(0)  # its code.py would hide the standard library's `code`
-    sys.modules["verifiers"] = types.ModuleType("verifiers")  # the package without its __init__, which imports torch
-    sys.modules["verifiers"].__path__ = [folder]
 
 import builtins
 import contextlib
@@ -31,12 +25,13 @@ import signal
 import socket
 import struct
 import threading
+import types
 from _socket import socketpair  # without the classes and enumerations around it, to be copied at each fork
 
-from verifiers import sandbox_program
-from verifiers.sandbox_codec import as_json, decode, encode, from_json, send
-from verifiers.sandbox_judge import ENDED, PATIENCE, judge
-from verifiers.sandbox_lock import filter_loader, restrict_files, unprivileged_user
+from . import program
+from .codec import as_json, decode, encode, from_json, send
+from .judge import ENDED, PATIENCE, judge
+from .lock import filter_loader, restrict_files, unprivileged_user
 
 # Imported before the fork. Few: each shared library and each page makes every fork dearer.
 PRELOAD = "bisect collections copy functools heapq itertools math operator random re string threading typing".split()
@@ -46,7 +41,7 @@ LATE = 3  # exit code of a worker whose judge did not end in time
 
 def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tuple[int, int]]]) -> None:
     """Keep one program waiting for the judge; at its command, end this one and fork the next. Return when judge or pool
-    hang up (the pool's life line is stdin)."""
+    hang up (the pool by stdin)."""
     events = select.poll()
     events.register(control.fileno(), select.POLLIN)
     events.register(0, select.POLLIN)
@@ -65,7 +60,7 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
         pid = os.fork()
         if pid == 0:
             try:
-                sandbox_program.run(load_filter, limits, theirs.fileno(), stdout_write)
+                program.run(load_filter, limits, theirs.fileno(), stdout_write)
             finally:
                 os._exit(1)
         theirs.close()
@@ -93,8 +88,8 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
 
 
 def with_devices(open_path, open_number):
-    """`open_path`, which opens files, for programs: of devices, which they cannot open, they get copies of descriptors;
-    of standard input from its start, as if it was a file."""
+    """`open_path` for programs. Devices, which they cannot open, are copies of descriptors; standard input starts anew,
+    like a file."""
 
     def opened(file, *args, **kwargs):
         number = DEVICES.get(file) if isinstance(file, str) else None
@@ -117,6 +112,7 @@ def lowered(what: int, soft: int, hard: int | None = None) -> tuple[int, tuple[i
 def main() -> None:
     """sys.argv[1]: JSON of the settings that `sandbox._Worker` makes. What goes wrong is the last line on stderr."""
     settings = json.loads(sys.argv[1])
+    del sys.path[0]  # of this package
     jobs = socket.socket(fileno=settings["jobs"])
     sys.path += [path for path in settings["packages"] if path not in sys.path]
     os.environ.clear()
@@ -136,17 +132,17 @@ def main() -> None:
     os.chdir("/")
     load_filter = lambda: None  # noqa: E731
     with contextlib.suppress(OSError):  # in namespaces of its own, a worker sees no /proc and counts nobody else
-        os.dup2(os.open("/proc/loadavg", os.O_RDONLY), sandbox_program.TASKS)
+        os.dup2(os.open("/proc/loadavg", os.O_RDONLY), program.TASKS)
     if settings["isolated"]:
         if os.geteuid() == 0 and unprivileged_user():
-            os.closerange(sandbox_program.TASKS, sandbox_program.TASKS + 1)
+            os.closerange(program.TASKS, program.TASKS + 1)
         load_filter = filter_loader(bytes.fromhex(settings["program_filter"]))
         restrict_files(settings["ruleset"])
         filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
     os.dup2(1, 2)  # the null device: the pool has heard enough
     gc.collect()  # before what fills the free lists again
     for _ in range(20):  # what every program does, until the interpreter has nothing left to adapt in these pages
-        exec(sandbox_program.compiled("from typing import List\ndef f(x: List[int]): return [x]"), {})
+        exec(program.compiled("from typing import List\ndef f(x: List[int]): return [x]"), {})
         decode(from_json(as_json(encode([1, "a", (2.0, {"b": None})], None))), None)
     gc.freeze()
     ours, theirs = socket.socketpair()
@@ -154,7 +150,7 @@ def main() -> None:
     if pid == 0:
         try:
             ours.close()
-            resource.setrlimit(*lowered(resource.RLIMIT_AS, settings["memory"]))  # answers may be large, too
+            resource.setrlimit(*lowered(resource.RLIMIT_AS, settings["memory"]))  # answers may be large
             load_filter()
             send(jobs, {}, as_json)
             judge(jobs, theirs)
@@ -175,7 +171,3 @@ def main() -> None:
         _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
         sys.exit(LATE)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,56 +1,4 @@
-"""Running programs that a model wrote: what they may do, for how long, and whether they passed.
-
-    with Sandbox() as sandbox:
-        result, = sandbox.run([Program("def f(x): return x + 1", tests="assert f(1) == 2", names=("f",))])
-        result.passed
-
-**First, what does not hold.**
-- Level `rlimits` is no protection: it bounds time, memory and output. A program can read and delete what you can, reach
-  the network, signal your processes and leave processes behind. It is for programs that you would run yourself.
-- Crowding can turn a right program's verdict into "timed out", never a wrong one's into "passed". The wall time is long
-  enough for two busy programs per core, and a program that timed out with less than half of it as CPU time runs again,
-  alone (`Sandbox.run`). What starves even then, beside other jobs on the machine, is judged too low.
-
-**The verdict cannot be forged.** The tests never enter the process that runs the program. They run in a *judge*, for
-which the program's names stand for objects over there: a call goes out, plain data comes back, and the judge compares
-exact built-in types in its own memory. So exit codes, printed words, patched built-ins, an `__eq__` that is always
-true, and a search for the expected values in memory or on disk get nowhere. What tests draw at random is seeded by
-tests and program, and the program does not know the tests. The judge reports over a socket that the program does not
-have, with a secret drawn anew for each program. `sandbox_worker` describes the processes.
-
-**Levels**, strongest first. A level is in force or refused, never replaced by a weaker one, and each worker proves its
-lock with a program that tries it. `auto` is the strongest of the first two.
-- `bubblewrap`. Needs the program `bwrap`, and all that `landlock` needs. What holds there, in mount, PID, network, IPC
-  and UTS namespaces of its own (and a user namespace, but for root): other files and processes do not even exist.
-- `landlock`. Needs Linux 5.13 with Landlock, libseccomp, and the packages landlockpy and pyseccomp. Files: the
-  interpreter's library and installed packages can be read; nothing can be written or locked. seccomp lets through a
-  list of system calls: no sockets but connected pairs, no descriptors sent, no new processes or programs, no signals,
-  no access to other processes, no shared memory, no io_uring, nothing that later kernels add. As root, a worker first
-  becomes a user of its own, without capabilities but that of reading the interpreter.
-- `rlimits`. Any Unix, and the only one on macOS, by name only. The limits, an empty environment, a process of its own.
-Limits at every level, on each program: wall and CPU time, address space, threads and processes (root at level
-`rlimits`: no), bytes written to files (none), open files, bytes printed, one core. The judge has the same address space
-and a second more of wall time. The program's process group is killed and reaped before the next one starts. A worker
-that dies or does not answer in time costs the program that it judged and is replaced; BadInput is raised where that
-fails. Where the machine's memory runs out, Linux ends workers first.
-
-**Not covered.**
-- Holes in the kernel, and side channels (timing, caches). Only a virtual machine is stronger; run one around the pool.
-- The files that can be read, with whatever secrets somebody put into site-packages. At level `landlock`, what other
-  names tell: whether a file exists, its size and times, which process numbers are taken.
-- The sum over workers: each may use its memory limit twice (judge, program). Set `Limits.memory` accordingly.
-- As an ordinary user, but for `bubblewrap`: the system counts the threads of all that this user runs. The limit is
-  raised by what runs when a program starts; one with very many threads can keep others from making theirs.
-- The tests themselves are trusted with the judge's process, under the same lock: they come with the data set.
-- What only an object's own process can tell. Arguments and results are copied: a test sees no change of an argument in
-  place and no identity of a result. An object that is no plain data (plain are the built-in types, Decimal, Fraction,
-  naive dates, named tuples) equals only itself or, if both are dataclasses, one with equal fields; a test that asks
-  whether it is true, calls its methods, or has the program make what it expects, is told what the program likes. `in`
-  goes through its items, operators need two objects of the program (from `f(2) - 4` it would learn what is expected),
-  `with` tells it of no exception, and functions cannot be handed over.
-- Programs that ask for time, entropy or addresses, NumPy's `default_rng()` among them, may not behave the same twice;
-  `random`, `numpy.random` and `hash` start the same.
-"""
+"""The pool: starts workers at one level of isolation, hands them programs, and replaces those that end."""
 
 import atexit
 import contextlib
@@ -70,23 +18,25 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from . import BadInput, sandbox_lock
-from .sandbox_codec import receive, send
-from .sandbox_worker import LATE
+from .. import BadInput
+from . import lock
+from .codec import receive, send
+from .worker import LATE
 
 CASES = 4  # all the cases of one program together may take this many times the wall time of one
 LEVELS = ("bubblewrap", "landlock", "rlimits")  # strongest first
 STATUSES = ("passed", "failed", "timed out", "out of memory", "killed", "refused", "output truncated")
-WORKER = Path(__file__).with_name("sandbox_worker.py")
+FOLDER = Path(__file__).parents[1]  # where a worker finds this package, as `sandbox`: without torch
+START = "import sys; sys.path.insert(0, sys.argv[2]); from sandbox.worker import main; main()"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program; each case is a run of its own, but all together have CASES times the wall time of one.
+    """Limits of one program, or of each of its cases; all cases together have CASES times the wall time of one.
 
-    cpu: whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. wall: seconds, enough for two programs per
-    core that use up their CPU time; more in proportion where a pool has more workers. memory: bytes of address space.
-    output: bytes printed, or twice what is expected if that is more. threads: of one program, itself included."""
+    wall: seconds, enough for two programs per core that use up their CPU time; a pool of more workers has more. cpu:
+    whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. memory: bytes of address space. output: bytes
+    printed, or twice the expected ones if that is more. threads: of one program, itself included."""
 
     wall: float = 30.0
     cpu: int = 8
@@ -98,12 +48,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """A program and what decides about it: either tests or cases.
+    """A program and its tests or cases.
 
-    source: the untrusted Python. tests: Python that the judge runs and that must reach its end; `names` stand for the
-    program's objects in it, and what it leaves in a variable `value` is `Result.value`, by way of JSON: integers of up
-    to 4300 digits, lists for tuples. setup: Python that the judge runs before. cases: pairs of standard input and
-    expected output, compared token by token. wall: seconds, where they are fewer than the pool's `Limits.wall`."""
+    source: the untrusted Python. tests: Python that the judge runs to its end; `names` stand in it for the program's
+    objects. A variable `value` that it leaves becomes `Result.value`, through JSON: integers of up to 4300 digits,
+    lists for tuples. setup: Python that the judge runs before. cases: pairs of standard input and expected output,
+    compared token by token. wall: seconds, where they are fewer than the pool's `Limits.wall`."""
 
     source: str
     tests: str = ""
@@ -115,8 +65,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program. status: one of STATUSES; detail: one line of why, in part the program's words, not to
-    be trusted; value: see `Program`; wall, cpu: seconds that it took."""
+    """What became of a program. status: one of STATUSES. detail: why, in one line that may be the program's own words.
+    value: see `Program`. wall, cpu: seconds that it took."""
 
     status: str
     detail: str = ""
@@ -133,8 +83,8 @@ class Result:
 class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers at one level of isolation.
 
-    level: "auto" or one of LEVELS; afterwards the level in force. workers: programs that run at once, default two per
-    core; each is kept to one core. Raises BadInput for a level that is not to be had."""
+    level: "auto" or one of LEVELS; afterwards the level in force. workers: how many programs run at once, default two
+    per core; each is kept to one core. Raises BadInput for a level not to be had."""
 
     def __init__(self, level: str = "auto", workers: int | None = None, limits: Limits = Limits()) -> None:
         if level != "auto" and level not in LEVELS:
@@ -160,11 +110,11 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def run(self, programs: Sequence[Program]) -> list[Result]:
         """The result of each program, in order; threads that call it take turns. Raises BadInput where no program is to
-        blame: a worker cannot be replaced, tests need a module that is missing.
+        blame: a worker cannot be replaced, or tests need a module that is missing.
 
-        Programs that timed out with less than half their wall time of CPU time may have starved beside others. They run
-        again, alone, for as long as all programs took together: each for a sixteenth of its wall time, so that those
-        that sleep take little from the others, then for a quarter, then for all of it."""
+        A program that timed out with less than half its wall time of CPU time may have starved. It runs again, alone:
+        for a sixteenth of its wall time, as sleepers shall take little from the others, then a quarter, then all of it.
+        All these runs together may take as long as the first ones did."""
         with self._lock:
             start = time.monotonic()
             results = self._results(programs)
@@ -249,14 +199,14 @@ class Sandbox(contextlib.AbstractContextManager):
 _pool: Sandbox | None = None
 
 
-def shared(level: str | None = None) -> Sandbox:
-    """The one pool of this process that the tasks use. The first call starts it, at the level named or else "auto"; a
-    later call with another level replaces it. Raises BadInput."""
+def shared(level: str = "auto") -> Sandbox:
+    """The one pool of this process that the tasks use. The first call starts it; a later call that names another level
+    replaces it. Raises BadInput."""
     global _pool
-    if _pool and level not in (None, _pool.level):
+    if _pool and level not in ("auto", _pool.level):
         _pool.close()
         _pool = None
-    _pool = _pool or Sandbox(level or "auto")
+    _pool = _pool or Sandbox(level)
     return _pool
 
 
@@ -283,15 +233,15 @@ class _Worker:
     def __init__(self, level: str, limits: Limits, crowd: float, core: int) -> None:
         self.crowd, self.core = crowd, core
         self.jobs, theirs = socket.socketpair()
-        readable, isolated, files = sandbox_lock.readable(), level != "rlimits", {"jobs": theirs}
-        settings = {"isolated": isolated, "packages": sandbox_lock.packages(), "core": core, **vars(limits)}
+        readable, isolated, files = lock.readable(), level != "rlimits", {"jobs": theirs}
+        settings = {"isolated": isolated, "packages": lock.packages(), "core": core, **vars(limits)}
         if isolated:
-            files["ruleset"] = sandbox_lock.ruleset(readable)
-            settings |= sandbox_lock.filters()
+            files["ruleset"] = lock.ruleset(readable)
+            settings |= lock.filters()
         settings |= {name: end.fileno() for name, end in files.items()}
-        command = [sys.executable, "-B", "-s", str(WORKER), json.dumps(settings)]
+        command = [sys.executable, "-BsPc", START, json.dumps(settings), str(FOLDER)]
         if level == "bubblewrap":
-            command = sandbox_lock.bubblewrap(readable) + command
+            command = lock.bubblewrap(readable) + command
         if os.path.exists("/proc/self/oom_score_adj"):  # where memory runs out, not the trainer shall be the victim
             command = ["/bin/sh", "-c", 'echo 1000 >/proc/self/oom_score_adj; exec "$@"', "sh", *command]
         environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"}  # the whole of it
@@ -345,12 +295,3 @@ class _Worker:
             self.process.kill()
         self.process.stderr.close()
         return self.process.wait()
-
-
-if __name__ == "__main__":
-    try:
-        with Sandbox() as strongest:
-            print(strongest.level)
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

@@ -1,27 +1,27 @@
 """Tasks `gsm8k`, `math` and `math500`: mathematics with a final answer, compared by the `math-verify` library.
 
-Data, by task (`--data PATH` gives any of them local files instead, see rows.py):
+Data (`--data PATH` gives any task local files instead, see rows.py):
   gsm8k    openai/gsm8k, configuration main: 7473 train / 1319 test; the answer follows "####".
   math     nlile/hendrycks-MATH-benchmark: the 12 000 train / 500 test split of Hendrycks MATH by Lightman et al. 2023
            (arXiv 2305.20050) that Chow et al. use, with levels 1-5; its test side is MATH-500.
   math500  HuggingFaceH4/MATH-500: those 500 problems, for evaluation only.
 Your own problems: columns `problem` (or `question`), `answer`, optionally `solution` and `level` ("Level 5", "5", 5).
-`answer` may be a GSM8K solution that ends in "#### N"; without one, the last \\boxed{} of `solution` is the answer.
+`answer` may be a GSM8K solution that ends in "#### N"; without it, the last \\boxed{} of `solution` is the answer.
 
-Which part of a response is its answer. The response ends where it goes on to a "Question:" of its own; of the rest the
-last 10 000 characters are read, and the first rule that finds something decides:
+The answer in a response. The response ends where it goes on to a "Question:" of its own. Of its last 10 000 characters
+the first rule that finds something decides:
   math     the last \\boxed{}; what follows the last "####"; what follows the last "answer is" or "answer:"; the last
            $...$ or number, whichever ends later
-  gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number. Where one holds
-           several numbers and is no equation, there is no answer (see `number_in`)
-An answer of more than 1000 characters is none. No answer: reward 0 and no vote.
+  gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number. One that holds
+           several numbers and is no equation is no answer (see `number_in`)
+An answer of more than 1000 characters is none. No answer has reward 0 and no vote.
 
-Rewards and votes. An answer that equals the gold one has reward 1 and votes for "the gold answer"; any other has reward
-0 and votes for its own canonical form: numbers by value, to 6 decimals; expressions by value at a fixed point; sets by
-their elements (workers.canonical). Both depend on the problem and the answer alone, so that the vote is a partition:
-by pairwise comparison it would be none, since to math-verify 5 equals "x = 5" and "y = 5", which differ. Plain numbers,
-choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py). A comparison that takes
-over 5 s of CPU time, or whose worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
+Rewards and votes. An answer that equals the gold one has reward 1 and votes for "the gold answer". Any other has reward
+0 and votes for its canonical form (workers.canonical): numbers by value to 6 decimals, expressions by value at a fixed
+point, sets by their elements. Both depend on the problem and the answer alone. Votes by pairwise comparison would be no
+partition: to math-verify 5 equals "x = 5" and "y = 5", which differ. Plain numbers, choice letters and equal texts need
+no algebra; other pairs go to worker processes (workers.py). A comparison that takes over 5 s of CPU time, or whose
+worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
 
 Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
@@ -201,7 +201,7 @@ def formulas(text: str, start: int = 0) -> list[tuple[int, int, str]]:
 
 
 def after_hashes(text: str) -> str | None:
-    """The rest of the line after the last "####"."""
+    """The rest of the line after the last "####", or None."""
     return text.rpartition("####")[2].partition("\n")[0] if "####" in text else None
 
 

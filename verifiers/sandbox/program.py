@@ -13,10 +13,10 @@ import sys
 import threading
 import types
 
-from verifiers.sandbox_codec import as_json, decode, encode
+from .codec import as_json, decode, encode
 
 CHANNEL = 3  # the descriptor of the socket to the judge
-TASKS = 63  # of /proc/loadavg, where the limit on processes counts others, too
+TASKS = 63  # the descriptor of /proc/loadavg, where the limit on processes also counts others
 open_descriptor = os.open  # which the worker replaces for programs
 C_STACK = 64 << 20  # bytes: a recursion through `lru_cache` or `map` takes 500 a level, and contests raise the limit
 
@@ -26,7 +26,7 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
     os.setpgid(0, 0)
     os.dup2(stdout, 1)
     os.dup2(channel, CHANNEL)
-    os.dup2(open_descriptor(os.devnull, os.O_RDWR), 2)  # opened anew: its flags are not those that the last program set
+    os.dup2(open_descriptor(os.devnull, os.O_RDWR), 2)  # opened anew, without flags that the last program set
     os.closerange(CHANNEL + 1, TASKS)  # the judge's ends too: while it waits, the program must see the judge hang up
     job = marshal.loads(read_message())
     stdin = job["stdin"]
