@@ -19,6 +19,8 @@ import common  # noqa: E402
 import harness.policy  # noqa: E402
 from verifiers import arithmetic, load_task  # noqa: E402
 
+FIGURE = harness.report.save_figure
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; left out of the main test command, see README")
@@ -36,16 +38,28 @@ def the_number_of_threads_stays():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def arithmetic_is_made_once():
-    """Its problems are the same for every run, and making them takes as long as a small run's steps."""
-    load = functools.cache(arithmetic.load)
+def runs_are_short():
+    """Three quarters of a small run's time go where most tests do not look: into problems that it does not train on,
+    the self-test of a model that has passed it, and a figure. The real ones are `load.__wrapped__`, what is imported
+    from harness.report at the top of a file, and what other processes do."""
+    load, self_test, passed = functools.cache(arithmetic.load), harness.policy.disagreement, set()
 
+    @functools.wraps(arithmetic.load)
     def as_now(*args):  # a test may have put another verifier in its place
         task = load(*args)
         return dataclasses.replace(task, verify=getattr(arithmetic, task.verify.__name__))
 
+    def once(policy):
+        folder = os.path.abspath(policy.model.name_or_path), policy.model.is_gradient_checkpointing
+        trouble = "" if folder in passed else self_test(policy)
+        passed.update([folder] * (not trouble))
+        return trouble
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "TRAIN_PER_LEVEL", 400)
         patch.setattr(arithmetic, "load", as_now)
+        patch.setattr(harness.policy, "disagreement", once)
+        patch.setattr(harness.report, "save_figure", lambda folder, *_: (folder / "curves.png").touch())
         yield
 
 
@@ -88,7 +102,8 @@ def uninterrupted(skilled, tmp_path_factory):
     def result(script):
         if script not in made:
             flags = [*FLAGS, *EXTRA.get(script, []), "--model", skilled]
-            with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")):
+            with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(harness.report, "save_figure", FIGURE)
                 ended = in_process(script, *flags, "--run-name", "whole")
                 assert ended.returncode == 0, ended.stderr
                 made[script] = Path("runs/whole").absolute(), flags, ended.stdout

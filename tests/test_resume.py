@@ -7,15 +7,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import FLAGS, ROOT, SCRIPTS, SMALL, of_script, outcome, records, wrapped
+from runs import FLAGS, ROOT, SCRIPTS, SMALL, ended, outcome, records, started, wrapped
 
 import common
 import harness.policy
@@ -51,22 +49,20 @@ def at_step(monkeypatch):
     return install
 
 
-def started(script, flags, cwd, ready):
-    """A process of the script, once ready() or ended."""
-    command = [sys.executable, str(ROOT / script), *(of_script(script, flag) for flag in flags)]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not ready():
+def wait(process, ready):
+    """Until ready() or its end."""
+    while process.is_alive() and not ready():
         time.sleep(0.001)
-    return process
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, run, tmp_path):
     whole, flags, _ = uninterrupted(PASS)
     log = tmp_path / "runs/killed/metrics.jsonl"  # its line of step 5 is ahead of the checkpoint of step 4
     flags = [*flags, "--save-every", "4", "--run-name", "killed"]
-    process = started(PASS, flags, tmp_path, lambda: log.exists() and b'"step": 5' in log.read_bytes())
+    process = started(ROOT / PASS, *flags, cwd=tmp_path)
+    wait(process, lambda: log.exists() and b'"step": 5' in log.read_bytes())
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert ended(process, cwd=tmp_path)[0] == -signal.SIGKILL
     result = run(PASS, "--resume", "runs/killed")
     assert result.returncode == 0, result.stderr
     assert "resuming at step 4" in result.stdout
@@ -100,17 +96,17 @@ def test_killed_again_and_again(script, uninterrupted, run, tmp_path):
     """Killed at random moments, the first ones before any checkpoint, until a run comes to its end."""
     whole, flags, _ = uninterrupted(script)
     folder, rng = tmp_path / "runs/killed", random.Random(0)
-    process = started(script, [*flags, "--run-name", "killed"], tmp_path, (folder / "args.json").exists)
+    process = started(ROOT / script, *flags, "--run-name", "killed", cwd=tmp_path)
+    wait(process, (folder / "args.json").exists)
     for _ in range(6):
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
-        process.wait()
+        process.join()
         written = (folder / "metrics.jsonl").stat().st_size if (folder / "metrics.jsonl").exists() else 0
-        process = started(script, ["--resume", "runs/killed"], tmp_path,
-                          lambda: (folder / "metrics.jsonl").exists()
-                          and (folder / "metrics.jsonl").stat().st_size > written * rng.uniform(0, 1.2))  # fmt: skip
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
+        process, log = started(ROOT / script, "--resume", "runs/killed", cwd=tmp_path), folder / "metrics.jsonl"
+        wait(process, lambda: log.exists() and log.stat().st_size > written * rng.uniform(0, 1.2))
+    returncode, _, err = ended(process, cwd=tmp_path)
+    assert returncode == 0, err
     assert outcome(folder) == outcome(whole)
 
 
@@ -482,10 +478,9 @@ learned.LearnedVerifier.save = half
 def test_killed_while_the_learned_verifier_is_saved(run, model, monkeypatch, tmp_path):
     """The next resume trains it again, and later ones read it."""
     flags = [*FLAGS, "--steps", "2", "--verifier", "learned", "--verifier-problems", "32", "--model", model]
-    flags = [of_script(RL, flag) for flag in [*flags, "--run-name", "killed"]]
-    command = [sys.executable, str(wrapped(tmp_path, RL, SAVE)), *flags]
-    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    flags += ["--run-name", "killed"]
+    returncode, _, err = ended(started(wrapped(tmp_path, RL, SAVE), *flags, cwd=tmp_path), cwd=tmp_path)
+    assert returncode == -signal.SIGKILL, err
     trained, verifier = [], learned.trained_verifier
     monkeypatch.setattr(learned, "trained_verifier", lambda *args, **kw: (trained.append(1), verifier(*args, **kw))[1])
     for _ in range(2):
