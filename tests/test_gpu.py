@@ -116,19 +116,7 @@ STEPS = [
 @pytest.mark.parametrize("script, own", STEPS, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_steps_of_each_script(script, own, run, skilled, tmp_path):
     """With every loss: two steps with a gradient, none of them skipped."""
-    flags = [
-        *FLAGS,
-        "--steps",
-        "2",
-        "--model",
-        skilled,
-        "--device",
-        DEVICE,
-        "--run-name",
-        "a",
-        "--prompts-per-step",
-        "32",
-    ]
+    flags = [*FLAGS, *"--steps 2 --prompts-per-step 32 --run-name a --device".split(), DEVICE, "--model", skilled]
     result = run(script, *flags, *own)
     assert result.returncode == 0, result.stderr
     log, timings = steps_of(tmp_path / "runs/a"), (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()
@@ -141,13 +129,10 @@ def test_steps_of_each_script(script, own, run, skilled, tmp_path):
 def test_a_checkpoint_is_resumed(run, skilled, tmp_path):
     """After step 4 of 6: the end is near that of the run which was not cut off, nearer than without the optimizer."""
     flags = [*FLAGS, "--k", "4", "--n", "8", "--prompts-per-step", "16", "--save-every", "2", "--lr", "1e-2"]
-    assert run(SCRIPTS[0], *flags, "--model", skilled, "--device", DEVICE, "--run-name", "whole").returncode == 0
-    whole = tmp_path / "runs/whole"
-    assert (
-        run(SCRIPTS[0], *flags, "--model", skilled, "--device", DEVICE, "--run-name", "cut", "--steps", "4").returncode
-        == 0
-    )
-    cut = tmp_path / "runs/cut"
+    flags += ["--model", skilled, "--device", DEVICE, "--run-name"]
+    assert run(SCRIPTS[0], *flags, "whole").returncode == 0
+    assert run(SCRIPTS[0], *flags, "cut", "--steps", "4").returncode == 0
+    whole, cut = tmp_path / "runs/whole", tmp_path / "runs/cut"
     arguments = json.loads((cut / "args.json").read_text()) | {"steps": 6}
     (cut / "args.json").write_text(json.dumps(arguments))
     shutil.rmtree(cut / "policy")

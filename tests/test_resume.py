@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, or meet faults, and what is lost: nothing."""
 
+import contextlib
 import errno
 import json
 import os
@@ -130,7 +131,11 @@ def test_a_second_signal_ends_the_run_at_once(run, model, at_step):
     assert result.returncode == 130 and result.stderr.endswith("--resume the folder that it was writing to\n")
 
 
-def test_a_checkpoint_is_whole_or_the_one_before_it_stays(uninterrupted, run, monkeypatch, tmp_path):
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("end", [Killed(), FULL], ids=["killed", "a full disk"])
+def test_a_checkpoint_is_whole_or_the_one_before_it_stays(end, uninterrupted, run, monkeypatch, tmp_path):
     """Cut off while it writes the second checkpoint: half a file under another name, which a resume passes over."""
     whole, flags, _ = uninterrupted(PASS)
     save, calls = torch.save, []
@@ -139,16 +144,18 @@ def test_a_checkpoint_is_whole_or_the_one_before_it_stays(uninterrupted, run, mo
         calls.append(1)
         if len(calls) == 2:
             file.write(b"half of it")
-            kill()
+            raise end
         save(value, file)
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Killed):
-        run(PASS, *flags, "--run-name", "killed")
+    with pytest.raises(Killed) if end is not FULL else contextlib.nullcontext():
+        result = run(PASS, *flags, "--run-name", "cut")
+        assert result.returncode == 2 and "cannot write a checkpoint of step 4" in result.stderr
+        assert "no space left on the disk of runs/cut/checkpoint.pt" in result.stderr
     assert len(calls) == 2
-    result = run(PASS, "--resume", "runs/killed")
+    result = run(PASS, "--resume", "runs/cut")
     assert "resuming at step 2" in result.stdout and result.returncode == 0
-    assert outcome(tmp_path / "runs/killed") == outcome(whole)
+    assert outcome(tmp_path / "runs/cut") == outcome(whole)
 
 
 def test_a_finished_run_can_be_resumed_for_what_is_missing(uninterrupted, run, tmp_path):
@@ -285,29 +292,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
     assert len([r for r in records(tmp_path / "runs/ten") if "reward" in r]) == 13
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")  # the CPU's: see test_sampler.py
-
-
-def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(run, model, monkeypatch, tmp_path):
-    gradient, budgets = common.accumulate_gradient, []
-
-    def with_little_memory(policy, *args):
-        budgets.append(policy.micro_batch_tokens)
-        if policy.micro_batch_tokens > limit:
-            raise OUT_OF_MEMORY
-        return gradient(policy, *args)
-
-    monkeypatch.setattr(common, "accumulate_gradient", with_little_memory)
-    limit = 5000
-    result = run(PASS, *SMALL, "--model", model)
-    assert result.returncode == 0, result.stderr
-    assert budgets == [16384, 8192, 4096, 4096]
-    assert "out of memory: going on with micro_batch_tokens = 4096" in result.stdout + result.stderr
-    limit = 0
-    result = run(PASS, *SMALL, "--model", model)
-    assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
-
-
 def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, tmp_path):
     """In evaluation, here of 40 rows, and in training, of 16: the tokens stay the same."""
     sampled_rows, sizes = common.sampled_rows, []
@@ -315,53 +299,23 @@ def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, 
     def with_little_memory(policy, prompts, *args):
         sizes.append(len(prompts))
         if len(prompts) > limit:
-            raise OUT_OF_MEMORY
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return sampled_rows(policy, prompts, *args)
 
     flags = [*SMALL, "--steps", "1", "--eval-problems", "10", "--model", model, "--run-name"]
     assert run(PASS, *flags, "enough").returncode == 0
     monkeypatch.setattr(common, "sampled_rows", with_little_memory)
     monkeypatch.setattr("harness.policy.disagreement", lambda policy: "")  # it samples, too
-    for limit, eval_n, expected in (
-        (10, "4", [40, 20, *[10] * 4]),
-        (10, "2", [20, *[10] * 2]),
-        (15, "2", [20, 10, 10]),
-    ):
-        sizes.clear()
-        result = run(PASS, *flags, f"little-{limit}-{eval_n}", "--eval-n", eval_n)
-        assert result.returncode == 0, result.stderr
-        assert sizes[: len(expected)] == expected and max(sizes[len(expected) :]) <= 10
-        assert "out of memory: going on with sample_rows = 10" in result.stdout + result.stderr
+    limit = 10
+    result = run(PASS, *flags, "little")
+    assert result.returncode == 0 and sizes[:6] == [40, 20, *[10] * 4] and max(sizes[6:]) <= 10, result.stderr
+    assert "out of memory: going on with sample_rows = 10" in result.stdout + result.stderr
+    first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little"))
+    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["nonzero_advantage"] > 0
     sizes.clear()
     limit = 12  # an evaluation of 10 rows fits, a step of 16 does not
     result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "5")
     assert result.returncode == 0 and sizes == [10, 16, 8, 8, 8, 2], result.stderr
-    first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little-10-4"))
-    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["nonzero_advantage"] > 0
-    limit = 0
-    result = run(PASS, *flags, "none")
-    assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
-
-
-def test_a_full_disk_is_a_clear_line_and_the_last_checkpoint_is_intact(uninterrupted, run, monkeypatch, tmp_path):
-    whole, flags, _ = uninterrupted(PASS)
-    save, calls = torch.save, []
-
-    def onto_a_full_disk(value, file):
-        calls.append(1)
-        if len(calls) == 2:
-            file.write(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(value, file)
-
-    monkeypatch.setattr(torch, "save", onto_a_full_disk)
-    result = run(PASS, *flags, "--run-name", "full")
-    assert result.returncode == 2
-    full = "no space left on the disk of runs/full/checkpoint.pt"
-    assert "cannot write a checkpoint of step 4" in result.stderr and full in result.stderr
-    result = run(PASS, "--resume", "runs/full")  # there is room again
-    assert result.returncode == 0 and "resuming at step 2" in result.stdout
-    assert outcome(tmp_path / "runs/full") == outcome(whole)
 
 
 def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, model, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ROOT
+from runs import ended, started
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 import common
@@ -129,10 +129,7 @@ def test_samples_follow_the_models_distribution():
 
 def test_a_number_picks_the_token_in_whose_share_it_falls(monkeypatch):
     """A token of probability 0 has none, not even the number 0. Scores that are not numbers give any token."""
-    policy, uniform = (
-        random_policy("llama", vocabulary=6),
-        torch.tensor([[0.0], [0.19], [0.21], [0.49], [0.51], [0.9999]]),
-    )
+    policy, uniform = random_policy("llama", 6), torch.tensor([[0.0], [0.19], [0.21], [0.49], [0.51], [0.9999]])
     p = torch.tensor([0, 0.2, 0.3, 0, 0.5, 0])
     monkeypatch.setattr(common, "logits", lambda model, hidden: p.log().expand(len(hidden), 6))
     ids, mask, log_probs = common.sampled_rows(policy, [[4, 5], [3]] * 3, uniform, 1.0)
@@ -247,10 +244,8 @@ def gradient_of(policy, rollouts, advantages, budget, clip=None) -> float:
 
 def naive_gradient(policy, rollouts, advantages, temperature):
     """-(1/B) sum_b sum_i A_bi log pi(y_bi), one response at a time."""
-    B = len(rollouts.prompts)
-    return gradient(
-        policy, lambda: (-(naive_log_probs(policy, rollouts, temperature).sum(-1) * advantages).sum() / B).backward()
-    )
+    log_p = lambda: naive_log_probs(policy, rollouts, temperature).sum(-1)  # noqa: E731
+    return gradient(policy, lambda: (-(log_p() * advantages).sum() / len(rollouts.prompts)).backward())
 
 
 COMPOSITIONS = {
@@ -298,11 +293,8 @@ def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
 def test_gradient_with_a_chunked_output_layer(policy, monkeypatch):
     rollouts = rollouts_of(policy)
     advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
-    expected, sizes, cross_entropy = (
-        naive_gradient(policy, rollouts, advantages, 1.0),
-        [],
-        torch.nn.functional.cross_entropy,
-    )
+    expected, sizes = naive_gradient(policy, rollouts, advantages, 1.0), []
+    cross_entropy = torch.nn.functional.cross_entropy
     monkeypatch.setattr(common, "LOGITS_PER_CHUNK", 3 * 24)  # three tokens at a time
     monkeypatch.setattr(
         common.F, "cross_entropy", lambda x, *a, **kw: (sizes.append(len(x)), cross_entropy(x, *a, **kw))[1]
@@ -420,9 +412,7 @@ def test_kl_estimate_and_log_ratios(policy):
     policy.micro_batch_tokens = 200
     rollouts = rollouts_of(policy, n=200, length=4)
     assert (common.log_ratios(policy, copy.deepcopy(policy), rollouts) == 0).all()
-    other = random_policy(
-        {"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(type(policy.model).__name__, "qwen2")
-    )
+    other = copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter, generator=None))
@@ -477,8 +467,7 @@ def test_out_of_memory_in_training_halves_the_micro_batch_down_to_one_row(policy
 
 
 LITTLE_MEMORY = """
-import resource, sys, torch, common
-sys.path.insert(0, "tests")
+import resource, torch, common
 from test_sampler import random_policy
 policy = random_policy("llama", vocabulary=50_000)
 prompts, policy.sample_rows = [[5, 6, 7]] * 8, 64
@@ -491,9 +480,9 @@ print("fits", policy.sample_rows)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux")
-def test_memory_that_really_runs_out_on_the_cpu_halves_the_rows():
+def test_memory_that_really_runs_out_on_the_cpu_halves_the_rows(tmp_path):
     """In a process whose address space is limited: 64 rows of 50,000 logits do not fit, some of them do."""
-    ended = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "out of memory: going on with sample_rows = 32" in ended.stdout
-    assert 1 <= int(ended.stdout.split("fits")[1]) < 64
+    (tmp_path / "little.py").write_text(LITTLE_MEMORY)
+    returncode, out, err = ended(started(tmp_path / "little.py", cwd=tmp_path), cwd=tmp_path)
+    assert returncode == 0 and "out of memory: going on with sample_rows = 32" in out, err
+    assert 1 <= int(out.split("fits")[1]) < 64
