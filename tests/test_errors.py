@@ -99,11 +99,6 @@ def test_a_new_head_is_no_news_to_the_user_and_a_missing_one_is_refused(untraine
         verifiers.learned.load_verifier(untrained, task)
 
 
-def test_no_chat_without_a_template_is_refused(run, untrained):
-    line = one_line(run(PASS, *SMALL, "--model", untrained, "--no-chat"))
-    assert line.endswith("no chat template: leave --no-chat out")
-
-
 # --- Data ---
 
 

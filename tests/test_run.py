@@ -330,12 +330,6 @@ def test_the_progress_bar_shows_five_figures_in_80_columns(begun, capsys):
     steps.close()
 
 
-@pytest.mark.parametrize("script", ["pass_at_k_pg.py", "majority_pg.py"])
-def test_biased_with_k_1_is_refused(script, run, untrained):
-    ended = run(script, *NO_REWARD, "--steps", "1", "--k", "1", "--estimator", "biased", "--model", untrained)
-    assert ended.returncode == 2 and "--estimator biased with --k 1 is zero by definition" in ended.stderr
-
-
 def test_the_learning_rate_rises_before_it_falls():
     """4 steps of warm-up and 8 behind them, of which the first has the whole rate and the last an eighth."""
     plain = SimpleNamespace(lr=2.0, steps=4, lr_decay=True)

@@ -170,11 +170,6 @@ def test_every_prompt_is_read_once(policy, monkeypatch):
     assert rows[0] <= 16 * len(PROMPTS) and rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
 
 
-def test_sampling_is_a_function_of_its_generator(policy):
-    first, again, other = (rollouts_of(policy, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(first.ids, again.ids) and not torch.equal(first.ids, other.ids)
-
-
 @pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7]] * 4, [[9, 10]]], ids=["ragged", "equal", "one"])
 def test_tokens_do_not_depend_on_how_many_rows_are_sampled_at_once(policy, prompts):
     """A random number belongs to a row and a position, not to the batch that the row is in."""
@@ -189,15 +184,6 @@ def test_tokens_do_not_depend_on_how_many_rows_are_sampled_at_once(policy, promp
         part = of(sample_rows)
         assert torch.equal(part.ids, whole.ids) and torch.equal(part.mask, whole.mask)
         torch.testing.assert_close(part.log_probs, whole.log_probs, rtol=0, atol=1e-5)
-
-
-def test_no_more_rows_are_sampled_at_once_than_are_asked_for(policy, monkeypatch):
-    sizes, sampled_rows = [], common.sampled_rows
-    monkeypatch.setattr(
-        common, "sampled_rows", lambda p, rows, *a: sizes.append(len(rows)) or sampled_rows(p, rows, *a)
-    )
-    common.sample(dataclasses.replace(policy, sample_rows=7), PROMPTS, 5, 2)
-    assert sizes == [7, 7, 6]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")])
