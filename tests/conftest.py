@@ -41,6 +41,8 @@ def pytest_runtestloop(session):
     taken = multiprocessing.get_context("fork").Value("i", 0)
     if second := (pid := os.fork()) == 0:
         config.pluginmanager.unregister(name="terminalreporter")
+        capture = config.pluginmanager.getplugin("capturemanager")
+        capture.stop_global_capturing(), capture.start_global_capturing()  # into files of its own
         config.pluginmanager.register(Reports(config, done))
 
     def items():
