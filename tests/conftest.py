@@ -1,6 +1,9 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
+import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -19,10 +22,62 @@ import common  # noqa: E402
 import harness.policy  # noqa: E402
 from verifiers import arithmetic, load_task  # noqa: E402
 
+FIGURE = harness.report.save_figure
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; left out of the main test command, see README")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, and is skipped where there is none")
+
+
+def pytest_runtestloop(session):
+    """Many tests are run by two processes where there are two cores: each takes the next file as it comes by, and the
+    second one's reports are told at the end. With a GPU, whose state a fork would break, one process runs all."""
+    files = [list(items) for _, items in itertools.groupby(session.items, key=lambda item: item.path)]
+    config, done = session.config, session.config._tmp_path_factory.getbasetemp() / "reports.jsonl"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if min(cores, len(files)) < 2 or len(session.items) < 300 or config.option.collectonly or torch.cuda.is_available():
+        return None
+    taken = multiprocessing.get_context("fork").Value("i", 0)
+    if second := (pid := os.fork()) == 0:
+        config.pluginmanager.unregister(name="terminalreporter")
+        capture = config.pluginmanager.getplugin("capturemanager")
+        capture.stop_global_capturing(), capture.start_global_capturing()  # into files of its own
+        config.pluginmanager.register(Reports(config, done))
+
+    def items():
+        while True:
+            with taken.get_lock():
+                number, taken.value = taken.value, taken.value + 1
+            if number >= len(files):
+                return
+            yield from files[number]
+
+    item = next(mine := items(), None)
+    while item is not None and not session.shouldfail:
+        following = next(mine, None)
+        config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        item = following
+    if second:
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    for line in done.read_text().splitlines():
+        report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+        config.hook.pytest_runtest_logreport(report=report)
+    if status:
+        pytest.exit(f"the second process ended with {status}", 1)
+    return True
+
+
+class Reports:
+    """Writes what a process has to report to a file."""
+
+    def __init__(self, config, path):
+        self.config, self.file = config, open(path, "w", buffering=1)
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.file.write(json.dumps(data) + "\n")
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +91,27 @@ def the_number_of_threads_stays():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def arithmetic_is_made_once():
-    """Its problems are the same for every run, and making them takes as long as a small run's steps."""
-    load = functools.cache(arithmetic.load)
+def runs_are_short():
+    """Three quarters of a small run's time go where most tests do not look: into problems that it does not train on,
+    the self-test of a model that has passed it, and a figure. The real ones are `load.__wrapped__`, what is imported
+    from harness.report at the top of a file, and what other processes do."""
+    load, self_test, passed = functools.cache(arithmetic.load), harness.policy.disagreement, set()
 
+    @functools.wraps(arithmetic.load)
     def as_now(*args):  # a test may have put another verifier in its place
         task = load(*args)
         return dataclasses.replace(task, verify=getattr(arithmetic, task.verify.__name__))
 
+    def once(policy):
+        folder = os.path.abspath(policy.model.name_or_path), policy.model.is_activation_checkpointing
+        trouble = "" if folder in passed else self_test(policy)
+        passed.update([folder] * (not trouble))
+        return trouble
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arithmetic, "load", as_now)
+        patch.setattr(harness.policy, "disagreement", once)
+        patch.setattr(harness.report, "save_figure", lambda folder, *_: (folder / "curves.png").touch())
         yield
 
 
@@ -88,7 +154,8 @@ def uninterrupted(skilled, tmp_path_factory):
     def result(script):
         if script not in made:
             flags = [*FLAGS, *EXTRA.get(script, []), "--model", skilled]
-            with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")):
+            with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(harness.report, "save_figure", FIGURE)
                 ended = in_process(script, *flags, "--run-name", "whole")
                 assert ended.returncode == 0, ended.stderr
                 made[script] = Path("runs/whole").absolute(), flags, ended.stdout

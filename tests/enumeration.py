@@ -56,6 +56,18 @@ def subset_mean(f, samples: list, k: int) -> float:
     return sum(values) / len(values)
 
 
+def subset_advantages(f, samples: list, k: int, centred: bool = False) -> list[float]:
+    """(k/n) mean over the k-subsets T with i of A_i(T) = f(T) - f(T without i), which `centred` lessens by their mean
+    in T: the definition of what Lemma 1 becomes for n > k."""
+    n, subsets = len(samples), list(itertools.combinations(range(len(samples)), k))
+    total = [0.0] * n
+    for T in subsets:
+        A = {i: f([samples[j] for j in T]) - f([samples[j] for j in T if j != i]) for i in T}
+        for i in T:
+            total[i] += A[i] - centred * sum(A.values()) / k
+    return [x / len(subsets) for x in total]  # (k/n) / C(n-1, k-1) = 1 / C(n, k)
+
+
 def majority_value(pairs: list[tuple[int, float]]) -> float:
     """Reward of the most voted answer of (vote, reward) pairs: ties split, -1 casts no vote, no votes are worth 0."""
     by_answer: dict[int, list[float]] = {}

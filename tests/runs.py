@@ -3,9 +3,13 @@
 import contextlib
 import io
 import json
+import multiprocessing
+import os
 import re
 import runpy
+import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import common
 import harness.policy
 import harness.run
+from verifiers import arithmetic
 
+arithmetic.TRAIN_PER_LEVEL = 400  # making and reading all takes as long as a small run's steps
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"]
 # On level 1 the `skilled` policy is right now and then; its problems are few, and read within a moment.
@@ -49,6 +55,60 @@ def in_process(script: str, *flags: str) -> SimpleNamespace:
         except SystemExit as stop:
             returncode = stop.code
     return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+# Other processes are forked from one that has imported everything: a script's own imports take six seconds.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["runs", "tyro", "matplotlib.pyplot"])
+
+
+def started(script: Path, *flags: str, cwd: Path, rank: int = 0, size: int = 1, port: int = 0):
+    """A process that runs the script as __main__, one of `size`. It writes to `cwd`/out-RANK and err-RANK."""
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    environment = os.environ | ({name: str(value) for name, value in place.items()} if size > 1 else {})
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the one that is forked
+    command = [str(script), *(of_script(Path(script).name, flag) for flag in flags)]
+    process = FORKS.Process(target=_run_as_main, args=(command, str(cwd), rank, environment))
+    process.start()
+    return process
+
+
+def _run_as_main(command: list[str], cwd: str, rank: int, environment: dict[str, str]) -> None:
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), command
+    torch.set_num_threads(1)
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def ended(*processes, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the processes of a run, once all have ended. As torchrun has it, one that fails
+    takes the others with it; the code is its own."""
+    failed, until = 0, time.time() + patience
+    while any(process.is_alive() for process in processes) and time.time() < until:
+        codes = [process.exitcode for process in processes if process.exitcode]
+        if codes and not failed:
+            failed, until = codes[0], min(until, time.time() + 5)
+            [process.terminate() for process in processes]
+        time.sleep(0.002)
+    hung = [process for process in processes if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    out, err = ("".join((Path(cwd) / f"{x}-{i}").read_text() for i in range(len(processes))) for x in ("out", "err"))
+    assert failed or not hung, f"it hung: {out}\n{err}"
+    return failed or max((process.exitcode for process in processes), key=abs), out, err
+
+
+def in_two_processes(script: Path, *flags: str, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
+    """What `ended` says of the script in two processes, as torchrun starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [started(script, *flags, cwd=cwd, rank=rank, size=2, port=port) for rank in (0, 1)]
+    return ended(*both, cwd=cwd, patience=patience)
 
 
 def wrapped(folder: Path, script: str, code: str) -> Path:

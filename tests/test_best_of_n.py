@@ -15,6 +15,7 @@ from enumeration import (
     exact_gradient,
     expected_gradient,
     log_policy,
+    subset_advantages,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,10 +93,10 @@ def test_variational_with_a_given_baseline(N, n):
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize("baseline", [None, torch.tensor([0.3, -0.2])], ids=["loo", "given"])
-def test_mean_is_the_gradient_of_the_mean_reward(n, baseline):
+def test_mean_with_a_given_baseline_is_the_gradient_of_the_mean_reward(n):
     exact = exact_gradient(lambda b, y: GRADED[b, y[0]].item(), 1)
-    torch.testing.assert_close(expected_gradient(sampled(1, "mean", baseline=baseline), n), exact, **EXACT)
+    estimate = expected_gradient(sampled(1, "mean", baseline=torch.tensor([0.3, -0.2])), n)
+    torch.testing.assert_close(estimate, exact, **EXACT)
 
 
 @pytest.mark.parametrize("N, n", [(1, 2), (2, 2), (3, 3), (4, 4), (2, 4), (3, 5)])
@@ -119,11 +120,7 @@ def test_exact_is_the_average_over_all_subsets(N, n):
     rewards = torch.randint(-2, 3, (30, n), generator=generator).double()
     actual = advantages(rewards, scores, N)
     for row, pairs in zip(actual.tolist(), (list(zip(*x)) for x in zip(scores.tolist(), rewards.tolist()))):
-        total, subsets = [0.0] * n, list(itertools.combinations(range(n), N))
-        for T in subsets:
-            for i in T:
-                total[i] += best_of_value([pairs[j] for j in T]) - best_of_value([pairs[j] for j in T if j != i])
-        assert row == pytest.approx([x / len(subsets) for x in total], abs=1e-12)
+        assert row == pytest.approx(subset_advantages(best_of_value, pairs, N), abs=1e-12)
 
 
 def test_closed_forms_with_p_from_the_samples():
@@ -153,9 +150,6 @@ def test_large_groups_are_finite_and_exact_zeros_are_zero():
 
 def test_bad_input_is_refused():
     r = torch.tensor([[1.0, 0, 0, 0]])
-    for N in (0, 5):
-        with pytest.raises(ValueError, match=f"k={N} with n=4"):
-            advantages(r, r, N)
     with pytest.raises(ValueError, match="unknown estimator"):
         advantages(r, r, 2, "rlbp")
     with pytest.raises(ValueError, match=r"scores must be finite: see \(prompt, sample\) \[0, 1\]"):

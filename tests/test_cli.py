@@ -17,23 +17,15 @@ import harness.report
 from verifiers import arithmetic
 
 
-@pytest.fixture
-def model(untrained):
-    return untrained
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_from_start_to_end(script, uninterrupted):
     folder, _, out = uninterrupted(script)
     assert json.loads((folder / "args.json").read_text())["n"] == (6 if script == "bon_rl.py" else 4)
     metric = "maj@2" if script.startswith("maj") else "pass@2"
     log = records(folder)
-    assert [r["step"] for r in log if "eval" in r] == [0, 3, 6] and [r["step"] for r in steps_of(folder)] == [
-        *range(1, 7)
-    ]
-    keys = {"reward", "loss", "grad_norm", "nonzero_advantage"} | (
-        {metric} if script != "bon_sft.py" else {"expert_reward"}
-    )
+    assert [r["step"] for r in log if "eval" in r] == [0, 3, 6]
+    assert [r["step"] for r in steps_of(folder)] == [*range(1, 7)]
+    keys = {"reward", "loss", "grad_norm", "nonzero_advantage", "expert_reward" if script == "bon_sft.py" else metric}
     assert all(keys <= r.keys() for r in steps_of(folder))
     assert metric in out and " -> " in out
     assert (folder / "curves.png").stat().st_size > 10_000
@@ -43,22 +35,7 @@ def test_a_run_from_start_to_end(script, uninterrupted):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
     """24 and 3 are no powers of two."""
-    flags = [
-        "--task",
-        "arithmetic",
-        "--steps",
-        "0",
-        "--k",
-        "3",
-        "--n",
-        "9",
-        "--eval-n",
-        "24",
-        "--eval-problems",
-        "1",
-        "--model",
-        untrained,
-    ]
+    flags = [*"--task arithmetic --steps 0 --k 3 --n 9 --eval-n 24 --eval-problems 1 --model".split(), untrained]
     result = run(script, *flags)
     assert result.returncode == 0, result.stderr
     metric = "maj" if script.startswith("maj") else "pass"
@@ -85,8 +62,7 @@ def trained(skilled, tmp_path_factory):
 
     def result(script, *flags):
         if (script, flags) not in made:
-            with contextlib.chdir(tmp_path_factory.mktemp("trained")), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(harness.report, "save_figure", lambda *args: None)  # a third of so short a run
+            with contextlib.chdir(tmp_path_factory.mktemp("trained")):
                 ended = in_process(script, *SMALL, *TRAINS, "--model", skilled, "--run-name", "a", *flags)
                 assert ended.returncode == 0, ended.stderr
                 log, policy = steps_of(Path("runs/a")), Path("runs/a/policy/model.safetensors")
@@ -105,11 +81,9 @@ def flat(file: Path) -> torch.Tensor:
     return torch.cat([x.flatten() for _, x in sorted(load_file(file).items())])
 
 
-@pytest.mark.parametrize(
-    "flags", [["--gradient-checkpointing"], ["--micro-batch-tokens", "1"], ["--sample-rows", "5"]], ids=" ".join
-)
+@pytest.mark.parametrize("flags", ["--gradient-checkpointing", "--micro-batch-tokens 1", "--sample-rows 5"])
 def test_a_flag_of_memory_changes_nothing_but_rounding(trained, flags):
-    (without, before, _), (weights, log, _) = trained("pass_at_k_pg.py"), trained("pass_at_k_pg.py", *flags)
+    (without, before, _), (weights, log, _) = trained("pass_at_k_pg.py"), trained("pass_at_k_pg.py", *flags.split())
     assert (weights - without).norm() < 1e-4 * (without - trained.start).norm()
     assert [r["reward"] for r in log] == [r["reward"] for r in before]
 
@@ -147,18 +121,39 @@ OF_ALL = [
     (["--sample-rows", "0"], "--sample-rows must be at least 1, not 0"),
     (["--device", "tpu"], "on device 'tpu'"),
     (["--run-name", "a/../../b"], "--run-name"),
+    (["--no-chat"], "no chat template: leave --no-chat out"),
 ]
 
 
-@pytest.mark.parametrize(
-    "script, flags, complaint",
-    [*((script, *case) for script in SCRIPTS for case in OF_EACH), *((SCRIPTS[0], *case) for case in OF_ALL)],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_path):
-    if script == "bon_sft.py" and {"--kl-coef", "--estimator"} & {*flags}:
+OF_SOME = [
+    ("pass_at_k_pg.py", ["--k", "1", "--estimator", "biased"], "--estimator biased with --k 1 is zero by definition"),
+    ("majority_pg.py", ["--k", "1", "--estimator", "biased"], "--estimator biased with --k 1 is zero by definition"),
+    (RL, ["--estimator", "recipes/all_right.py:all_right"], "recipes/all_right.py:all_right"),  # a file: pass@k's alone
+    (RL, ["--estimator", "variational"], "--estimator variational needs --n 6 or a larger multiple of --N, not 4"),
+    (RL, ["--estimator", "variational", "--n", "7"], "needs --n 6 or a larger multiple of --N, not 7"),
+    (RL, ["--estimator", "variational", "--baseline", "value", "--n", "2"], "needs --n 4 or a larger multiple"),
+    (RL, ["--baseline", "value"], "--baseline value is for --estimator mean and variational"),
+    (RL, ["--estimator", "rlb", "--verifier", "learned"], "rlb is a closed form for --verifier environment"),
+    (RL, ["--log-kl", "--anchor-rate", "2"], "--anchor-rate must lie between 0 and 1, not 2.0"),
+    (RL, ["--k", "1", "--n", "1", "--kl-coef-end", "1"], "--kl-coef needs --n 2 or more"),
+    (RL, ["--kl-coef-end", "1", "--kl-delay", "-1"], "--kl-delay must be at least 0"),
+    (RL, ["--estimator", "mean", "--baseline", "value", "--value-lr", "0"], "--value-lr must be a positive number"),
+    (RL, ["--preset", "large"], "large"),
+    (RL, ["--verifier", "learned", "--verifier-model", "no/such"], "cannot load the verifier 'no/such'"),
+    (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
+    (SFT, ["--eval-N", "5"], "--eval-N must lie between 1 and --eval-n 4, not 5"),
+    (SFT, ["--likelihood", "exact", "--verifier", "learned"], "exact is a closed form for --verifier environment"),
+    (SFT, ["--experts", "no.jsonl"], "no.jsonl does not exist"),
+]
+REFUSED = [*((script, *case) for script in SCRIPTS for case in OF_EACH), *((SCRIPTS[0], *case) for case in OF_ALL)]
+REFUSED += OF_SOME
+
+
+@pytest.mark.parametrize("script, flags, complaint", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_bad_input_is_one_clear_line(script, flags, complaint, run, untrained, tmp_path):
+    if script == SFT and {"--kl-coef", "--estimator"} & {*flags}:
         complaint = flags[-2]  # an option that it does not have
-    result = run(script, *SMALL, "--model", model, *flags)
+    result = run(script, *SMALL, "--model", untrained, *flags)
     assert result.returncode == 2
     assert of_script(script, complaint) in result.stderr and "Traceback" not in result.stderr
     if result.stderr.startswith("error:"):  # ours; the parser's own has a frame
@@ -166,49 +161,10 @@ def test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    "script, flags, complaint",
-    [
-        (RL, ["--estimator", "variational"], "--estimator variational needs --n 6 or a larger multiple of --N, not 4"),
-        (RL, ["--estimator", "variational", "--n", "7"], "needs --n 6 or a larger multiple of --N, not 7"),
-        (RL, ["--estimator", "variational", "--baseline", "value", "--n", "2"], "needs --n 4 or a larger multiple"),
-        (RL, ["--baseline", "value"], "--baseline value is for --estimator mean and variational"),
-        (RL, ["--estimator", "rlb", "--verifier", "learned"], "rlb is a closed form for --verifier environment"),
-        (RL, ["--log-kl", "--anchor-rate", "2"], "--anchor-rate must lie between 0 and 1, not 2.0"),
-        (RL, ["--k", "1", "--n", "1", "--kl-coef-end", "1"], "--kl-coef needs --n 2 or more"),
-        (RL, ["--kl-coef-end", "1", "--kl-delay", "-1"], "--kl-delay must be at least 0"),
-        (RL, ["--estimator", "mean", "--baseline", "value", "--value-lr", "0"], "--value-lr must be a positive number"),
-        (RL, ["--preset", "large"], "large"),
-        (RL, ["--verifier", "learned", "--verifier-model", "no/such"], "cannot load the verifier 'no/such'"),
-        (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
-        (SFT, ["--eval-N", "5"], "--eval-N must lie between 1 and --eval-n 4, not 5"),
-        (SFT, ["--likelihood", "exact", "--verifier", "learned"], "exact is a closed form for --verifier environment"),
-        (SFT, ["--experts", "no.jsonl"], "no.jsonl does not exist"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_to_best_of_n_is_one_clear_line(run, script, flags, complaint, model, tmp_path):
-    test_bad_input_is_one_clear_line(run, script, flags, complaint, model, tmp_path)
-
-
-def test_the_papers_preset_and_flags_beside_it(run, model, tmp_path):
-    flags = [
-        "--preset",
-        "paper",
-        "--task",
-        "arithmetic",
-        "--N",
-        "2",
-        "--steps",
-        "1",
-        "--lr",
-        "1e-5",
-        "--eval-n",
-        "2",
-        "--eval-problems",
-        "1",
-    ]
-    result = run(RL, *flags, "--model", model)
+def test_the_papers_preset_and_flags_beside_it(run, untrained, tmp_path):
+    flags = "--preset paper --task arithmetic --N 2 --steps 1 --lr 1e-5 --eval-n 2 --eval-problems 1".split()
+    flags += ["--max-new-tokens", "2"]
+    result = run(RL, *flags, "--model", untrained)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     args = json.loads((folder / "args.json").read_text())
@@ -243,9 +199,9 @@ def test_bandit(run, tmp_path):
     assert result.returncode == 2 and result.stderr.strip() == "error: --k must be at least 2, not 1"
 
 
-def test_compare_averages_over_seeds(run, model, tmp_path):
+def test_compare_averages_over_seeds(run, untrained, tmp_path):
     for estimator, seed in (("unbiased", "0"), ("unbiased", "1"), ("mean", "0")):
-        flags = [*SMALL, "--steps", "1", "--model", model, "--seed", seed, "--estimator", estimator]
+        flags = [*SMALL, "--steps", "1", "--model", untrained, "--seed", seed, "--estimator", estimator]
         flags += ["--run-name", estimator + seed]
         assert run("pass_at_k_pg.py", *flags).returncode == 0
     result = run("harness/report.py", "runs/unbiased0", "runs/unbiased1", "runs/mean0")
@@ -261,27 +217,27 @@ def test_compare_averages_over_seeds(run, model, tmp_path):
     assert result.returncode == 0 and {"--figure", "--metric"} <= {*result.stdout.split()}
 
 
-def test_show_prompt_prints_what_the_policy_reads(run, model, tmp_path):
-    result = run("majority_pg.py", *SMALL, "--model", model, "--show-prompt")
+def test_show_prompt_prints_what_the_policy_reads(run, untrained, tmp_path):
+    result = run("majority_pg.py", *SMALL, "--model", untrained, "--show-prompt")
     assert result.returncode == 0 and result.stdout.strip().endswith("=") and not (tmp_path / "runs").exists()
 
 
-def test_a_task_for_evaluation_only(run, model, tmp_path):
+def test_a_task_for_evaluation_only(run, untrained, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps({"problem": "1+1?", "answer": "2", "solution": ""}) + "\n")
-    flags = [*SMALL, "--task", "math500", "--data", str(tmp_path), "--model", model]
+    flags = [*SMALL, "--task", "math500", "--data", str(tmp_path), "--model", untrained]
     result = run("pass_at_k_pg.py", *flags)
     assert result.returncode == 2 and "no training problems here: --steps 0 evaluates" in result.stderr
 
 
 @pytest.mark.parametrize("one_file", [True, False])
-def test_an_evaluation_on_training_problems_says_so(one_file, run, model, tmp_path):
+def test_an_evaluation_on_training_problems_says_so(one_file, run, untrained, tmp_path):
     """In a line, in the table's title and the figure's; not where the file is evaluated alone."""
     rows = [json.dumps({"problem": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(3)]
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("".join(rows if one_file else rows[name == "test.jsonl" :]))
     data = tmp_path / "train.jsonl" if one_file else tmp_path
     flags = "--task gsm8k --steps 1 --k 2 --n 2 --prompts-per-step 1 --eval-n 2 --eval-problems 2 --max-new-tokens 2"
-    flags = [*flags.split(), "--data", str(data), "--model", model]
+    flags = [*flags.split(), "--data", str(data), "--model", untrained]
     titles, save_figure = [], harness.report.save_figure
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.report, "save_figure", lambda *args: titles.append(args[-1]))
@@ -294,31 +250,27 @@ def test_an_evaluation_on_training_problems_says_so(one_file, run, model, tmp_pa
         assert line not in result.stdout and "2 held-out problems; " in result.stdout
 
 
-def test_a_folder_without_a_test_split_says_what_to_add(run, model, tmp_path):
+def test_a_folder_without_a_test_split_says_what_to_add(run, untrained, tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"problem": "1+1=", "answer": "2"}) + "\n")
-    result = run("pass_at_k_pg.py", *SMALL, "--levels", "--task", "gsm8k", "--data", str(tmp_path), "--model", model)
-    assert (
-        result.stderr.splitlines()[-1] == f"error: the task has no held-out problems here: add test.jsonl to {tmp_path}"
-    )
+    flags = [*SMALL, "--levels", "--task", "gsm8k", "--data", str(tmp_path), "--model", untrained]
+    line = f"error: the task has no held-out problems here: add test.jsonl to {tmp_path}"
+    assert run("pass_at_k_pg.py", *flags).stderr.splitlines()[-1] == line
 
 
-def test_events_in_the_verifier_are_summed_over_an_evaluation(run, model, monkeypatch, tmp_path):
+def test_events_in_the_verifier_are_summed_over_an_evaluation(run, untrained, monkeypatch, tmp_path):
     """Timeouts are never silent zeros, in evaluation either."""
     verify = arithmetic.verify
     monkeypatch.setattr(arithmetic, "verify", lambda *args: dataclasses.replace(verify(*args), counts={"timeouts": 2}))
-    result = run("pass_at_k_pg.py", *SMALL, "--steps", "0", "--model", model)
+    result = run("pass_at_k_pg.py", *SMALL, "--steps", "0", "--model", untrained)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     assert records(folder)[0]["timeouts"] == 2
 
 
-@pytest.mark.parametrize(
-    "script, flags", [("bon_rl.py", ["--estimator", "rlb"]), ("bon_sft.py", ["--likelihood", "exact"])]
-)
-def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, model, monkeypatch):
+@pytest.mark.parametrize("script, flags", [(RL, ["--estimator", "rlb"]), (SFT, ["--likelihood", "exact"])])
+def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, untrained, monkeypatch):
     verify = arithmetic.verify
-    monkeypatch.setattr(
-        arithmetic, "verify", lambda *args: dataclasses.replace(v := verify(*args), rewards=v.rewards + 0.5)
-    )
-    result = run(script, *SMALL, *flags, "--model", model)
+    higher = lambda *args: dataclasses.replace(v := verify(*args), rewards=v.rewards + 0.5)  # noqa: E731
+    monkeypatch.setattr(arithmetic, "verify", higher)
+    result = run(script, *SMALL, *flags, "--model", untrained)
     assert result.returncode == 2 and "is for rewards 0 and 1, 'arithmetic' has others" in result.stderr

@@ -13,7 +13,7 @@ from runs import ROOT
 REGION = r"^# --- copy this, with ([^-]*?) -+\n(.*?)^# -{100,}$"
 # refuses all but torch, math and the standard library
 ONLY_TORCH = """
-import json, sys, torch  # with what torch itself brings
+import json, runpy, sys, torch  # with what torch itself brings
 class Hook:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in {"torch", *sys.stdlib_module_names}:
@@ -21,9 +21,10 @@ class Hook:
 sys.meta_path.insert(0, Hook())
 """
 CHECK = """
-for case in json.load(open("cases.json")):
+import json
+for case in json.load(open("{}.json")):
     exact = lambda v: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v
-    arguments = {x: exact(v) for x, v in case["arguments"].items()}
+    arguments = dict((x, exact(v)) for x, v in case["arguments"].items())
     if "votes" in arguments:
         arguments["votes"] = arguments["votes"].long()
     result = globals()[case["function"]](**arguments)
@@ -59,20 +60,25 @@ def copied(script: str) -> tuple[str, list[str]]:
     return "\n\n".join(["import math, torch", *pieces, region]), names
 
 
-@pytest.mark.parametrize("script, count", [("pass_at_k_pg", 16), ("majority_pg", 7), ("bon_rl", 16), ("bon_sft", 4),
-                                           ("bandit", 8)])  # fmt: skip
-def test_a_region_runs_with_what_its_heading_names(script, count, tmp_path):
-    cases, (code, _) = golden(script), copied(script)
-    assert len(cases) == count
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    (tmp_path / "copied.py").write_text(ONLY_TORCH + code + CHECK)
-    command = [sys.executable, "-I", "copied.py"]
+REGIONS = {"pass_at_k_pg": 16, "majority_pg": 7, "bon_rl": 16, "bon_sft": 4, "bandit": 8}  # script -> golden cases
+
+
+def test_a_region_runs_with_what_its_heading_names(tmp_path):
+    """All in one process, each in a module of its own."""
+    for script, count in REGIONS.items():
+        cases, (code, _) = golden(script), copied(script)
+        assert len(cases) == count
+        (tmp_path / f"{script}.json").write_text(json.dumps(cases))
+        (tmp_path / f"{script}.py").write_text(code + CHECK.format(script))
+    runs = "".join(f'runpy.run_path("{script}.py")\n' for script in REGIONS)
+    (tmp_path / "all.py").write_text(ONLY_TORCH + runs)
+    command = [sys.executable, "-I", "all.py"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == count
+    assert len(result.stdout.splitlines()) == sum(REGIONS.values())
 
 
-@pytest.mark.parametrize("script", ["pass_at_k_pg", "majority_pg", "bon_rl", "bon_sft", "bandit"])
+@pytest.mark.parametrize("script", REGIONS)
 def test_a_heading_names_nothing_that_is_not_needed(script):
     code, names = copied(script)
     loaded = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}

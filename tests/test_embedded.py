@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import harness.policy
-from verifiers import BadInput, Problem, Task, load_task, votes_from_answers
+from verifiers import Problem, Task, arithmetic, load_task, votes_from_answers
 from verifiers.arithmetic import FACTORS, SUMS, verify
 
 
-def test_arithmetic_levels_are_right_disjoint_and_a_fifth_is_held_out():
-    task = load_task("arithmetic")
+def test_arithmetic_levels_are_right_disjoint_and_a_fifth_is_held_out(monkeypatch):
+    monkeypatch.setattr(arithmetic, "TRAIN_PER_LEVEL", 6000)
+    task = arithmetic.load.__wrapped__("arithmetic")
     train, test = ({problem.prompt for problem in side} for side in (task.train, task.test))
     pairs = [{tuple(sorted(map(int, prompt[:-1].split("*")))) for prompt in side} for side in (train, test)]
     assert not pairs[0] & pairs[1]  # 47*85 in training would tell the answer to 85*47
@@ -40,8 +41,9 @@ def test_verdicts_on_right_wrong_and_hostile_responses():
     assert votes[:4] == [0, 0, 2, 0] and votes[10] == 10 and set(votes[4:10] + votes[11:]) == {-1}
 
 
-def test_sums_are_right_at_their_level_and_a_fifth_is_held_out_with_its_numbers_swapped():
-    task = load_task("sums")
+def test_sums_are_right_at_their_level_and_a_fifth_is_held_out_with_its_numbers_swapped(monkeypatch):
+    monkeypatch.setattr(arithmetic, "TRAIN_PER_LEVEL", 6000)
+    task = arithmetic.load.__wrapped__("sums")
     sides = [{problem.prompt for problem in side} for side in (task.train, task.test)]
     words = [[prompt.removesuffix("?").split()[2:] for prompt in side] for side in sides]  # "What is 47 + 85?"
     pairs = [{(operation, *sorted((int(a), int(b)))) for a, operation, b in side} for side in words]
@@ -72,18 +74,8 @@ def test_the_answer_to_sums_is_the_last_number_whatever_stands_around_it():
     assert verdict.votes.tolist() == [[0] * n + list(range(n, n + len(wrong))) + [-1] * len(none)]
 
 
-def test_tiny_cannot_learn_sums():
-    with pytest.raises(BadInput, match="tiny cannot learn task 'sums'"):
-        harness.policy.load_policy("tiny", load_task("sums"), "cpu")
-
-
 def test_votes_from_answers():
     assert votes_from_answers([["a", None, "b", "a"], [None, None, 1, 1.0]]).tolist() == [[0, -1, 2, 0], [-1, -1, 2, 2]]
-
-
-def test_an_unknown_task_is_refused_by_name():
-    with pytest.raises(BadInput, match="unknown task 'division': choose one of .*arithmetic"):
-        load_task("division")
 
 
 # --- the tiny policy -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import FLAGS, SMALL, outcome
+from runs import FLAGS, SMALL, in_process, outcome
 from transformers import AutoModelForCausalLM
 
 import harness.policy
@@ -70,9 +70,8 @@ def test_weights_that_a_policy_lacks_are_not_made_up(run, copy):
     model = AutoModelForCausalLM.from_pretrained(folder)
     state = {name: x for name, x in model.state_dict().items() if "q_proj" not in name}
     model.save_pretrained(folder, state_dict=state)
-    assert "its weights lack model.layers.0.self_attn.q_proj.weight" in one_line(
-        run(PASS, *SMALL, "--model", str(folder))
-    )
+    line = one_line(run(PASS, *SMALL, "--model", str(folder)))
+    assert "its weights lack model.layers.0.self_attn.q_proj.weight" in line
 
 
 def test_a_hub_out_of_reach_is_asked_once_and_told_in_one_line(run, monkeypatch):
@@ -100,12 +99,6 @@ def test_a_new_head_is_no_news_to_the_user_and_a_missing_one_is_refused(untraine
         verifiers.learned.load_verifier(untrained, task)
 
 
-def test_no_chat_without_a_template_is_refused(run, untrained):
-    assert one_line(run(PASS, *SMALL, "--model", untrained, "--no-chat")).endswith(
-        "no chat template: leave --no-chat out"
-    )
-
-
 # --- Data ---
 
 
@@ -121,9 +114,8 @@ def test_experts_are_no_data_and_tell_of_no_splits(run, skilled):
 
 
 def test_levels_that_are_no_number_are_told(tmp_path, capsys):
-    rows = [
-        {"problem": f"{i}?", "answer": str(i), "level": level} for i, level in enumerate(["hard", 3, None, "Level ?"])
-    ]
+    levels = ["hard", 3, None, "Level ?"]
+    rows = [{"problem": f"{i}?", "answer": str(i), "level": level} for i, level in enumerate(levels)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = load_task("math", str(tmp_path))
     assert [problem.level for problem in task.train] == [None, 3, None, None]
@@ -146,39 +138,16 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("free, path", [(0, "samples.jsonl"), (48, "checkpoint.pt")])
-def test_a_full_disk_is_told_with_its_path(free, path, run, skilled, small_disk):
-    """What is left: 0 or 48 KiB, too little for a checkpoint."""
+def test_a_full_disk_is_told_with_its_path(run, skilled, small_disk):
+    """48 KiB are left: too little for a checkpoint."""
     with contextlib.chdir(small_disk):
-        Path("runs").mkdir()
         with contextlib.suppress(OSError), open("filler", "wb", buffering=0) as file:
             for _ in range(600):
                 file.write(bytes(1024))
-        os.truncate("filler", os.path.getsize("filler") - 1024 * (free + 8))
-        if not free:
-            write = harness.run.append_json
-
-            def last(target, record):  # the rest goes while the run is under way
-                with contextlib.suppress(OSError), open("more", "wb", buffering=0) as file:
-                    for _ in range(99):
-                        file.write(bytes(1024))
-                write(target, {**record, "padding": "x" * 5000})
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(harness.run, "append_json", last)
-                result = run_here(PASS, *FLAGS, "--model", skilled, "--run-name", "full")
-        else:
-            result = run_here(PASS, *FLAGS, "--model", skilled, "--run-name", "full")
+        os.truncate("filler", os.path.getsize("filler") - 1024 * 56)
+        result = in_process(PASS, *FLAGS, "--model", skilled, "--run-name", "full")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    last_line = result.stderr.splitlines()[-1]
-    assert f"no space left on the disk of runs/full/{path}" in last_line, last_line
-
-
-def run_here(*command):
-    """The `run` of conftest.py without its folder."""
-    from runs import in_process
-
-    return in_process(*command)
+    assert "no space left on the disk of runs/full/checkpoint.pt" in result.stderr.splitlines()[-1]
 
 
 TELLS = {
@@ -189,10 +158,8 @@ TELLS = {
 
 @pytest.mark.parametrize("library", [*TELLS, "torch"])
 def test_a_full_disk_in_the_words_of_each_library(library, tmp_path):
-    with (
-        pytest.raises(BadInput, match=f"no space left on the disk of {tmp_path}/policy"),
-        full_disk_told(tmp_path / "policy"),
-    ):
+    told = pytest.raises(BadInput, match=f"no space left on the disk of {tmp_path}/policy")
+    with told, full_disk_told(tmp_path / "policy"):
         if library != "torch":
             raise TELLS[library]
         try:

@@ -200,9 +200,3 @@ def test_a_run_that_cannot_begin_leaves_nothing(flags, message, run, skilled, mi
     result = run("pass_at_k_pg.py", *FLAGS, "--model", skilled, *flags)
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
     assert not Path("runs").exists()
-
-
-def test_the_other_scripts_do_not_take_files(run, skilled):
-    for script in ("majority_pg.py", "bon_rl.py"):
-        result = run(script, *FLAGS, "--model", skilled, "--estimator", f"{ALL_RIGHT}:all_right")
-        assert result.returncode == 2 and not Path("runs").exists()

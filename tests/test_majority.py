@@ -1,10 +1,8 @@
 """The advantages of majority_pg.py against exact gradients and against their definition."""
 
-import itertools
-
 import pytest
 import torch
-from enumeration import ANSWERS, exact_gradient, expected_gradient, majority_value
+from enumeration import ANSWERS, exact_gradient, expected_gradient, majority_value, subset_advantages
 
 from majority_pg import advantages
 
@@ -34,12 +32,6 @@ def test_biased_is_the_gradient_of_majority_at_k_minus_1(k, n):
     torch.testing.assert_close(estimate, exact_gradient(majority_objective, k - 1), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("k, n", [(2, 2), (2, 4), (4, 4)])
-def test_mean_is_the_gradient_of_the_mean_reward(k, n):
-    exact = exact_gradient(lambda b, y: REWARDS[b, y[0]].item(), 1)
-    torch.testing.assert_close(expected_gradient(sampled_advantages(k, "mean"), n), exact, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("centred", [False, True], ids=["unbiased", "biased"])
 @pytest.mark.parametrize("k, n", [(2, 2), (2, 7), (3, 7), (4, 7), (7, 7)])
 def test_counting_is_the_average_over_all_subsets(k, n, centred):
@@ -51,16 +43,8 @@ def test_counting_is_the_average_over_all_subsets(k, n, centred):
     rewards[20:] = torch.randint(-2, 3, (10, n), generator=generator).double()
     actual = advantages(votes, rewards, k, "biased" if centred else "unbiased")
     for b, row in enumerate(zip(votes.tolist(), rewards.tolist())):
-        pairs = list(zip(*row))
-        total = [0.0] * n
-        subsets = list(itertools.combinations(range(n), k))
-        for T in subsets:
-            value = majority_value([pairs[j] for j in T])
-            A = {i: value - majority_value([pairs[j] for j in T if j != i]) for i in T}
-            for i in T:
-                total[i] += A[i] - (sum(A.values()) / k if centred else 0)
-        expected = [x / len(subsets) for x in total]  # (k/n) / C(n-1, k-1) = 1 / C(n, k)
-        assert actual[b].tolist() == pytest.approx(expected, abs=1e-12)
+        definition = subset_advantages(majority_value, list(zip(*row)), k, centred)
+        assert actual[b].tolist() == pytest.approx(definition, abs=1e-12)
 
 
 def test_only_votes_that_change_the_outcome_have_an_advantage():
@@ -113,9 +97,6 @@ def test_agreeing_with_the_vote_is_another_objective():
 
 def test_bad_input_is_refused():
     votes, rewards = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4)
-    for k in (0, 5):
-        with pytest.raises(ValueError, match=f"k={k} with n=4"):
-            advantages(votes, rewards, k)
     with pytest.raises(ValueError, match="unknown estimator"):
         advantages(votes, rewards, 2, "vote")
     with pytest.raises(ValueError, match=r"\[0, 3\]"):

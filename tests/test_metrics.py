@@ -7,8 +7,10 @@ import pytest
 import torch
 from enumeration import ANSWERS, GRADED, best_of_value, exact_gradient, expected_gradient, majority_value, subset_mean
 
+import bon_rl
 import common
 import majority_pg
+import pass_at_k_pg
 from common import k_sample_advantages
 
 
@@ -88,46 +90,19 @@ def test_a_reward_that_is_not_a_function_of_the_answer_counts_by_its_mean():
     assert majority_pg.majority_at_k(votes, rewards, 3).item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    "metric", [majority_pg.majority_at_k, common.best_of_k, lambda _, r, k: common.pass_at_k(r, k)]
-)
-@pytest.mark.parametrize("k", [0, 5])
-def test_k_out_of_range_is_refused(metric, k):
-    with pytest.raises(ValueError, match=f"k={k} with n=4"):
-        metric(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), k)
-
-
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_lemma_1_is_unbiased_for_all_four_objectives(k):
-    """Lemma 1 of Tang et al. for the mean, pass@k, majority and Best-of-N, n = k."""
-    scores = torch.tensor([[0.0, 1.0, 1.0, 2.0], [1.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
-
-    for function, first in [
-        (lambda pairs: sum(r for _, r in pairs) / len(pairs), scores),
-        (lambda pairs: max(r for _, r in pairs), scores),
-        (majority_value, ANSWERS),
-        (best_of_value, scores),
-    ]:
-
-        def f(b, y):
-            return function([(first[b, a].item(), GRADED[b, a].item()) for a in y])
-
-        def advantages(b, y):
-            def metric(actions, j):  # (rows, j) int64 -> (rows,): with n = k no subset is averaged over
-                assert actions.shape[-1] == j
-                return torch.tensor([f(b, row) for row in actions.tolist()], dtype=torch.float64)
-
-            return k_sample_advantages(metric, y, k=k)
-
-        torch.testing.assert_close(expected_gradient(advantages, k), exact_gradient(f, k), rtol=1e-10, atol=1e-12)
-
-
-def test_mean_advantages_are_rloo():
-    rewards = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64)
-    torch.testing.assert_close(common.mean_advantages(rewards), (rewards - (9 - rewards) / 2) / 3)
-    estimate = expected_gradient(lambda b, y: common.mean_advantages(GRADED[b][y]), 3)
+def test_the_mean_of_all_scripts_is_rloo():
+    """A_i = (1/n) (r_i - mean of the others), whatever k; the gradient of the mean reward."""
+    rewards, votes = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64), torch.tensor([[0, 1, 2]])
+    mean = common.mean_advantages(rewards)
+    torch.testing.assert_close(mean, (rewards - (9 - rewards) / 2) / 3)
+    for k in (1, 2, 3):
+        assert torch.equal(pass_at_k_pg.advantages(rewards, k, "mean"), mean)
+        assert torch.equal(majority_pg.advantages(votes, rewards, k, "mean"), mean)
+        assert torch.equal(bon_rl.advantages(rewards, -rewards, k, "mean"), mean)
     exact = exact_gradient(lambda b, y: GRADED[b, y[0]].item(), 1)
-    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+    for n in (1, 2, 4):
+        estimate = expected_gradient(lambda b, y: common.mean_advantages(GRADED[b][y]), n)
+        torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
 
 
 # --- k_sample_advantages: any objective from its metric ---
@@ -138,18 +113,23 @@ def pass_hat_k(rewards, k):
     return -common.pass_at_k(-rewards, k)
 
 
-@pytest.mark.parametrize("k, n", [(1, 1), (1, 3), (2, 2), (4, 4), (2, 4), (3, 4), (3, 5)])
-def test_unbiased_is_the_gradient_of_an_objective_of_ones_own(k, n):
-    estimate = expected_gradient(lambda b, y: k_sample_advantages(pass_hat_k, GRADED[b][y], k=k), n)
-    exact = exact_gradient(lambda b, y: min(GRADED[b, a].item() for a in y), k)
-    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+SCORES = torch.tensor([[0.0, 1.0, 1.0, 2.0], [1.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
+OBJECTIVES = {  # name -> metric, what it takes of each action beside the reward, the value of (that, reward) pairs
+    "pass@k": (lambda _, rewards, k: common.pass_at_k(rewards, k), SCORES, lambda pairs: max(r for _, r in pairs)),
+    "maj@k": (majority_pg.majority_at_k, ANSWERS, majority_value),
+    "bon@k": (common.best_of_k, SCORES, best_of_value),
+    "pass^k": (lambda _, rewards, k: pass_hat_k(rewards, k), SCORES, lambda pairs: min(r for _, r in pairs)),
+}
 
 
-@pytest.mark.parametrize("k, n", [(2, 2), (4, 4), (3, 4), (3, 5)])
-def test_biased_is_the_gradient_of_one_sample_less(k, n):
-    estimate = expected_gradient(lambda b, y: k_sample_advantages(pass_hat_k, GRADED[b][y], k=k, estimator="biased"), n)
-    exact = exact_gradient(lambda b, y: min(GRADED[b, a].item() for a in y), k - 1)
-    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 3), (2, 2), (4, 4), (2, 4), (3, 5)])
+def test_lemma_1_is_unbiased_for_any_objective_and_centred_for_one_sample_less(k, n, name):
+    metric, first, value = OBJECTIVES[name]
+    for estimator, size in [("unbiased", k)] + [("biased", k - 1)] * (k > 1):
+        exact = exact_gradient(lambda b, y: value([(first[b, a].item(), GRADED[b, a].item()) for a in y]), size)
+        A = lambda b, y: k_sample_advantages(metric, first[b][y], GRADED[b][y], k=k, estimator=estimator)  # noqa: E731
+        torch.testing.assert_close(expected_gradient(A, n), exact, rtol=1e-10, atol=1e-12)
 
 
 def test_the_example_of_the_docstring():
@@ -185,10 +165,23 @@ def test_what_rounding_leaves_of_a_zero_is_zero_at_any_scale(estimator):
     assert (k_sample_advantages(common.pass_at_k, tiny, k=2, estimator=estimator)[:, -1] > 0).all()
 
 
-def test_bad_arguments_are_refused():
+VOTES = torch.zeros(2, 4, dtype=torch.int64)
+OF_K = {
+    "pass@k": common.pass_at_k,
+    "best of k": lambda r, k: common.best_of_k(r, r, k),
+    "maj@k": lambda r, k: majority_pg.majority_at_k(VOTES, r, k),
+    "pass_at_k_pg": pass_at_k_pg.advantages,
+    "majority_pg": lambda r, k: majority_pg.advantages(VOTES, r, k),
+    "bon_rl": lambda r, k: bon_rl.advantages(r, r, k),
+    "k-sample": lambda r, k: k_sample_advantages(pass_hat_k, r, k=k),
+    "k-sample, biased": lambda r, k: k_sample_advantages(pass_hat_k, r, k=k, estimator="biased"),
+}
+
+
+@pytest.mark.parametrize("name", OF_K)
+def test_bad_arguments_are_refused(name):
     for k in (0, 5):
-        for estimator in ("unbiased", "biased"):
-            with pytest.raises(ValueError, match=f"k={k} with n=4"):
-                k_sample_advantages(pass_hat_k, torch.zeros(2, 4), k=k, estimator=estimator)
+        with pytest.raises(ValueError, match=f"k={k} with n=4"):
+            OF_K[name](torch.zeros(2, 4), k)
     with pytest.raises(ValueError, match="unknown estimator 'mean'"):
         k_sample_advantages(pass_hat_k, torch.zeros(2, 4), k=2, estimator="mean")

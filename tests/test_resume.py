@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, or meet faults, and what is lost: nothing."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,15 +8,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import FLAGS, ROOT, SCRIPTS, SMALL, of_script, outcome, records, wrapped
+from runs import FLAGS, ROOT, SCRIPTS, SMALL, ended, outcome, records, started, wrapped
 
 import common
 import harness.policy
@@ -51,22 +50,20 @@ def at_step(monkeypatch):
     return install
 
 
-def started(script, flags, cwd, ready):
-    """A process of the script, once ready() or ended."""
-    command = [sys.executable, str(ROOT / script), *(of_script(script, flag) for flag in flags)]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None and not ready():
+def wait(process, ready):
+    """Until ready() or its end."""
+    while process.is_alive() and not ready():
         time.sleep(0.001)
-    return process
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, run, tmp_path):
     whole, flags, _ = uninterrupted(PASS)
     log = tmp_path / "runs/killed/metrics.jsonl"  # its line of step 5 is ahead of the checkpoint of step 4
     flags = [*flags, "--save-every", "4", "--run-name", "killed"]
-    process = started(PASS, flags, tmp_path, lambda: log.exists() and b'"step": 5' in log.read_bytes())
+    process = started(ROOT / PASS, *flags, cwd=tmp_path)
+    wait(process, lambda: log.exists() and b'"step": 5' in log.read_bytes())
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    assert ended(process, cwd=tmp_path)[0] == -signal.SIGKILL
     result = run(PASS, "--resume", "runs/killed")
     assert result.returncode == 0, result.stderr
     assert "resuming at step 4" in result.stdout
@@ -100,17 +97,17 @@ def test_killed_again_and_again(script, uninterrupted, run, tmp_path):
     """Killed at random moments, the first ones before any checkpoint, until a run comes to its end."""
     whole, flags, _ = uninterrupted(script)
     folder, rng = tmp_path / "runs/killed", random.Random(0)
-    process = started(script, [*flags, "--run-name", "killed"], tmp_path, (folder / "args.json").exists)
+    process = started(ROOT / script, *flags, "--run-name", "killed", cwd=tmp_path)
+    wait(process, (folder / "args.json").exists)
     for _ in range(6):
         time.sleep(rng.uniform(0, 0.2))
         process.kill()
-        process.wait()
+        process.join()
         written = (folder / "metrics.jsonl").stat().st_size if (folder / "metrics.jsonl").exists() else 0
-        process = started(script, ["--resume", "runs/killed"], tmp_path,
-                          lambda: (folder / "metrics.jsonl").exists()
-                          and (folder / "metrics.jsonl").stat().st_size > written * rng.uniform(0, 1.2))  # fmt: skip
-    out, _ = process.communicate()
-    assert process.returncode == 0, out
+        process, log = started(ROOT / script, "--resume", "runs/killed", cwd=tmp_path), folder / "metrics.jsonl"
+        wait(process, lambda: log.exists() and log.stat().st_size > written * rng.uniform(0, 1.2))
+    returncode, _, err = ended(process, cwd=tmp_path)
+    assert returncode == 0, err
     assert outcome(folder) == outcome(whole)
 
 
@@ -134,7 +131,11 @@ def test_a_second_signal_ends_the_run_at_once(run, model, at_step):
     assert result.returncode == 130 and result.stderr.endswith("--resume the folder that it was writing to\n")
 
 
-def test_a_checkpoint_is_whole_or_the_one_before_it_stays(uninterrupted, run, monkeypatch, tmp_path):
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("end", [Killed(), FULL], ids=["killed", "a full disk"])
+def test_a_checkpoint_is_whole_or_the_one_before_it_stays(end, uninterrupted, run, monkeypatch, tmp_path):
     """Cut off while it writes the second checkpoint: half a file under another name, which a resume passes over."""
     whole, flags, _ = uninterrupted(PASS)
     save, calls = torch.save, []
@@ -143,16 +144,18 @@ def test_a_checkpoint_is_whole_or_the_one_before_it_stays(uninterrupted, run, mo
         calls.append(1)
         if len(calls) == 2:
             file.write(b"half of it")
-            kill()
+            raise end
         save(value, file)
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Killed):
-        run(PASS, *flags, "--run-name", "killed")
+    with pytest.raises(Killed) if end is not FULL else contextlib.nullcontext():
+        result = run(PASS, *flags, "--run-name", "cut")
+        assert result.returncode == 2 and "cannot write a checkpoint of step 4" in result.stderr
+        assert "no space left on the disk of runs/cut/checkpoint.pt" in result.stderr
     assert len(calls) == 2
-    result = run(PASS, "--resume", "runs/killed")
+    result = run(PASS, "--resume", "runs/cut")
     assert "resuming at step 2" in result.stdout and result.returncode == 0
-    assert outcome(tmp_path / "runs/killed") == outcome(whole)
+    assert outcome(tmp_path / "runs/cut") == outcome(whole)
 
 
 def test_a_finished_run_can_be_resumed_for_what_is_missing(uninterrupted, run, tmp_path):
@@ -289,29 +292,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
     assert len([r for r in records(tmp_path / "runs/ten") if "reward" in r]) == 13
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")  # the CPU's: see test_sampler.py
-
-
-def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(run, model, monkeypatch, tmp_path):
-    gradient, budgets = common.accumulate_gradient, []
-
-    def with_little_memory(policy, *args):
-        budgets.append(policy.micro_batch_tokens)
-        if policy.micro_batch_tokens > limit:
-            raise OUT_OF_MEMORY
-        return gradient(policy, *args)
-
-    monkeypatch.setattr(common, "accumulate_gradient", with_little_memory)
-    limit = 5000
-    result = run(PASS, *SMALL, "--model", model)
-    assert result.returncode == 0, result.stderr
-    assert budgets == [16384, 8192, 4096, 4096]
-    assert "out of memory: going on with micro_batch_tokens = 4096" in result.stdout + result.stderr
-    limit = 0
-    result = run(PASS, *SMALL, "--model", model)
-    assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
-
-
 def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, tmp_path):
     """In evaluation, here of 40 rows, and in training, of 16: the tokens stay the same."""
     sampled_rows, sizes = common.sampled_rows, []
@@ -319,64 +299,32 @@ def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, 
     def with_little_memory(policy, prompts, *args):
         sizes.append(len(prompts))
         if len(prompts) > limit:
-            raise OUT_OF_MEMORY
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return sampled_rows(policy, prompts, *args)
 
     flags = [*SMALL, "--steps", "1", "--eval-problems", "10", "--model", model, "--run-name"]
     assert run(PASS, *flags, "enough").returncode == 0
     monkeypatch.setattr(common, "sampled_rows", with_little_memory)
     monkeypatch.setattr("harness.policy.disagreement", lambda policy: "")  # it samples, too
-    for limit, eval_n, expected in (
-        (10, "4", [40, 20, *[10] * 4]),
-        (10, "2", [20, *[10] * 2]),
-        (15, "2", [20, 10, 10]),
-    ):
-        sizes.clear()
-        result = run(PASS, *flags, f"little-{limit}-{eval_n}", "--eval-n", eval_n)
-        assert result.returncode == 0, result.stderr
-        assert sizes[: len(expected)] == expected and max(sizes[len(expected) :]) <= 10
-        assert "out of memory: going on with sample_rows = 10" in result.stdout + result.stderr
+    limit = 10
+    result = run(PASS, *flags, "little")
+    assert result.returncode == 0 and sizes[:6] == [40, 20, *[10] * 4] and max(sizes[6:]) <= 10, result.stderr
+    assert "out of memory: going on with sample_rows = 10" in result.stdout + result.stderr
+    first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little"))
+    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["nonzero_advantage"] > 0
     sizes.clear()
     limit = 12  # an evaluation of 10 rows fits, a step of 16 does not
     result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "5")
     assert result.returncode == 0 and sizes == [10, 16, 8, 8, 8, 2], result.stderr
-    first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little-10-4"))
-    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["nonzero_advantage"] > 0
-    limit = 0
-    result = run(PASS, *flags, "none")
-    assert result.returncode == 2 and "out of memory with one response at a time" in result.stderr
-
-
-def test_a_full_disk_is_a_clear_line_and_the_last_checkpoint_is_intact(uninterrupted, run, monkeypatch, tmp_path):
-    whole, flags, _ = uninterrupted(PASS)
-    save, calls = torch.save, []
-
-    def onto_a_full_disk(value, file):
-        calls.append(1)
-        if len(calls) == 2:
-            file.write(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(value, file)
-
-    monkeypatch.setattr(torch, "save", onto_a_full_disk)
-    result = run(PASS, *flags, "--run-name", "full")
-    assert result.returncode == 2
-    full = "no space left on the disk of runs/full/checkpoint.pt"
-    assert "cannot write a checkpoint of step 4" in result.stderr and full in result.stderr
-    result = run(PASS, "--resume", "runs/full")  # there is room again
-    assert result.returncode == 0 and "resuming at step 2" in result.stdout
-    assert outcome(tmp_path / "runs/full") == outcome(whole)
 
 
 def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, model, monkeypatch, tmp_path):
-    def onto_a_full_disk(path, record):
-        with open("/dev/full", "w") as file:
-            file.write(json.dumps(record))
-
     with monkeypatch.context() as patch:
-        patch.setattr(harness.run, "append_json", onto_a_full_disk)
+        write = harness.run.append_json
+        patch.setattr(harness.run, "append_json", lambda _, record: write(Path("/dev/full"), record))
         result = run(PASS, *SMALL, "--model", model)
-        assert result.returncode == 2 and result.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+        full = "error: no space left on the disk of /dev/full"
+        assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(full), result.stderr
     os.rename(tmp_path / "runs", tmp_path / "old")
     (tmp_path / "runs").write_text("")
     result = run(PASS, *SMALL, "--model", model)
@@ -482,10 +430,9 @@ learned.LearnedVerifier.save = half
 def test_killed_while_the_learned_verifier_is_saved(run, model, monkeypatch, tmp_path):
     """The next resume trains it again, and later ones read it."""
     flags = [*FLAGS, "--steps", "2", "--verifier", "learned", "--verifier-problems", "32", "--model", model]
-    flags = [of_script(RL, flag) for flag in [*flags, "--run-name", "killed"]]
-    command = [sys.executable, str(wrapped(tmp_path, RL, SAVE)), *flags]
-    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    flags += ["--run-name", "killed"]
+    returncode, _, err = ended(started(wrapped(tmp_path, RL, SAVE), *flags, cwd=tmp_path), cwd=tmp_path)
+    assert returncode == -signal.SIGKILL, err
     trained, verifier = [], learned.trained_verifier
     monkeypatch.setattr(learned, "trained_verifier", lambda *args, **kw: (trained.append(1), verifier(*args, **kw))[1])
     for _ in range(2):

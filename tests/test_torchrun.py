@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 import torch.distributed as dist
-from runs import EXTRA, FLAGS, ROOT, SCRIPTS, SMALL, of_script, outcome, records, steps_of, wrapped
+from runs import EXTRA, FLAGS, ROOT, SCRIPTS, SMALL, in_two_processes, outcome, records, started, steps_of, wrapped
 from test_sampler import random_policy, rollouts_of
 
 import common
@@ -65,9 +66,8 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     data = str(tmp_path / "data")
     torch.save((rollouts.prompts, rollouts.ids, rollouts.mask, rollouts.log_probs, A), data)
     (tmp_path / "step.py").write_text(STEP.format(root=str(ROOT), tests=str(ROOT / "tests"), data=data))
-    process = torchrun(tmp_path / "step.py", cwd=tmp_path)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    returncode, _, err = in_two_processes(tmp_path / "step.py", cwd=tmp_path)
+    assert returncode == 0, err
     assert err.count("{'reward': 0.5, 'timeouts': 3, 'late': 2}") == 2
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
@@ -78,8 +78,8 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
 
 
-# Steps are counted in each process. The first time, both die in step 5, with checkpoints after steps 2 and 4 (the
-# launcher must not be what dies: its workers would go on without it). The second time rank 1 alone is told to stop.
+# Steps are counted in each process. The first time both die in step 5, with checkpoints after steps 2 and 4; the second
+# time rank 1 alone is told to stop.
 INTERRUPTIONS = """
 import common
 step, steps = common.policy_gradient_step, []
@@ -97,26 +97,26 @@ common.policy_gradient_step = interrupted
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS[1:])])
 def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skilled, run, tmp_path):
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves."""
-    flags = [of_script(script, flag) for flag in [*FLAGS, *EXTRA.get(script, []), "--model", skilled]]
+    flags = [*FLAGS, *EXTRA.get(script, []), "--model", skilled]
     whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
-    returncode, out, err = ended(torchrun(ROOT / script, *flags, "--run-name", "whole", cwd=tmp_path))
+    returncode, out, err = in_two_processes(ROOT / script, *flags, "--run-name", "whole", cwd=tmp_path)
     assert returncode == 0, err
-    assert out.count("writing to runs/whole") == 1 and sorted(os.listdir(tmp_path / "runs")) == ["whole"]
+    assert out.count("writing to runs/whole") == 1 and os.listdir(tmp_path / "runs") == ["whole"]
     log = steps_of(whole)
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["nonzero_advantage"] > 0 for r in log) >= 3
 
     broken = wrapped(tmp_path, script, INTERRUPTIONS)
-    returncode, _, err = ended(torchrun(broken, *flags, "--run-name", "killed", cwd=tmp_path))
-    assert returncode != 0 and "SIGKILL" in err and not (killed / "policy").exists()
+    returncode, _, err = in_two_processes(broken, *flags, "--run-name", "killed", cwd=tmp_path)
+    assert returncode == -signal.SIGKILL and not (killed / "policy").exists(), err
     result = run(script, "--resume", "runs/killed")  # by one process
-    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/killed"
-    assert result.returncode == 2 and f"is a run of 2 process(es): {command}\n" in result.stderr
+    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/killed\n"
+    assert result.returncode == 2 and f"is a run of 2 process(es): {command}" in result.stderr
 
-    returncode, out, err = ended(torchrun(broken, "--resume", "runs/killed", cwd=tmp_path))
+    returncode, out, err = in_two_processes(broken, "--resume", "runs/killed", cwd=tmp_path)
     assert returncode != 0 and "resuming at step 4" in out, err
-    assert f"stopped after step 5; to go on:\n{command}\n" in out and not (killed / "policy").exists()
+    assert f"stopped after step 5; to go on:\n{command}" in out and not (killed / "policy").exists()
 
-    returncode, out, err = ended(torchrun(ROOT / script, "--resume", "runs/killed", cwd=tmp_path))
+    returncode, out, err = in_two_processes(ROOT / script, "--resume", "runs/killed", cwd=tmp_path)
     assert returncode == 0 and "resuming at step 5" in out, err
     assert outcome(killed) == outcome(whole)
 
@@ -154,11 +154,10 @@ told(harness.policy, "warm_start"), told(learned, "trained_verifier")
 def test_what_one_process_makes_for_all_does_not_hang(model, untrained, monkeypatch, tmp_path):
     """A cold cache: the first process alone trains `tiny` and the verifier, each once, and the other waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flags = [of_script("bon_rl.py", flag) for flag in [*SMALL, "--steps", "1", "--run-name", "a"]]
-    flags += ["--model", untrained if model == "a folder" else model]
+    flags = [*SMALL, "--steps", "1", "--run-name", "a", "--model", untrained if model == "a folder" else model]
     script = wrapped(tmp_path, "bon_rl.py", COLD)
-    process = torchrun(script, *flags, "--verifier", "learned", "--verifier-problems", "8", cwd=tmp_path)
-    returncode, out, err = ended(process, 180)
+    flags += ["--verifier", "learned", "--verifier-problems", "8"]
+    returncode, out, err = in_two_processes(script, *flags, cwd=tmp_path)
     assert returncode == 0 and "bon@2" in out, err
     made = [line for line in err.splitlines() if line.startswith("rank ")]
     assert made == [*["rank 0 warm_start"] * (model == "tiny"), "rank 0 trained_verifier"]
@@ -183,7 +182,7 @@ def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch)
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_error(untrained, tmp_path):
-    """Rank 1 has no such model: its error is shown, and rank 0, which waits for it, does not hang."""
+    """By torchrun. Rank 1 has no such model: its error is shown, and rank 0, which waits for it, does not hang."""
     code = "if os.environ['RANK'] == '1':\n    sys.argv[sys.argv.index('--model') + 1] = 'no/such'"
     script = wrapped(tmp_path, "pass_at_k_pg.py", code)
     returncode, _, err = ended(torchrun(script, *SMALL, "--model", untrained, cwd=tmp_path))
@@ -206,11 +205,11 @@ arithmetic.verify = raising
 @pytest.mark.parametrize("call, step", [(3, 1), pytest.param(1, 0, marks=pytest.mark.slow)])
 def test_a_verifier_that_raises_in_one_process_ends_all_after_a_checkpoint(call, step, untrained, tmp_path):
     script, folder = wrapped(tmp_path, "pass_at_k_pg.py", ONE_RAISES.format(call=call)), tmp_path / "runs/a"
-    returncode, out, err = ended(torchrun(script, *SMALL, "--model", untrained, "--run-name", "a", cwd=tmp_path), 120)
+    returncode, out, err = in_two_processes(script, *SMALL, "--model", untrained, "--run-name", "a", cwd=tmp_path)
     assert returncode != 0 and "ZeroDivisionError: what a verifier says" in err
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["progress"]["step"] == step == len(steps_of(folder))
-    returncode, out, err = ended(torchrun(ROOT / "pass_at_k_pg.py", "--resume", "runs/a", cwd=tmp_path))
+    returncode, out, err = in_two_processes(ROOT / "pass_at_k_pg.py", "--resume", "runs/a", cwd=tmp_path)
     assert returncode == 0 and f"resuming at step {step}" in out and len(steps_of(folder)) == 2, err
 
 
@@ -225,9 +224,10 @@ def test_fewer_held_out_problems_than_processes(untrained, tmp_path):
     """The second process has none: the first one's samples are all there are, those of a run of one process."""
     flags = [*SMALL, "--model", untrained, *"--eval-problems 1 --eval-n 32 --steps 1 --run-name".split()]
     script = wrapped(tmp_path, "pass_at_k_pg.py", COLD)
-    returncode, out, err = ended(torchrun(script, *flags, "two", cwd=tmp_path), 120)
+    returncode, _, err = in_two_processes(script, *flags, "two", cwd=tmp_path)
     assert returncode == 0, err
-    subprocess.run([sys.executable, script, *flags, "one"], cwd=tmp_path, check=True, capture_output=True)
+    returncode, _, err = runs.ended(started(script, *flags, "one", cwd=tmp_path), cwd=tmp_path)
+    assert returncode == 0, err
     one, two = (records(tmp_path / "runs" / name)[0] for name in ("one", "two"))
     assert one == two and 0 < one["eval"]["all"]["pass@1"][0] < 1
 

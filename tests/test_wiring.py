@@ -17,7 +17,6 @@ import bon_rl
 import bon_sft
 import common
 import harness.parallel
-import harness.report
 import harness.run
 import majority_pg
 import pass_at_k_pg
@@ -71,7 +70,7 @@ def one_step(model, monkeypatch, tmp_path):
         return (experts + table[prompt] + table[prompt])[:size]
 
     def run(script, rewards=GRADED, **arguments):
-        seen = SimpleNamespace(verified=[], fitted=[], ratios=[], drawn=[], evaluated=[])
+        seen = SimpleNamespace(verified=[], fitted=[], ratios=[], drawn=[], evaluated=[], left=[])
 
         def verify(problems, responses):
             prompts = [problem.prompt for problem in problems]
@@ -104,7 +103,9 @@ def one_step(model, monkeypatch, tmp_path):
             seen.given = SimpleNamespace(**given.arguments)
             seen.prompts = seen.prompts_of(seen.given.rollouts)
             seen.lr = seen.given.optimizer.param_groups[0]["lr"]
-            return real_step(*args, **options)
+            record = real_step(*args, **options)
+            seen.left.append(weights(seen.given.policy.model).clone())
+            return record
 
         tokenizer = harness.policy.tiny_tokenizer()
         seen.prompts_of = lambda rollouts: [tokenizer.decode(prompt) for prompt in rollouts.prompts]
@@ -112,7 +113,6 @@ def one_step(model, monkeypatch, tmp_path):
         task = Task("arithmetic", PROBLEMS, PROBLEMS, verify, max_new_tokens=4)
         with monkeypatch.context() as patch:
             patch.setattr("verifiers.arithmetic.load", lambda *_: task)
-            patch.setattr(harness.report, "save_figure", lambda *_: None)  # a third of the time
             patch.setattr(learned, "load_verifier", lambda *_: SimpleNamespace(score=score))
             patch.setattr(common, "sample", noted(seen.drawn, common.sample))
             patch.setattr(harness.run, "sample", noted(seen.evaluated, harness.run.sample))
@@ -255,6 +255,15 @@ def test_a_kl_by_value(script, one_step):
     before, after, moved = weights(seen.before), weights(seen.after), weights(reference.model)
     torch.testing.assert_close(moved, before + 0.1 * (after - before) if own else before)
     assert (after - before).abs().max() > 1e-3
+
+
+def test_the_anchor_is_an_average_of_what_each_step_left(one_step):
+    """A tenth of the policy after the first step, then a tenth of it after the second; it moves at no other time."""
+    seen = one_step(bon_rl, ONE_OR_ALL, kl_coef=0.5, estimator="mean", steps=2, eval_every=0, anchor_rate=0.1)
+    first, second = seen.left
+    expected = 0.9 * (0.9 * weights(seen.before) + 0.1 * first) + 0.1 * second
+    torch.testing.assert_close(weights(seen.ratios[-1][1].model), expected, rtol=1e-5, atol=1e-6)
+    assert (first - weights(seen.before)).abs().max() > 5e-3 and (second - first).abs().max() > 2e-3
 
 
 def test_the_metrics_of_a_step(one_step):
