@@ -41,8 +41,8 @@ import harness.run
 from harness.policy import encode_prompts, load_policy
 from pass_at_k_pg import advantages
 from verifiers import BadInput, load_task
-from verifiers.code import program_of
-from verifiers.sandbox import Sandbox
+from verifiers.code_tasks import program_of
+from verifiers.sandbox.pool import Sandbox
 
 Part = Literal["step", "sample", "memory", "sandbox", "time"]
 SOLVE_RATES = (0.71, 0.33, 0.13, 0.05, 0.002)  # of the warm-started tiny policy, levels 1 to 5 of `arithmetic`
@@ -141,7 +141,7 @@ class OurStep:
 
     def __call__(self) -> None:
         step, B = len(self.parts), len(self.problems)
-        generator = harness.run.random_numbers(self.policy.device, "step", step)
+        generator = harness.run.seeded_generator(self.policy.device, "step", step)
         times = [measure.now()]
         prompts = encode_prompts(self.policy, self.task, self.problems, self.tokens)
         rollouts = common.sample(self.policy, prompts, self.n, self.tokens, 1.0, generator)
