@@ -394,6 +394,14 @@ def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypat
     assert code.values_of(["x*x-77"])["x*x-77"][1][0] == 9 - 77  # nothing was kept of the failure
 
 
+def test_the_shared_pool_keeps_its_level_until_another_is_named():
+    first = shared()
+    assert shared(first.level) is first
+    weakest = shared("rlimits")
+    assert weakest.level == "rlimits" and shared() is weakest and first._workers == []
+    assert shared(first.level).level == first.level and weakest._workers == []
+
+
 def test_programs_takes_no_data():
     with pytest.raises(BadInput, match="leave --data out"):
         load_task("programs", "somewhere")
@@ -418,6 +426,11 @@ def test_a_module_that_the_reference_imports_is_not_the_program_s(tmp_path):
     assert hidden["names"] == ["tuple_size"] and hidden["tests"].startswith("import sys\n")
     forged = "class sys: getsizeof = staticmethod(lambda x: 0)\ndef tuple_size(x): return 0"
     assert statuses([problem] * 2, [problem.solution, forged]) == ["passed", "failed"]
+
+
+def test_a_function_by_another_statement_than_def_is_the_program_s():
+    answer = code.mbpp({**SANITIZED, "code": "root = lambda n: n ** 0.5"}).answer
+    assert json.loads(answer)["names"] == ["root"]
 
 
 def test_what_the_reference_imports_is_imported_by_tests_that_use_it():

@@ -143,6 +143,8 @@ def test_no_random_policy_has_more_pass_at_k_than_the_task_says():
         assert (optima.pass_at_k(Q, policies, k) <= best + 1e-12).all()
     with pytest.raises(ValueError, match="at least 1"):
         task.best(problems, 0)
+    uniform = load_task("suspects_uniform").best(problems, 2)
+    assert uniform.tolist() == pytest.approx([(2 - 1 / m) / m for m in LEVELS.tolist()])  # 1 - (1 - 1/m)^2
 
 
 def bon_sft(pi, N=8):
