@@ -101,16 +101,13 @@ def with_broken_returns(problem: Problem) -> str:
 # ---------------------------------------------------------------------------------------------------------- schemas
 
 
-@pytest.mark.parametrize(
-    "name, row, wrong",
-    [
-        ("humaneval", HUMANEVAL, "    return x\n"),
-        ("mbpp", MBPP, MBPP["code"].replace("+", "-")),
-        ("mbpp_sanitized", SANITIZED, "def root(n): return n"),
-        ("code_contests", CONTEST, "print(3)"),
-        ("taco", TACO_FUNCTION, "class Solution:\n    def order(self, a, b): return [a, b]"),
-    ],
-)
+@pytest.mark.parametrize("name, row, wrong", [
+    ("humaneval", HUMANEVAL, "    return x\n"),
+    ("mbpp", MBPP, MBPP["code"].replace("+", "-")),
+    ("mbpp_sanitized", SANITIZED, "def root(n): return n"),
+    ("code_contests", CONTEST, "print(3)"),
+    ("taco", TACO_FUNCTION, "class Solution:\n    def order(self, a, b): return [a, b]"),
+])  # fmt: skip
 def test_the_solution_of_each_schema_passes_and_a_wrong_one_fails(tmp_path, name, row, wrong):
     task = task_of(tmp_path, name, row)
     problem = task.test[0]
@@ -138,12 +135,6 @@ def test_contests_that_cannot_be_judged_are_left_out_and_counted(tmp_path, capsy
     assert len(task.train) == 1 and "2 of 3 rows of split 'train' left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["humaneval", "mbpp", "code_contests", "taco"])
-def test_rows_of_another_schema_are_refused(tmp_path, name):
-    with pytest.raises(BadInput, match=f"{name}.*row 1"):
-        task_of(tmp_path, name, {"question": 7, "answer": "7"})
-
-
 @pytest.mark.parametrize("output, expected, same", [
     ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("1000001", "1000000", False),
     ("YES", "yes", False), ("1 2", "1 2 3", False), ("1 2 3", "1 2", False), ("", "", True), ("1e3", "1000.0", True),
@@ -163,80 +154,62 @@ def test_outputs_are_compared_token_by_token(output, expected, same):
 FULL = "def double(x):\n    return 2 * x\n"
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        "    return 2 * x\n",
-        "return 2 * x\n",
-        "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).",
-        FULL,
-        HUMANEVAL["prompt"] + "    return 2 * x",
-        f"Here it is:\n```python\n{FULL}```\nand so on.",
-        f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
-        f"```python\ndef double(x): return x\n```\nNo, wait:\n```py\n{FULL}```",
-        f"The code:\n```\n{FULL}",
-        "```python\n    return 2 * x\n```",
-        "import math\n\n" + FULL,
-        f"from __future__ import annotations\n\n{FULL}",
-        f"```python\nfrom __future__ import annotations\nfrom __future__ import division\n{FULL}```",
-        f"~~~python\n{FULL}~~~\nand\n~~~\nprint(double(2))\n~~~",
-        f"~~~\n{FULL}a = '\\\n```\n'\n~~~",
-        "1. So:\n\n   ```python\n" + textwrap.indent(FULL, "   ") + "   ```\n\n2. Done.",
-        "- So:\n\n\t~~~\n" + textwrap.indent(FULL, "\t") + "\t~~~",
-        "double = lambda x: 2 * x",
-        "```python\ndouble = lambda x: 2 * x\n```\nFor example:\n```python\nprint(double(2))\n```",
-        "```python\ndouble: object = lambda x: 2 * x\n```\nso that\n```python\ndouble == 3\ndoubled = 4\n```",
-        f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
-        # continuations that a closing fence, an example or a main guard ends
-        "    return 2 * x\n```\n\nThe function doubles.",
-        "    return 2 * x\n\n```python\nprint(double(2))\n```",
-        "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
-        # the first space lost in decoding, or another indentation
-        "   y = 2 * x\n    return y",
-        "   if x:\n        return 2 * x\n    return 0",
-        "     y = 2 * x\n     return y",
-        "  y = 2 * x\n  return y\n\nprint(double(2))",
-        # fences that are none, and fences that are
-        "```python\ndef double(x):\n    return 2 * x```",
-        "Here it is: ```python\ndef double(x):\n    return 2 * x\n```",
-        '```python\ndef double(x):\n    """\n    ```python\n    double(2)\n    ```\n    """\n    return 2 * x\n```',
-        f"```\nIt is '''quoted.\n```\n```python\n{FULL}```",
-        f"````python\n{FULL}````",
-        f"```python title='a.py'\n{FULL}```",
-        f"```python\n{FULL}\n```python\nprint(double(2))\n```",
-        f"It is a simple function. The code is as follows:\n\n{FULL}\nIt just doubles x.",
-        # of several blocks
-        "```python\ndef twice(x):\n    return 2 * x\n```\n```python\ndef double(x):\n    return twice(x)\n```",
-        "```python\nimport operator\n```\n```python\ndef double(x):\n    return operator.mul(2, x)\n```",
-        f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
-        f"```python\n{FULL}```\nIn JavaScript:\n```js\nfunction f(x) {{}}\ndef double(x):\n```",
-    ],
-)
+@pytest.mark.parametrize("response", [
+    "    return 2 * x\n",
+    "return 2 * x\n",
+    "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).",
+    FULL,
+    HUMANEVAL["prompt"] + "    return 2 * x",
+    f"Here it is:\n```python\n{FULL}```\nand so on.",
+    f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
+    f"```python\ndef double(x): return x\n```\nNo, wait:\n```py\n{FULL}```",
+    f"The code:\n```\n{FULL}",
+    "```python\n    return 2 * x\n```",
+    "import math\n\n" + FULL,
+    f"from __future__ import annotations\n\n{FULL}",
+    f"```python\nfrom __future__ import annotations\nfrom __future__ import division\n{FULL}```",
+    f"~~~python\n{FULL}~~~\nand\n~~~\nprint(double(2))\n~~~",
+    f"~~~\n{FULL}a = '\\\n```\n'\n~~~",
+    "1. So:\n\n   ```python\n" + textwrap.indent(FULL, "   ") + "   ```\n\n2. Done.",
+    "- So:\n\n\t~~~\n" + textwrap.indent(FULL, "\t") + "\t~~~",
+    "double = lambda x: 2 * x",
+    "```python\ndouble = lambda x: 2 * x\n```\nFor example:\n```python\nprint(double(2))\n```",
+    "```python\ndouble: object = lambda x: 2 * x\n```\nso that\n```python\ndouble == 3\ndoubled = 4\n```",
+    f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
+    # continuations that a closing fence, an example or a main guard ends
+    "    return 2 * x\n```\n\nThe function doubles.",
+    "    return 2 * x\n\n```python\nprint(double(2))\n```",
+    "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
+    # the first space lost in decoding, or another indentation
+    "   y = 2 * x\n    return y",
+    "   if x:\n        return 2 * x\n    return 0",
+    "     y = 2 * x\n     return y",
+    "  y = 2 * x\n  return y\n\nprint(double(2))",
+    # fences that are none, and fences that are
+    "```python\ndef double(x):\n    return 2 * x```",
+    "Here it is: ```python\ndef double(x):\n    return 2 * x\n```",
+    '```python\ndef double(x):\n    """\n    ```python\n    double(2)\n    ```\n    """\n    return 2 * x\n```',
+    f"```\nIt is '''quoted.\n```\n```python\n{FULL}```",
+    f"````python\n{FULL}````",
+    f"```python title='a.py'\n{FULL}```",
+    f"```python\n{FULL}\n```python\nprint(double(2))\n```",
+    f"It is a simple function. The code is as follows:\n\n{FULL}\nIt just doubles x.",
+    # of several blocks
+    "```python\ndef twice(x):\n    return 2 * x\n```\n```python\ndef double(x):\n    return twice(x)\n```",
+    "```python\nimport operator\n```\n```python\ndef double(x):\n    return operator.mul(2, x)\n```",
+    f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
+    f"```python\n{FULL}```\nIn JavaScript:\n```js\nfunction f(x) {{}}\ndef double(x):\n```",
+])  # fmt: skip
 def test_forms_of_a_right_response(tmp_path, response):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
     assert rewards(task, task.test[0], response) == [1.0]
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        "",
-        "   ",
-        "```",
-        "def double(x):",
-        "Two times x.",
-        "    return x",
-        "\0",
-        "\ud800",
-        "return 2 * x" * 2,
-        "(" * 5000,
-        "-" * 5000 + "1",
-        "```\n" * 5000,
-        FULL.replace("double", "triple"),
-        "double == lambda x: 2 * x",
-        "from __future__ import braces\n" + FULL,
-    ],
-)
+@pytest.mark.parametrize("response", [
+    "", "   ", "```", "def double(x):", "Two times x.", "    return x", "\0", "\ud800", "return 2 * x" * 2, "(" * 5000,
+    "-" * 5000 + "1", "```\n" * 5000, FULL.replace("double", "triple"), "double == lambda x: 2 * x",
+    "from __future__ import braces\n" + FULL,
+])  # fmt: skip
 def test_forms_of_a_wrong_response(tmp_path, response):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
     assert rewards(task, task.test[0], response) == [0.0]
@@ -246,26 +219,23 @@ SUM = "input()\nprint(sum(map(int, input().split())))\n"
 SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        f"```python\n{SUM}```\nSample input:\n```\n2\n1 2\n```\nSample output:\n```\n3\n```",
-        f"```python\n{SUM}```\nTry it:\n```bash\necho '2 1 2' | python sum.py\n```",
-        f"```\n{SUM}```\n```text\n3\n```",
-        f"```python\n{SUM}```\n```markdown\nThis prints the sum.\n```",
-        f"```python\n{SUM}```\n```cpp\nint main() {{ return 0; }}\n```",
-        f"```python\n{SUM}```\n```js\nconsole.log(3)\n```",
-        f"```python\n{SUM}```\nA test:\n```python\nassert sum([1, 2]) == 3\nprint('right')\n```",
-        f"```python\nprint(7)\n```\nNo:\n```python\n{SUM}```",
-        f"```python\n{SOLVE}```\nand\n```python\nprint(solve())\n```",
-        f"```python\n{SOLVE}```\n```python\nprint(solve())\n```\n```python\nprint(sum([1, 2]))\n```",
-        f"```python\n{SOLVE}print(solve())\n```\n"
-        "A test:\n```python\nimport io, sys\nsys.stdin = io.StringIO('')\nprint(solve())\n```",
-        f"{SUM}```\nThat is all",
-        " " + SUM,
-        f"The program:\n\nimport sys\n{SUM}",
-    ],
-)
+@pytest.mark.parametrize("response", [
+    f"```python\n{SUM}```\nSample input:\n```\n2\n1 2\n```\nSample output:\n```\n3\n```",
+    f"```python\n{SUM}```\nTry it:\n```bash\necho '2 1 2' | python sum.py\n```",
+    f"```\n{SUM}```\n```text\n3\n```",
+    f"```python\n{SUM}```\n```markdown\nThis prints the sum.\n```",
+    f"```python\n{SUM}```\n```cpp\nint main() {{ return 0; }}\n```",
+    f"```python\n{SUM}```\n```js\nconsole.log(3)\n```",
+    f"```python\n{SUM}```\nA test:\n```python\nassert sum([1, 2]) == 3\nprint('right')\n```",
+    f"```python\nprint(7)\n```\nNo:\n```python\n{SUM}```",
+    f"```python\n{SOLVE}```\nand\n```python\nprint(solve())\n```",
+    f"```python\n{SOLVE}```\n```python\nprint(solve())\n```\n```python\nprint(sum([1, 2]))\n```",
+    f"```python\n{SOLVE}print(solve())\n```\n"
+    "A test:\n```python\nimport io, sys\nsys.stdin = io.StringIO('')\nprint(solve())\n```",
+    f"{SUM}```\nThat is all",
+    " " + SUM,
+    f"The program:\n\nimport sys\n{SUM}",
+])  # fmt: skip
 def test_forms_of_a_right_program(tmp_path, response):
     tests = {"input": ["2\n1 2\n", "3\n5 5 7\n"], "output": ["3\n", "17\n"]}
     task = task_of(tmp_path, "code_contests", {**CONTEST, "public_tests": tests, "private_tests": None})
@@ -319,7 +289,7 @@ def test_a_response_keeps_its_first_space(last):
     rollouts = common.Rollouts([[0, last]], ids, mask, torch.zeros(1, 2, 6), 1.0)
     policy = SimpleNamespace(tokenizer=Llama())
     first = "" if last == 5 else " "  # behind a special token nothing can keep it
-    assert common.decode(policy, rollouts) == [[first + "   return x"[:0] + "  " + " return x", first + "x"]]
+    assert common.decode(policy, rollouts) == [[first + "   return x", first + "x"]]
 
 
 def test_troubles_are_counted(tmp_path):
@@ -396,17 +366,8 @@ def test_programs_votes_are_equal_behaviour(programs):
 
 
 def test_programs_hostile_expressions_are_contained(programs):
-    row = [
-        "9**9**9",
-        "9**9**8",
-        "'a'*10**10",
-        "__import__('os')._exit(0)",
-        "exec('while 1:0')",
-        "[0]*10**10",
-        "x if 1else'''",
-        "2*x+1",
-        "((" * 10,
-    ]
+    row = ["9**9**9", "9**9**8", "'a'*10**10", "__import__('os')._exit(0)", "exec('while 1:0')", "[0]*10**10"]
+    row += ["x if 1else'''", "2*x+1", "((" * 10]
     problem = next(p for p in [*programs.train, *programs.test] if p.solution == "2*x+1")
     verdict = programs.verify([problem], [row])
     assert verdict.rewards.tolist() == [[0] * 7 + [1, 0]] and verdict.counts["timed out"] == 3
@@ -433,6 +394,14 @@ def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypat
     assert code.values_of(["x*x-77"])["x*x-77"][1][0] == 9 - 77  # nothing was kept of the failure
 
 
+def test_the_shared_pool_keeps_its_level_until_another_is_named():
+    first = shared()
+    assert shared(first.level) is first
+    weakest = shared("rlimits")
+    assert weakest.level == "rlimits" and shared() is weakest and first._workers == []
+    assert shared(first.level).level == first.level and weakest._workers == []
+
+
 def test_programs_takes_no_data():
     with pytest.raises(BadInput, match="leave --data out"):
         load_task("programs", "somewhere")
@@ -457,6 +426,11 @@ def test_a_module_that_the_reference_imports_is_not_the_program_s(tmp_path):
     assert hidden["names"] == ["tuple_size"] and hidden["tests"].startswith("import sys\n")
     forged = "class sys: getsizeof = staticmethod(lambda x: 0)\ndef tuple_size(x): return 0"
     assert statuses([problem] * 2, [problem.solution, forged]) == ["passed", "failed"]
+
+
+def test_a_function_by_another_statement_than_def_is_the_program_s():
+    answer = code.mbpp({**SANITIZED, "code": "root = lambda n: n ** 0.5"}).answer
+    assert json.loads(answer)["names"] == ["root"]
 
 
 def test_what_the_reference_imports_is_imported_by_tests_that_use_it():

@@ -129,19 +129,8 @@ def test_advantages_are_finite_and_bounded_whatever_the_dtype_and_magnitude(scri
 @scripts
 @estimators
 @examples(40)
-@given(groups(), st.data(), st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_advantages_refuse_rewards_that_are_not_finite_and_say_where(script, estimator, group, data, bad):
-    votes, rewards, k = group
-    b, i = data.draw(st.integers(0, len(rewards) - 1)), data.draw(st.integers(0, rewards.shape[1] - 1))
-    rewards[b, i] = bad
-    with pytest.raises(ValueError, match=rf"finite.*\[{b}, {i}\]$"):
-        advantages(script, votes, rewards, k, estimator)
-
-
-@scripts
-@estimators
-@examples(40)
 @given(groups(lowest_vote=0), st.floats(-1e6, 1e6))
+@example((torch.zeros(1, 7, dtype=torch.int64), torch.zeros(1, 7), 1), 0.1)
 def test_equal_rewards_have_no_advantage(script, estimator, group, reward):
     votes, rewards, k = group
     A = advantages(script, votes, torch.full_like(rewards, reward), k, estimator)
@@ -149,12 +138,6 @@ def test_equal_rewards_have_no_advantage(script, estimator, group, reward):
         assert (A == reward).all()  # no other sample, so no baseline
     else:
         assert (A == 0).all()
-
-
-@scripts
-def test_the_mean_estimator_has_no_signal_where_all_rewards_are_equal(script):
-    votes, rewards = torch.zeros(1, 7, dtype=torch.int64), torch.full((1, 7), 0.1)
-    assert (advantages(script, votes, rewards, 1, "mean") == 0).all()
 
 
 @scripts
@@ -185,26 +168,6 @@ def test_majority_rows_do_not_depend_on_the_magnitude_of_others():
 
 
 @scripts
-@examples(30)
-@given(groups())
-def test_unbiased_with_n_equal_k_is_the_loss_of_leaving_one_out(script, group):
-    votes, rewards, _ = group
-    n = rewards.shape[1]
-    rewards = rewards.gather(-1, votes.clamp(min=0) % n)  # a function of the answer
-
-    def metric(keep):
-        if not keep:
-            return torch.zeros(len(rewards), dtype=torch.float64)
-        if script == "pass_at_k_pg":
-            return common.pass_at_k(rewards[:, keep], len(keep))
-        return majority_pg.majority_at_k(votes[:, keep], rewards[:, keep], len(keep))
-
-    left_out = [metric(list(range(n))) - metric([j for j in range(n) if j != i]) for i in range(n)]
-    A = advantages(script, votes, rewards, n, "unbiased")
-    torch.testing.assert_close(A, torch.stack(left_out, -1), rtol=1e-12, atol=1e-12)
-
-
-@scripts
 @examples(40)
 @given(groups())
 def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script, group):
@@ -220,27 +183,15 @@ def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script, group):
 
 @examples(60)
 @given(groups(), st.sampled_from([torch.float64, torch.float32, torch.int64, torch.uint8]))
-def test_metrics_of_odd_groups(group, dtype):
+def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(group, dtype):
     votes, rewards, k = group
-    n, rewards = rewards.shape[1], (rewards * 8).abs().to(dtype) if not dtype.is_floating_point else rewards.to(dtype)
-    r, answered = rewards.double(), votes >= 0
-    blank = torch.full_like(votes, -1)
-    for metric in [
-        common.pass_at_k(rewards, k), common.best_of_k(rewards, rewards, k),
-        majority_pg.majority_at_k(votes, rewards, k),
-    ]:  # fmt: skip
-        assert metric.shape == (len(rewards),) and metric.dtype == torch.float64 and metric.isfinite().all()
-        low, high = r.amin(-1).clamp(max=0), r.amax(-1).clamp(min=0)
-        assert (metric >= low - 1e-12).all() and (metric <= high + 1e-12).all()
-    close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(common.pass_at_k(rewards, 1), r.mean(-1), **close)
-    torch.testing.assert_close(common.pass_at_k(rewards, n), r.amax(-1), **close)
-    torch.testing.assert_close(common.best_of_k(torch.full_like(r, 3), rewards, k), r.mean(-1), **close)
-    torch.testing.assert_close(majority_pg.majority_at_k(blank, rewards, k), 0 * r[:, 0], **close)
-    if k == 1:
-        per_answer = [[r[b][votes[b] == vote].mean() for vote in votes[b]] for b in range(len(r))]
-        expected = torch.tensor(per_answer, dtype=torch.float64).masked_fill(~answered, 0).mean(-1)
-        torch.testing.assert_close(majority_pg.majority_at_k(votes, rewards, 1), expected, **close)
+    rewards = (rewards * 8).abs().to(dtype)
+    for metric in (
+        lambda r: common.pass_at_k(r, k), lambda r: common.best_of_k(r, r, k),
+        lambda r: majority_pg.majority_at_k(votes, r, k),
+    ):  # fmt: skip
+        assert metric(rewards).dtype == torch.float64 and torch.equal(metric(rewards), metric(rewards.double()))
+        assert (metric(rewards) >= -1e-12).all() and (metric(rewards) <= rewards.double().amax(-1) + 1e-12).all()
 
 
 @examples(60)
@@ -283,12 +234,6 @@ def test_arithmetic_rewards_only_the_number(responses):
             assert (vote == -1) == (arithmetic.number(response) is None)
 
 
-def test_a_million_digits_are_an_answer_like_any_other():
-    digits = "7" * 10**6
-    verdict = arithmetic.verify([Problem("?", digits)], [["00" + digits, digits[1:], digits + "x", "1," + digits]])
-    assert verdict.rewards.tolist() == [[1, 0, 0, 1]] and verdict.votes.tolist() == [[0, 1, -1, 0]]
-
-
 # --- Mathematics ---
 
 
@@ -310,20 +255,10 @@ def test_an_extracted_answer_is_short_clean_text_of_the_response(response):
 
 
 @pytest.mark.parametrize("start, piece, end", [
-    ("answer", " ", ""),
-    ("answer", " ", ": "),
-    ("answer **", " *", ""),
-    (r"\boxed", " ", ""),
-    ("", r"\boxed{ ", "}" * 2000),
-    ("", "1,111", "x"),
-    ("", r"\$", ""),
-    (r"\(", "x", ""),
-    ("", r"\text{", ""),
-    ("", "9", ""),
-    ("", "1 ", ""),
-    ("", "$1$, ", ""),
-    (r"\boxed{0.", "9", "!}"),
-    (r"\boxed{0.", "12", "!}"),
+    ("answer", " ", ""), ("answer", " ", ": "), ("answer **", " *", ""), (r"\boxed", " ", ""),
+    ("", r"\boxed{ ", "}" * 2000), ("", "1,111", "x"), ("", r"\$", ""), (r"\(", "x", ""), ("", r"\text{", ""),
+    ("", "9", ""), ("", "1 ", ""), ("", "$1$, ", ""), (r"\boxed{0.", "9", "!}"), (r"\boxed{0.", "12", "!}"),
+    (r"\boxed{0.\dot9", "12", "!}"),
 ])  # fmt: skip
 def test_a_whole_batch_of_the_slowest_responses_is_read_in_time(start, piece, end):
     """A policy that learns to write one of these writes it in every sample."""
@@ -352,19 +287,6 @@ def test_any_two_answers_are_compared(answer):
 @given(st.decimals(-999, 999, places=2), st.integers(1, 99))
 def test_a_decimal_over_an_integer_is_a_number(top, bottom):
     assert math_task.plain_key(f"{top}/{bottom}") == number_key(Fraction(top) / bottom)
-
-
-WORDLESS = st.text(st.characters(exclude_categories=["N", "L"], exclude_characters="\\$#"), max_size=50)
-GARBAGE = WORDLESS | st.sampled_from([*BLANK, "\0" * 10**6, "\ud800" * 10**6, "-" * 10**6, "{" * 10**6])
-
-
-@examples(40)
-@given(st.lists(st.lists(GARBAGE, min_size=3, max_size=3), min_size=1, max_size=2))
-def test_math_gives_garbage_no_reward_and_no_vote(responses):
-    for extract in (math_task.math_answer, math_task.gsm8k_answer):
-        verdict = math_task.verify([Problem("?", "24")] * len(responses), responses, extract)
-        check_form(verdict, responses)
-        assert not verdict.rewards.any() and (verdict.votes == -1).all() and verdict.counts == {}
 
 
 @examples(5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
@@ -411,24 +333,10 @@ def test_the_last_block_that_defines_the_function_is_taken(before, between, afte
         assert code.source_in(response, ["wanted"], "").endswith(wanted)
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [
-        "(",
-        "-",
-        "x.",
-        "1+",
-        "a=",
-        "@a\n",
-        "```\nf(x)\n```\n",
-        "`",
-        "~~~ x\n",
-        "it's ",
-        "    \n",
-        "if 1: 1\nelif ",
-        "if x:\n",
-    ],
-)
+@pytest.mark.parametrize("piece", [
+    "(", "-", "x.", "1+", "a=", "@a\n", "```\nf(x)\n```\n", "`", "~~~ x\n", "it's ", "    \n", "if 1: 1\nelif ",
+    "if x:\n",
+])  # fmt: skip
 def test_no_response_keeps_the_reader_of_programs_busy(piece):
     """A policy that learns to write one of these writes it in every sample; none may end the interpreter."""
     for names, prefix in ((["f"], ""), (["f"], "def f(x):\n"), ([], "")):
@@ -491,6 +399,7 @@ WHOLE = repr('{"result": 7, "failure": null}\n')
 
 @pytest.mark.parametrize("answer, result, failure", [
     (SAY % WHOLE, 7, None), (SAY % f"{WHOLE}[:9]" + "; time.sleep(.2); " + SAY % f"{WHOLE}[9:]", 7, None),
+    ("time.sleep(.5); " + SAY % WHOLE, 7, None),  # of wall time, of which a crowded machine takes more
     (SAY % repr("{") + "; time.sleep(600)", None, "late"), ("time.sleep(600)", None, "late"),
     ("while True: " + SAY % repr("{") + "; time.sleep(.001)", None, "late"),
     ("while True: " + SAY % "'{' * 9999", None, "dead workers"), ("sys.exit(1)", None, "dead workers"),
@@ -625,24 +534,6 @@ def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, change
         assert all(len(problem.answer) <= math_task.MAX_ANSWER_CHARS for problem in problems)
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"problem": None, "answer": "1"}, "row 1: empty problem"),
-    ({"problem": {"text": "a"}, "answer": "1"}, "row 1: problem is a dict"),
-    ({"problem": "a", "answer": ["1"]}, "row 1: answer is a list"),
-    ({"problem": "\ud800", "answer": "1"}, "row 1: half a character"),
-    ({"a\nb": 1}, "row 1: no column problem or question, answer or solution; found a b"),
-])  # fmt: skip
-def test_what_is_wrong_with_a_row_is_said(folder, row, message):
-    (folder / "row.jsonl").write_text(json.dumps(row))
-    with pytest.raises(BadInput, match=message):
-        load_task("math", str(folder / "row.jsonl"))
-
-
-def test_a_null_problem_leaves_the_question(folder):
-    row = {"problem": None, "question": "1+1?", "answer": "2"}
-    assert problems_or_refusal("math", folder / "row.jsonl", json.dumps(row).encode()) == [Problem("1+1?", "2")]
-
-
 TABLES = {
     "no columns": pyarrow.table({}),
     "no rows": pyarrow.table({"problem": pyarrow.array([], pyarrow.string())}),
@@ -690,22 +581,18 @@ def test_code_rows_with_a_field_of_any_value_give_problems_or_a_refusal(folder, 
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("mbpp", {"code": None}),
-    ("mbpp", {"text": None}),
-    ("mbpp", {"test_list": []}),
-    ("humaneval", {"prompt": ""}),
-    ("humaneval", {"prompt": "\ud800"}),
-    ("humaneval", {"canonical_solution": None}),
-    ("code_contests", {"description": None}),
-    ("code_contests", {"public_tests": "x"}),
+    *(("mbpp", change) for change in ({"code": None}, {"text": None}, {"test_list": []})),
+    *(("humaneval", change) for change in ({"prompt": ""}, {"prompt": "\ud800"}, {"canonical_solution": None})),
+    *(("code_contests", change) for change in ({"description": None}, {"public_tests": "x"})),
     ("code_contests", {"public_tests": {"input": [1], "output": [2]}}),
-    ("taco", {"input_output": "[1]"}),
-    ("taco", {"question": None}),
-    ("taco", {"solutions": [1]}),
+    *(("taco", change) for change in ({"input_output": "[1]"}, {"question": None}, {"solutions": [1]})),
+    *((name, None) for name in ("humaneval", "mbpp", "code_contests", "taco")),  # a row of another schema
 ])  # fmt: skip
 def test_code_rows_that_cannot_be_problems_are_refused(folder, name, changes):
-    row = {**dict(CODE_ROWS[:5])[name], **changes}
-    assert problems_or_refusal(name, folder / "code.jsonl", json.dumps(row).encode()) is None
+    row = {**dict(CODE_ROWS[:5])[name], **changes} if changes else {"question": 7, "answer": "7"}
+    (folder / "code.jsonl").write_text(json.dumps(row))
+    with pytest.raises(BadInput, match=f"{name}, .*row 1: .* has the schema"):
+        load_task(name, str(folder / "code.jsonl"))
 
 
 @examples(60)

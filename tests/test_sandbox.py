@@ -16,7 +16,7 @@ import pytest
 
 from verifiers import BadInput
 from verifiers.sandbox import lock
-from verifiers.sandbox.pool import Limits, Program, Result, Sandbox
+from verifiers.sandbox.pool import FOLDER, Limits, Program, Result, Sandbox
 
 LEVEL = os.environ.get("SANDBOX", "auto")
 LIMITS = Limits(wall=3, cpu=1, memory=512 << 20, output=1 << 16)
@@ -42,29 +42,18 @@ def run(pool: Sandbox, source: str, tests: str = f"assert f(2) == {SECRET!r}", n
 
 
 def test_a_right_program_passes_and_its_value_comes_back(pool):
-    source, tests = (
-        "def f(x):\n    return [x, (x, {'a': 10**30})]",
-        "value = f(2)\nassert value[1] == (2, {'a': 10**30})",
-    )
-    result = run(pool, source, tests)
+    source = "def f(x):\n    return [x, (x, {'a': 10**30})]"
+    result = run(pool, source, "value = f(2)\nassert value[1] == (2, {'a': 10**30})")
     assert result.passed and result.value == [2, [2, {"a": 10**30}]]  # as JSON holds it
+    assert run(pool, "def f(x): return x", "assert f(2) == 3").status == "failed"
     for huge in ("{1, 2}", "10**5000", "'x' * (17 << 20)"):
         assert run(pool, f"def f(x): return {huge}", "value = f(2)").status in ("failed", "output truncated")
 
 
-def test_a_wrong_program_fails(pool):
-    assert run(pool, "def f(x): return x", "assert f(2) == 3").status == "failed"
-
-
-@pytest.mark.parametrize(
-    "tests",
-    [
-        "assert list(f(3)) == [0, 1, 4]",
-        "it = iter(f(2)); assert next(it) == 0 and next(it) == 1",
-        "import math\nassert math.isclose(sum(f(3)), 5.0)",
-        "assert 4 in f(3) and 5 not in f(3)",
-    ],
-)
+@pytest.mark.parametrize("tests", [
+    "assert list(f(3)) == [0, 1, 4]", "it = iter(f(2)); assert next(it) == 0 and next(it) == 1",
+    "import math\nassert math.isclose(sum(f(3)), 5.0)", "assert 4 in f(3) and 5 not in f(3)",
+])  # fmt: skip
 def test_values_that_are_not_plain_data_stay_usable(pool, tests):
     assert run(pool, "def f(n): return (i * i for i in range(n))", tests).passed
 
@@ -84,38 +73,36 @@ assert f([p, Pair(3, 4)]) == [7, 3] and p.swap().a == 2 and p == p and p != Pair
     assert run(pool, source, tests, ("f", "Pair")).passed
 
 
+def test_neither_the_pool_nor_a_worker_needs_torch(pool):
+    code = "import sys, verifiers.rows, verifiers.sandbox.pool, verifiers.workers\nassert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent).returncode == 0
+    source = "import sys\ndef f(): return [*sys.modules], sys.path"
+    tests = f"modules, path = f()\nassert 'sandbox.program' in modules and {str(FOLDER)!r} not in path"
+    assert run(pool, source, tests + "\nassert not {'verifiers', 'torch', 'dataclasses'} & {*modules}").passed
+
+
 def test_text_after_the_program_is_dropped(pool):
     assert run(pool, "def f(x):\n    return 2 * x\n\nThis function doubles (it's easy", "assert f(2) == 4").passed
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "a, b = map(int, input().split())\nprint(a + b)",
-        "import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))",
-        "import sys, atexit, io\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\n"
-        "out.write(str(sum(map(int, sys.stdin.read().split()))))",
-        "import sys, threading\ndef main(): print(sum(map(int, sys.stdin.read().split())))\n"
-        "threading.stack_size(2**26)\nthreading.Thread(target=main).start()",
-    ],
-)
+@pytest.mark.parametrize("source", [
+    "a, b = map(int, input().split())\nprint(a + b)",
+    "import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))",
+    "import sys, atexit, io\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\n"
+    "out.write(str(sum(map(int, sys.stdin.read().split()))))",
+    "import sys, threading\ndef main(): print(sum(map(int, sys.stdin.read().split())))\n"
+    "threading.stack_size(2**26)\nthreading.Thread(target=main).start()",
+])  # fmt: skip
 def test_ways_to_read_and_print(pool, source):
     assert run(pool, source, "", cases=(("1 2\n", "3\n"), ("3 4\n", "7.0000001"))).passed
     assert run(pool, source, "", cases=(("1 2\n", "3\n"), ("3 4\n", "8\n"))).status == "failed"
 
 
-@pytest.mark.parametrize(
-    "source, status",
-    [
-        ("print(3)\nraise ValueError", "failed"),
-        ("print(3)\nraise SystemExit(1)", "failed"),
-        ("print(3, 4)", "failed"),
-        ("while True: print(3)", "output truncated"),
-        ("import time\nprint(3, flush=True)\ntime.sleep(60)", "timed out"),
-        ("x = [0] * 10**9", "out of memory"),
-        ("import socket\nsocket.socket()", "refused"),
-    ],
-)
+@pytest.mark.parametrize("source, status", [
+    ("print(3)\nraise SystemExit(1)", "failed"), ("while True: print(3)", "output truncated"),
+    ("import time\nprint(3, flush=True)\ntime.sleep(60)", "timed out"), ("x = [0] * 10**9", "out of memory"),
+    ("import socket\nsocket.socket()", "refused"),
+])  # fmt: skip
 def test_verdicts_of_programs_that_print(pool, source, status):
     wall = 0.7 if "sleep" in source else math.inf
     assert run(pool, source, "", cases=(("", "3\n"),), wall=wall).status == status
@@ -146,11 +133,6 @@ class E(str):
     def __eq__(s, o): return True
     __hash__ = None
 def f(x): return E('no')
-""",
-    "an int equal to everything": """
-class E(int):
-    def __eq__(s, o): return True
-def f(x): return E(1)
 """,
     "a metaclass equal to everything": """
 class M(type):
@@ -238,29 +220,14 @@ def f(x):
 import os
 def f(x): os.write(3, b'\0\0\0\5hello')
 """,
-    "a number for an answer": r"""
-import os
-def f(x): os.write(3, b'\0\0\0\1' + b'7')
-""",
     "two answers at once": r"""
 import os
 def f(x): os.write(3, b'\0\0\0\2[]' * 2)
-""",
-    "an unknown kind of value": """
-import os, json
-m = json.dumps(['value', ['eval', '__import__']]).encode()
-def f(x): os.write(3, len(m).to_bytes(4, 'big') + m)
 """,
     "a bottomless answer": """
 def f(x):
     a = []
     for _ in range(400): a = [a]
-    return a
-""",
-    "an endless answer": """
-def f(x):
-    a = []
-    a.append(a)
     return a
 """,
     "an exception that is no exception": """
@@ -283,59 +250,23 @@ def test_forgery_does_not_pass(pool, name):
     assert result.status in ("failed", "refused", "killed"), result
 
 
-@pytest.mark.parametrize(
-    "name, source, tests",
-    [
-        (
-            "StopIteration ends a test's loop",
-            "def f(x): raise StopIteration",
-            "assert all(map(lambda x: f(x) == x * x, [2, 3]))",
-        ),
-        (
-            "items equal to everything",
-            FORGERIES["equal to everything"].replace("return E()", "return iter([E()])"),
-            f"assert list(f(2)) == [{SECRET!r}]",
-        ),
-        (
-            "a dict with keys equal to everything",
-            "class E:\n    def __eq__(s, o): return True\n"
-            "    def __hash__(s): return hash('a')\ndef f(x): return {E(): 1}",
-            "assert f(2) == {'a': 1}",
-        ),
-        (
-            "a shadowed builtin of the tests",
-            "sorted = abs = lambda *a: 0\ndef f(x): return [3]",
-            "assert sorted(f(2)) == [1]",
-        ),
-        (
-            "an object that contains everything",
-            "class E:\n    def __contains__(s, o): return True\n"
-            "    def __iter__(s): return iter(E)\ndef f(x): return E()",
-            f"assert {SECRET!r} in f(2)",
-        ),
-        (
-            "items equal to everything, searched",
-            FORGERIES["equal to everything"].replace("return E()", "return iter([E()])"),
-            f"assert {SECRET!r} in f(2)",
-        ),
-        (
-            "a length that lies",
-            "class L:\n    def __len__(s): return -1\ndef f(x): return L()",
-            "assert len(f(2)) == 3",
-        ),
-        ("a float near everything", "def f(x): return float('nan')", "assert not abs(f(2) - 4) > 1e-6 and f(2) == 4"),
-        (
-            "a test that forgives exceptions",
-            "import os\ndef f(x): os._exit(0)",
-            "try:\n    f(2)\nexcept Exception:\n    pass",
-        ),
-        (
-            "a test that forgives everything",
-            "import os\ndef f(x): os._exit(0)",
-            "try:\n    f(2)\nexcept BaseException:\n    pass",
-        ),
-    ],
-)
+EQUAL_ITEMS = FORGERIES["equal to everything"].replace("return E()", "return iter([E()])")
+
+
+@pytest.mark.parametrize("name, source, tests", [
+    ("StopIteration ends a test's loop", "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x, [2]))"),
+    ("items equal to everything", EQUAL_ITEMS, f"assert list(f(2)) == [{SECRET!r}]"),
+    ("items equal to everything, searched", EQUAL_ITEMS, f"assert {SECRET!r} in f(2)"),
+    ("a dict with keys equal to everything", "class E:\n    def __eq__(s, o): return True\n"
+     "    def __hash__(s): return hash('a')\ndef f(x): return {E(): 1}", "assert f(2) == {'a': 1}"),
+    ("a shadowed builtin of the tests", "sorted = lambda *a: 0\ndef f(x): return [3]", "assert sorted(f(2)) == [1]"),
+    ("an object that contains everything", "class E:\n    def __contains__(s, o): return True\n"
+     "    def __iter__(s): return iter(E)\ndef f(x): return E()", f"assert {SECRET!r} in f(2)"),
+    ("a length that lies", "class L:\n    def __len__(s): return -1\ndef f(x): return L()", "assert len(f(2)) == 3"),
+    ("a float near everything", "def f(x): return float('nan')", "assert not abs(f(2) - 4) > 1e-6 and f(2) == 4"),
+    ("a test that forgives exceptions", "import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept Exception: pass"),
+    ("a test that forgives everything", "import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept BaseException: pass"),
+])  # fmt: skip
 def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
     assert run(pool, source, tests).status == "failed"
 
@@ -343,38 +274,27 @@ def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
 # --------------------------------------------------------------------------------------- attacks on time and memory
 
 
-@pytest.mark.parametrize(
-    "source, status",
-    [
-        ("def f(x):\n    while True: pass", ["timed out"]),
-        ("while True: pass", ["timed out"]),
-        ("import time\ndef f(x): time.sleep(600)", ["timed out"]),
-        ("def f(x): return 9**9**9", ["timed out"]),
-        ("import re\ndef f(x): return re.match('(a+)+$', 'a' * 40 + 'b')", ["timed out"]),
-        (
-            "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\ndef f(x):\n    while True: pass",
-            ["timed out"],
-        ),
-        ("import signal\ndef f(x): signal.pause()", ["timed out"]),
-        ("import threading\nl = threading.Lock(); l.acquire()\ndef f(x): l.acquire()", ["timed out"]),
-        ("import os, time\ndef f(x): os.write(3, b'\\0\\0\\0\\50['); time.sleep(600)", ["timed out"]),
-        ("class E:\n    def __iter__(s): return s\n    def __next__(s): return 1\ndef f(x): return E()", ["timed out"]),
-        ("def f(x): return [0] * 10**9", ["out of memory"]),
-        # bytes, whose pages are not touched: to fill the memory takes a slow machine longer than the CPU limit
-        ("def f(x):\n    a = []\n    while True: a.append(bytes(1 << 20))", ["out of memory"]),
-        ("import mmap\ndef f(x): return mmap.mmap(-1, 1 << 40)", ["failed", "out of memory"]),
-        ("def f(x): return f(x)", ["failed"]),
-        (
-            "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
-            ["killed", "out of memory", "failed", "timed out"],
-        ),
-        ("import ctypes\ndef f(x): return ctypes.string_at(0)", ["killed"]),
-        ("import os, signal\ndef f(x): os.abort()", ["killed"]),
-        ("def f(x): return 'x' * (20 << 20)", ["output truncated"]),
-        ("import os\ndef f(x): os.write(3, b'\\x7f\\xff\\xff\\xff')", ["output truncated"]),
-        ("import sys\nwhile True: sys.stderr.write('x' * 10000); sys.stdout.write('x' * 10000)", ["timed out"]),
-    ],
-)
+@pytest.mark.parametrize("source, status", [
+    ("while True: pass", ["timed out"]),
+    ("import time\ndef f(x): time.sleep(600)", ["timed out"]),
+    ("def f(x): return 9**9**9", ["timed out"]),
+    ("import re\ndef f(x): return re.match('(a+)+$', 'a' * 40 + 'b')", ["timed out"]),
+    ("import signal as s\ns.signal(s.SIGXCPU, s.SIG_IGN)\ndef f(x):\n    while True: pass", ["timed out"]),
+    ("import signal\ndef f(x): signal.pause()", ["timed out"]),
+    ("import threading\nl = threading.Lock(); l.acquire()\ndef f(x): l.acquire()", ["timed out"]),
+    ("import os, time\ndef f(x): os.write(3, b'\\0\\0\\0\\50['); time.sleep(600)", ["timed out"]),
+    ("class E:\n    def __iter__(s): return s\n    def __next__(s): return 1\ndef f(x): return E()", ["timed out"]),
+    ("def f(x): return [0] * 10**9", ["out of memory"]),
+    # bytes, whose pages are not touched: to fill the memory takes a slow machine longer than the CPU limit
+    ("def f(x):\n    a = []\n    while True: a.append(bytes(1 << 20))", ["out of memory"]),
+    ("import mmap\ndef f(x): return mmap.mmap(-1, 1 << 40)", ["failed", "out of memory"]),
+    ("def f(x): return f(x)", ["failed"]),
+    ("import ctypes\ndef f(x): return ctypes.string_at(0)", ["killed"]),
+    ("import os, signal\ndef f(x): os.abort()", ["killed"]),
+    ("def f(x): return 'x' * (20 << 20)", ["output truncated"]),
+    ("import os\ndef f(x): os.write(3, b'\\x7f\\xff\\xff\\xff')", ["output truncated"]),
+    ("import sys\nwhile True: sys.stderr.write('x' * 10000); sys.stdout.write('x' * 10000)", ["timed out"]),
+])  # fmt: skip
 def test_time_and_memory_are_bounded(pool, source, status):
     start = time.monotonic()
     tests = f"assert list(f(2)) == {SECRET!r}" if "__next__" in source else f"assert f(2) == {SECRET!r}"
@@ -490,16 +410,13 @@ def test_no_files_of_the_user(pool, tmp_path, name):
     assert (file.stat().st_mode, file.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import os\ndef f(x): return os.environ['USERS_TOKEN']",
-        "import ctypes\ng = ctypes.CDLL(None).getenv\ng.restype = ctypes.c_char_p\n"
-        "def f(x): return g(b'USERS_TOKEN').decode()",
-        "def f(x): return open('/proc/self/environ').read().split('USERS_TOKEN=')[1][:10]",
-        "import os\ndef f(x): return open(f'/proc/{os.getppid()}/environ').read().split('USERS_TOKEN=')[1][:10]",
-    ],
-)
+@pytest.mark.parametrize("source", [
+    "import os\ndef f(x): return os.environ['USERS_TOKEN']",
+    "import ctypes\ng = ctypes.CDLL(None).getenv\ng.restype = ctypes.c_char_p\n"
+    "def f(x): return g(b'USERS_TOKEN').decode()",
+    "def f(x): return open('/proc/self/environ').read().split('USERS_TOKEN=')[1][:10]",
+    "import os\ndef f(x): return open(f'/proc/{os.getppid()}/environ').read().split('USERS_TOKEN=')[1][:10]",
+])  # fmt: skip
 def test_no_environment_of_the_user(pool, source):
     assert run(pool, source).status in ("failed", "refused")
 
@@ -522,22 +439,12 @@ def test_no_network(pool):
             server.accept()
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "os.kill(pid, 9)",
-        "os.kill(pid, 0)",
-        "os.killpg(os.getpgid(pid), 0)",
-        "signal.pidfd_send_signal(os.pidfd_open(pid), 9)",
-        "call(234, pid, pid, 9)",
-        "call(101, 16, pid, 0, 0)",
-        "call(310, pid, None, 0, None, 0, 0)",
-        "__import__('resource').prlimit(pid, 7, (3, 3))",
-        "os.sched_setaffinity(pid, {0})",
-        "os.setpriority(0, pid, 19)",
-        "__import__('fcntl').fcntl(0, 8, pid)",
-    ],
-)
+@pytest.mark.parametrize("attack", [
+    "os.kill(pid, 9)", "os.killpg(os.getpgid(pid), 0)", "signal.pidfd_send_signal(os.pidfd_open(pid), 9)",
+    "call(234, pid, pid, 9)", "call(101, 16, pid, 0, 0)", "call(310, pid, None, 0, None, 0, 0)",
+    "__import__('resource').prlimit(pid, 7, (3, 3))", "os.sched_setaffinity(pid, {0})", "os.setpriority(0, pid, 19)",
+    "__import__('fcntl').fcntl(0, 8, pid)",
+])  # fmt: skip
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by their x86-64 numbers")
 def test_no_signals_to_other_processes(pool, victim, attack):
     source = SYSCALL + f"import signal\ndef f(pid):\n    {attack}\n    return 'done'"
@@ -545,23 +452,12 @@ def test_no_signals_to_other_processes(pool, victim, attack):
     assert victim.poll() is None
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "os.setuid(0)",
-        "os.setgroups([0])",
-        "call(272, 0x10000000)",
-        "call(425, 4, None)",
-        "call(321, 0, None, 0)",
-        "call(317, 1, 0, None)",
-        "call(157, 38, 0, 0, 0, 0)",
-        "call(250, 0, 0, 0, 0, 0)",
-        "call(29, 0, 4096, 0o1600)",
-        "call(304, 0, None, 0)",
-        "__import__('resource').setrlimit(0, (60, 60))",
-        "__import__('resource').setrlimit(9, (1 << 40, 1 << 40))",
-    ],
-)
+@pytest.mark.parametrize("attack", [
+    "os.setuid(0)", "os.setgroups([0])", "call(272, 0x10000000)", "call(425, 4, None)", "call(321, 0, None, 0)",
+    "call(317, 1, 0, None)", "call(157, 38, 0, 0, 0, 0)", "call(250, 0, 0, 0, 0, 0)", "call(29, 0, 4096, 0o1600)",
+    "call(304, 0, None, 0)", "__import__('resource').setrlimit(0, (60, 60))",
+    "__import__('resource').setrlimit(9, (1 << 40, 1 << 40))",
+])  # fmt: skip
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by their x86-64 numbers")
 def test_no_privileges(pool, attack):
     """setuid, setgroups, unshare, io_uring, bpf, seccomp, prctl, keyctl, shmget, open_by_handle_at, rlimits."""
@@ -569,13 +465,10 @@ def test_no_privileges(pool, attack):
     assert result.status in ("refused", "failed"), result
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "b802000000cd80c3",  # mov eax, 2 (i386's fork); int 0x80; ret
-        "b8390000400f05c3",  # mov eax, 0x40000039 (x32's fork); syscall; ret
-    ],
-)
+@pytest.mark.parametrize("code", [
+    "b802000000cd80c3",  # mov eax, 2 (i386's fork); int 0x80; ret
+    "b8390000400f05c3",  # mov eax, 0x40000039 (x32's fork); syscall; ret
+])  # fmt: skip
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code of x86-64")
 def test_no_other_way_into_the_kernel(pool, code):
     source = f"""

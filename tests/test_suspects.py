@@ -111,20 +111,8 @@ def test_data_is_refused():
 def test_verdicts_on_right_wrong_and_hostile_responses():
     problem = Problem("Eve Tom Ann:", "Tom", "Tom", 3)
     right, wrong = ["Tom", " Tom", "Tom\n"], ["Eve", "Zoe", " Eve"]
-    malformed = [
-        "",
-        "tom",
-        "TOM",
-        "Tom.",
-        "Tom Eve",
-        "Tom,",
-        "T om",
-        "Tomx",
-        "Tom\0",
-        "Тоm",
-        "Tom" * 10**6,
-        "I choose Tom",
-    ]
+    malformed = ["", "tom", "TOM", "Tom.", "Tom Eve", "Tom,", "T om", "Tomx", "Tom\0", "Тоm", "Tom" * 10**6]
+    malformed += ["I choose Tom"]
     verdict = suspects.verify([problem], [right + wrong + malformed])
     assert verdict.rewards.tolist() == [[1.0] * 3 + [0.0] * (len(wrong) + len(malformed))]
     assert verdict.votes[0].tolist() == [0, 0, 0, 3, 4, 3] + [-1] * len(malformed)
@@ -155,6 +143,8 @@ def test_no_random_policy_has_more_pass_at_k_than_the_task_says():
         assert (optima.pass_at_k(Q, policies, k) <= best + 1e-12).all()
     with pytest.raises(ValueError, match="at least 1"):
         task.best(problems, 0)
+    uniform = load_task("suspects_uniform").best(problems, 2)
+    assert uniform.tolist() == pytest.approx([(2 - 1 / m) / m for m in LEVELS.tolist()])  # 1 - (1 - 1/m)^2
 
 
 def bon_sft(pi, N=8):

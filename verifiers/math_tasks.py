@@ -259,9 +259,9 @@ PLAIN_NUMBER = re.compile(
 NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base", re.IGNORECASE)
 
 FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
-REPEATING = re.compile(  # 0.1\overline{6}, 0.1(6), 0.1666...
-    r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?|\(([0-9]+)\)|"
-    r"([0-9]{1,6}?)\5+\s*(?:\.{3}|…|\\[lc]?dots))"
+REPEATING = re.compile(  # 0.1\overline{6}, 0.\dot{1}2\dot{3}, 0.1(6), 0.1666...
+    r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?|"
+    r"\(([0-9]+)\)|([0-9]{1,6}?)\7+\s*(?:\.{3}|…|\\[lc]?dots))"
 )
 VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A-Za-z\\])([A-Za-z]+)", re.DOTALL)
 CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s+(?![-+*/^=<>(]\s*[^0-9])(.+)")
@@ -290,7 +290,7 @@ def unwrapped(answer: str) -> str:
 
 def as_fraction(decimal: re.Match) -> str:
     """A repeating decimal, a match of REPEATING, as a fraction."""
-    start, period = decimal[1] + decimal[2], decimal[3] or decimal[4] or decimal[5]
+    start, period = decimal[1] + decimal[2], "".join(filter(None, decimal.groups()[2:]))
     bottom = (10 ** len(period) - 1) * 10 ** len(decimal[2])
     return rf"\frac{{{int(start + period) - int(start or 0)}}}{{{bottom}}}"
 
