@@ -315,7 +315,7 @@ def tables(args: Args) -> dict[str, str]:
         known = [f"{tie_moments(p, K, name, True)[2]:.2f}" for name in TIES]
         estimated = ("{0:.2f}; {2:.2f}".format(*tie_moments(p, K, name, False)) for name in list(TIES)[1:])
         rows.append([p, *known, *estimated])
-    estimated = [f"{name}, P_fail estimated: bias; deviation" for name in list(TIES.values())[1:]]
+    estimated = [f"{name}, estimated: bias; deviation" for name in list(TIES.values())[1:]]
     found["variance-ties"] = measure.markdown(["P_fail", *TIES.values(), *estimated], rows)
     if args.draws:
         of = network_moments("tiny", args.draws)

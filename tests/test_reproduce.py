@@ -199,6 +199,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "ROOT", folder)
     monkeypatch.setattr(reproduce, "bandit_rows", lambda: [])
     monkeypatch.setattr(reproduce.frontier, "save_figure", lambda path, panels: path.touch())
+    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: np.array([[0.0, 2.0], [1.0, 1.0]]))
     return folder
 
 
@@ -226,6 +227,9 @@ def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
     now, base = seeds[1].at("k4", "pass@4"), seeds[1].at("base", "pass@4")
     best = PREDICTIONS["policies"]["k4"]["pass@4"]
     assert policy["held-out"][1] == pytest.approx((now - base) / (best - base), rel=1e-3)
+    way, *below = texts["policies"].splitlines()[4].split("|")[6:9]  # the policy `mean`, whose k is 1
+    x, *ys = np.array(result["policies"][1]["points"]).T  # (S,) each
+    assert [cell.strip() for cell in below] == [measure.interval(2 - x - y) for y in ys] and "%" in way
     assert json.loads((out / "measured.json").read_text())["unbiased, k = 4"] == policy["points"]
 
 
