@@ -23,7 +23,6 @@ pass@8 .915; 40 steps of a constant one ended at .873.
 """
 
 import datetime
-import functools
 import json
 import os
 import shutil
@@ -41,10 +40,8 @@ import numpy as np
 import optima
 import pretrained
 import reproduce
-import torch
 from measure import interval, markdown
 
-from harness.policy import load_policy
 from harness.report import mean_and_interval
 from verifiers import BadInput, load_task
 from verifiers.suspects import candidates
@@ -158,7 +155,7 @@ class Runs(reproduce.Runs):
     def keep(self, name: str, seed: int, folder: Path) -> None:
         model, _, run = name.partition(" ")
         problems, base = optima.problems_of(), self.folder(f"{model} sft", seed) / "policy"
-        log_pi, base_log_pi = (log_probs(str(x)) for x in (folder / "policy", base))
+        log_pi, base_log_pi = (reproduce.log_probs(str(x)) for x in (folder / "policy", base))
         metrics = exact.by_level(exact.exact_metrics(log_pi, problems, "suspects", base_log_pi), problems)
         values = {metric: round(of_level["all"], 5) for metric, of_level in metrics.items()}
         timings = [json.loads(line)["seconds"] for line in (folder / "timings.jsonl").read_text().splitlines()]
@@ -171,16 +168,6 @@ class Runs(reproduce.Runs):
         (folder / "checkpoint.pt").unlink(missing_ok=True)
         if run != "sft":
             shutil.rmtree(folder / "policy")  # half a gigabyte or more, and nothing starts from it
-
-
-@functools.lru_cache(maxsize=4)
-def log_probs(model: str) -> torch.Tensor:
-    """`exact.candidate_log_probs` of the policy in this folder, for every held-out prompt: (P, 8).
-
-    A name is read in its usual tokens; the same text in other tokens counts as elsewhere."""
-    task = load_task("suspects")
-    with torch.no_grad():
-        return exact.candidate_log_probs(load_policy(model, task, "cpu"), task, optima.problems_of())
 
 
 def by_seed(records: Sequence[dict], model: str, run: str, metrics: Sequence[str]) -> dict[int, list[float]]:

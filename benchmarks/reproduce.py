@@ -152,7 +152,6 @@ class Seed(claims.Source):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def prompts(where: str) -> list[Problem]:
     """The fixed problems of the exact evaluation: "held-out", or "training"."""
     return optima.problems_of(where == "held-out")
@@ -160,7 +159,8 @@ def prompts(where: str) -> list[Problem]:
 
 @functools.cache
 def log_probs(model: str, where: str = "held-out", temperature: float = 1.0) -> torch.Tensor:
-    """`exact.candidate_log_probs` of a policy, by name or folder, for these `prompts`: (P, 8)."""
+    """`exact.candidate_log_probs` of a policy, by name or folder, for these `prompts`: (P, 8). A name is read in its
+    usual tokens; the same text in other tokens counts as elsewhere."""
     task = the_task()
     with torch.no_grad():
         policy = load_policy(model, task, "cpu")

@@ -41,8 +41,6 @@ import harness.run
 from harness.policy import encode_prompts, load_policy
 from pass_at_k_pg import advantages
 from verifiers import BadInput, load_task
-from verifiers.code_tasks import program_of
-from verifiers.sandbox.pool import Sandbox
 
 Part = Literal["step", "sample", "memory", "sandbox", "time"]
 SOLVE_RATES = (0.71, 0.33, 0.13, 0.05, 0.002)  # of the warm-started tiny policy, levels 1 to 5 of `arithmetic`
@@ -359,6 +357,9 @@ def memory_rows(args: Args, model: str) -> list[Row]:
 
 def sandbox_rows(args: Args) -> list[Row]:
     """All programs in the sandbox, ten times over in a round, and once in plain processes."""
+    from verifiers.code import program_of
+    from verifiers.sandbox import Sandbox
+
     problems, times = load_task("humaneval", args.data).test, min(10, args.rounds)
     programs = [program_of(problem, problem.solution) for problem in problems]
     plain = [[sys.executable, "-c", f"{program.source}\n{program.tests}"] for program in programs]

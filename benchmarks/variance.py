@@ -72,7 +72,7 @@ def moments(theta: torch.Tensor, objective: Callable, estimator: Callable, n: in
     objective: probabilities (K,) -> a scalar. estimator: arms (K^n, n) -> advantages (K^n, n)."""
     (truth,) = torch.autograd.grad(objective(theta.softmax(-1)), theta)
     pi, arms = theta.softmax(-1).detach(), len(theta)
-    y = torch.tensor(list(itertools.product(range(arms), repeat=n)))  # (K^n, n)
+    y = torch.cartesian_prod(*[torch.arange(arms)] * n).view(-1, n)  # (K^n, n)
     weight = pi[y].prod(-1)  # (K^n,)
     score = torch.eye(arms, dtype=torch.float64) - pi  # (K, K): grad log pi of each arm
     g = torch.einsum("sn,snd->sd", estimator(y), score[y])  # (K^n, K)
@@ -315,7 +315,7 @@ def tables(args: Args) -> dict[str, str]:
         known = [f"{tie_moments(p, K, name, True)[2]:.2f}" for name in TIES]
         estimated = ("{0:.2f}; {2:.2f}".format(*tie_moments(p, K, name, False)) for name in list(TIES)[1:])
         rows.append([p, *known, *estimated])
-    estimated = [f"{name}, P_fail estimated: bias; deviation" for name in list(TIES.values())[1:]]
+    estimated = [f"{name}, estimated: bias; deviation" for name in list(TIES.values())[1:]]
     found["variance-ties"] = measure.markdown(["P_fail", *TIES.values(), *estimated], rows)
     if args.draws:
         of = network_moments("tiny", args.draws)

@@ -61,6 +61,9 @@ def test_a_row_of_the_table():
     name, D, w, words, remark = engines.row("mine", engines.of_tokens(in_groups), True)
     assert (name, words, remark) == ("mine", "7/8 of the gradient of pass@1", "")
     assert D == " ".join(["0.109"] * 8) and w.startswith("0.875 0.000")
+    seen = []
+    engines.of_tokens(lambda r, mask, index: seen.append(r) or mask)(torch.tensor([[1.0, 3, 5]], dtype=torch.float64))
+    assert seen[0].tolist() == [[1, 0, 0], [0, 3, 0], [0, 0, 5]]  # at the last token of 1, 2 and 3
     *_, words, remark = engines.row("mine", engines.of_tokens(by_length), True)
     assert words == "7/8 of the gradient of pass@1" and "equally long" in remark
     *_, words, remark = engines.row("mine", engines.of_tokens(by_length), False)

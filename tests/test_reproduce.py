@@ -199,6 +199,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "ROOT", folder)
     monkeypatch.setattr(reproduce, "bandit_rows", lambda: [])
     monkeypatch.setattr(reproduce.frontier, "save_figure", lambda path, panels: path.touch())
+    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: np.array([[0.0, 2.0], [1.0, 1.0]]))
     return folder
 
 
@@ -226,6 +227,9 @@ def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
     now, base = seeds[1].at("k4", "pass@4"), seeds[1].at("base", "pass@4")
     best = PREDICTIONS["policies"]["k4"]["pass@4"]
     assert policy["held-out"][1] == pytest.approx((now - base) / (best - base), rel=1e-3)
+    way, *below = texts["policies"].splitlines()[3].split("|")[6:9]  # the policy `mean`, whose k is 1
+    x, *ys = np.array(result["policies"][1]["points"]).T  # (S,) each
+    assert [cell.strip() for cell in below] == [measure.interval(2 - x - y) for y in ys] and "%" in way
     assert json.loads((out / "measured.json").read_text())["unbiased, k = 4"] == policy["points"]
 
 
@@ -245,7 +249,7 @@ def test_the_table_of_baselines_is_paired_by_seed(tmp_path, capsys, monkeypatch)
     capsys.readouterr()
     baselines.main(args)
     rows = [re.split("  +", row.strip()) for row in capsys.readouterr().out.splitlines()[:3]]
-    assert rows[0][1] == "pass@2 ± 95%"
+    assert rows[0][0] == "pass@2 ± 95%"
     assert rows[1] == ["u(k)", "0.6000 ± 0.2484", "-", "0.100", "1.000"]
     assert rows[2][2:] == ["+0.2000 ± 0.4303", "0.100", "1.000"] and rows[2][1].startswith("0.8000 ± ")
 

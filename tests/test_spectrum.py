@@ -202,11 +202,11 @@ def test_noise_in_the_two_regimes():
 
 
 def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
-    policy = torch.tensor([0.5, 0.5])
+    policy = torch.tensor([0.1, 0.2, 0.7])  # its mean score is 0 but for rounding
     nothing = rule([1] * 5, [1] * 5)
-    assert spectrum.noise(nothing, 4, policy, torch.tensor([True, False])) == math.inf
+    assert spectrum.noise(nothing, 4, policy, torch.tensor([True, False, False])) == math.inf
     with pytest.raises(BadInput, match="between 0 and 1"):
-        spectrum.noise(nothing, 4, policy, torch.tensor([True, True]))
+        spectrum.noise(nothing, 4, policy, torch.tensor([True, True, True]))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -233,6 +233,8 @@ REFUSED = {
     "position": (by_position, "not symmetric"),
     "whitening": (whitened, "dependent on the other rows of the batch: .* alone"),
     "a scale of the batch": (scaled_by_the_batch, "dependent on the other rows"),
+    "the number of rows": (lambda r: (r - r.mean(-1, keepdim=True)) / len(r), "dependent on the other rows"),
+    "neighbours": (lambda r: r * (r * r.roll(1, -1)).sum(-1, keepdim=True), "not symmetric"),
     "one over std": (lambda r: r / r.std(-1, keepdim=True), "the advantages of .* are not finite"),
     "random": (lambda r: torch.rand_like(r), "random, or with a memory"),
     "a sum": (lambda r: r.sum(-1), r"advantages must have the shape of the rewards, \(16, 4\), not \(16,\)"),
