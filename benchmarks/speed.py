@@ -357,8 +357,8 @@ def memory_rows(args: Args, model: str) -> list[Row]:
 
 def sandbox_rows(args: Args) -> list[Row]:
     """All programs in the sandbox, ten times over in a round, and once in plain processes."""
-    from verifiers.code import program_of
-    from verifiers.sandbox import Sandbox
+    from verifiers.code_tasks import program_of
+    from verifiers.sandbox.pool import Sandbox
 
     problems, times = load_task("humaneval", args.data).test, min(10, args.rounds)
     programs = [program_of(problem, problem.solution) for problem in problems]
