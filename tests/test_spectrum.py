@@ -202,7 +202,7 @@ def test_noise_in_the_two_regimes():
 
 
 def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
-    policy = torch.tensor([0.1, 0.2, 0.7])  # its mean score is 0 but for rounding
+    policy = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)  # its mean score is 0 but for rounding
     nothing = rule([1] * 5, [1] * 5)
     assert spectrum.noise(nothing, 4, policy, torch.tensor([True, False, False])) == math.inf
     with pytest.raises(BadInput, match="between 0 and 1"):
