@@ -34,7 +34,7 @@ SHRUNK = {
     "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
     "benchmarks/baselines.py": ["--help"],  # test_own.py
 }
-SLOW = "speed reproduce frontier real_model pretrained benchmarks/baselines".split()
+SLOW = "speed reproduce frontier optima real_model pretrained benchmarks/baselines".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = ("python -m pytest -q -m", "python -m pytest -q -n")  # the commands that run these tests
