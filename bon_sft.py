@@ -169,7 +169,9 @@ def main(args: Args) -> None:
         if isinstance(run.train, list):  # what is missing or too long is found now, not at step 300
             if not all(problem.solution for problem in run.train):
                 raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
-            expert_rollouts(policy, task, run.encoded(run.train), groups_of(run.train))
+            rows = expert_rollouts(policy, task, run.encoded(run.train), groups_of(run.train)).mask.sum(-1)  # (B, m)
+            if longer := (rows > args.max_new_tokens).sum().item():
+                print(f"{longer} expert responses are longer than --max-new-tokens {args.max_new_tokens}")
     if args.verifier == "learned":
         run.use_learned_verifier()
 

@@ -1,5 +1,6 @@
 """Code of the user's own, named FILE:NAME on the command line: what is loaded, how it is checked, how it may fail."""
 
+import dataclasses
 import hashlib
 import sys
 import traceback
@@ -9,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from verifiers import BadInput, Task
+from verifiers import BadInput, Task, Verdict
 
 
 def load_file(where: str) -> tuple[Callable, ModuleType, str]:
@@ -88,4 +89,8 @@ def load_own_task(where: str, data: str | None) -> tuple[Task, str]:
     task = called(lambda: load(where, data), path, f"{name}({where!r}, {data!r})")
     if not isinstance(task, Task):
         raise BadInput(f"{where}: {name}(name, data) must return a verifiers.Task, not {type(task).__name__}")
-    return task, digest
+
+    def verify(problems, responses) -> Verdict:
+        return called(lambda: task.verify(problems, responses), path, "verify(problems, responses)")
+
+    return dataclasses.replace(task, verify=verify), digest

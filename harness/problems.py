@@ -14,7 +14,9 @@ def problems_at(
 
     what: "training" or "held-out". data: the folder that they come from, if the user gave one."""
     if not problems:
-        mend = f"add test.jsonl to {data}" if what == "held-out" and data else "--steps 0 evaluates on held-out ones"
+        mend = "--steps 0 evaluates on held-out ones"
+        if what == "held-out":
+            mend = f"add test.jsonl to {data}" if data else "a run evaluates before and after training"
         raise BadInput(f"the task has no {what} problems here: {mend}")
     chosen = [problem for problem in problems if problem.level in levels] if levels else problems
     if not chosen:

@@ -224,7 +224,9 @@ def compare(patterns: Sequence[str], figure: Path | None = None, metric: str | N
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m harness.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="*", help="folders of runs; what is no finished run is left out")
     parser.add_argument("--figure", type=Path, help="also draw the runs together into this file, such as together.png")
     parser.add_argument("--metric", help="what is drawn (default: pass@k, by the k or N of the first run)")

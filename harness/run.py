@@ -32,7 +32,7 @@ from .problems import evaluation_problems, problems_at, training_batch
 
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
-MAY_CHANGE = ("resume", "steps", "eval_every", "save_every", "show_samples")  # when a run is resumed
+MAY_CHANGE = ("resume", "changed_files", "steps", "eval_every", "save_every", "show_samples")  # when a run is resumed
 NO_SIGNAL = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
 
 
@@ -56,11 +56,13 @@ class RunArgs:
     sample_rows: int = 1024  # responses sampled at once; lower it when memory runs out, the tokens stay the same
     micro_batch_tokens: int = 16384  # tokens in one pass; lower it when memory runs out, the gradient stays the same
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    device: str = "auto"  # auto, cpu or cuda
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
+    """where the policy computes; auto: CUDA, if there is some"""
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
     show_samples: int = 0  # responses to held-out problems to print with their rewards, escaped, at each evaluation
     save_every: int = 50  # steps between checkpoints, of which the last is kept
     resume: str | None = None  # runs/<name>: go on from its last checkpoint, with its arguments, maybe for more --steps
+    changed_files: bool = False  # resume although a file of your own (FILE:NAME) is not the one that the run began with
     tensorboard: bool = False  # also write the metrics for TensorBoard (an optional dependency)
     track: bool = False  # the same, sent to Weights & Biases as well (an optional dependency)
     seed: int = 0  # of the order of problems and of sampling; --model tiny-SEED varies the initial policy
@@ -84,6 +86,7 @@ IDLE_WITHOUT = {
     **dict.fromkeys(("verifier_problems", "verifier_lr"), TRAINS),
     "likelihood": ("--N 2 or more", lambda args: args.N != 1),
     "n": ("--N 2 or more", lambda args: not hasattr(args, "likelihood") or args.N != 1),
+    "changed_files": ("--resume", lambda args: args.resume),
     "sandbox": ("a task that runs programs", lambda args: TASKS.get(args.task) == "code"),
 }
 
@@ -165,9 +168,12 @@ def resume_command(folder: str | Path, processes: int) -> str:
 
 def keep_file(args, where: str, digest: str) -> None:
     """Keep the SHA-256 of the user's own file "FILE:NAME" with the run's arguments. Raises BadInput if a resumed run
-    began with another one."""
+    began with another one, unless args.changed_files."""
     if args.resume and args.files.get(where) != digest:
-        raise BadInput(f"{where} has changed since {args.resume} began: put the file back, or begin a new run")
+        what = f"{where} has changed since {args.resume} began"
+        if not args.changed_files:
+            raise BadInput(f"{what}: put the file back, or go on with this one by --changed-files")
+        print(f"{what}: the result is neither file's alone")
     args.files = args.files | {where: digest}
 
 
@@ -194,6 +200,8 @@ def check_args(args) -> None:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
     if getattr(args, "estimator", "") == "biased" and args.k == 1:
         raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch finds no CUDA device here; leave it out")
 
 
 def seeded_generator(device: torch.device, *what) -> torch.Generator:
@@ -379,8 +387,12 @@ class Run:
         reasons = all_gather(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
         if any(reasons):
             rank0_only(self.save)  # the first process to die takes the others with it
-            why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-            raise failure or BadInput(f"the verifier raised in {why} (mend it, and --resume {self.folder})")
+            if failure and not isinstance(failure, BadInput):
+                raise failure
+            ranks = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+            why = failure or f"the verifier raised in {ranks}"
+            go_on = f"--resume {self.folder}{' --changed-files' if self.args.files else ''}"
+            raise BadInput(f"{why} (step {self.progress['step']} is saved: mend it, then {go_on})")
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
         """Append a step's lines to metrics.jsonl and timings.jsonl; the names in `shown` go to the progress bar.
@@ -495,7 +507,7 @@ class Run:
                 print(f"the result is not the one of an uninterrupted run of {steps} steps")
             if (self.folder / "policy").exists():
                 os.rename(self.folder / "policy", self.folder / f"policy-{done}")
-        saved |= {name: getattr(self.args, name) for name in MAY_CHANGE if name != "resume"}
+        saved |= {name: getattr(self.args, name) for name in MAY_CHANGE[2:]} | {"files": self.args.files}
         path.with_suffix(".unfinished").write_text(json.dumps(saved, indent=2))
         os.replace(path.with_suffix(".unfinished"), path)
 

@@ -180,7 +180,8 @@ def test_an_error_in_step_3_is_one_line_and_keeps_the_steps_before(run, skilled,
                  "--estimator", f"{path}:third")  # fmt: skip
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
-    assert last == f"error: third(rewards, 2) failed at {path}, line 13: AssertionError: too many"
+    failed = f"error: third(rewards, 2) failed at {path}, line 13: AssertionError: too many"
+    assert last == f"{failed} (step 2 is saved: mend it, then --resume runs/one --changed-files)"
     assert "Traceback" not in result.stderr
     saved = torch.load("runs/one/checkpoint.pt", weights_only=True)["progress"]
     assert saved["step"] == 2  # the first call was before the run began

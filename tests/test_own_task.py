@@ -54,6 +54,19 @@ def test_a_run_on_it_that_is_resumed_with_the_same_file_alone(script, run, skill
     result = run(script, "--resume", "runs/one")
     assert result.returncode == 2 and f"{where} has changed since runs/one began" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and outcome(folder) == before
+    result = run(script, "--resume", "runs/one", "--changed-files", "--steps", "3")
+    assert result.returncode == 0 and "the result is neither file's alone" in result.stdout and len(steps_of(folder)) == 3
+    assert json.loads((folder / "args.json").read_text())["files"] == {where: load_file(where)[2]} != args["files"]
+
+
+def test_an_own_verifier_that_raises_is_one_line_and_its_step_is_saved(run, skilled, mine):
+    where = mine(CODE.replace("def verify(problems, responses):\n", "def verify(problems, responses):\n    1 / 0\n"))
+    result = run("pass_at_k_pg.py", *SMALL, "--task", where, "--model", skilled, "--run-name", "one")
+    path = where.rpartition(":")[0]
+    assert result.returncode == 2 and f"failed at {path}, line " in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("(step 0 is saved: mend it, then --resume runs/one --changed-files)")
+    mine()
+    assert run("pass_at_k_pg.py", "--resume", "runs/one", "--changed-files").returncode == 0
 
 
 def test_a_run_is_named_for_the_file(run, skilled, mine):

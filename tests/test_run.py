@@ -242,7 +242,7 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
     run.evaluate()
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr(harness.run, "share", lambda problems: problems[rank::2])
+        monkeypatch.setattr(harness.run, "shard", lambda problems: problems[rank::2])
         monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
         monkeypatch.setattr(harness.run, "all_gather", lambda value: value and shares.append(value) or [value])
         with pytest.raises(IndexError):  # half of the problems are not here

@@ -216,7 +216,7 @@ def test_a_verifier_that_raises_in_one_process_ends_all_after_a_checkpoint(call,
 def test_a_process_whose_verifier_works_says_which_one_does_not(untrained, run, monkeypatch):
     monkeypatch.setattr(harness.run, "all_gather", lambda mine: [mine] if mine is not None else [None, "KeyError: 'x'"])
     result = run("pass_at_k_pg.py", *SMALL, "--model", untrained, "--run-name", "a")
-    line = "error: the verifier raised in rank 1: KeyError: 'x' (mend it, and --resume runs/a)"
+    line = "error: the verifier raised in rank 1: KeyError: 'x' (step 0 is saved: mend it, then --resume runs/a)"
     assert result.returncode == 2 and result.stderr.splitlines()[-1] == line
 
 

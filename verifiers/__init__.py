@@ -99,7 +99,7 @@ def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task
     BadInput for an unknown name, for data that cannot be read or is of no use, and for a level not to be had."""
     module = TASKS.get(name) or TASKS.get(name.partition("/")[0] + "/")
     if module is None:
-        raise BadInput(f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}")
+        raise BadInput(f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}, or FILE:load")
     task = importlib.import_module(f".{module}", __name__).load(name, data)
     if module == "code_tasks":
         from .sandbox.pool import shared
