@@ -36,7 +36,8 @@ def pytest_runtestloop(session):
     files = [list(items) for _, items in itertools.groupby(session.items, key=lambda item: item.path)]
     config, done = session.config, session.config._tmp_path_factory.getbasetemp() / "reports.jsonl"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if min(cores, len(files)) < 2 or len(session.items) < 300 or config.option.collectonly or torch.cuda.is_available():
+    alone = config.option.collectonly or torch.cuda.is_available() or hasattr(config, "workerinput")  # of pytest-xdist
+    if alone or min(cores, len(files)) < 2 or len(session.items) < 300:
         return None
     taken = multiprocessing.get_context("fork").Value("i", 0)
     if second := (pid := os.fork()) == 0:
