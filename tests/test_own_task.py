@@ -55,7 +55,8 @@ def test_a_run_on_it_that_is_resumed_with_the_same_file_alone(script, run, skill
     assert result.returncode == 2 and f"{where} has changed since runs/one began" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and outcome(folder) == before
     result = run(script, "--resume", "runs/one", "--changed-files", "--steps", "3")
-    assert result.returncode == 0 and "the result is neither file's alone" in result.stdout and len(steps_of(folder)) == 3
+    assert result.returncode == 0 and len(steps_of(folder)) == 3, result.stderr
+    assert "the result is neither file's alone" in result.stdout
     assert json.loads((folder / "args.json").read_text())["files"] == {where: load_file(where)[2]} != args["files"]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import harness.report as report
+from harness.report import save_figure
 from verifiers import BadInput, Problem
 
 # --- Means, intervals, cells ---
@@ -120,7 +121,7 @@ def test_curves_show_what_every_step_logged_with_the_evaluations_on_it(figures, 
     evaluations = {t: {name: t / 100 + i / 10 for i, name in enumerate(names)} for t in (0, 40, 60)}
     folder = write_run(tmp_path / "run", {}, evaluations, steps)
     best = {f"pass@{j}": torch.tensor([0.5, 1.0]) for j in (1, 2)}
-    report.save_figure(folder, best, ["pass", "bon"], 2, "TRAINING")
+    save_figure(folder, best, ["pass", "bon"], 2, "TRAINING")
     passes, bons, training = figures[0].axes
     assert passes.get_title() == "pass@j, TRAINING (± 95%)" and bons.get_title() == "bon@j, TRAINING (± 95%)"
     assert lines_of(passes) == {
@@ -151,7 +152,7 @@ def test_curves_show_what_every_step_logged_with_the_evaluations_on_it(figures, 
 
 
 def test_curves_of_an_evaluation_alone_have_no_after(figures, tmp_path):
-    report.save_figure(write_run(tmp_path / "run", {}, {0: {"pass@1": 0.5, "pass@2": 0.75}}, {}), {}, ["pass"], 1, "x")
+    save_figure(write_run(tmp_path / "run", {}, {0: {"pass@1": 0.5, "pass@2": 0.75}}, {}), {}, ["pass"], 1, "x")
     assert lines_of(figures[0].axes[0]) == {"before": ([1, 2], [0.5, 0.75])}
     assert [points.get_label() for points in figures[0].axes[1].containers] == ["pass@1, x"]  # with k = 1 once
 

@@ -242,14 +242,14 @@ COMPOSITIONS = {
 
 
 @pytest.mark.parametrize("composition", COMPOSITIONS)
-@pytest.mark.parametrize("budget", [1, 40, 100, 10**6])
-def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, composition, budget):
+def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, composition):
     rollouts = rollouts_of(policy, temperature=0.8)
     torch.manual_seed(1)
     advantages = COMPOSITIONS[composition](rollouts.ids.shape[:2])
     expected = naive_gradient(policy, rollouts, advantages, 0.8)
-    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, budget, None))
-    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+    for budget in (1, 40, 100, 10**6):
+        actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, budget, None))
+        assert (actual - expected).norm() <= 1e-6 * expected.norm(), budget
 
 
 @pytest.mark.slow
