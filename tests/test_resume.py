@@ -206,7 +206,7 @@ def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(
     result = run(PASS, "--resume", "runs/a", "--steps", "8", "--eval-every", "3")
     assert result.returncode == 0, result.stderr
     assert rates == pytest.approx([x / 1000 for x in (1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8)])
-    said = "from step 5 on, schedules are those of 8 steps, no longer of 4:"
+    said = "from step 5 on, schedules follow 8 steps, no longer 4:"
     assert result.stdout.splitlines()[:2] == [said, "the result is not the one of an uninterrupted run of 8 steps"]
     log = records(tmp_path / "runs/a")
     assert [r["step"] for r in log if "loss" in r] == [*range(1, 9)]
@@ -261,7 +261,7 @@ def test_the_coefficient_of_the_kl_follows_the_new_total(flags, after, run, untr
     schedule = ["--kl-coef", "0.8", "--kl-coef-end", "0.4", "--kl-delay", "0", "--no-lr-decay", *flags]
     assert run(RL, *SMALL, *schedule, "--model", untrained, "--run-name", "a").returncode == 0
     result = run(RL, "--resume", "runs/a", "--steps", "4")
-    assert result.returncode == 0 and "from step 3 on, schedules are those of 4 steps" in result.stdout, result.stderr
+    assert result.returncode == 0 and "from step 3 on, schedules follow 4 steps" in result.stdout, result.stderr
     assert betas == pytest.approx([*([0.75, 0.7] if flags else [0.6, 0.4]), *after])
 
 
