@@ -40,6 +40,7 @@ def pytest_runtestloop(session):
     if alone or min(cores, len(files)) < 2 or len(session.items) < 300:
         return None
     taken = multiprocessing.get_context("fork").Value("i", 0)
+    first = os.getpid()
     if second := (pid := os.fork()) == 0:
         config.pluginmanager.unregister(name="terminalreporter")
         capture = config.pluginmanager.getplugin("capturemanager")
@@ -55,7 +56,7 @@ def pytest_runtestloop(session):
             yield from files[number]
 
     item = next(mine := items(), None)
-    while item is not None and not session.shouldfail:
+    while item is not None and not session.shouldfail and (not second or os.getppid() == first):
         following = next(mine, None)
         config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         item = following
