@@ -56,8 +56,7 @@ class RunArgs:
     sample_rows: int = 1024  # responses sampled at once; lower it when memory runs out, the tokens stay the same
     micro_batch_tokens: int = 16384  # tokens in one pass; lower it when memory runs out, the gradient stays the same
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
-    """where the policy computes; auto: CUDA, if there is some"""
+    device: str = "auto"  # auto, cpu or cuda
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
     show_samples: int = 0  # responses to held-out problems to print with their rewards, escaped, at each evaluation
     save_every: int = 50  # steps between checkpoints, of which the last is kept
@@ -200,6 +199,8 @@ def check_args(args) -> None:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
     if getattr(args, "estimator", "") == "biased" and args.k == 1:
         raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise BadInput(f"--device must be auto, cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no CUDA device here; leave it out")
 
@@ -442,6 +443,8 @@ class Run:
         verdict = self.verdict(problems, responses := samples and decode(self.policy, samples))
         step = self.progress["step"]
         if rank == 0:  # text is escaped in both: a model's must not drive the terminal
+            if args.show_samples:
+                tqdm.write(f"responses at step {step}:")
             for record in report.samples(problems, responses, verdict.rewards, args.show_samples):
                 prompt, response = ascii(record["prompt"][-200:]), ascii(record["responses"][0][:1000])
                 tqdm.write(f"{record['rewards'][0]:g}  {prompt} -> {response}")

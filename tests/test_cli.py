@@ -119,7 +119,7 @@ OF_ALL = [
     (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
     (["--sample-rows", "0"], "--sample-rows must be at least 1, not 0"),
-    (["--device", "tpu"], "on device 'tpu'"),
+    (["--device", "tpu"], "--device must be auto, cpu or cuda, not 'tpu'"),
     (["--run-name", "a/../../b"], "--run-name"),
     (["--no-chat"], "no chat template: leave --no-chat out"),
 ]

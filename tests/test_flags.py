@@ -15,9 +15,9 @@ from harness.run import RunArgs
 BASE = "--task arithmetic --levels 1 --steps 2 --k 2 --n 6 --prompts-per-step 4 --eval-n 4 --eval-problems 2".split()
 SHARED = {field.name for field in dataclasses.fields(RunArgs)}
 VALUES = """
-anchor_rate 0.5; baseline value; chat --no-chat; clip 0.1; data rows.jsonl; device cuda; epochs 2; eval_N 3;
-eval_every 1; eval_n 5; eval_problems 3; experts rows.jsonl; gradient_checkpointing; k 3; N 3; kl_anneal_steps 5;
-kl_coef 0.5; kl_coef_end 0.5; kl_delay 1; levels 2; likelihood exact; log_kl; lr 1e-3; lr_decay --no-lr-decay;
+anchor_rate 0.5; baseline value; changed_files; chat --no-chat; clip 0.1; data rows.jsonl; device cuda; epochs 2;
+eval_N 3; eval_every 1; eval_n 5; eval_problems 3; experts rows.jsonl; gradient_checkpointing; k 3; N 3;
+kl_anneal_steps 5; kl_coef 0.5; kl_coef_end 0.5; kl_delay 1; levels 2; likelihood exact; log_kl; lr 1e-3; lr_decay --no-lr-decay;
 max_grad_norm 1e-3; max_new_tokens 3; micro_batch_tokens 20; model {untrained}; n 8; preset paper; prompts_per_step 8;
 resume runs/none; run_name b; sample_rows 3; sandbox rlimits; save_every 1; seed 1; show_prompt; show_samples 1;
 steps 3; estimator mean; task suspects --levels 2; temperature 0.8; tensorboard; track; value_lr 1e-2;
@@ -26,8 +26,8 @@ warm_up_steps 2
 """
 VALUES = {name: value for name, *value in map(str.split, VALUES.split(";"))}
 # These do nothing in BASE, and neither is there what the hub, a GPU, or another library would have to bring.
-REFUSED = """anchor_rate baseline chat clip data device experts kl_anneal_steps kl_delay resume sandbox tensorboard
-track value_lr verifier_lr verifier_model verifier_problems""".split()
+REFUSED = """anchor_rate baseline changed_files chat clip data device experts kl_anneal_steps kl_delay resume sandbox
+tensorboard track value_lr verifier_lr verifier_model verifier_problems""".split()
 
 
 def flags_of(script: str) -> list[str]:

@@ -455,6 +455,7 @@ def test_samples_are_shown_escaped(run, model, monkeypatch):
         result = run(PASS, *SMALL, "--model", model, "--show-samples", "2", "--steps", steps)
         shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
         assert len(shown) == 2 * evaluations and shown[0] != shown[1]
+        assert f"responses at step {steps}:" in result.stdout.splitlines()
 
 
 def test_tensorboard_is_optional(run, model):
