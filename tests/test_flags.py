@@ -17,7 +17,7 @@ SHARED = {field.name for field in dataclasses.fields(RunArgs)}
 VALUES = """
 anchor_rate 0.5; baseline value; changed_files; chat --no-chat; clip 0.1; data rows.jsonl; device cuda; epochs 2;
 eval_N 3; eval_every 1; eval_n 5; eval_problems 3; experts rows.jsonl; gradient_checkpointing; k 3; N 3;
-kl_anneal_steps 5; kl_coef 0.5; kl_coef_end 0.5; kl_delay 1; levels 2; likelihood exact; log_kl; lr 1e-3; 
+kl_anneal_steps 5; kl_coef 0.5; kl_coef_end 0.5; kl_delay 1; levels 2; likelihood exact; log_kl; lr 1e-3;
 lr_decay --no-lr-decay;
 max_grad_norm 1e-3; max_new_tokens 3; micro_batch_tokens 20; model {untrained}; n 8; preset paper; prompts_per_step 8;
 resume runs/none; run_name b; sample_rows 3; sandbox rlimits; save_every 1; seed 1; show_prompt; show_samples 1;
