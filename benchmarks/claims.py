@@ -1,6 +1,7 @@
 """What the papers claim, and the comparison that decides it. Each is stated once and read twice: of the optima, before
 any run (optima.py), and of the runs (reproduce.py)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import measure  # noqa: F401  first: puts the repository on the path
@@ -33,18 +34,18 @@ PAGES = {
 }  # fmt: skip
 
 
-class Source:
+class Source(ABC):
     """Where metrics come from: the runs of a seed, or the optima of their objectives."""
 
+    @abstractmethod
     def at(self, name: str, metric: str, levels: Sequence[int] = (), where: str = "held-out") -> float:
         """A metric of the policy of a run, over all levels or the mean over some. Raises KeyError if it is not known.
 
         where: "held-out", "training", "T = 0.7", "T = 1.3", or "before", the base policy's where a verifier selects."""
-        raise NotImplementedError
 
+    @abstractmethod
     def votes_at_equal_kl(self, beta: float) -> float:
         """maj@8 of majority training less maj@8 of mean training at the same KL. Raises KeyError as `at`."""
-        raise NotImplementedError
 
     def gain(self, name: str, metric: str, over: str = "base", levels: Sequence[int] = (), where="held-out") -> float:
         """The metric of one run's policy less that of another run's, or of the base policy."""

@@ -30,26 +30,8 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
     os.closerange(CHANNEL + 1, TASKS)  # the judge's ends too: while it waits, the program must see the judge hang up
     job = marshal.loads(read_message())
     stdin = job["stdin"]
-    if stdin is None:
-        os.dup2(2, 0)
-        os.dup2(2, 1)
-    else:
-        # An unnamed file, not a pipe: programs ask standard input for its size.
-        new = getattr(os, "memfd_create", lambda _: os.dup(__import__("tempfile").TemporaryFile().fileno()))
-        file = new("stdin")
-        os.pwrite(file, stdin.encode(errors="replace"), 0)
-        os.dup2(file, 0)
-        os.close(file)
-        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # it can seek
-    tasks = 0
-    with contextlib.suppress(OSError):
-        tasks = int(os.pread(TASKS, 99, 0).split()[3].partition(b"/")[2])  # now: the trainer may have started threads
-    os.closerange(TASKS, TASKS + 1)
-    for what, (soft, hard) in limits:
-        if what == resource.RLIMIT_NPROC:
-            soft = hard = min(soft + tasks, hard)
-        resource.setrlimit(what, (soft, hard))
-    resource.setrlimit(resource.RLIMIT_STACK, (C_STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    redirect(stdin)
+    set_limits(limits)
     load_filter()
     sys.set_int_max_str_digits(0)  # 2**20000 is printed as in any other language
 
@@ -86,6 +68,34 @@ def run(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, st
         write_message(error_of(error))
         exit_code = 1
     os._exit(exit_code & 255)
+
+
+def redirect(stdin: str | None) -> None:
+    """Let the program read `stdin`; where it is None, let it read and print nothing."""
+    if stdin is None:
+        os.dup2(2, 0)
+        os.dup2(2, 1)
+    else:
+        # An unnamed file, not a pipe: programs ask standard input for its size.
+        new = getattr(os, "memfd_create", lambda _: os.dup(__import__("tempfile").TemporaryFile().fileno()))
+        file = new("stdin")
+        os.pwrite(file, stdin.encode(errors="replace"), 0)
+        os.dup2(file, 0)
+        os.close(file)
+        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # it can seek
+
+
+def set_limits(limits: list[tuple[int, tuple[int, int]]]) -> None:
+    """Set the resource limits, and with them the C stack. The one on tasks counts from what the user has now."""
+    tasks = 0
+    with contextlib.suppress(OSError):
+        tasks = int(os.pread(TASKS, 99, 0).split()[3].partition(b"/")[2])  # now: the trainer may have started threads
+    os.closerange(TASKS, TASKS + 1)
+    for what, (soft, hard) in limits:
+        if what == resource.RLIMIT_NPROC:
+            soft = hard = min(soft + tasks, hard)
+        resource.setrlimit(what, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_STACK, (C_STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 
 
 def read_message() -> bytes:
