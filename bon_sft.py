@@ -156,7 +156,7 @@ def main(args: Args) -> None:
     if args.likelihood == "exact" and args.verifier == "learned":
         raise BadInput("--likelihood exact is a closed form for --verifier environment")
     run = Run(args, args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
-    policy, task, ks = run.policy, run.task, sizes_up_to(args.eval_n, args.eval_N)
+    task, ks = run.task, sizes_up_to(args.eval_n, args.eval_N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
     experts = experts_of(args.experts, task, run.train) if args.experts and args.steps else {}
 
@@ -164,14 +164,15 @@ def main(args: Args) -> None:
         """The experts of each problem's prompt: the file's, or the problem with its own solution."""
         return [experts.get(problem.prompt, [problem]) for problem in problems]
 
-    if args.steps:
-        run.train = [group[0] for group in experts.values()] or run.train
-        if isinstance(run.train, list):  # what is missing or too long is found now, not at step 300
-            if not all(problem.solution for problem in run.train):
-                raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
-            rows = expert_rollouts(policy, task, run.encoded(run.train), groups_of(run.train)).mask.sum(-1)  # (B, m)
-            if longer := (rows > args.max_new_tokens).sum().item():
-                print(f"{longer} expert responses are longer than --max-new-tokens {args.max_new_tokens}")
+    run.train = [group[0] for group in experts.values()] or run.train
+    at_once = args.steps and isinstance(run.train, list)  # what is missing or too long is found now, not at step 300
+    if at_once and not all(problem.solution for problem in run.train):
+        raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
+    policy = run.policy
+    if at_once:
+        rows = expert_rollouts(policy, task, run.encoded(run.train), groups_of(run.train)).mask.sum(-1)  # (B, m)
+        if longer := (rows > args.max_new_tokens).sum().item():
+            print(f"{longer} expert responses are longer than --max-new-tokens {args.max_new_tokens}")
     if args.verifier == "learned":
         run.use_learned_verifier()
 

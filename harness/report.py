@@ -38,8 +38,9 @@ def mean_and_interval(values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_level(problems: Sequence[Problem]) -> dict[str, torch.Tensor]:
-    """Places of all problems ("all") and of each level's ("1", "2", ...)."""
+    """Places of all problems ("all") and, if there are several levels, of each one's ("1", "2", ...)."""
     levels = sorted({problem.level for problem in problems if problem.level is not None})
+    levels = levels if len({problem.level for problem in problems}) > 1 else []
     places = {str(x): torch.tensor([i for i, p in enumerate(problems) if p.level == x]) for x in levels}
     return {"all": torch.arange(len(problems))} | places
 
@@ -170,14 +171,14 @@ def finished_runs(patterns: Sequence[str]) -> dict[str, list[tuple[dict, list[di
             group = groups.setdefault(json.dumps(settings, sort_keys=True), [])
             if args["seed"] in (other["seed"] for other, *_ in group):
                 raise ValueError("it counts once, for a run before it has the same arguments and seed")
-            group.append((args, evaluations, steps))
+            group.append((args | {"folder": str(folder)}, evaluations, steps))
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"left out {folder}: {error}")
     if not groups:
         raise BadInput("no finished run is there: give folders of some, such as runs/*")
     every = [json.loads(key) for key in groups]
     names = [name for name in sorted({*itertools.chain(*every)}) if len({str(x.get(name)) for x in every}) > 1]
-    labels = [" ".join(f"{name}={x.get(name)}" for name in names) or x["script"] for x in every]
+    labels = [" ".join(f"{name}={x[name]}" for name in names if name in x) or x["script"] for x in every]
     return dict(zip(labels, groups.values()))
 
 
@@ -185,7 +186,8 @@ def comparison(runs: dict) -> str:
     """The metrics of each setting of `finished_runs`, before and after training, as means over seeds."""
     parts = ["mean over seeds of the evaluations; ± is a 95% interval over seeds (Student's t)"]
     for label, group in runs.items():
-        parts.append(textwrap.fill(f"{label} ({len(group)} seed{'s' * (len(group) > 1)})", 80, subsequent_indent="  "))
+        title = f"{label} ({len(group)} seed{'s' * (len(group) > 1)}: {' '.join(args['folder'] for args, *_ in group)})"
+        parts.append(textwrap.fill(title, 80, subsequent_indent="  ", break_on_hyphens=False))
         ends = [[log[i]["eval"]["all"] for _, log, _ in group] for i in (0, -1)[: len(group[0][1])]]  # 1 for --steps 0
         rows = [[name, *cells(*(np.array([x[name][0] for x in end]) for end in ends))] for name in ends[0][0]]
         parts.append(textwrap.indent(table([["metric", *HEADS[len(ends)]], *rows]), "  "))
@@ -193,9 +195,12 @@ def comparison(runs: dict) -> str:
 
 
 def save_comparison(path: Path, runs: dict, metric: str) -> None:
-    """Draw the metric of all settings of `finished_runs`, one colour each: against steps, and against the KL that the
-    steps logged, smoothed; means over seeds with 95% bands. Raises BadInput if a run lacks the metric."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    """Draw the metric of all settings of `finished_runs`, one colour each: against steps and, if steps logged it, against
+    the smoothed KL; means over seeds with 95% bands. Raises BadInput if a run lacks the metric."""
+    labels = ["step", "KL to the reference (nats), of runs that log it"]
+    labels = labels[: 1 + any("kl" in step for group in runs.values() for *_, steps in group for step in steps)]
+    options = {"figsize": (5 * len(labels), 4.2), "layout": "constrained", "sharey": True, "squeeze": False}
+    figure, ((*axes,),) = pyplot().subplots(1, len(labels), **options)
     for label, group in runs.items():
         if metric not in (there := group[0][1][0]["eval"]["all"]):
             raise BadInput(f"--metric {metric} is none of {label}: it has {', '.join(there)}")
@@ -207,8 +212,9 @@ def save_comparison(path: Path, runs: dict, metric: str) -> None:
         for axis, x in zip(axes, (at, np.mean(kl, 0))):
             axis.plot(x, mean, marker="o", markersize=3, label=label)
             axis.fill_between(x, mean - half, mean + half, alpha=0.2)
-    axes[0].set(xlabel="step", ylabel=metric, title="mean over seeds (± 95%)")
-    axes[1].set(xlabel="KL to the reference (nats), of runs that log it (--log-kl)")
+    for axis, label in zip(axes, labels):
+        axis.set(xlabel=label)
+    axes[0].set(ylabel=metric, title="mean over seeds (± 95%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize="small")
     save_and_close(figure, path)
 

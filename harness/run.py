@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -230,7 +231,6 @@ class Run:
     folder: args.json; metrics.jsonl, a line a step and a line an evaluation; samples.jsonl, 4 responses to 50 problems
     of each evaluation with their rewards; timings.jsonl, what depends on the machine; checkpoint.pt. A resumed CPU run
     is bit-identical to an uninterrupted one with the same number of threads.
-    state: modules and optimizers that training changes, by name; a script adds its own before it calls `steps`.
     progress: plain values and tensors, saved beside the state. All else is a function of arguments and step."""
 
     def __init__(self, args, *parts):
@@ -251,32 +251,40 @@ class Run:
             print("no test.jsonl: the evaluation below is on the TRAINING problems")
         self.test = evaluation_problems(test, args.eval_problems)
         self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
-        self.policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing, args.chat)
-        self.policy.sample_rows, self.policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
-        if args.show_prompt:
-            print(self.policy.tokenizer.decode(self.encoded(self.train[:1])[0]))
-            sys.exit(0)
-        for problems in (self.train, self.test):
-            if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now
-                self.encoded(problems)
-        self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-        self.state = {"policy": self.policy.model, "optimizer": self.optimizer}
         self.progress = {"step": 0, "evaluated": None, "skipped_in_a_row": 0, "steps_with_signal": 0}
         self.bar = tqdm(disable=True)
         if args.tensorboard or args.track:
             try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                if args.track:
-                    import wandb
+                self.SummaryWriter = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+                self.wandb = args.track and importlib.import_module("wandb")
             except ImportError as error:
                 flag, needs = ("track", "wandb tensorboard") if args.track else ("tensorboard", "tensorboard")
                 raise BadInput(f"--{flag} needs what is not installed: pip install {needs}") from error
-            folder = self.folder  # made by all processes together
-            if args.track and world()[0] == 0:  # before the writer is made: wandb reads what that writes
-                config = dataclasses.asdict(args)
-                wandb.init(project="inference-aware-rl", name=folder.name, config=config, sync_tensorboard=True)
-            self.writer = SummaryWriter(folder) if world()[0] == 0 else None
+        if not args.show_prompt:
+            self.task.verify(self.test[:1], [[""]])  # a verifier that cannot run is told before the model is loaded
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The policy, loaded when a script first asks for it, after its checks of flags and data. Raises BadInput."""
+        args = self.args
+        policy = load_policy(args.model, self.task, args.device, args.gradient_checkpointing, args.chat)
+        policy.sample_rows, policy.micro_batch_tokens = args.sample_rows, args.micro_batch_tokens
+        if args.show_prompt:
+            print(policy.tokenizer.decode(encode_prompts(policy, self.task, self.train[:1], args.max_new_tokens)[0]))
+            sys.exit(0)
+        for problems in (self.train, self.test):
+            if isinstance(problems, list):  # not made on demand: a prompt that is too long is refused now
+                encode_prompts(policy, self.task, problems, args.max_new_tokens)
+        return policy
+
+    @functools.cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.policy.model.parameters(), lr=self.args.lr, weight_decay=0.0, fused=True)
+
+    @functools.cached_property
+    def state(self) -> dict[str, torch.nn.Module | torch.optim.Optimizer]:
+        """What training changes, by name; a script adds its own before it calls `steps`."""
+        return {"policy": self.policy.model, "optimizer": self.optimizer}
 
     def encoded(self, problems: Sequence[Problem]) -> list[list[int]]:
         """The problems' prompts as token ids; see `encode_prompts`."""
@@ -329,6 +337,13 @@ class Run:
             self.restore()
             doing, first = f"resuming at step {self.progress['step']} in", self.progress["step"] + 1
         print(f"{doing} {self.folder}")
+        if (self.args.tensorboard or self.args.track) and world()[0] == 0:
+            if self.wandb:  # before the writer is made: wandb reads what that writes
+                own = {"name": self.folder.name, "config": dataclasses.asdict(self.args), "sync_tensorboard": True}
+                self.wandb.init(project="inference-aware-rl", **own)
+            self.writer = self.SummaryWriter(self.folder)
+        if self.progress["evaluated"] is None:
+            print(f"evaluating {len(self.test)} {self.split} problems, {self.args.eval_n} samples each", flush=True)
         self.evaluate_if_due()
         hidden = first > last or world()[0] > 0
         bar_format = "{desc}: {n_fmt}/{total_fmt} [{remaining} left{postfix}]"  # and three metrics fit 80 columns

@@ -207,7 +207,8 @@ def test_compare_averages_over_seeds(run, untrained, tmp_path):
     result = run("harness/report.py", "runs/unbiased0", "runs/unbiased1", "runs/mean0")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[1] == "estimator=unbiased (2 seeds)" and "estimator=mean (1 seed)" in lines
+    assert lines[1] == "estimator=unbiased (2 seeds: runs/unbiased0 runs/unbiased1)"
+    assert "estimator=mean (1 seed: runs/mean0)" in lines
     ends = [records(tmp_path / "runs" / f"unbiased{seed}")[-1]["eval"]["all"]["pass@4"][0] for seed in (0, 1)]
     assert f"-> {sum(ends) / 2:.3f}" in next(line for line in lines if "pass@4" in line)
     result = run("harness/report.py", "runs/nothing")

@@ -181,10 +181,10 @@ def test_runs_are_compared_over_seeds(runs, capsys):
     runs.compare(("runs/*",))
     assert capsys.readouterr().out.splitlines() == [
         "mean over seeds of the evaluations; ± is a 95% interval over seeds (Student's t)",
-        "estimator=mean (1 seed)",
+        "estimator=mean (1 seed: runs/mean0)",
         "  metric  before -> after  change ± 95%",
         "  pass@2  0.500 -> 0.500   +0.000",
-        "estimator=unbiased (2 seeds)",
+        "estimator=unbiased (2 seeds: runs/unbiased0 runs/unbiased1)",
         "  metric  before -> after  change ± 95%",
         "  pass@2  0.250 -> 0.600   +0.350 ± 1.271",
     ]
@@ -207,7 +207,7 @@ def test_a_seed_counts_once_and_what_is_no_finished_run_is_left_out(runs, capsys
         ("left out runs/x", lines[3].partition(": ")[2]),
         ("left out runs/nothing", "it is no run folder"),
     ]
-    assert lines[5] == f"left out runs/unbiased0: {once}" and lines[7] == "pass_at_k_pg (2 seeds)"
+    assert lines[5] == f"left out runs/unbiased0: {once}" and lines[7] == "pass_at_k_pg (2 seeds: runs/unbiased0 runs/unbiased1)"
     assert lines[-1] == "  pass@2  0.250 -> 0.600   +0.350 ± 1.271"
     with pytest.raises(BadInput, match=r"no finished run is there: give folders of some, such as runs/\*"):
         runs.compare(("runs/nothing",))
@@ -218,8 +218,8 @@ def test_runs_that_only_evaluate_are_compared(runs, capsys):
         write_run(Path(f"runs/e{seed}"), {"model": model, "steps": 0, "seed": seed}, {0: {"pass@1": seed / 10}}, {})
     runs.compare(("runs/e*",))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1:4] == ["model=a (1 seed)", "  metric  mean ± 95%", "  pass@1  0.000"]
-    assert lines[4:] == ["model=b (2 seeds)", "  metric  mean ± 95%", "  pass@1  0.150 ± 0.635"]  # 12.706 x .05
+    assert lines[1:4] == ["model=a (1 seed: runs/e0)", "  metric  mean ± 95%", "  pass@1  0.000"]
+    assert lines[4:] == ["model=b (2 seeds: runs/e1 runs/e2)", "  metric  mean ± 95%", "  pass@1  0.150 ± 0.635"]  # 12.706 x .05
 
 
 def test_labels_and_lines_fit_80_columns(runs, capsys):
@@ -243,6 +243,8 @@ def test_runs_are_drawn_against_steps_and_kl(runs, figures, capsys):
     band = steps.collections[1].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.6 - 1.2706, 0.6 + 1.2706), abs=1e-4)
     assert steps.lines[0].get_color() == kl.lines[0].get_color() != steps.lines[1].get_color()
+    runs.compare(("runs/mean*",), Path("t.png"))  # where no step logs a KL, there is no panel for it
+    assert [axis.get_xlabel() for axis in figures[1].axes] == ["step"]
 
 
 def test_a_figure_that_cannot_be_drawn_is_one_line(runs):

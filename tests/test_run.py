@@ -282,7 +282,7 @@ def test_a_run_in_which_no_step_had_a_signal_ends_with_that(run, untrained, skil
     said = "no step had a signal, and nothing was learnt: look at the responses by --show-samples 5"
     flags = [*NO_REWARD, "--k", "2", "--max-new-tokens", "2", "--steps"]
     lines = run("pass_at_k_pg.py", *flags, "2", "--model", untrained).stdout.splitlines()
-    assert lines[1].startswith(said) and lines[2].startswith("1 held-out problems; ")
+    assert lines[2].startswith(said) and lines[3].startswith("1 held-out problems; ")
     for steps, model in (("0", untrained), ("2", skilled)):
         ended = run("pass_at_k_pg.py", *NO_REWARD[:-4], "--eval-n", "4", "--k", "2", "--steps", steps, "--model", model)
         assert ended.returncode == 0 and said not in ended.stdout

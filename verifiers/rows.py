@@ -6,7 +6,6 @@ Local files are read where they are: nothing is copied, cached or written.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,8 +42,6 @@ def load_rows(
         raise BadInput(f"{path} does not exist: {flag} takes a JSONL or Parquet file, or a folder of them")
     if path.suffix not in SUFFIXES:
         raise BadInput(f"{path}: cannot read {path.suffix or 'a file without a suffix'}: use {', '.join(SUFFIXES)}")
-    if flag == "--data":
-        print(f"{path} is one file: it serves as the {split} split, and as every other one", file=sys.stderr)
     return file_rows(path)
 
 
