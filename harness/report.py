@@ -195,8 +195,8 @@ def comparison(runs: dict) -> str:
 
 
 def save_comparison(path: Path, runs: dict, metric: str) -> None:
-    """Draw the metric of all settings of `finished_runs`, one colour each: against steps and, if steps logged it, against
-    the smoothed KL; means over seeds with 95% bands. Raises BadInput if a run lacks the metric."""
+    """Draw the metric of all settings of `finished_runs`, one colour each: against steps and, if steps logged it,
+    against the smoothed KL; means over seeds with 95% bands. Raises BadInput if a run lacks the metric."""
     labels = ["step", "KL to the reference (nats), of runs that log it"]
     labels = labels[: 1 + any("kl" in step for group in runs.values() for *_, steps in group for step in steps)]
     options = {"figsize": (5 * len(labels), 4.2), "layout": "constrained", "sharey": True, "squeeze": False}
