@@ -29,7 +29,7 @@ import common
 from common import best_of_k, best_of_n_tilt, checked_rewards, k_sample_advantages, mean_advantages, ranks, win_shares
 from harness.parallel import average_gradients
 from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
-from verifiers import BadInput
+from verifiers import BadInput, with_checked_verdicts
 
 # Table 2 of the paper (Gemma 2 2B), for --preset paper
 PAPER = {
@@ -165,12 +165,12 @@ def move_towards(anchor: common.Policy, policy: common.Policy, rate: float) -> N
 
 
 class ValueNetwork(torch.nn.Module):
-    """b(x): a scalar head, zero at first, on the last token of the prompt in a copy of the policy's base model."""
+    """b(x): a scalar head, zero at first, on what the output layer reads at the prompt's last token, of a copy."""
 
     def __init__(self, policy: common.Policy):
         super().__init__()
         self.base = copy.deepcopy(policy.model.base_model)
-        self.head = torch.nn.Linear(policy.model.config.get_text_config().hidden_size, 1, device=policy.device)
+        self.head = torch.nn.Linear(policy.model.get_output_embeddings().weight.shape[1], 1, device=policy.device)
         torch.nn.init.zeros_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, prompts: list[list[int]]) -> torch.Tensor:
@@ -221,6 +221,8 @@ def main(args: Args) -> None:
     args.n = 3 * args.N if args.n is None else args.n
     check_args(args)
     run = Run(args, args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
+    if args.estimator.startswith("rlb"):
+        run.task = with_checked_verdicts(run.task, f"--estimator {args.estimator}")
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.N)
     anneal_steps = args.steps if args.kl_anneal_steps is None else args.kl_anneal_steps
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
@@ -235,8 +237,6 @@ def main(args: Args) -> None:
         run.state |= {"value": value, "value_optimizer": value_optimizer}
 
     def metrics(verdict):
-        if args.estimator.startswith("rlb") and set(verdict.rewards.unique().tolist()) - {0, 1}:
-            raise BadInput(f"--estimator {args.estimator} is for rewards 0 and 1, {args.task!r} has others: use exact")
         passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         return passes | {f"{selected}@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
 

@@ -28,7 +28,7 @@ from common import best_of_n_tilt, ranks, subset_weights, win_shares
 from harness.parallel import average_gradients
 from harness.policy import expert_rollouts
 from harness.run import Run, RunArgs, run_cli, sizes_up_to
-from verifiers import BadInput, Problem, Task
+from verifiers import BadInput, Problem, Task, with_checked_verdicts
 from verifiers.rows import load_rows, require_columns
 
 
@@ -156,6 +156,8 @@ def main(args: Args) -> None:
     if args.likelihood == "exact" and args.verifier == "learned":
         raise BadInput("--likelihood exact is a closed form for --verifier environment")
     run = Run(args, args.task, args.model, args.likelihood, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
+    if args.likelihood == "exact":
+        run.task = with_checked_verdicts(run.task, "--likelihood exact")
     task, ks = run.task, sizes_up_to(args.eval_n, args.eval_N)
     selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
     experts = experts_of(args.experts, task, run.train) if args.experts and args.steps else {}
@@ -170,15 +172,14 @@ def main(args: Args) -> None:
         raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
     policy = run.policy
     if at_once:
-        rows = expert_rollouts(policy, task, run.encoded(run.train), groups_of(run.train)).mask.sum(-1)  # (B, m)
-        if longer := (rows > args.max_new_tokens).sum().item():
+        parts = (run.train[i : i + 256] for i in range(0, len(run.train), 256))  # all at once can fill the memory
+        rows = (expert_rollouts(policy, task, run.encoded(part), groups_of(part)).mask.sum(-1) for part in parts)
+        if longer := sum((x > args.max_new_tokens).sum().item() for x in rows):  # x: (B, m)
             print(f"{longer} expert responses are longer than --max-new-tokens {args.max_new_tokens}")
     if args.verifier == "learned":
         run.use_learned_verifier()
 
     def metrics(verdict):
-        if args.likelihood == "exact" and set(verdict.rewards.unique().tolist()) - {0, 1}:
-            raise BadInput(f"--likelihood exact is for rewards 0 and 1, {args.task!r} has others: use variational")
         passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
         return passes | {f"{selected}@{j}": common.best_of_k(verdict.scores, verdict.rewards, j) for j in ks}
 

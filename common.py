@@ -40,6 +40,7 @@ def k_sample_advantages(
     Example: pass_at_k with k = 2 and rewards 3, 1, 0. The pairs have the maxima 3, 3, 1: M_2 = 7/3. Without the first
     sample M_2(-1) = max(1, 0) = 1 and M_1(-1) = 1/2. A_1 = 7/3 - 1/3 - 1/3 = 5/3 = (2/3) mean(3 - 1, 3 - 0)."""
     n = samples[0].shape[-1]
+    samples = [s.double() if s.is_floating_point() else s for s in samples]  # float32 would leave 1e-8 where A is 0
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
     if estimator not in ("unbiased", "biased"):
@@ -221,14 +222,13 @@ def autocast(device: torch.device) -> torch.autocast:
 def halve_on_oom(amount: int, least: int, error: Exception, what: str) -> int:
     """Half of an amount that did not fit in memory. Re-raises an error that is not about memory. Raises BadInput if the
     amount is already `least`."""
-    on_cpu = isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
-    if not (isinstance(error, torch.OutOfMemoryError) or on_cpu):
+    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # torch's, Linux's, cuBLAS's
+    if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in words)):
         raise error
     if amount <= least:
         mend = "use a smaller model, shorter responses or gradient checkpointing"
         raise BadInput(f"out of memory with one response at a time: {mend}") from error
     tqdm.write(f"out of memory: going on with {what} = {amount // 2}")
-    torch.cuda.empty_cache()  # does nothing elsewhere
     return amount // 2
 
 

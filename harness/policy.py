@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,17 +18,8 @@ import transformers  # by its whole name: a class of it takes seconds to import,
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-from common import (
-    Policy,
-    Rollouts,
-    accumulate_gradient,
-    autocast,
-    padded,
-    recompute_activations,
-    response_log_probs,
-    sample,
-    zero_gradients,
-)
+import common
+from common import Policy, Rollouts, padded
 from verifiers import BadInput, Problem, Task
 from verifiers.hub import load_pretrained
 
@@ -83,14 +75,14 @@ def disagreement(policy: Policy) -> str:
     V = policy.model.config.get_text_config().vocab_size
     half = dataclasses.replace(policy, stop_ids=list(range(0, V, 2)))  # responses of different lengths
     short, long = ([V // 2 + i for i in range(length)] for length in (3, 8))
-    rollouts = sample(half, [short, long], 6, 6, generator=torch.Generator(policy.device).manual_seed(0))
+    rollouts = common.sample(half, [short, long], 6, 6, generator=torch.Generator(policy.device).manual_seed(0))
     prompts, ids, mask, sampled = rollouts.flat()
 
     def plain(prompt: list[int], row: torch.Tensor) -> torch.Tensor:
         """The log-probs of one response, (T,), by the model's own forward pass."""
-        recompute_activations(policy.model, False)
+        common.recompute_activations(policy.model, False)
         whole = torch.tensor([[*prompt, *row.tolist()]], device=policy.device)  # (1, P + T)
-        with autocast(policy.device):
+        with common.autocast(policy.device):
             scores = policy.model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]  # (T, V)
         return scores.float().log_softmax(-1).gather(-1, row.unsqueeze(-1))[:, 0]
 
@@ -101,8 +93,8 @@ def disagreement(policy: Policy) -> str:
 
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     truth = torch.cat([plain(prompt, row[keep]) for prompt, row, keep in zip(prompts, ids, mask)])  # (M,)
-    trained = response_log_probs(policy, prompts, ids, mask)
-    alone = [response_log_probs(policy, [x], i[None], m[None]) for x, i, m in zip(prompts, ids, mask)]
+    trained = common.response_log_probs(policy, prompts, ids, mask)
+    alone = [common.response_log_probs(policy, [x], i[None], m[None]) for x, i, m in zip(prompts, ids, mask)]
     tolerance = 0.05 if policy.device.type == "cuda" else 5e-4  # of bfloat16, of float32
     ways = {"sampling": sampled, "training": trained, "training a row alone": torch.cat(alone)}
     for way, log_probs in ways.items():
@@ -116,7 +108,7 @@ def disagreement(policy: Policy) -> str:
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Write model and tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` loads them anywhere."""
+    """Write model and tokenizer, of a `LearnedVerifier` as well: `from_pretrained(folder)` loads them anywhere."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
@@ -159,22 +151,25 @@ def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list
         words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
         return [read.replace("{prompt}", text) for text in words], [gap] * len(words)
     characters = len(tokenizer.tokenize("answer")) == len("answer")
-    if characters or task.words:
-        texts = [problem.prompt if characters else task.words(problem.prompt) for problem in problems]
-    else:
-        texts = [task.template.replace("{prompt}", problem.prompt) for problem in problems]
+    words = task.words or (lambda prompt: task.template.replace("{prompt}", prompt))
+    texts = [problem.prompt if characters else words(problem.prompt) for problem in problems]
     return texts, ["" if characters or text[-1:].isspace() else " " for text in texts]
 
 
+def open_ended(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, with the special tokens that the tokenizer puts in front (a chat template writes them itself)
+    and without those that it puts behind: an end token would end a prompt."""
+    coded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template, return_special_tokens_mask=True)
+    behind = [[*mask[::-1], 0].index(0) for mask in coded.special_tokens_mask]
+    return [ids[: len(ids) - count] for ids, count in zip(coded.input_ids, behind)]
+
+
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, see `texts_read`. The chat template writes the special tokens; without one, the
-    tokenizer puts its own in front. Raises BadInput if a prompt and its response would not fit the model's context."""
+    """Token ids of each prompt, see `texts_read` and `open_ended`. Raises BadInput if a prompt and its response would
+    not fit the model's context."""
     if not problems:
         return []
-    (texts, _), special = texts_read(policy.tokenizer, task, problems), not policy.tokenizer.chat_template
-    coded = policy.tokenizer(texts, add_special_tokens=special, return_special_tokens_mask=True)
-    behind = [[*mask[::-1], 0].index(0) for mask in coded.special_tokens_mask]  # an end token would end the prompt
-    prompts = [ids[: len(ids) - count] for ids, count in zip(coded.input_ids, behind)]
+    prompts = open_ended(policy.tokenizer, texts_read(policy.tokenizer, task, problems)[0])
     for problem, ids in zip(problems, prompts):
         if not ids:
             raise BadInput(f"the prompt {problem.prompt[:40]!r} has no tokens: remove this problem")
@@ -204,13 +199,16 @@ def expert_rollouts(
     """The solutions of B groups of problems, each group with one prompt, as rollouts (B, m, T). An end token is added;
     log_probs are 0. m is the size of the largest group; smaller ones are filled up with rows without tokens.
 
-    Raises BadInput if a prompt and its response do not fit the model's context."""
+    A solution has the tokens that it has behind its prompt, unless the two share one: read alone, Llama's tokenizers
+    would begin it with a space. Raises BadInput if a prompt and its response do not fit the model's context."""
     problems, m = [problem for group in groups for problem in group], max(map(len, groups))
-    _, spaces = texts_read(policy.tokenizer, task, problems)
-    texts = [space + problem.solution for space, problem in zip(spaces, problems)]
-    encoded, rows = iter(policy.tokenizer(texts, add_special_tokens=False).input_ids), []
+    texts, spaces = texts_read(policy.tokenizer, task, problems)
+    alone = [space + problem.solution for space, problem in zip(spaces, problems)]
+    whole = open_ended(policy.tokenizer, [text + response for text, response in zip(texts, alone)])
+    pairs, rows = zip(whole, policy.tokenizer(alone, add_special_tokens=False).input_ids), []
     for prompt, group in zip(prompts, groups):
-        own = [[*next(encoded), policy.stop_ids[0]] for _ in group]
+        P, own = len(prompt), list(itertools.islice(pairs, len(group)))
+        own = [[*(ids[P:] if ids[:P] == prompt else bare), policy.stop_ids[0]] for ids, bare in own]
         for problem, row in zip(group, own):
             length = len(prompt) + len(row)
             refuse_too_long(policy, length, f"a prompt and its expert response, {length} tokens,", problem.solution)
@@ -322,8 +320,8 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
         experts = expert_rollouts(policy, task, prompts, batch)
         weights = experts.mask.any(-1) / experts.mask.any(-1).sum(-1, keepdim=True)  # (B, m): 1/m a solution
         weights = weights / (weights * experts.mask.sum(-1)).sum() * len(batch)  # the loss is a mean over tokens
-        zero_gradients(policy.model.parameters())
-        loss = accumulate_gradient(policy, experts, weights)
+        common.zero_gradients(policy.model.parameters())
+        loss = common.accumulate_gradient(policy, experts, weights)
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         for p, momentum in momenta.items():  # Muon (Jordan et al. 2024) learns in half of AdamW's steps
             momentum.lerp_(p.grad, 0.05)

@@ -102,7 +102,7 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     parser.add_argument("--resume")
     known = parser.parse_known_args()[0]
     try:
-        saved = arguments_of(known.resume) if known.resume else presets.get(known.preset, {})
+        saved = arguments_of(known.resume, Args) if known.resume else presets.get(known.preset, {})
         files, flags = saved.pop("files", {}), flags_of(Args)
         default = flags(**saved)
         args = tyro.cli(flags, default=default, description=sys.modules[main.__module__].__doc__)
@@ -122,7 +122,7 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
     except KeyboardInterrupt:
         print("stopped: give the same command again, or --resume the folder that it was writing to", file=sys.stderr)
         sys.exit(130)
-    except (BadInput, OSError) as error:  # OSError: a folder that cannot be written to
+    except (BadInput, OSError, torch.OutOfMemoryError) as error:  # OSError: a folder that cannot be written to
         print(f"error: {error}" if world()[0] == 0 else f"error in rank {world()[0]}: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -145,19 +145,19 @@ def flags_of(Args: type) -> type:
     return flags
 
 
-def arguments_of(folder: str) -> dict:
+def arguments_of(folder: str, Args: type) -> dict:
     """The arguments of the run in this folder. Raises BadInput if it is none, or one that another command began."""
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder} is not a run folder: {error}") from error
-    script, processes, _ = saved.pop("script"), saved.pop("processes"), saved.pop("extended_after", None)
-    if "files" not in saved:
-        raise BadInput(f"{folder} is a run of an earlier version, whose flags and metrics have other names: start anew")
+        script, processes, _ = saved.pop("script"), saved.pop("processes"), saved.pop("extended_after", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder} is not a run folder: {type(error).__name__}: {error}") from error
     if script != Path(sys.argv[0]).stem:
         raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
     if processes != int(os.environ.get("WORLD_SIZE", 1)):  # with another number the samples would be others
         raise BadInput(f"{folder} is a run of {processes} process(es): {resume_command(folder, processes)}")
+    if "files" not in saved or {*saved} - {"files", *(x.name for x in dataclasses.fields(Args))}:
+        raise BadInput(f"{folder} is a run of another version, whose flags and metrics have other names: start anew")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
@@ -186,7 +186,7 @@ def check_args(args) -> None:
     least |= dict.fromkeys(("n", "eval_n"), getattr(args, k))
     for name, bound in least.items():
         value = getattr(args, name, None)
-        if value is not None and value < bound:
+        if value is not None and not value >= bound:  # nan is not
             why = f" (--{k} {bound} takes that many samples)" if name in ("n", "eval_n") else ""
             raise BadInput(f"--{name.replace('_', '-')} must be at least {bound}{why}, not {value}")
     for name in ("lr", "temperature", "max_grad_norm", "clip", "value_lr", "verifier_lr"):
@@ -310,19 +310,20 @@ class Run:
 
         def train(folder: Path) -> None:
             chosen = training_batch(self.train, 0, min(args.verifier_problems, len(self.train)), seed=0)
-            samples, lr = labelled_samples(chosen), args.verifier_lr
-            learned.trained_verifier(base, task, chosen, *samples, policy.device, lr).save(folder)
+            samples, lr, size = labelled_samples(chosen), args.verifier_lr, policy.micro_batch_tokens
+            save_policy(learned.trained_verifier(base, task, chosen, *samples, policy.device, lr, budget=size), folder)
 
         if args.verifier_model:
             folder = args.verifier_model
         elif tiny_seed(args.model) is not None:
             levels = ".".join(map(str, args.levels)) or "all"
             recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}-l{levels}"
+            recipe += "".join(f"-{digest[:12]}" for digest in args.files.values())  # of a task of the user's
             folder = cached_folder(f"{Path(base).name}-verifier-{recipe}", train)
         else:
             folder = self.folder / "verifier"
             rank0_only(lambda: write_atomically(folder, train))
-        verifier = learned.load_verifier(str(folder), task, policy.device)
+        verifier = learned.load_verifier(str(folder), task, policy.device, budget=policy.micro_batch_tokens)
         responses, rewards = labelled_samples(self.test)
         print(learned.quality(verifier.score([problem.prompt for problem in self.test], responses), rewards))
         self.task = learned.with_scores(task, verifier)
@@ -553,13 +554,13 @@ def new_run_folder(args, parts: Sequence) -> Path:
     arguments = {"files": args.files, **dataclasses.asdict(args)}
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:6]
     script = Path(sys.argv[0]).stem
-    parts = (re.sub(r"[^\w.=+-]+", "_", str(part).strip("/")) for part in (script, *parts, digest))
+    parts = (re.sub(r"[^\w.=+-]+", "_", str(part).strip("/"))[-60:] for part in (script, *parts, digest))
     name = args.run_name or "-".join(parts)
     for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if not folder.exists():
+        with contextlib.suppress(FileExistsError):  # of another run, maybe one that started in this moment
+            folder.mkdir(parents=True)
             break
-    folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps({"script": script, "processes": world()[1], **arguments}, indent=2))
     return folder
 

@@ -17,7 +17,7 @@ from enumeration import (
     log_policy,
     subset_advantages,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import bon_rl
 import common
@@ -219,6 +219,14 @@ def test_value_network_learns_the_reward_of_each_prompt(monkeypatch):
         value.fit(optimizer, policy, prompts, rewards)
     assert value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)
     torch.testing.assert_close(value(prompts)[1:2], value([prompts[1]]))  # filler is not read
+
+
+def test_the_value_network_reads_what_the_output_layer_reads():
+    """OPT-350m's last states are half as wide as its layers."""
+    config = OPTConfig(vocab_size=16, hidden_size=16, word_embed_proj_dim=8, ffn_dim=16, num_hidden_layers=1,
+                       num_attention_heads=2, do_layer_norm_before=False)  # fmt: skip
+    value = bon_rl.ValueNetwork(common.Policy(OPTForCausalLM(config), None, [1]))
+    assert value([[3, 4, 5], [6, 7]]).tolist() == [0, 0]
 
 
 def test_the_example_of_the_variational_advantages():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from enumeration import BINARY, PROMPTS, THETA, K, all_tuples, log_policy
+from runs import SMALL
 from test_best_of_n import EXACT, SCORES, best_of_n_policy, failure_rates
 from transformers import LlamaConfig
 
@@ -14,7 +15,7 @@ import common
 import harness.policy
 from bon_sft import Args, coefficients, experts_of, mean_over_experts
 from harness.problems import training_batch
-from verifiers import BadInput, Problem, Task, Verdict, load_task
+from verifiers import BadInput, Problem, Task, Verdict, arithmetic, load_task
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
 
@@ -195,6 +196,21 @@ def test_expert_rollouts_and_samples_are_joined():
     assert both.ids.shape == (2, 2 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
     assert both.mask.sum(-1).tolist() == [[3, 0, 5, 5, 5, 5], [2, 2, 5, 5, 5, 5]]
     assert both.log_probs[:, :2].abs().sum() == 0
+
+
+def test_experts_are_not_all_padded_at_once(run, untrained, monkeypatch):
+    """One problem with many experts, or a long one, sets the size of all that are padded with it."""
+    sizes, rollouts = [], harness.policy.expert_rollouts
+
+    def counted(policy, task, prompts, groups, *others):
+        sizes.append(len(groups))
+        return rollouts(policy, task, prompts, groups, *others)
+
+    monkeypatch.setattr(harness.policy, "expert_rollouts", counted)
+    result = run("bon_sft.py", *SMALL, "--max-new-tokens", "1", "--steps", "1", "--model", untrained)
+    assert result.returncode == 0, result.stderr
+    assert sizes == [256, arithmetic.TRAIN_PER_LEVEL - 256, 4]  # then a step's
+    assert f"{arithmetic.TRAIN_PER_LEVEL} expert responses are longer than --max-new-tokens 1" in result.stdout
 
 
 def test_the_example_of_the_coefficients():

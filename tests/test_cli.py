@@ -117,6 +117,7 @@ OF_ALL = [
     (["--data", "x.jsonl"], "makes its own problems: leave --data out"),
     (["--levels", "9"], "no training problems at --levels 9"),
     (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
+    (["--kl-coef", "nan"], "--kl-coef must be at least 0, not nan"),
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
     (["--sample-rows", "0"], "--sample-rows must be at least 1, not 0"),
     (["--device", "tpu"], "--device must be auto, cpu or cuda, not 'tpu'"),
@@ -268,10 +269,18 @@ def test_events_in_the_verifier_are_summed_over_an_evaluation(run, untrained, mo
     assert records(folder)[0]["timeouts"] == 2
 
 
+@pytest.mark.parametrize("first", [1, 3], ids=["at once", "in a training step"])
 @pytest.mark.parametrize("script, flags", [(RL, ["--estimator", "rlb"]), (SFT, ["--likelihood", "exact"])])
-def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, untrained, monkeypatch):
-    verify = arithmetic.verify
-    higher = lambda *args: dataclasses.replace(v := verify(*args), rewards=v.rewards + 0.5)  # noqa: E731
+def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, first, run, untrained, monkeypatch):
+    verify, calls = arithmetic.verify, []
+
+    def higher(*args):
+        calls.append(args)
+        verdict = verify(*args)
+        return dataclasses.replace(verdict, rewards=verdict.rewards + 0.5) if len(calls) >= first else verdict
+
     monkeypatch.setattr(arithmetic, "verify", higher)
     result = run(script, *SMALL, *flags, "--model", untrained)
-    assert result.returncode == 2 and "is for rewards 0 and 1, 'arithmetic' has others" in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "is for rewards 0 and 1, 'arithmetic' has others" in line, result.stderr
+    assert "(step 0 is saved: mend it, then --resume runs/" in line and "Traceback" not in result.stderr

@@ -130,9 +130,9 @@ def test_a_group_of_solutions_weighs_as_much_as_one(monkeypatch):
     groups = [[Problem("1+1=", "2", "2"), Problem("1+1=", "2", "0002")], [Problem("2+3=", "5", "5")]]
     task, seen = small_task(steps=2), []
     task.warm_start_problems = groups
-    gradient = harness.policy.accumulate_gradient
+    gradient = common.accumulate_gradient
     noted = lambda policy, experts, weights: seen.append((experts, weights)) or gradient(policy, experts, weights)  # noqa: E731
-    monkeypatch.setattr(harness.policy, "accumulate_gradient", noted)
+    monkeypatch.setattr(common, "accumulate_gradient", noted)
     harness.policy.warm_start(task)
     assert len(seen) == 2 and all(len(experts.prompts) == 8 for experts, _ in seen)
     for experts, weights in seen:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import FLAGS, SMALL, in_process, outcome
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ import harness.run
 import verifiers.hub
 import verifiers.rows
 from harness.policy import full_disk_told
+from harness.run import RunArgs
 from verifiers import BadInput, load_task
 
 PASS, RL, SFT = "pass_at_k_pg.py", "bon_rl.py", "bon_sft.py"
@@ -30,6 +32,29 @@ def one_line(result) -> str:
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("Writing model")]
     return line
+
+
+def test_a_folder_that_another_run_makes_in_this_moment_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    args = RunArgs(run_name="one")
+    assert [harness.run.new_run_folder(args, []).name for _ in range(2)] == ["one", "one-2"]
+
+
+def test_a_long_path_is_shortened_in_a_folders_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = harness.run.new_run_folder(RunArgs(), ["/a" * 200 + "/model", "k4"]).name
+    assert name[-16:-6] == "_model-k4-" and len(name) < 255
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit, match="2"):
+        harness.run.run_cli(main, RunArgs)
+    assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2 GiB\n"
 
 
 # --- Models ---

@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from model_zoo import save_tiny
 from runs import SMALL, save_untrained
+from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
+from harness.policy import save_policy, tiny_tokenizer
 from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned, load_task
 
 LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]
@@ -50,10 +53,53 @@ def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
     scores = verifier.score(["7", "8888"], [digits, digits])
     assert torch.equal(scores, verifier.score(["7", "8888"], [digits, digits]))
     torch.testing.assert_close(verifier.score(["7"], [digits[:3]])[0], scores[0, :3], rtol=1e-4, atol=1e-5)
-    small = learned.LearnedVerifier(verifier.model, verifier.tokenizer, verifier.task, rows_at_once=3)
+    small = learned.LearnedVerifier(verifier.model, verifier.tokenizer, verifier.task, budget=30)
     torch.testing.assert_close(small.score(["7", "8888"], [digits, digits]), scores, rtol=1e-4, atol=1e-5)
     twice = verifier.score(["7"], [["3", "12", "3"]])
     assert twice[0, 0] == twice[0, 2] != twice[0, 1]  # equal responses tie to the bit
+
+
+def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, monkeypatch):
+    """8 rows of 4 tokens, padded ("7=12<eos>" is 5): 10 tokens are two rows at a time, and one if a row is longer."""
+    rewards, seen = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2), []
+    responses = [["1", "12", "2", "3"]] * 2
+    problems, forward = [Problem("7", ""), Problem("8", "")], LlamaForSequenceClassification.forward
+
+    def counted(self, input_ids=None, **others):
+        seen.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", counted)
+    scores = []
+    for budget, rows in ((16384, [8]), (10, [2] * 4), (4, [1] * 8)):
+        seen.clear()
+        verifier = learned.trained_verifier(untrained, task_of(problems), problems, responses, rewards, lr=1e-2,
+                                            epochs=1, budget=budget)  # fmt: skip
+        assert seen == rows
+        scores.append(verifier.score(["7"], responses[:1]))
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores[2], scores[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_verifier_with_more_positions_than_tokens(tmp_path):
+    """RoBERTa's positions begin at 2: 66 of them take 64 tokens."""
+    tokenizer, sizes = tiny_tokenizer(), dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = RobertaConfig(len(tokenizer), intermediate_size=16, max_position_embeddings=66, pad_token_id=0, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(tmp_path)
+    verifier = learned.load_verifier(str(tmp_path), task_of([]), new_head=True)
+    assert verifier.tokens(["7"], ["1" * 100]).input_ids.shape == (1, 64)
+    assert verifier.score(["7"], [["1" * 100]]).isfinite().all()
+
+
+def test_a_composite_verifier_without_a_filler_token_does_not_read_filler(tmp_path):
+    folder, tokenizer = save_tiny("gemma3", tmp_path), tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    verifier = learned.load_verifier(folder, task_of([]), new_head=True)
+    both = verifier.score(["7"], [["4", "444444"]])
+    torch.testing.assert_close(both[:, :1], verifier.score(["7"], [["4"]]), rtol=1e-4, atol=1e-5)
 
 
 def test_hostile_responses_are_scored(parity):
@@ -64,7 +110,7 @@ def test_hostile_responses_are_scored(parity):
 
 def test_save_and_load(parity, tmp_path):
     verifier, digits = parity
-    verifier.save(tmp_path / "verifier")
+    save_policy(verifier, tmp_path / "verifier")
     loaded = learned.load_verifier(str(tmp_path / "verifier"), verifier.task)
     assert torch.equal(loaded.score(["7"], [digits]), verifier.score(["7"], [digits]))
     with pytest.raises(BadInput, match="cannot load the verifier 'no/such'"):
@@ -113,9 +159,9 @@ def test_a_run_with_a_learned_verifier(run, untrained, tmp_path, monkeypatch, sc
         rewards = torch.tensor([[float(len(response) % 2) for response in row] for row in rows])
         return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
 
-    def train(base, task, problems, responses, *others):
+    def train(base, task, problems, responses, *others, **options):
         learnt_from.extend((problem.prompt, len(row)) for problem, row in zip(problems, responses))
-        return trained_verifier(base, task, problems, responses, *others)
+        return trained_verifier(base, task, problems, responses, *others, **options)
 
     learnt_from, trained_verifier = [], learned.trained_verifier
     monkeypatch.setattr(learned, "trained_verifier", train)

@@ -22,6 +22,13 @@ def random_groups(B, n, seed=0):
     return votes, of_answer.gather(1, votes + 1), torch.randint(0, 3, (B, n), generator=generator).double()
 
 
+@pytest.mark.parametrize("k, n", [(4, 6), (3, 7)])
+def test_equal_rewards_have_no_advantage_whatever_type_the_metric_computes_in(k, n):
+    """In float32 the three terms leave 6e-8, and AdamW would make full steps of it."""
+    A = k_sample_advantages(lambda rewards, k: rewards.amax(-1), torch.ones(1, n), k=k)
+    assert A.tolist() == [[0] * n] and A.dtype == torch.float64
+
+
 SIZES = [(1, 1), (1, 4), (2, 2), (2, 3), (2, 7), (3, 7), (6, 7), (7, 7), (4, 8)]
 
 

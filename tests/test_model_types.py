@@ -8,6 +8,7 @@ import torch
 from model_zoo import KINDS, save_tiny, tiny_model
 from runs import in_process, steps_of
 
+import common
 import harness.policy
 from verifiers import BadInput, Verdict, load_task
 
@@ -75,8 +76,8 @@ def test_a_policy_can_be_loaded_where_gradients_are_off(tmp_path):
 def test_a_gradient_that_is_wrong_is_refused(tmp_path, monkeypatch):
     """The log-probs agree here; a part of the network is cut out of the backward pass of training alone."""
     folder, task = save_tiny("llama", tmp_path / "model"), load_task("arithmetic")
-    states = harness.policy.response_log_probs
-    monkeypatch.setattr(harness.policy, "response_log_probs", lambda *a: 2 * (x := states(*a)) - x.detach())
+    states = common.response_log_probs
+    monkeypatch.setattr(common, "response_log_probs", lambda *a: 2 * (x := states(*a)) - x.detach())
     with pytest.raises(BadInput, match="the gradient of training differs"):
         harness.policy.load_policy(folder, task, "cpu")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import ROOT, outcome, records, steps_of
 
+import harness.run
 from harness.load_file import load_file
 from verifiers import BadInput, Problem, Task, Verdict, with_checked_verdicts
 
@@ -107,6 +108,31 @@ def test_what_is_right_passes_as_it_is():
     verdict = Verdict(ONE, ONE.long(), {"timeouts": 2})
     task = with_checked_verdicts(Task("mine", [], [], lambda *batch: verdict))
     assert task.verify([Problem("1", "1")] * 2, [["a"] * 3] * 2) is verdict
+
+
+def test_what_is_computed_by_a_model_is_taken_out_of_its_graph():
+    rewards = torch.ones(1, 2, requires_grad=True)
+    verdict = Verdict(rewards * 2, rewards.long())
+    task = with_checked_verdicts(Task("mine", [], [], lambda *batch: verdict))
+    checked = task.verify([Problem("1", "1")], [["a", "b"]])
+    assert not (checked.rewards.requires_grad or checked.scores.requires_grad) and checked.rewards.tolist() == [[2, 2]]
+
+
+def test_a_learned_verifier_is_cached_for_one_version_of_the_file(run, skilled, mine, monkeypatch):
+    """Its labels are those of the file's verify."""
+
+    def named(name, write):
+        raise BadInput(name)
+
+    monkeypatch.setattr(harness.run, "tiny_seed", lambda name: 0)
+    monkeypatch.setattr(harness.run, "cached_folder", named)
+    names = []
+    for code in (CODE, CODE + "# changed\n"):
+        where = mine(code)
+        flags = [flag.replace("--k", "--N") for flag in SMALL]
+        names.append(run("bon_rl.py", *flags, "--task", where, "--model", skilled, "--verifier", "learned").stderr)
+        assert names[-1].strip().endswith(f"-t3-lall-{load_file(where)[2][:12]}")
+    assert names[0] != names[1]
 
 
 VERIFY = "def verify(problems, responses):\n"

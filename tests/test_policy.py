@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from runs import SMALL, save_untrained
-from tokenizers import Regex, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import common
@@ -142,6 +142,24 @@ def test_without_a_chat_template_the_tasks_words_are_read(front, behind):
     written = [policy.tokenizer.decode(ids[mask]) for ids, mask in zip(experts.ids[:, 0], experts.mask[:, 0])]
     assert written == [" 2</s>", " 12</s>"] and common.decode(policy, experts) == [[" 2"], [" 12"]]
     assert encode_prompts(policy, TASK, [], 8) == []
+
+
+@pytest.mark.parametrize("template", [None, PHI])
+def test_an_expert_has_the_tokens_that_it_has_behind_its_prompt(template):
+    """Llama's tokenizers put a space in front of a text: a program read alone would be indented by one."""
+    words = ["<unk>", "<s>", "</s>", "\u2581", *map(chr, range(33, 127)), "\n", "<|end|>", "\u2581de", "\u2581d", "de"]
+    merges = [("\u2581", "d"), ("\u2581d", "e"), ("d", "e")]
+    backend = Tokenizer(models.BPE({x: i for i, x in enumerate(words)}, merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template)
+    policy = policy_of(tokenizer)
+    prompts = encode_prompts(policy, TASK, PROBLEMS[:1], 8)
+    experts = expert_rollouts(policy, TASK, prompts, [[replace(PROBLEMS[0], solution="de f\n  g")]])
+    space = "" if template else " "  # which follows "Answer:"
+    assert common.decode(policy, experts) == [[f"{space}de f\n  g"]]
+    first = tokenizer.convert_ids_to_tokens(experts.ids[0, 0].tolist())[0]
+    assert first == ("de" if template else "\u2581de")
 
 
 def test_an_expert_that_is_too_long_is_refused():

@@ -108,8 +108,9 @@ def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task
     return task
 
 
-def with_checked_verdicts(task: Task) -> Task:
-    """The same task, whose `verify` raises BadInput for anything but a `Verdict` of the responses."""
+def with_checked_verdicts(task: Task, only_01: str = "") -> Task:
+    """The same task, whose `verify` returns tensors on the CPU without a graph, and raises BadInput for anything but a
+    `Verdict` of the responses. only_01: what can use no other rewards than 0 and 1, for the error; "" if all can."""
     import torch
 
     def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
@@ -126,6 +127,9 @@ def with_checked_verdicts(task: Task) -> Task:
             for b, i in (~value.isfinite()).nonzero().tolist():
                 what = f"{of} gave {name} that are not finite numbers, one of them to {responses[b][i][:40]!a}"
                 raise BadInput(f"{what}: every response needs a number")
+            setattr(verdict, name, value.detach().cpu())
+        if only_01 and not ((verdict.rewards == 0) | (verdict.rewards == 1)).all():
+            raise BadInput(f"{only_01} is for rewards 0 and 1, {task.name!r} has others: use another one")
         return verdict
 
     return dataclasses.replace(task, verify=verify)

@@ -7,7 +7,7 @@ It reads a prompt and a response and gives a score, by which Best-of-N selects: 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class LearnedVerifier:
     model: torch.nn.Module
     tokenizer: object
     task: Task
-    rows_at_once: int = 256
+    budget: int = 16384  # tokens in one pass, filler included
 
     def tokens(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, torch.Tensor]:
         """Ids and mask (R, L) of each prompt with its response: by the chat template if there is one, else by the
@@ -39,12 +39,21 @@ class LearnedVerifier:
         else:
             end = self.tokenizer.eos_token or ""
             texts = [self.task.template.replace("{prompt}", p) + r + end for p, r in zip(prompts, responses)]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         self.tokenizer.truncation_side = "left"
-        return self.tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="right", truncation=context is not None,
-            max_length=context, add_special_tokens=not self.tokenizer.chat_template,
+        return self.tokenizer(  # RoBERTa has two positions more than it takes tokens
+            texts, return_tensors="pt", padding=True, padding_side="right", truncation=True,
+            max_length=min(positions, self.tokenizer.model_max_length),
+            add_special_tokens=not self.tokenizer.chat_template,
         ).to(self.model.device)  # fmt: skip
+
+    def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Scores (R',) of R prompts with their responses, as many at a time as the budget allows, and their places."""
+        tokens = self.tokens(prompts, responses)
+        rows = max(1, self.budget // tokens["input_ids"].shape[1])
+        for part in (slice(i, i + rows) for i in range(0, len(prompts), rows)):
+            outputs = self.model(**{name: x[part] for name, x in tokens.items()})
+            yield part, outputs.logits[:, 0].float()  # (R', 1) -> (R',)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> torch.Tensor:
@@ -53,36 +62,32 @@ class LearnedVerifier:
         pairs = [(prompt, response) for prompt, row in zip(prompts, responses) for response in row]
         unique = sorted(set(pairs), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))  # like lengths together
         scores = {}
-        for i in range(0, len(unique), self.rows_at_once):
-            part = unique[i : i + self.rows_at_once]
-            logits = self.model(**self.tokens(*zip(*part))).logits[:, 0].float()  # (R, 1) -> (R,)
-            scores |= dict(zip(part, logits.tolist()))
+        for pairs_now in (unique[i : i + 256] for i in range(0, len(unique), 256)):
+            for part, logits in self.logits(*zip(*pairs_now)):
+                scores |= dict(zip(pairs_now[part], logits.tolist()))
         return torch.tensor([scores[pair] for pair in pairs]).view(len(prompts), -1)
 
-    def save(self, folder) -> None:
-        """Write model and tokenizer for `AutoModelForSequenceClassification.from_pretrained`."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
-
-def load_verifier(name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False) -> LearnedVerifier:
+def load_verifier(
+    name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False, budget: int = 16384
+) -> LearnedVerifier:
     """The reward model of this hub id or folder, in float32, in evaluation mode. new_head: one that is not there is a
-    random one. Raises BadInput."""
+    random one. budget: see `LearnedVerifier`. Raises BadInput."""
     auto = "AutoModelForSequenceClassification"
     model, tokenizer = load_pretrained("the verifier", name, auto, device, new_head, num_labels=1)
-    verifier = LearnedVerifier(model, tokenizer, task)
+    verifier = LearnedVerifier(model, tokenizer, task, budget)
     if tokenizer.pad_token_id is None:  # transformers finds the last token by it
         if tokenizer.eos_token_id is None:
             raise BadInput(f"the verifier {name!r} has neither pad nor eos token: set one in its tokenizer_config.json")
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return verifier
 
 
 def trained_verifier(
     base: str, task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[str]], rewards: torch.Tensor,
     device: torch.device | str = "cpu", lr: float = 1e-3, batch: int = 128, epochs: int = 2,
-    seed: int = 0,
+    seed: int = 0, budget: int = 16384,
 ) -> LearnedVerifier:  # fmt: skip
     """A verifier fitted to `rewards` (B, n) in [0, 1] of `responses` (B lists of n) by cross-entropy.
 
@@ -97,7 +102,7 @@ def trained_verifier(
     problems, responses, rewards = [problems[i] for i in mixed], [responses[i] for i in mixed], rewards[mixed]
     with torch.random.fork_rng(devices=[]):  # the new head's initial weights
         torch.manual_seed(seed)
-        verifier = load_verifier(base, task, device, new_head=True)
+        verifier = load_verifier(base, task, device, new_head=True, budget=budget)
     prompts = [problem.prompt for problem, row in zip(problems, responses) for _ in row]
     texts, labels = [response for row in responses for response in row], rewards.flatten().to(device)
     generator = torch.Generator().manual_seed(seed)
@@ -106,15 +111,16 @@ def trained_verifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(order) + 1)
     bar = tqdm(order, desc="training the verifier", unit="step")
     for rows in bar:
-        tokens = verifier.tokens([prompts[i] for i in rows], [texts[i] for i in rows])
-        logits = verifier.model(**tokens).logits[:, 0].float()  # (R, 1) -> (R,)
-        loss = F.binary_cross_entropy_with_logits(logits, labels[rows.to(device)])
         optimizer.zero_grad()
-        loss.backward()
+        total = 0.0
+        for part, logits in verifier.logits([prompts[i] for i in rows], [texts[i] for i in rows]):
+            loss = F.binary_cross_entropy_with_logits(logits, labels[rows[part].to(device)]) * (len(logits) / len(rows))
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(verifier.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{total:.3f}")
     return verifier
 
 
