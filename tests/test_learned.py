@@ -84,7 +84,9 @@ def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, monkeypat
 def test_a_verifier_with_more_positions_than_tokens(tmp_path):
     """RoBERTa's positions begin at 2: 66 of them take 64 tokens."""
     tokenizer, sizes = tiny_tokenizer(), dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = RobertaConfig(len(tokenizer), intermediate_size=16, max_position_embeddings=66, pad_token_id=0, **sizes)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), intermediate_size=16, max_position_embeddings=66, pad_token_id=0, **sizes
+    )
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(tmp_path)
