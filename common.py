@@ -28,10 +28,10 @@ def k_sample_advantages(
 
       unbiased  A_i = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i)        the gradient of E[f] of k samples
                     = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]
-      biased    A_i = M_{k-1} - M_{k-1}(-i)                              each T centred (Tang): of k-1 samples
+      biased    A_i = M_{k-1} - M_{k-1}(-i)                              each T centred (Tang): E[f] of k-1 samples
 
     M_j is the metric of all n samples, M_j(-i) the metric without the i-th, M_0 = 0. With k = 1 biased is zero, and
-    unbiased takes M_1(-i) for M_0: RLOO. A single sample (n = 1) has no baseline.
+    unbiased is RLOO: it has M_1(-i) in place of M_0. A single sample (n = 1) has no baseline.
 
     metric: metric(*samples, j) maps tensors (rows, m) to (rows,) float64, the mean of the symmetric function f over all
     j-subsets of a row's m samples, 1 <= j <= m. samples: one or more tensors (B, n), n >= k. Returns (B, n) float64, to
@@ -253,8 +253,8 @@ def sample(
 ) -> Rollouts:  # fmt: skip
     """n responses to each prompt by pure temperature sampling, each up to and including its end token.
 
-    Each response and position has its own random number: the tokens do not depend on `policy.sample_rows`. Computes and
-    returns on the policy's device. Raises BadInput when memory runs out with a single response."""
+    Each response and position has its own random number, so the tokens do not depend on `policy.sample_rows`. Computes
+    and returns on the policy's device. Raises BadInput when memory runs out with a single response."""
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
     uniform = torch.rand(len(rows), max_new_tokens, generator=generator, device=policy.device)  # (R, max_new_tokens)
@@ -355,9 +355,9 @@ class MicroBatch:
 
 def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterator[MicroBatch]:
     """The given rows (any of the R = B n, int64) of the rollouts, longest first, in micro-batches of at most `budget`
-    tokens, or of one row. Its size is U * (longest prompt + longest response).
+    tokens, or of one row. A micro-batch has U * (longest prompt + longest response) tokens.
 
-    Equal rows are computed once: a policy that has learnt to answer gives the same response again and again."""
+    Equal rows are computed once: a policy that has learnt to answer often repeats a response."""
     prompts, ids, mask, _ = rollouts.flat()
     same: dict[tuple, list[int]] = {}
     filled, responses = ids.masked_fill(~mask, -1).cpu(), mask.sum(-1).tolist()
