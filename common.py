@@ -233,7 +233,7 @@ def halve_on_oom(amount: int, least: int, error: Exception, what: str) -> int:
 
 
 class CompactCache(DynamicCache):
-    """Keys are kept in the type of values: under autocast rotary embeddings leave them in float32, twice the memory."""
+    """Keys are kept in the dtype of values. Under autocast rotary embeddings make keys float32: twice the memory."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *where, **options) -> tuple:
         return super().update(key_states.to(value_states.dtype), value_states, *where, **options)
@@ -466,7 +466,7 @@ def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Te
 
 
 def zero_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Zeros, not None: a step without any signal is still a step of the optimiser, also right after a resume."""
+    """Zeros, not None: a step without a signal is a step of the optimiser, also right after a resume."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
@@ -503,7 +503,7 @@ def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.T
     """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler.
 
     Both policies make the same pass over the same rows and round alike: a policy that has not moved has ratios of
-    exactly 0. The log-probs of sampling would leave 1e-7 there, and AdamW would make full steps of it."""
+    exactly 0. With the log-probs of sampling they would be 1e-7, and AdamW would turn that into full steps."""
 
     def compute() -> torch.Tensor:
         ratios = torch.zeros(rollouts.mask.flatten(0, 1).shape)  # (R, T)

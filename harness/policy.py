@@ -298,7 +298,7 @@ def warm_start_groups(task: Task) -> Sequence[Sequence[Problem]]:
 def warm_start(task: Task, seed: int = 0) -> Policy:
     """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and threads.
 
-    The m solutions of a group weigh 1/m each: the target is the uniform choice among them. The prompt is read once."""
+    Each of the m solutions of a group has weight 1/m: the target is a uniform choice. The prompt is read once."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

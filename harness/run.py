@@ -127,8 +127,8 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
 
 
 def flags_of(Args: type) -> type:
-    """The dataclass Args as --help shows it: the script's own flags come first, and a default of None is not shown (the
-    flag's words say what happens)."""
+    """The dataclass Args as --help shows it: the script's own flags come first. A default of None is not shown, because
+    the flag's words say what happens."""
     import tyro
 
     def hint(default: str) -> str:
@@ -145,7 +145,7 @@ def flags_of(Args: type) -> type:
 
 
 def arguments_of(folder: str) -> dict:
-    """The arguments of the run in this folder. Raises BadInput if it is none, or one that another command began."""
+    """The arguments of the run in this folder. Raises BadInput if there is no run, or one of another command."""
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
     except (OSError, ValueError) as error:
@@ -177,7 +177,7 @@ def keep_file(args, where: str, digest: str) -> None:
 
 
 def check_args(args) -> None:
-    """Raise BadInput for a value out of range among the arguments that several scripts have."""
+    """Raise BadInput if an argument that several scripts have is out of range."""
     k = "k" if hasattr(args, "k") else "N"
     zeros = "steps eval_every show_samples kl_coef kl_coef_end kl_delay kl_anneal_steps warm_up_steps"
     ones = "prompts_per_step eval_problems epochs save_every verifier_problems micro_batch_tokens sample_rows"
@@ -559,7 +559,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def append_json(path: Path, record: dict) -> None:
-    """Append one JSON line; what is not a finite number becomes null, JSON's only word for it."""
+    """Append one JSON line. nan and infinity become null, because JSON has no other word for them."""
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with full_disk_told(path), open(path, "a") as file:
         file.write(json.dumps(finite) + "\n")
