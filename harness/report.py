@@ -193,8 +193,8 @@ def comparison(runs: dict) -> str:
 
 
 def save_comparison(path: Path, runs: dict, metric: str) -> None:
-    """Draw the metric of all settings of `finished_runs`, one colour each, against steps and against the logged KL,
-    smoothed: means over seeds with 95% bands. Raises BadInput if a run lacks the metric."""
+    """Draw the metric of all settings of `finished_runs`, one colour each: against steps, and against the KL that the
+    steps logged, smoothed; means over seeds with 95% bands. Raises BadInput if a run lacks the metric."""
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     for label, group in runs.items():
         if metric not in (there := group[0][1][0]["eval"]["all"]):
