@@ -4,12 +4,12 @@ Arms have fixed rewards drawn from N(0, 1); a softmax policy starts uniform and 
 learning rate 1. All three metrics are computed exactly from the policy, over many seeds at once; none is sampled.
 
     mean         A_i = (1/k) (r_i - mean_{j != i} r_j)          gradient of the mean reward
-    mean x k     A_i = r_i - mean_{j != i} r_j                  the same as a sum over the samples, k times as long
+    mean x k     A_i = r_i - mean_{j != i} r_j                  the same as a sum over samples: k times as long
     unbiased     A_i = max_j r_j - max_{j != i} r_j             gradient of max@k (Lemma 1)
-    biased       the unbiased one less its mean over i          gradient of max@(k-1)
+    biased       unbiased minus its mean over i                 gradient of max@(k-1)
 
-The paper does not say which of the first two is its baseline, and its first claim depends on it: both are shown. The
-claims of the figure are compared, with intervals, by benchmarks/reproduce.py.
+The paper does not say which of the first two is its baseline. Its first two claims depend on it, so both are shown.
+benchmarks/reproduce.py measures the claims of the figure, with intervals.
 
     python bandit.py
 """

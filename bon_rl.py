@@ -7,10 +7,10 @@ draws N responses from pi and keeps the one that a verifier scores highest, and 
     J = E_x E_{y ~ pi_bon(.|x)} [ R(x, y) ]
 
 and its gradient estimates, sum_i A_i grad log pi(y_i), see `advantages`. The verifier is the environment's reward
-(BoN-RL-S; J is then pass@N) or a learned one, which selects in training as at test time (BoN-RL-V).
+(BoN-RL-S; J is then pass@N) or a learned reward model, which selects in training and at test time (BoN-RL-V).
 
-Unlike pass_at_k_pg.py: the advantages read a verifier's scores as well as rewards; a value network can be the baseline;
-the KL is measured from a moving average of the policy, and its coefficient can fall; the learning rate can warm up.
+Unlike pass_at_k_pg.py: the advantages depend on a verifier's scores as well as rewards; a value network can be the
+baseline; the KL is to a moving average of the policy, and its coefficient can fall; the learning rate can warm up.
 
     python bon_rl.py --N 8                                           # exact gradient, the environment selects
     python bon_rl.py --N 8 --estimator variational                   # BoN-RL as in the paper
@@ -41,25 +41,25 @@ PAPER = {
 
 @dataclass
 class Args(RunArgs):
-    preset: Literal["small", "paper"] = "small"  # defaults: ours, or the paper's Table 2; flags given beside it win
+    preset: Literal["small", "paper"] = "small"  # defaults: small are ours, paper is Table 2; your own flags win
     N: int = 8  # samples that the verifier chooses from
     n: int | None = None  # samples per prompt; `variational` takes 3 N or more, 2 N with a value network (default: 3 N)
     estimator: Literal["mean", "exact", "variational", "rlb", "rlb-p", "rlb-all"] = "exact"
-    """mean reward (RLOO, the baseline); Best-of-N by leave-one-out; the paper's BoN-RL; its closed forms for a verifier
-    that is the 0/1 reward: BoN-RLB, BoN-RLB(P), and the same gradient by all samples"""
-    verifier: Literal["environment", "learned"] = "environment"  # what selects: BoN-RL-S, or BoN-RL-V (a reward model)
+    """mean: the mean reward (RLOO, the baseline). exact: Best-of-N by leave-one-out. variational: the paper's BoN-RL.
+    For a verifier that is the 0/1 reward: rlb (BoN-RLB), rlb-p (BoN-RLB(P)), rlb-all (rlb-p from all samples)"""
+    verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward, or a reward model
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
     verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
-    baseline: Literal["loo", "value"] = "loo"  # of mean and variational: the prompt's others, or a value network
+    baseline: Literal["loo", "value"] = "loo"  # of mean and variational: the other samples, or a value network
     value_lr: float = 1e-4  # learning rate of the value network's AdamW
     warm_up_steps: int = 0  # steps over which the learning rate rises linearly to lr
     kl_coef: float = 0.0  # beta of -beta KL(policy || anchor) in the objective; the anchor is a moving average
-    kl_coef_end: float | None = None  # what beta moves to, linearly (default: it stays)
+    kl_coef_end: float | None = None  # beta moves linearly to this value (default: it stays)
     kl_delay: int = 10  # steps before beta starts to move
-    kl_anneal_steps: int | None = None  # steps over which it moves (default: all)
-    log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
-    anchor_rate: float = 0.01  # share of the policy in each step of the average; 0: it stays the initial policy
+    kl_anneal_steps: int | None = None  # steps over which beta moves (default: all)
+    log_kl: bool = False  # log this KL when beta is 0; it takes a copy of the policy and a forward pass
+    anchor_rate: float = 0.01  # weight of the policy in each step of the average; 0: the anchor never moves
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
     clip: float = 0.2  # epsilon of PPO clipping
 
@@ -79,14 +79,14 @@ def advantages(
       variational  E_{y ~ pi_bon}[ h(y) (R(y) - b) ], see `variational_advantages`                     (Chow, BoN-RL)
       rlb          E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ],  g+ = N p^(N-1) / (1 - p^N),  g- = N p / (1-p)
       rlb-p        E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]           (Chow, BoN-RLB, BoN-RLB(P))
-      rlb-all      N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]                    the same mean, by all samples
+      rlb-all      N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]                  the same mean, from all samples
 
     f is the reward of the best-scored sample, p the failure rate. rewards: (B, n), the environment's, n >= N, any real
-    numbers. scores: (B, n), the verifier's; equal scores share. rlb* need rewards 0 and 1, and scores that increase
-    with them. baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), p, else the share
-    of failures among the n samples, clipped to [0.01, 0.99]. Returns (B, n), of the dtype of `rewards` (float32 for
-    integers and bools). Raises ValueError unless 1 <= N <= n, for rewards or scores that are not finite, and for what
-    an estimator lacks."""
+    numbers. scores: (B, n), the verifier's; equal scores share the win. rlb* need rewards 0 and 1, and scores that
+    increase with them. baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), the known
+    p (default: the share of failures among the n samples, clipped to [0.01, 0.99]). Returns (B, n), of the dtype of
+    `rewards` (float32 for integers and bools). Raises ValueError unless 1 <= N <= n, for rewards or scores that are not
+    finite, and if an estimator lacks what it needs."""
     rewards, scores = checked_rewards(rewards, N), checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")
@@ -124,8 +124,8 @@ def variational_advantages(r: torch.Tensor, s: torch.Tensor, N: int, baseline: t
     of another one. b is `baseline` (B,), or the mean reward of the winners of the groups that hold neither y nor y'.
     Returns (B, n) float64. Raises ValueError unless n is a multiple of N, 3 N or more (2 N with a baseline).
     Example: N = 2, rewards and scores 1 0 | 0 0 | 0 0. Winners are worth 1, 0, 0 and their baselines are 0, .5, .5: the
-    first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels here: what the
-    first winner adds to the samples that it beats, the others take. A = .33 0 | -.08 -.08 | -.08 -.08."""
+    first gets (1 - 0)/3, each of the tied ones (0 - .5)/3 times its chance of a half. The tilt cancels here: the first
+    winner adds to the samples that it beats what the others subtract. A = .33 0 | -.08 -.08 | -.08 -.08."""
     n = r.shape[-1]
     G = n // N
     if n % N or G < (3 if baseline is None else 2):
@@ -153,7 +153,7 @@ def variational_advantages(r: torch.Tensor, s: torch.Tensor, N: int, baseline: t
 def kl_coefficient(step: int, start: float, end: float | None, delay: int, anneal_steps: int) -> float:
     """beta at a step, 1, 2, ...: `start` for `delay` steps, then linearly to `end` over `anneal_steps` (Table 2).
 
-    Without an end it stays."""
+    Without an `end` beta stays `start`."""
     return start if end is None else start + (end - start) * min(max(step - delay, 0) / max(anneal_steps, 1), 1.0)
 
 

@@ -6,10 +6,10 @@ draws N responses from pi and keeps the one that a verifier scores highest, over
 
     J = E_{x, y*} [ log pi_bon(y* | x) ]
 
-whose gradient, sum_i A_i grad log pi(y_i), runs over the expert and over n samples of the policy, see `coefficients`.
-With N = 1 it is plain SFT, to the bit, and nothing is sampled.
+Its gradient, sum_i A_i grad log pi(y_i), is a sum over the expert and n samples of the policy, see `coefficients`. With
+N = 1 it is plain SFT, to the bit, and nothing is sampled.
 
-Unlike bon_rl.py: an expert stands beside the samples, and the verifier's score is the only reward.
+Unlike bon_rl.py: the sum has an expert's response, and the verifier's score is the only reward.
 
     python bon_sft.py --N 8                            # variational, as in the paper
     python bon_sft.py --N 8 --likelihood exact         # the exact likelihood of a 0/1 verifier
@@ -35,11 +35,11 @@ from verifiers.rows import load_rows, require_columns
 @dataclass
 class Args(RunArgs):
     N: int = 8  # samples that the verifier chooses from; 1 is plain SFT
-    n: int | None = None  # samples per prompt, more than N; averages all N-subsets (default: 2 N; none if N = 1)
+    n: int | None = None  # samples per prompt, more than N (default: 2 N; none if N = 1)
     likelihood: Literal["variational", "exact"] = "variational"  # the paper's, or a 0/1 verifier's closed form
     experts: str | None = None
-    """JSONL or Parquet with columns problem, response and optionally answer; the rows of one problem are weighed alike,
-    1/m each of m (default: the task's solutions)"""
+    """JSONL or Parquet with columns problem, response and optionally answer; m rows of one problem have the weight 1/m
+    each (default: the task's solutions)"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
@@ -59,9 +59,9 @@ def coefficients(
       variational  A_j = 1/n - P(j wins T) + (lambda_N / n) (1{s* >= s_j} - P(max_{i in T} s_i >= s_j | j not in T))
       exact        A_j = ((1{s_j = 0} - p) / n) w,  w = 1 / (1-p) - N p^(N-1) / (1 - p^N)  or, s* = 0,  (N-1) / p
 
-    T is a random N-subset of the samples, p the failure rate. expert_scores: (B,), the verifier's, of y*. scores:
-    (B, n), n > N; none are read if N = 1. The exact one needs scores 0 and 1. p_fail: (B,), p if known, else the share
-    of failures among the n samples, clipped to [0.01, 0.99]. Returns (B, 1 + n), of the dtype of `scores` (float32 for
+    T is a random N-subset of the samples, p the failure rate. expert_scores: (B,), the verifier's scores of y*. scores:
+    (B, n), n > N; not used if N = 1. exact needs scores 0 and 1. p_fail: (B,), p if known (default: the share
+    of failures among the n samples, clipped to [0.01, 0.99]). Returns (B, 1 + n), of the dtype of `scores` (float32 for
     integers and bools), to be used as a sum. Raises ValueError unless 1 <= N < n (or N = 1), for scores that are not
     finite, and for an unknown likelihood.
     Example, variational: N = 2, a right expert, samples 1, 0, 0. These win 2/3, 1/6, 1/6 of pairs and lambda_2 / n is
@@ -120,9 +120,9 @@ def mean_over_experts(coefficients: torch.Tensor, counts: torch.Tensor) -> torch
 
 
 def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, list[Problem]]:
-    """The file's responses by prompt: one problem a row, whose solution is the response. Its answer is the row's own
-    or, without one, the answer of the prompt's first problem for which the verifier takes the response for right, else
-    of its first. Raises BadInput."""
+    """The file's responses by prompt: a problem for each row, with the response as its solution and the row's answer. A
+    row without one takes the answer of the prompt's first problem that the response solves, else of its first problem.
+    Raises BadInput."""
     rows, of_prompt, result = load_rows("", "train", path, flag="--experts"), {}, {}
     require_columns(rows, ["problem", "response"], path)
     for problem in problems:

@@ -28,10 +28,10 @@ def k_sample_advantages(
 
       unbiased  A_i = M_k - (1 - k/n) M_k(-i) - (k/n) M_{k-1}(-i)        the gradient of E[f] of k samples
                     = (k/n) mean over k-subsets T containing i of [ f(T) - f(T without i) ]
-      biased    A_i = M_{k-1} - M_{k-1}(-i)                              each T centred (Tang): of k-1 samples
+      biased    A_i = M_{k-1} - M_{k-1}(-i)                              each T centred (Tang): E[f] of k-1 samples
 
     M_j is the metric of all n samples, M_j(-i) the metric without the i-th, M_0 = 0. With k = 1 biased is zero, and
-    unbiased takes M_1(-i) for M_0: RLOO. A single sample (n = 1) has no baseline.
+    unbiased is RLOO: it has M_1(-i) in place of M_0. A single sample (n = 1) has no baseline.
 
     metric: metric(*samples, j) maps tensors (rows, m) to (rows,) float64, the mean of the symmetric function f over all
     j-subsets of a row's m samples, 1 <= j <= m. samples: one or more tensors (B, n), n >= k. Returns (B, n) float64, to
@@ -233,7 +233,7 @@ def halve_on_oom(amount: int, least: int, error: Exception, what: str) -> int:
 
 
 class CompactCache(DynamicCache):
-    """Keys are kept in the type of values: under autocast rotary embeddings leave them in float32, twice the memory."""
+    """Keys are kept in the dtype of values. Under autocast rotary embeddings make keys float32: twice the memory."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *where, **options) -> tuple:
         return super().update(key_states.to(value_states.dtype), value_states, *where, **options)
@@ -253,8 +253,8 @@ def sample(
 ) -> Rollouts:  # fmt: skip
     """n responses to each prompt by pure temperature sampling, each up to and including its end token.
 
-    Each response and position has its own random number: the tokens do not depend on `policy.sample_rows`. Computes and
-    returns on the policy's device. Raises BadInput when memory runs out with a single response."""
+    Each response and position has its own random number, so the tokens do not depend on `policy.sample_rows`. Computes
+    and returns on the policy's device. Raises BadInput when memory runs out with a single response."""
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
     uniform = torch.rand(len(rows), max_new_tokens, generator=generator, device=policy.device)  # (R, max_new_tokens)
@@ -355,9 +355,9 @@ class MicroBatch:
 
 def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterator[MicroBatch]:
     """The given rows (any of the R = B n, int64) of the rollouts, longest first, in micro-batches of at most `budget`
-    tokens, or of one row. Its size is U * (longest prompt + longest response).
+    tokens, or of one row. A micro-batch has U * (longest prompt + longest response) tokens.
 
-    Equal rows are computed once: a policy that has learnt to answer gives the same response again and again."""
+    Equal rows are computed once: a policy that has learnt to answer often repeats a response."""
     prompts, ids, mask, _ = rollouts.flat()
     same: dict[tuple, list[int]] = {}
     filled, responses = ids.masked_fill(~mask, -1).cpu(), mask.sum(-1).tolist()
@@ -466,7 +466,7 @@ def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Te
 
 
 def zero_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Zeros, not None: a step without any signal is still a step of the optimiser, also right after a resume."""
+    """Zeros, not None: a step without a signal is a step of the optimiser, also right after a resume."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
 
@@ -503,7 +503,7 @@ def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.T
     """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler.
 
     Both policies make the same pass over the same rows and round alike: a policy that has not moved has ratios of
-    exactly 0. The log-probs of sampling would leave 1e-7 there, and AdamW would make full steps of it."""
+    exactly 0. With the log-probs of sampling they would be 1e-7, and AdamW would turn that into full steps."""
 
     def compute() -> torch.Tensor:
         ratios = torch.zeros(rollouts.mask.flatten(0, 1).shape)  # (R, T)

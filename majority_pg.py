@@ -9,9 +9,9 @@ and its gradient estimate, sum_i A_i grad log pi(y_i), with the leave-one-out ad
 
     A_i = r(maj(a_1..a_k)) - r(maj(a_{-i}))
 
-A response matters only where removing its vote changes the outcome. Unlike pass_at_k_pg.py: the advantages read votes
-as well as rewards; a KL penalty is on, without which majority and mean training reach the same policy. Rewarding
-agreement with the vote is another objective: docs/majority.md.
+A response matters only where removing its vote changes the outcome. Unlike pass_at_k_pg.py: the advantages depend on
+votes as well as rewards; a KL penalty is on, because majority and mean training reach the same policy without it. A
+reward for agreement with the vote is another objective: docs/majority.md.
 
     python majority_pg.py --k 8                      # biased: the gradient of maj@7
     python majority_pg.py --k 8 --estimator mean     # the baseline
@@ -32,11 +32,11 @@ from harness.run import Run, RunArgs, rollout_metrics, run_cli, sizes_up_to
 @dataclass
 class Args(RunArgs):
     k: int = 8  # votes that the objective counts
-    n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
+    n: int | None = None  # samples per prompt; more than k lowers the variance (default: 16, or k if k is larger)
     estimator: Literal["mean", "unbiased", "biased"] = "biased"
-    """mean reward (RLOO, the baseline); maj@k; maj@k centred, which is the gradient of maj@(k-1)"""
+    """mean: the mean reward (RLOO). unbiased: maj@k. biased: unbiased minus its mean, which ascends maj@(k-1)"""
     kl_coef: float = 0.3  # beta of -beta KL(policy || initial policy), added to the objective
-    log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
+    log_kl: bool = False  # log this KL when beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
     clip: float = 0.2  # epsilon of PPO clipping
 
@@ -72,9 +72,9 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
     n = votes.shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
-    # Subsets are counted, not listed. Each sample is drawn with chance p: given that k are drawn, all k-subsets are
-    # equally likely. p near k/n makes k the likeliest number, and nothing that matters underflows.
-    # Rows of one pattern are counted once: in leave-one-out, all samples of an answer have the same others.
+    # Subsets are counted, not listed. Each sample is drawn with chance p. If k are drawn, all k-subsets are equally
+    # likely. p near k/n makes k the likeliest number; nothing that matters underflows. Rows of one pattern are counted
+    # once: in leave-one-out, all samples of an answer leave the same others.
     patterns, row = answer_patterns(votes, rewards).unique(dim=0, return_inverse=True)  # (U, 2, n), (B,)
     count, reward = patterns[:, 0].long(), patterns[:, 1]  # (U, n) each
     p = k / (n + 1)
@@ -89,7 +89,7 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
         some = (count[:, 0] >= t) & (most >= k)  # (U,): the patterns, S of them, that t votes can win
         if not some.any():
             continue
-        able = count[some].where(count[some] >= t, 0)  # (S, n): who has fewer than t samples cannot win with t votes
+        able = count[some].where(count[some] >= t, 0)  # (S, n): an answer with fewer samples cannot have t votes
         answers = int((able > 0).sum(-1).max())
         # ways[value?, m answers tied at t, s samples drawn]: the chance, and the chance times the rewards of the tied
         ways = torch.zeros(len(able), 2, min(answers, k // t) + 1, k + 1, dtype=torch.float64)
@@ -97,7 +97,7 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
         for a in range(answers):
             ways = with_answer(ways, chance[able[:, a], : t + 1], reward[some, a])
         mean = (ways[:, 1, 1:] / torch.arange(1, ways.shape[2]).unsqueeze(-1)).sum(1)  # (S, k+1): reward of the tied
-        rest = chance[n - able.sum(-1)].flip(-1)  # (S, k+1): blanks and those who cannot win fill up, k - s of them
+        rest = chance[n - able.sum(-1)].flip(-1)  # (S, k+1): chance that k - s others, which cannot win, are drawn
         value[some] += (mean * rest).sum(-1)
     return (value / chance[n, k])[row].to(rewards.device)
 
@@ -106,7 +106,7 @@ def with_answer(ways: torch.Tensor, drawn: torch.Tensor, reward: torch.Tensor) -
     """One more answer joins the count: new[m, s] = sum_{u < t} P(u) ways[m, s-u] + P(t) ways[m-1, s-t].
 
     ways: (S, 2, ties+1, k+1), see `majority_at_k`. drawn: (S, t+1), P(u) that u of the answer's samples are drawn.
-    reward: (S,), of the answer, which the value gains where it ties."""
+    reward: (S,), the reward of the answer, added to the value where the answer ties."""
     P, t = drawn[:, None, None, :, None], drawn.shape[-1] - 1  # (S, 1, 1, t+1, 1)
     new = P[..., 0, :] * ways
     for u in range(1, t):
@@ -118,9 +118,9 @@ def with_answer(ways: torch.Tensor, drawn: torch.Tensor, reward: torch.Tensor) -
 
 
 def answer_patterns(votes: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    """All of a row that its majorities depend on: (B, n) twice -> (B, 2, n) float64 on the CPU.
+    """What the majorities of a row depend on: votes and rewards, (B, n) each -> (B, 2, n) float64 on the CPU.
 
-    [:, 0] are the numbers of samples of its answers, falling, filled up with zeros; [:, 1] their mean rewards."""
+    [:, 0]: number of samples of each answer, largest first, then zeros. [:, 1]: the answers' mean rewards."""
     votes, order = votes.cpu().sort(dim=-1)
     rewards = rewards.cpu().double().gather(-1, order)
     answer = torch.nn.functional.pad((votes.diff(dim=-1) != 0).cumsum(-1), (1, 0))  # (B, n): 0, 0, 1, ...

@@ -9,13 +9,13 @@ and its gradient estimate, sum_i A_i grad log pi(y_i), with the leave-one-out ad
 
     A_i = max_j r_j - max_{j != i} r_j
 
-What differs from plain policy gradient: (1) the k responses to a prompt are one sample of the objective and are never
-broken up; (2) the advantages below; (3) nothing is divided by a standard deviation or a length.
+What differs from plain policy gradient: (1) the k responses to a prompt are one sample of the objective, which is never
+split; (2) the advantages below; (3) nothing is divided by a standard deviation or a length.
 
     python pass_at_k_pg.py --k 4                      # unbiased; pass@4 rises
     python pass_at_k_pg.py --k 4 --estimator mean     # the baseline: pass@1 rises, pass@32 falls
-    python pass_at_k_pg.py --k 4 --estimator maxrl    # all k at once (arXiv 2602.02710); --k names the column shown
-    python pass_at_k_pg.py --k 4 --estimator recipes/all_right.py:all_right    # a file of your own, see docs/own.md
+    python pass_at_k_pg.py --k 4 --estimator maxrl    # all k at once (arXiv 2602.02710); --k only names a column
+    python pass_at_k_pg.py --k 4 --estimator recipes/all_right.py:all_right    # your own file, see docs/own.md
 """
 
 import copy
@@ -38,12 +38,12 @@ NAMES = ("mean", "unbiased", "biased", "maxrl")
 @dataclass
 class Args(RunArgs):
     k: int = 4  # samples that the objective takes the best of
-    n: int | None = None  # samples per prompt; more than k lowers the variance (default: k or 16, whichever is more)
+    n: int | None = None  # samples per prompt; more than k lowers the variance (default: 16, or k if k is larger)
     estimator: Literal[NAMES] | str = "unbiased"
-    """mean reward (RLOO, the baseline); pass@k; pass@k centred, which is the gradient of pass@(k-1); MaxRL; or
-    FILE:NAME, a function (rewards (B, n), k) -> advantages (B, n) of your own, see docs/own.md"""
+    """mean: the mean reward (RLOO, the baseline). unbiased: pass@k. biased: unbiased minus its mean, which ascends
+    pass@(k-1). maxrl: MaxRL. FILE:NAME: your own function (rewards (B, n), k) -> advantages (B, n), see docs/own.md"""
     kl_coef: float = 0.0  # beta of -beta KL(policy || initial policy), added to the objective
-    log_kl: bool = False  # log that KL although beta is 0; it takes a copy of the policy and a forward pass
+    log_kl: bool = False  # log this KL when beta is 0; it takes a copy of the policy and a forward pass
     epochs: int = 1  # optimiser steps on the same rollouts; PPO clipping applies from 2 on
     clip: float = 0.2  # epsilon of PPO clipping
 
@@ -59,10 +59,10 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
       biased    as unbiased, minus the mean advantage of each subset: the gradient of pass@(k-1); 0 for k = 1 (Tang)
       maxrl     sum_{j=2..n} biased_j / (j-1), whatever k; (r_i - c/n) / c with c of n rewards 1, others 0  (MaxRL)
 
-    rewards: (B, n), n >= k, any real numbers. Returns (B, n), of the same dtype (float32 for integers and bools).
+    rewards: (B, n), n >= k, any real numbers. Returns (B, n) of the same dtype (float32 for integers and bools).
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
-    Example: rewards 0, 1, .5. For k = 3 only the best sample matters, by what it adds to the second best: 0, .5, 0.
-    For k = 2 it adds 1 and .5 to its two pairs, (2/3) (1 + .5)/2 = .5, and the second best .5 to one, (2/3) .5/2 = 1/6.
+    Example: rewards 0, 1, .5. For k = 3 only the best sample has an advantage: A = 0, 1 - .5, 0. For k = 2 it adds 1
+    and .5 to its two pairs: A = (2/3) (1 + .5)/2 = .5. The second best adds .5 to one pair: A = (2/3) .5/2 = 1/6.
     """
     rewards, n = checked_rewards(rewards, k), rewards.shape[-1]
     if estimator == "mean" or (estimator == "unbiased" and k == 1):
@@ -71,8 +71,8 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
         return sum((advantages(rewards, j, "biased") / (j - 1) for j in range(2, n + 1)), torch.zeros_like(rewards))
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased, biased or maxrl")
-    # Sorted upwards, with d_l = r_(l+1) - r_(l) and p_l = C(l, k-1) / C(n-1, k-1) the share of the subsets with a given
-    # member whose others all lie among the l lowest (PKPO, arXiv 2505.15201, "loo-1"):
+    # Sorted upwards, with d_l = r_(l+1) - r_(l). Of the k-subsets with a given member, p_l = C(l, k-1) / C(n-1, k-1) is
+    # the share in which all others are among the l lowest (PKPO, arXiv 2505.15201, "loo-1"):
     #   unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
     #   biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
     r, order = rewards.double().sort(dim=-1)

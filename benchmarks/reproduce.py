@@ -461,7 +461,7 @@ def tables(result: dict) -> dict[str, str]:
         for row in result["verifier"]
     ]  # fmt: skip
     head = ["compared here", "predicted", "measured ± 95%", "share", "verdict"]
-    passes, way = ["pass@1", "pass@8", "pass@32"], "way from base to best at its own k"
+    passes, way = ["pass@1", "pass@8", "pass@32"], "gap to the best at its own k closed"
     below = [f"below the frontier of pass@{k}" for k in (8, 32)]
     selected = ["", "knows q: before", "after", "learned: before", "after BoN-RL-V", "after plain RL"]
     return {

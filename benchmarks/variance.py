@@ -56,7 +56,7 @@ class Args:
     threads: int = 1
     """CPU threads"""
     publish: bool = False
-    """put the tables into docs/results.md"""
+    """put the tables into docs/gradients.md"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

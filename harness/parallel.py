@@ -25,7 +25,7 @@ def start(device: str) -> None:
 
 
 def stop() -> None:
-    """Leave the other processes, at the end of a run, which all reach."""
+    """Leave the group of processes. All processes call it, at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

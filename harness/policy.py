@@ -132,8 +132,8 @@ def chat(tokenizer) -> tuple[str, str, str]:
 
 
 def ends_of_response(tokenizer, generation_config) -> list[int]:
-    """The tokens that end a response. The first one ends an expert's: the first added token, whitespace aside, that the
-    chat template writes behind an assistant's turn (Qwen: <|im_end|>). Then come the end-of-sequence tokens."""
+    """The tokens that end a response: first the token that also ends an expert's, the first added token but whitespace
+    that the chat template writes after an assistant's turn (Qwen: <|im_end|>); then the end-of-sequence tokens."""
     after = tokenizer(chat(tokenizer)[2], add_special_tokens=False).input_ids if tokenizer.chat_template else []
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     eos = generation_config.eos_token_id if generation_config else None
@@ -142,10 +142,10 @@ def ends_of_response(tokenizer, generation_config) -> list[int]:
 
 
 def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
-    """The text that a policy reads of each problem, and the whitespace between it and a response.
+    """The text that a policy reads for each problem, and the whitespace between it and a response.
 
-    A chat template, if there is one, writes both. A tokenizer of characters (`tiny`) reads the prompt alone, another
-    reads the task's words or its template; a space follows a word."""
+    A chat template, if there is one, writes both. Else a tokenizer of characters (`tiny`) gets the bare prompt, another
+    one the task's words or its template, with a space after a word."""
     if tokenizer.chat_template:
         read, gap, _ = chat(tokenizer)
         words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
@@ -257,7 +257,7 @@ def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
 
 @contextlib.contextmanager
 def full_disk_told(path: Path) -> Iterator[None]:
-    """Around code that writes to a path: BadInput with the path if there is no space left, whatever library says so."""
+    """Around code that writes to a path: if no space is left, BadInput with the path, whichever library raised."""
     try:
         yield
     except Exception as error:  # torch tells of another error, in which this one lies
@@ -296,7 +296,7 @@ def warm_start_groups(task: Task) -> Sequence[Sequence[Problem]]:
 def warm_start(task: Task, seed: int = 0) -> Policy:
     """A new tiny Llama, trained on `task`'s reference solutions; the same weights for the same recipe and threads.
 
-    The m solutions of a group weigh 1/m each: the target is the uniform choice among them. The prompt is read once."""
+    Each of the m solutions of a group has weight 1/m: the target is a uniform choice. The prompt is read once."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which problems: those of some levels, of an evaluation, and of each step. All are functions of their arguments."""
+"""Which problems belong to some levels, to an evaluation, and to each step. All are functions of their arguments."""
 
 import functools
 import random
@@ -27,7 +27,7 @@ def problems_at(
 
 
 def evaluation_problems(problems: Sequence[Problem], per_level: int) -> list[Problem]:
-    """At most per_level problems of each level, drawn once and for all: the same whatever the seed of the run."""
+    """At most per_level problems of each level, the same for every seed of a run."""
     levels = sorted({problem.level for problem in problems}, key=lambda level: (level is None, level))
     pools = [[problem for problem in problems if problem.level == level] for level in levels]
     return [problem for pool in pools for problem in random.Random(0).sample(pool, min(per_level, len(pool)))]
@@ -40,6 +40,6 @@ def shuffled(size: int, seed: int, epoch: int) -> list[int]:
 
 
 def training_batch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
-    """The step-th batch: every problem once a pass, each pass in a new order."""
+    """The step-th batch. A pass has every problem once, and each pass has a new order."""
     places = (divmod(i, len(problems)) for i in range(step * size, (step + 1) * size))
     return [problems[shuffled(len(problems), seed, epoch)[i]] for epoch, i in places]

@@ -1,5 +1,5 @@
 """Tables, figures and samples of a run. As a program it compares runs: their metrics before and after training, as
-means over the runs that differ in nothing but the seed.
+means over runs that differ only in the seed.
 
     python -m harness.report runs/a runs/b
     python -m harness.report runs/* --figure together.png
@@ -156,9 +156,9 @@ def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: s
 
 
 def finished_runs(patterns: Sequence[str]) -> dict[str, list[tuple[dict, list[dict], list[dict]]]]:
-    """Arguments, evaluations and steps of the runs of each setting (all flags but the seed). The key tells one setting
-    from the others, such as "estimator=mean k=4". A line tells what is left out: no finished run, or a repeat. Raises
-    BadInput if nothing is left."""
+    """Arguments, evaluations and steps of the runs of each setting (all flags but the seed). A key has the flags that
+    differ, such as "estimator=mean k=4". A printed line names each folder that is left out: it has no finished
+    run, or repeats one. Raises BadInput if nothing is left."""
     groups: dict[str, list] = {}
     for folder in (Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) or [pattern]):
         try:

@@ -41,39 +41,39 @@ NO_SIGNAL = "look at the responses by --show-samples 5, at --max-new-tokens and 
 class RunArgs:
     """The flags that all scripts share; each adds its algorithm's own."""
 
-    task: str = "suspects"  # which problems and verifier, see verifiers/, or FILE:load of your own, see docs/own.md
+    task: str = "suspects"  # problems and verifier, by a name of README's table, or your own FILE:load, see docs/own.md
     steps: int = 150  # optimisation steps; 0 only evaluates
     prompts_per_step: int = 16  # prompts in a step; it samples n times as many responses
     lr: float = 2e-4  # highest learning rate of AdamW
-    model: str = "tiny"  # embedded, 0.9M parameters (tiny-1: from another seed), or a causal LM: hub id or folder
+    model: str = "tiny"  # tiny (0.9M parameters, built in), tiny-1 (another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems (default: the task's own source)
-    chat: bool = True  # prompt by the model's chat template, if it has one (--no-chat: a base model that ships one)
+    chat: bool = True  # use the model's chat template, if it has one; --no-chat: for a base model that ships one
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
-    levels: tuple[int, ...] = ()  # difficulty levels to train and evaluate on (default: all)
-    temperature: float = 1.0  # of sampling and of the log-probs that are differentiated, also in evaluation
+    levels: tuple[int, ...] = ()  # levels of difficulty to train and evaluate on (default: all)
+    temperature: float = 1.0  # of sampling, in evaluation as well, and of the log-probs that are differentiated
     max_new_tokens: int | None = None  # longest response in tokens (default: the task's)
     lr_decay: bool = True  # the learning rate falls linearly to 0; --no-lr-decay: it stays
     max_grad_norm: float = 1.0  # clip the gradient norm at this value
-    sample_rows: int = 1024  # responses sampled at once; lower it when memory runs out, the tokens stay the same
-    micro_batch_tokens: int = 16384  # tokens in one pass; lower it when memory runs out, the gradient stays the same
+    sample_rows: int = 1024  # responses sampled at once; halved when memory runs out; the samples stay the same
+    micro_batch_tokens: int = 16384  # tokens in a training pass; halved when memory runs out; changes rounding only
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu or cuda
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
-    show_samples: int = 0  # responses to held-out problems to print with their rewards, escaped, at each evaluation
-    save_every: int = 50  # steps between checkpoints, of which the last is kept
-    resume: str | None = None  # runs/<name>: go on from its last checkpoint, with its arguments, maybe for more --steps
-    changed_files: bool = False  # resume although a file of your own (FILE:NAME) is not the one that the run began with
+    show_samples: int = 0  # so many responses to held-out problems are printed, with rewards, at each evaluation
+    save_every: int = 50  # steps between checkpoints; only the last is kept
+    resume: str | None = None  # runs/NAME: continue from its checkpoint, with its arguments; --steps may be larger
+    changed_files: bool = False  # resume although your own file (FILE:NAME) has changed since the run began
     tensorboard: bool = False  # also write the metrics for TensorBoard (an optional dependency)
-    track: bool = False  # the same, sent to Weights & Biases as well (an optional dependency)
-    seed: int = 0  # of the order of problems and of sampling; --model tiny-SEED varies the initial policy
-    eval_every: int = 100  # steps between evaluations on held-out problems; 0: only before and after
-    eval_n: int = 32  # samples per problem in evaluation; the metrics of 1, 2, 4, ... of them are reported
-    eval_problems: int = 100  # held-out problems per level
+    track: bool = False  # the same, also sent to Weights & Biases (an optional dependency)
+    seed: int = 0  # seed of the order of problems and of sampling; --model tiny-SEED varies the initial policy
+    eval_every: int = 100  # steps between evaluations on held-out problems; 0: only before and after training
+    eval_n: int = 32  # samples per problem in evaluation, for the metrics at 1, 2, 4, ... tries
+    eval_problems: int = 100  # held-out problems per level, at most
     run_name: str | None = None  # folder under runs/ (default: made from the arguments)
     files: typing.ClassVar[dict[str, str]] = {}  # no flag: FILE:NAME -> SHA-256, see `keep_file`
 
 
-# Flags that do nothing without another one: what they need, and whether args have it.
+# Flags that do nothing without another flag: the other flag in words, and whether args have it.
 KL_MOVES = "--kl-coef-end", lambda args: args.kl_coef_end is not None
 TRAINS = "a verifier that is trained here", lambda args: args.verifier == "learned" and not args.verifier_model
 IDLE_WITHOUT = {
@@ -128,8 +128,8 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
 
 
 def flags_of(Args: type) -> type:
-    """The dataclass Args as --help shows it: the script's own flags come first, and a default of None is not shown (the
-    flag's words say what happens)."""
+    """The dataclass Args as --help shows it: the script's own flags come first. A default of None is not shown, because
+    the flag's words say what happens."""
     import tyro
 
     def hint(default: str) -> str:
@@ -146,7 +146,7 @@ def flags_of(Args: type) -> type:
 
 
 def arguments_of(folder: str, Args: type) -> dict:
-    """The arguments of the run in this folder. Raises BadInput if it is none, or one that another command began."""
+    """The arguments of the run in this folder. Raises BadInput if there is no run, or one of another command."""
     try:
         saved = json.loads((Path(folder) / "args.json").read_text())
         script, processes, _ = saved.pop("script"), saved.pop("processes"), saved.pop("extended_after", None)
@@ -178,7 +178,7 @@ def keep_file(args, where: str, digest: str) -> None:
 
 
 def check_args(args) -> None:
-    """Raise BadInput for a value out of range among the arguments that several scripts have."""
+    """Raise BadInput if an argument that several scripts have is out of range."""
     k = "k" if hasattr(args, "k") else "N"
     zeros = "steps eval_every show_samples kl_coef kl_coef_end kl_delay kl_anneal_steps warm_up_steps"
     ones = "prompts_per_step eval_problems epochs save_every verifier_problems micro_batch_tokens sample_rows"
@@ -503,8 +503,8 @@ class Run:
             raise BadInput(f"cannot write a checkpoint of step {self.progress['step']} to {path}: {why}") from error
 
     def restore(self) -> None:
-        """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, say what
-        follows and note it in args.json. Raises BadInput for fewer steps than are done."""
+        """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, print what that
+        means and note it in args.json. Raises BadInput for fewer steps than are done."""
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
@@ -532,8 +532,8 @@ class Run:
 
     def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
         """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
-        `families` (such as "pass"). A line says if no step had a signal. A finished run that is resumed comes here at
-        once and writes what is missing."""
+        `families` (such as "pass"). If no step had a signal, a line says so. A finished run that is resumed comes here
+        at once and writes what is missing."""
         before, after, best = self.progress["before"], self.progress.get("after"), {}
         if self.task.best:
             names = (name for name in before if name.startswith("pass@"))
@@ -575,7 +575,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def append_json(path: Path, record: dict) -> None:
-    """Append one JSON line; what is not a finite number becomes null, JSON's only word for it."""
+    """Append one JSON line. nan and infinity become null, because JSON has no other word for them."""
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with full_disk_told(path), open(path, "a") as file:
         file.write(json.dumps(finite) + "\n")

@@ -85,7 +85,12 @@ def test_a_verifier_with_more_positions_than_tokens(tmp_path):
     """RoBERTa's positions begin at 2: 66 of them take 64 tokens."""
     tokenizer, sizes = tiny_tokenizer(), dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = RobertaConfig(
-        vocab_size=len(tokenizer), intermediate_size=16, max_position_embeddings=66, pad_token_id=0, **sizes
+        vocab_size=len(tokenizer),
+        intermediate_size=16,
+        max_position_embeddings=66,
+        num_labels=1,
+        pad_token_id=0,
+        **sizes,
     )
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.model_max_length = 64
