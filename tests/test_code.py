@@ -185,6 +185,8 @@ FULL = "def double(x):\n    return 2 * x\n"
     "   if x:\n        return 2 * x\n    return 0",
     "     y = 2 * x\n     return y",
     "  y = 2 * x\n  return y\n\nprint(double(2))",
+    "\tif x:\n\t\treturn 2 * x\n\treturn 0",
+    "    double = 2 * x\n    return double",
     # fences that are none, and fences that are
     "```python\ndef double(x):\n    return 2 * x```",
     "Here it is: ```python\ndef double(x):\n    return 2 * x\n```",
@@ -194,9 +196,15 @@ FULL = "def double(x):\n    return 2 * x\n"
     f"```python title='a.py'\n{FULL}```",
     f"```python\n{FULL}\n```python\nprint(double(2))\n```",
     f"It is a simple function. The code is as follows:\n\n{FULL}\nIt just doubles x.",
+    f"[BEGIN]\n{FULL}[DONE]",
+    f"[PYTHON]\n{FULL}[/PYTHON]",
+    f"python\n{FULL}",
+    f"\ufeff{FULL}",
+    f"```python\n# not ```this```\n{FULL}```",
     # of several blocks
     "```python\ndef twice(x):\n    return 2 * x\n```\n```python\ndef double(x):\n    return twice(x)\n```",
     "```python\nimport operator\n```\n```python\ndef double(x):\n    return operator.mul(2, x)\n```",
+    "```python\ndef double(x):\n    return twice(x)\n```\n```python\ndef twice(x):\n    return 2 * x\n```",
     f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
     f"```python\n{FULL}```\nIn JavaScript:\n```js\nfunction f(x) {{}}\ndef double(x):\n```",
 ])  # fmt: skip
@@ -235,6 +243,11 @@ SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
     f"{SUM}```\nThat is all",
     " " + SUM,
     f"The program:\n\nimport sys\n{SUM}",
+    f"The program:\n\n{SUM}That is all.",
+    "The program:\n\nN=int(input())\nA = input().split()\nprint(sum(map(int, A)))\nThat is all.",
+    f"The program:\n\nif True:\n{textwrap.indent(SUM, '    ')}That is all.",
+    f"```python\n{SUM}```\nIn steps:\n```python\nprint(sum(map(int, input().split())))\n```",
+    f"```python\n{SUM}```\nWhat reads a line:\n```python\nline = input()\n```",
 ])  # fmt: skip
 def test_forms_of_a_right_program(tmp_path, response):
     tests = {"input": ["2\n1 2\n", "3\n5 5 7\n"], "output": ["3\n", "17\n"]}

@@ -218,7 +218,8 @@ FENCE = re.compile(r"(.*?)(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*([\w+#.{}-]*)([^`\
 READS_INPUT = re.compile(r"\b(?:input|open)\s*\(|\bstdin\b(?!\s*=)")
 WHOLE = (ast.Return, ast.Yield, ast.Lambda)  # what a mere signature has not
 CODE_START = re.compile(
-    r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[a-z_]\w*(?:, ?\w+)* = |print\()"
+    r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[A-Za-z_]\w*(?:, ?\w+)* ?=(?!=)|"
+    r"print\(|[a-z_][\w.]*\(.*\)$|(?:for .+ in|while|if|with|try)\b.*:\n[ \t])"
 )
 
 
@@ -226,11 +227,14 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     """The program in a response that shall define one of the names, behind `prefix`, or without names read standard
     input; the rule is at the top of this file."""
     name = "|".join(map(re.escape, names)) or "(?!)"
-    defined = re.compile(rf"(?m)^[ \t]*((def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
+    defined = re.compile(rf"(?m)^([ \t]*(def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
+    response = re.split(r"(?m)^\[DONE\]", response.replace("\ufeff", ""), maxsplit=1)[0]  # it ends MBPP's own examples
     (_, head), *blocks = blocks_of(response)
-    start = CODE_START.search(head)
-    if start and head[:1] not in (" ", "\t") and not parsed(head) and not parsed(head[: start.start()]):
-        head = head[start.start() :]  # behind prose
+    if (start := CODE_START.search(head)) and head[:1] not in (" ", "\t"):
+        before = parsed(head[: start.start()])
+        words = before and not is_run(before) and all(isinstance(node, ast.Expr) for node in before.body)
+        if words or not before and not parsed(head):
+            head = head[start.start() :]
     goes_on = head[:1] in (" ", "\t") if prefix else not names and is_run(parsed(head))
     if not blocks or goes_on or defined.search(head):
         blocks = [("", head), *blocks]
@@ -239,11 +243,11 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     bound, free = zip(*map(names_in, trees))
 
     def with_needed(last: int) -> list[int]:
-        """A block and the earlier ones that define what it uses, in order."""
+        """A block behind the others that define what it uses: the nearest earlier ones, later ones without a call."""
         found, missing = [last], free[last]
-        for number in reversed(range(last)):
-            if missing & bound[number]:
-                found, missing = [number, *found], missing | free[number]
+        for number in [*reversed(range(last)), *range(last + 1, len(blocks))]:
+            if missing & bound[number] and (number < last or not is_run(trees[number])):
+                found, missing = [number, *found], (missing | free[number]) - bound[number]
         return found
 
     def rank(number: int) -> tuple:
@@ -253,8 +257,10 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
             whole = syntax is None or any(isinstance(node, WHOLE) for node in ast.walk(syntax))
             defines = bool(defined.search(text)) * (1 + whole)
             return defines, prefix and text[:1] in (" ", "\t"), syntax is not None, language, number
-        run = is_run(syntax)
-        reads = [run and bool(READS_INPUT.search(blocks[i][1])) for i in with_needed(number)]
+        needed = [blocks[i][1] for i in with_needed(number)]
+        quoted = any(text.strip() in other for _, other in blocks if other != text)
+        run = is_run(syntax) and not quoted and any("print" in part or "write" in part for part in needed)
+        reads = [run and bool(READS_INPUT.search(part)) for part in needed]
         return reads[-1], any(reads), language, run, number
 
     *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
@@ -273,7 +279,7 @@ def blocks_of(response: str, strings: bool = True) -> list[tuple[str, str]]:
         mark = FENCE.fullmatch(line) if "```" in line or "~~~" in line else None
         before, marks, tag, rest = mark.groups() if mark else ("", "", "", "")
         inside = strings and quotes % 2 or not marks.startswith(fence or ("`", "~"))
-        if inside or before.strip() and (rest.strip() or fence and tag):
+        if inside or before.strip() and (rest.strip() or fence and tag or marks in before):
             before, marks = line, ""
         if before.strip(" \t") and (fence or len(blocks) == 1):
             blocks[-1][1].append(before)
@@ -290,9 +296,12 @@ def continuation(source: str, prefix: str) -> str:
     """A response that continues the prompt, at the prompt's indentation. Decoding may have lost the first space, or all
     of them; a body with another indentation is moved as a whole."""
     source, last = source.lstrip("\n"), prefix.rstrip().rpartition("\n")[2]
+    if last[:1] == "\t":
+        return source
+    source = source.expandtabs(4) if source[:1] == "\t" else source
     width, wanted = (len(line) - len(line.lstrip(" ")) for line in (source, last))
     lines = 0 if width and re.search(rf"\n {{{width}}}\S", source) else 1
-    return source if source[:1] == "\t" else re.sub(rf"(?m)^ {{{width}}}", " " * (wanted or 4), source, count=lines)
+    return re.sub(rf"(?m)^ {{{width}}}", " " * (wanted or 4), source, count=lines)
 
 
 def parsed(source: str) -> ast.Module | None:
