@@ -109,13 +109,13 @@ EXPONENT = r"(?:[eE]|\s*(?:\\times|\\cdot|[x*×])\s*10\s*\^\s*\{?\s*)([-+]?[0-9]
 FRACTION = re.compile(r"-?(?:(?<![0-9])[0-9]+\s*)?\\[dt]?frac\{-?[0-9.]+\}\{[0-9.]+\}")
 # in "x-3" there is no -3, and in "x12" no 12 and no 2
 NUMBER = re.compile(
-    rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_])\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|{DIGITS})(?:{EXPONENT})?"
-    rf"(?:\^\{{?[0-9]+\}}?)?(?:{SCALE})*"
+    rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_^])(?<!\^\{{)\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|{DIGITS})(?:{EXPONENT})?"
+    rf"(?:\^\{{?-?[0-9]+\}}?)?(?:{SCALE})*"
 )
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 # what stands before an item of a list, "x = ", and, behind a \0, between it and the next: words, signs, the same "x = "
 LISTED = re.compile(
-    r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:\s|[,$]|(?:and|or)\b|\\(?:[\[\]()]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
+    r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:[\s,;$]|(?:and|or)\b|\\(?:[][(),; ]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
 )
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
 ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
@@ -125,12 +125,15 @@ COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
 )
-DIGIT_GAP = re.compile(r"(?<=[0-9])(,?)\s*(?:(?:\\[,;:! ]|[~\xa0\u2009\u202f])\s*)+(,?)\s*(?=[0-9]{3}(?![0-9]))")
-ROW_GAP = re.compile(r"\\\\\s*\[\s*-?[0-9.]+\s*[a-z]{2}\s*\]")
-VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
+DIGIT_GAP = re.compile(r"(?<=[0-9])(,?)\s*(?:\{?(?:\\[,;:! ]|[~\xa0\u2009\u202f])\}?\s*)+(,?)\s*(?=[0-9]{3}(?![0-9]))")
+ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\\\\*|\\cr(?![a-z])")
+VULGAR_FRACTION, POWER = re.compile("[¼-¾⅐-⅞]"), re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
+SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
+SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
 SIDES = re.compile(r"=|\b(?:is|are|equals)\b")
 REMARK = re.compile(
-    r"\s\([^()]*[A-Za-z=+*][^()]*\)|[,;]\s*(?:which|not|because|since|as)\b.*|\s(?:per|for|every|each|after)\s.*"
+    r"\s[(\[](?!or\b)[^()]*[A-Za-z=+*][^()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|"
+    r"\s(?:per|for|every|each|after)\s.*"
 )
 
 
@@ -154,9 +157,10 @@ def end_of(response: str) -> str:
 
 
 def in_plain_digits(text: str) -> str:
-    """A text without the spaces of typesetting between digits and between rows of matrices; ½ becomes 1/2."""
-    text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")))
-    return VULGAR_FRACTION.sub(lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}".replace("\u2044", "/"), text)
+    """A text without the spaces of typesetting between digits and between rows of matrices; ½ is 1/2, and ² is ^{2}."""
+    text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("{,}", ",")))
+    text = VULGAR_FRACTION.sub(lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", text)
+    return POWER.sub(lambda signs: f"^{{{unicodedata.normalize('NFKC', signs[0])}}}", text).translate(SIGNS)
 
 
 def first_usable(answers: Iterable[str | None]) -> str | None:
@@ -238,10 +242,13 @@ def number_in(answer: str) -> str | None:
     words = unwrapped(clean(answer))
     if "\\" in words:
         return words.rpartition("=")[2]
-    words = re.sub(r"(?<=[0-9])[kK]\b", " thousand", words.replace(":00", "").replace(" and a half", " 1/2"))
+    words = re.sub("^- ", "-", words.replace(":00", ""))
+    for glued in (r"(?<=[0-9])([kKM])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
+        words = re.sub(glued, lambda part: f" {SPELLED.get(part[1], part[1])}", words)
     words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
     sides = [[number[0] for number in NUMBER.finditer(side)] for side in SIDES.split(REMARK.sub("", words))]
-    found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1]
+    sides = [[*{plain_key(number) or number: number for number in side}.values()] for side in sides]
+    found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1 and not RELATION.search(words)]
     return found[0] if found else "" if NUMBER.search(words) else None
 
 
@@ -258,16 +265,17 @@ PLAIN_NUMBER = re.compile(
 )
 NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base", re.IGNORECASE)
 
-FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
+FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.,]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
 REPEATING = re.compile(  # 0.1\overline{6}, 0.\dot{1}2\dot{3}, 0.1(6), 0.1666...
     r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?|"
     r"\(([0-9]+)\)|([0-9]{1,6}?)\7+\s*(?:\.{3}|…|\\[lc]?dots))"
 )
 VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A-Za-z\\])([A-Za-z]+)", re.DOTALL)
-CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s+(?![-+*/^=<>(]\s*[^0-9])(.+)")
+LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-Z])\s*\)?[.:]?")
+CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])[).:])\s+(?!(?:or|and)\b|[-+*/^=<>(]\s*[^0-9])(.+)")
 ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:{'|'.join(SCALES)})s\b", re.IGNORECASE)
 # what math-verify drops: the base of a number, the exponent of a unit
-DROPPED = re.compile(r"[0-9]_\{?([0-9]+)\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
+DROPPED = re.compile(r"[0-9]\)?_\{?\s*([0-9]+)\s*\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
 RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|neq?|leqslant|geqslant)(?![a-z])|[<>≤≥≠]")
 OPERATION = re.compile(r"\\(?!left|right|pi|text|mbox|circ|display|infty)[A-Za-z]+|[-+*/^!]|\)\(")
 TASK = re.compile(  # at the end of a text without spaces: the formula that follows is to be computed
@@ -300,8 +308,8 @@ def plain_keys(answer: str) -> tuple[str, ...]:
     """What decides the equality of answers that need no algebra, numbers and choice letters; () for others. A
     percentage has two, as it stands and as a part of 1."""
     text = unwrapped(REPEATING.sub(as_fraction, answer))
-    if re.fullmatch(r"[A-Z]|\([A-Z]\)", text):
-        return (text.strip("()"),)
+    if letter := LETTER.fullmatch(text):
+        return (letter[1],)
     number = PLAIN_NUMBER.fullmatch(" ".join(FRAC.sub(r" \1\2/\3\4", text).split()))
     if number is None or NOT_A_UNIT.search(number[7]) or re.search("/0+$", number[3]):
         return ()
@@ -322,13 +330,28 @@ def text_key(answer: str) -> str:
     text = unwrapped(answer)
     if re.fullmatch("[A-Za-z ]{3,}", text):
         return text.lower()
-    return re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])|(?<=\\)[dt](?=frac)", "", text)
+    return re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])|(?<=\\)[dt](?=frac|binom)", "", text)
+
+
+MISREAD = {  # what math-verify takes for something else, or not at all
+    r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",
+    r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9_])": r" \\times 10^{\1}",
+    r"\^(-[0-9]+)": r"^{\1}",
+    r"\A(-?[0-9.,/]+)\s*=\s*([A-Za-z])\Z": r"\2=\1",
+    r"\(([0-9A-Z]+)\)(?=_)": r"\1",
+    r"\\log_\{?e\}?": r"\\ln ",
+    r"\\varnothing": r"\\emptyset",
+    r"\\lor(?![a-z])": "or",
+    r"\\(?:land|wedge)(?![a-z])": "and",
+}
 
 
 def for_algebra(answer: str) -> str:
-    """An answer as math-verify reads it rightly: 2 1/2, 0.\\overline{3} and 1e3 are otherwise other numbers."""
-    answer = re.sub(r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}", REPEATING.sub(as_fraction, answer))
-    return re.sub(r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9_])", r" \\times 10^{\1}", answer)
+    """An answer as math-verify reads it rightly."""
+    answer = REPEATING.sub(as_fraction, answer)
+    for pattern, plain in MISREAD.items():
+        answer = re.sub(pattern, plain, answer)
+    return ", ".join(answer.replace(r"\pm", sign) for sign in "+-") if r"\pm" in answer else answer
 
 
 def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
@@ -339,8 +362,11 @@ def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     if golds and keys:
         return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
     of_gold, of_answer = ({*DROPPED.findall(unwrapped(text))} for text in (gold, answer))
-    unreadable = re.search("[0-9] +[0-9]", for_algebra(answer)) or RELATION.match(answer) and not RELATION.match(gold)
-    return (False, f"text {text_key(answer)}") if unreadable or of_gold and of_answer and of_gold != of_answer else None
+    unreadable = (
+        re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer)) or of_gold and of_answer and of_gold != of_answer
+    )
+    wrong = unreadable or RELATION.match(answer) and not RELATION.match(gold)
+    return (False, f"text {text_key(answer)}") if wrong else None
 
 
 CHECKERS = Workers("math")
@@ -382,8 +408,7 @@ def pairs_of(problem: Problem, answers: Iterable[str | None]) -> list[tuple[str,
     names = {*re.findall("[A-Za-z]", " ".join(texts)), *re.findall("[0-9]([A-Za-z])$", gold)}
     for answer in answers:
         if answer and (choice := CHOICE.fullmatch(unwrapped(answer))):
-            letters = re.fullmatch(r"\(?[A-Z]\)?", unwrapped(gold))
-            answer = choice[1] or choice[2] if letters else choice[3]
+            answer = choice[1] or choice[2] if LETTER.fullmatch(unwrapped(gold)) else choice[3]
         if answer and ASKED_SCALE.search(problem.prompt):
             answer = re.sub(SCALE, "", answer)
         pairs.append((with_variables(gold, names), with_variables(answer, names)) if answer else None)
@@ -395,7 +420,9 @@ def is_echo(problem: Problem, gold: str, answer: str) -> bool:
     stands in the prompt, where the prompt asks to compute it, or where it is no number and the gold answer has fewer
     operations. The equation of a curve, with a power on its left side, is one unless the prompt has that side."""
     texts = (FRAC.sub(r"\1\2/\3\4", text_key(clean(text))) for text in (problem.prompt, gold, answer))
-    prompt, gold, answer = (re.sub(r"\{([A-Za-z]+)\}", r"\1", text) for text in texts)  # of `with_variables`
+    texts = (re.sub(r"\{([-A-Za-z0-9]+)\}|\s", r"\1", text) for text in texts)
+    prompt, gold, answer = (re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text) for text in texts)
+    answer = answer[1:-1] if re.fullmatch(r"\([^()]*\)", answer) else answer
     curve, is_equation, _ = answer.partition("=")
     if is_equation and "=" not in gold and re.search(r"(?<![A-Za-z\\])[a-z]\^", curve):
         return curve not in prompt

@@ -157,11 +157,14 @@ def check_math(gold: str, answer: str) -> list:
     """[whether math-verify finds the answer equal to the gold one, the answer's canonical form]. The form, a string, is
     what wrong answers vote by: a function of the answer alone, so an equivalence, which pairwise comparison is not."""
     import math_verify
+    import sympy
 
     found = parsed(answer)
-    if "or" in answer and found and type(found[0]).__name__ == "FiniteSet":  # of x < 1 and x > 3: a union
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            found = [functools.reduce(lambda one, other: one | other, (part.as_set() for part in found[0].args))]
+    parts = found[0].args if found and isinstance(found[0], sympy.FiniteSet) else ()
+    if parts and not any(isinstance(part, sympy.Eq) or not part.is_Relational for part in parts):
+        with contextlib.suppress(NotImplementedError):  # of several variables
+            both = sympy.Intersection(*(part.as_set() for part in parts))
+            found = [sympy.Union(*(part.as_set() for part in parts)) if "or" in answer or both.is_empty else both]
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # x < 3 is the interval (-oo, 3)
     correct = math_verify.verify(parsed(gold), found, **options)
     try:
