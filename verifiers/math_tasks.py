@@ -18,10 +18,9 @@ An answer of more than 1000 characters is none. No answer has reward 0 and no vo
 
 Rewards and votes. An answer that equals the gold one has reward 1 and votes for "the gold answer". Any other has reward
 0 and votes for its canonical form (workers.canonical): numbers by value to 6 decimals, expressions by value at a fixed
-point, sets by their elements. Both depend on the problem and the answer alone. Votes by pairwise comparison would be no
-partition: to math-verify 5 equals "x = 5" and "y = 5", which differ. Plain numbers, choice letters and equal texts need
-no algebra; other pairs go to worker processes (workers.py). A comparison that takes over 5 s of CPU time, or whose
-worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
+point, sets by their elements. Votes by pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and
+"y = 5", which differ. Plain numbers, choice letters and equal texts need no algebra; other pairs go to worker processes
+(workers.py). One that takes over 5 s of CPU time or kills its worker has reward 0, no vote, and a count in the verdict.
 
 Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
@@ -63,7 +62,6 @@ SOURCES = {  # task -> hub id, configuration
     "math": ("nlile/hendrycks-MATH-benchmark", None),
     "math500": ("HuggingFaceH4/MATH-500", None),
 }
-INSTALL = "pip install math-verify==0.9.0"
 MAX_ANSWER_CHARS = 1_000
 MAX_RESPONSE_CHARS = 10_000
 CACHED_PAIRS = 100_000
@@ -96,7 +94,6 @@ Answer: We get $a^2 - 3a + 2a - 6 = a^2 - a - 6$. The answer is $\boxed{a^2 - a 
 Question: {prompt}
 Answer:"""
 
-NEXT_QUESTION = "\nQuestion:"  # where a model without a chat template runs on into a problem of its own
 GSM8K_INSTRUCTION = "Think step by step, then give the answer, a number, on a last line of the form: #### 42"
 MATH_INSTRUCTION = r"Think step by step and put the final answer in \boxed{}."
 
@@ -106,10 +103,10 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SCALE = rf"\s*(?:{'|'.join(SCALES)})s?(?![A-Za-z])"
 EXPONENT = r"(?:[eE]|\s*(?:\\times|\\cdot|[x*×])\s*10\s*\^\s*\{?\s*)([-+]?[0-9]{1,3})(?![0-9_])\}?"
-FRACTION = re.compile(r"-?(?:(?<![0-9])[0-9]+\s*)?\\[dt]?frac\{-?[0-9.]+\}\{[0-9.]+\}")
 # in "x-3" there is no -3, and in "x12" no 12 and no 2
 NUMBER = re.compile(
-    rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_^])(?<!\^\{{)\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|{DIGITS})(?:{EXPONENT})?"
+    rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_^])(?<!\^\{{)"
+    rf"\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|(?:[0-9]+\s*)?\\[dt]?frac\{{-?[0-9.]+\}}\{{[0-9.]+\}}|{DIGITS})(?:{EXPONENT})?"
     rf"(?:\^\{{?-?[0-9]+\}}?)?(?:{SCALE})*"
 )
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
@@ -119,20 +116,18 @@ LISTED = re.compile(
 )
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
 ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
-SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
-LEADING_WORDS = re.compile(r"[A-Za-z ,:]*")
 COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only) \Z")
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
 )
-DIGIT_GAP = re.compile(r"(?<=[0-9])(,?)\s*(?:\{?(?:\\[,;:! ]|[~\xa0\u2009\u202f])\}?\s*)+(,?)\s*(?=[0-9]{3}(?![0-9]))")
+DIGIT_GAP = re.compile(  # [ \n], as \s would have the other spaces in common with the alternatives before it
+    r"(?<=[0-9])(,?)[ \n]*(?:\{?(?:\\[,;:! ]|[~\xa0\u2009\u202f])\}?[ \n]*)+(,?)[ \n]*(?=[0-9]{3}(?![0-9]))"
+)
 ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\\\\*|\\cr(?![a-z])")
-VULGAR_FRACTION, POWER = re.compile("[¼-¾⅐-⅞]"), re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
 SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
-SIDES = re.compile(r"=|\b(?:is|are|equals)\b")
 REMARK = re.compile(
-    r"\s[(\[](?!or\b)[^()]*[A-Za-z=+*][^()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|"
+    r"\s[(\[](?!or\b)(?=[^][()]*[A-Za-z=+*])[^][()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|"
     r"\s(?:per|for|every|each|after)\s.*"
 )
 
@@ -152,15 +147,16 @@ def gsm8k_answer(response: str) -> str | None:
 
 
 def end_of(response: str) -> str:
-    """The part of a response in which its answer is looked for."""
-    return in_plain_digits(response.split(NEXT_QUESTION, 1)[0][-MAX_RESPONSE_CHARS:])
+    """The part of a response in which its answer is looked for: a base model may run on into a problem of its own."""
+    return in_plain_digits(response.split("\nQuestion:", 1)[0][-MAX_RESPONSE_CHARS:])
 
 
 def in_plain_digits(text: str) -> str:
     """A text without the spaces of typesetting between digits and between rows of matrices; ½ is 1/2, and ² is ^{2}."""
     text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("{,}", ",")))
-    text = VULGAR_FRACTION.sub(lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", text)
-    return POWER.sub(lambda signs: f"^{{{unicodedata.normalize('NFKC', signs[0])}}}", text).translate(SIGNS)
+    text = re.sub("[¼-¾⅐-⅞]", lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", text)
+    text = re.sub("[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda signs: f"^{{{unicodedata.normalize('NFKC', signs[0])}}}", text)
+    return text.translate(SIGNS)
 
 
 def first_usable(answers: Iterable[str | None]) -> str | None:
@@ -211,26 +207,24 @@ def after_hashes(text: str) -> str | None:
 
 def stated(text: str) -> str | None:
     """The formula or sentence after the last "answer is" or "answer:"; of "the sum of the roots is 5", the "5"."""
-    found = [*ANSWER_IS.finditer(text)]
-    if not found:
+    start = max((found.end() for found in ANSWER_IS.finditer(text)), default=None)
+    if start is None:
         return None
-    start = found[-1].end()
     if MATH_SPAN.match(text, start):
         return formulas(text, start)[0][2]
-    sentence = SENTENCE_END.split(text[start:], maxsplit=1)[0]
+    sentence = re.split(r"\.(?:\s|$)|\n", text[start:], maxsplit=1)[0]
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
-    words = LEADING_WORDS.match(sentence)[0]
+    words = re.match("[A-Za-z ,:]*", sentence)[0]
     if MATH_SPAN.match(sentence, len(words)):
         return formulas(sentence, len(words))[0][2]
     return COUNTING.search(words) and number_in(sentence) or sentence
 
 
 def last_math(text: str) -> str | None:
-    r"""The last formula, \frac{}{} or number, whichever ends last."""
+    """The last formula or number, whichever ends last."""
     found = [item[1:] for item in formulas(text)[-1:]]
-    found += [(fraction.end(), fraction[0]) for fraction in FRACTION.finditer(text)][-1:]
     found += [(number.end(), number[0]) for number in NUMBER.finditer(text)][-1:]
     return max(found, key=lambda item: item[0])[1] if found else None
 
@@ -246,9 +240,10 @@ def number_in(answer: str) -> str | None:
     for glued in (r"(?<=[0-9])([kKM])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
         words = re.sub(glued, lambda part: f" {SPELLED.get(part[1], part[1])}", words)
     words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
-    sides = [[number[0] for number in NUMBER.finditer(side)] for side in SIDES.split(REMARK.sub("", words))]
+    without = "" if re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]", words) else REMARK.sub("", words)  # a bound is no number
+    sides = [[number[0] for number in NUMBER.finditer(side)] for side in re.split(r"=|\b(?:is|are|equals)\b", without)]
     sides = [[*{plain_key(number) or number: number for number in side}.values()] for side in sides]
-    found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1 and not RELATION.search(words)]
+    found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1]
     return found[0] if found else "" if NUMBER.search(words) else None
 
 
@@ -361,12 +356,10 @@ def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     golds, keys = plain_keys(gold), plain_keys(answer)
     if golds and keys:
         return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
-    of_gold, of_answer = ({*DROPPED.findall(unwrapped(text))} for text in (gold, answer))
-    unreadable = (
-        re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer)) or of_gold and of_answer and of_gold != of_answer
-    )
-    wrong = unreadable or RELATION.match(answer) and not RELATION.match(gold)
-    return (False, f"text {text_key(answer)}") if wrong else None
+    dropped = [{*DROPPED.findall(unwrapped(text))} for text in (gold, answer)]
+    wrong = all(dropped) and dropped[0] != dropped[1] or RELATION.match(answer) and not RELATION.match(gold)
+    unreadable = re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer))
+    return (False, f"text {text_key(answer)}") if wrong or unreadable else None
 
 
 CHECKERS = Workers("math")
@@ -391,8 +384,7 @@ def judged(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool
 def with_variables(answer: str, names: set[str]) -> str:
     """An answer in which variables at the end are in braces, by which math-verify knows them from units. names: the
     letters that are variables of the problem."""
-    match = VARIABLES.fullmatch(answer)
-    if not match:
+    if not (match := VARIABLES.fullmatch(answer)):
         return answer
     head, gap, letters = match.groups()
     known = letters in UNITS.split() and not {*letters} <= names and not re.search(r"(?<!\\p)[A-Za-z]$", head)
@@ -433,10 +425,8 @@ def is_echo(problem: Problem, gold: str, answer: str) -> bool:
     return count > least and not plain_keys(answer) or count > 0 and TASK.search(before) is not None
 
 
-def verify(
-    problems: Sequence[Problem], responses: Sequence[Sequence[str]], answer_in: Callable[[str], str | None]
-) -> Verdict:
-    """See `Task.verify`. answer_in: the task's reading of a response. Raises RuntimeError if no worker can start."""
+def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]], answer_in: Callable) -> Verdict:
+    """See `Task.verify`. answer_in: `math_answer` or `gsm8k_answer`. Raises RuntimeError if no worker can start."""
     rows = [pairs_of(problem, map(answer_in, row)) for problem, row in zip(problems, responses)]
     verdicts = judged([pair for row in rows for pair in row if pair])
 
@@ -491,24 +481,21 @@ def level_number(level: object) -> int | None:
 def load(name: str, data: str | None = None) -> Task:
     """The task; see `load_task`. Raises BadInput for data that cannot be read, and without math-verify."""
     if importlib.util.find_spec("math_verify") is None:
-        raise BadInput(f"task {name!r} needs the math-verify library: {INSTALL}")
-    hub_id, config = SOURCES[name]
-    where, numeric = data or hub_id, name == "gsm8k"
-    splits = {}
+        raise BadInput(f"task {name!r} needs the math-verify library: pip install math-verify==0.9.0")
+    (hub_id, config), numeric, splits = SOURCES[name], name == "gsm8k", {}
+    where = data or hub_id
     for split in ("train", "test"):
         rows = [] if (name, split) == ("math500", "train") else load_rows(hub_id, split, data, config)
         place = f"{where}, {split}"
         require_columns(rows, ["problem|question", "answer|solution"], place)
         splits[split] = [problem_from(row, f"{place} row {i}", numeric) for i, row in enumerate(rows, start=1)]
         levels = [row["level"] for row in rows if row.get("level") is not None]
-        wrong = [level for level in levels if level_number(level) is None]
-        if wrong:
+        if wrong := [level for level in levels if level_number(level) is None]:
             what = f"{len(wrong)} levels that are no number, such as {ascii(wrong[0])[:40]}"
             print(f"{place}: {what}: these problems have no level", file=sys.stderr)
     if not any(splits.values()):
         raise BadInput(f"{where} has no {'test' if name == 'math500' else 'train or test'} split")
-    template, instruction = (GSM8K_TEMPLATE, GSM8K_INSTRUCTION) if numeric else (MATH_TEMPLATE, MATH_INSTRUCTION)
+    of_gsm8k, of_math = (GSM8K_TEMPLATE, GSM8K_INSTRUCTION, 256), (MATH_TEMPLATE, MATH_INSTRUCTION, 512)
+    template, instruction, tokens = of_gsm8k if numeric else of_math
     check = functools.partial(verify, answer_in=gsm8k_answer if numeric else math_answer)
-    return Task(
-        name, **splits, verify=check, template=template, instruction=instruction, max_new_tokens=256 if numeric else 512
-    )
+    return Task(name, **splits, verify=check, template=template, instruction=instruction, max_new_tokens=tokens)

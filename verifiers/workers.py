@@ -1,11 +1,10 @@
 """Calls on model output that may hang, crash or eat memory, made in child processes that can be killed.
 
 `Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
-line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. A child imports neither torch nor this package,
-and is not forked from a parent that has threads. A job has `limit_s` of CPU time and CROWD times that of wall time, for
-a busy machine shall change no verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child
-ends with its parent, whether idle (end of stdin) or stuck (its own alarm). This guards against slow algebra and
-accidents; it is no sandbox for hostile programs.
+line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. It imports neither torch nor this package, and
+is not forked from a parent with threads. A job has `limit_s` of CPU time and CROWD times that of wall time, for a busy
+machine shall change no verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child ends with
+its parent, idle (end of stdin) or stuck (its own alarm). All this is no sandbox for hostile programs.
 """
 
 import collections
