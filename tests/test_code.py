@@ -185,8 +185,7 @@ FULL = "def double(x):\n    return 2 * x\n"
     "   if x:\n        return 2 * x\n    return 0",
     "     y = 2 * x\n     return y",
     "  y = 2 * x\n  return y\n\nprint(double(2))",
-    "\tif x:\n\t\treturn 2 * x\n\treturn 0",
-    "    double = 2 * x\n    return double",
+    "\tif x:\n\t\treturn 2 * x\n\treturn 0", "    double = 2 * x\n    return double",
     # fences that are none, and fences that are
     "```python\ndef double(x):\n    return 2 * x```",
     "Here it is: ```python\ndef double(x):\n    return 2 * x\n```",
@@ -196,10 +195,7 @@ FULL = "def double(x):\n    return 2 * x\n"
     f"```python title='a.py'\n{FULL}```",
     f"```python\n{FULL}\n```python\nprint(double(2))\n```",
     f"It is a simple function. The code is as follows:\n\n{FULL}\nIt just doubles x.",
-    f"[BEGIN]\n{FULL}[DONE]",
-    f"[PYTHON]\n{FULL}[/PYTHON]",
-    f"python\n{FULL}",
-    f"\ufeff{FULL}",
+    f"[BEGIN]\n{FULL}[DONE]", f"[PYTHON]\n{FULL}[/PYTHON]", f"python\n{FULL}", f"\ufeff{FULL}",
     f"```python\n# not ```this```\n{FULL}```",
     # of several blocks
     "```python\ndef twice(x):\n    return 2 * x\n```\n```python\ndef double(x):\n    return twice(x)\n```",

@@ -237,7 +237,7 @@ def number_in(answer: str) -> str | None:
     if "\\" in words:
         return words.rpartition("=")[2]
     words = re.sub("^- ", "-", words.replace(":00", ""))
-    for glued in (r"(?<=[0-9])([kKM])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
+    for glued in (r"(?<=[0-9]) ?([kKM])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
         words = re.sub(glued, lambda part: f" {SPELLED.get(part[1], part[1])}", words)
     words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
     without = "" if re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]", words) else REMARK.sub("", words)  # a bound is no number
