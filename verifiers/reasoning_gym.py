@@ -87,7 +87,7 @@ def verify(problems: Sequence[GymProblem], responses: Sequence[Sequence[str]]) -
     """The data set's own score of each answer; see `Task.verify`."""
     places = [(problem.dataset, problem.seed, problem.index) for problem in problems]
     rows = [[(*place, answer_in(response)) for response in row] for place, row in zip(places, responses)]
-    asked = list({question for row in rows for question in row if question[-1] is not None})
+    asked = list(dict.fromkeys(question for row in rows for question in row if question[-1] is not None))
     scores = dict(zip(asked, GYM.map(asked)))
     found = [[scores.get(question, (None, None)) for question in row] for row in rows]
     counts = dict(collections.Counter(failure for row in found for _, failure in row if failure))
