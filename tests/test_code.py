@@ -178,7 +178,7 @@ FULL = "def double(x):\n    return 2 * x\n"
     f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
     # continuations that a closing fence, an example or a main guard ends
     "    return 2 * x\n```\n\nThe function doubles.",
-    "    return 2 * x\n\n```python\nprint(double(2))\n```",
+    "    return 2 * x\n\n```python\nx = int(input())\nprint(double(x))\n```",
     "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
     # the first space lost in decoding, or another indentation
     "   y = 2 * x\n    return y",
@@ -198,7 +198,7 @@ FULL = "def double(x):\n    return 2 * x\n"
     f"[BEGIN]\n{FULL}[DONE]", f"[PYTHON]\n{FULL}[/PYTHON]", f"python\n{FULL}", f"\ufeff{FULL}",
     f"```python\n# not ```this```\n{FULL}```",
     # of several blocks
-    "```python\ndef twice(x):\n    return 2 * x\n```\n```python\ndef double(x):\n    return twice(x)\n```",
+    "```\nTWO = 2\n```\n```\ndef twice(x):\n    return TWO * x\n```\n```\ndef double(x):\n    return twice(x)\n```",
     "```python\nimport operator\n```\n```python\ndef double(x):\n    return operator.mul(2, x)\n```",
     "```python\ndef double(x):\n    return twice(x)\n```\n```python\ndef twice(x):\n    return 2 * x\n```",
     f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
@@ -231,7 +231,7 @@ SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
     f"```python\n{SUM}```\n```cpp\nint main() {{ return 0; }}\n```",
     f"```python\n{SUM}```\n```js\nconsole.log(3)\n```",
     f"```python\n{SUM}```\nA test:\n```python\nassert sum([1, 2]) == 3\nprint('right')\n```",
-    f"```python\nprint(7)\n```\nNo:\n```python\n{SUM}```",
+    f"```python\ninput = lambda: 7\nprint(7)\n```\nNo:\n```python\n{SUM}```",
     f"```python\n{SOLVE}```\nand\n```python\nprint(solve())\n```",
     f"```python\n{SOLVE}```\n```python\nprint(solve())\n```\n```python\nprint(sum([1, 2]))\n```",
     f"```python\n{SOLVE}print(solve())\n```\n"

@@ -240,11 +240,11 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     free = [used[i] - bound[i] - BUILTINS for i in range(len(blocks))]
 
     def with_needed(last: int) -> list[int]:
-        """A block behind the others that define what it uses: the nearest earlier ones, later ones without a call."""
+        """A block behind the others that define what it uses: earlier ones, and later ones that call nothing."""
         found, missing = [last], free[last]
         for number in [*reversed(range(last)), *range(last + 1, len(blocks))]:
             if missing & bound[number] and (number < last or not is_run(trees[number])):
-                found, missing = [number, *found], (missing | free[number]) - bound[number]
+                found, missing = [number, *found], missing | free[number]
         return found
 
     def rank(number: int) -> tuple:

@@ -123,7 +123,7 @@ MATH_SPAN = re.compile(
 DIGIT_GAP = re.compile(  # [ \n], as \s would have the other spaces in common with the alternatives before it
     r"(?<=[0-9])(,?)[ \n]*(?:\{?(?:\\[,;:! ]|[~\xa0\u2009\u202f])\}?[ \n]*)+(,?)[ \n]*(?=[0-9]{3}(?![0-9]))"
 )
-ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\\\\*|\\cr(?![a-z])")
+ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\cr(?![a-z])")
 SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
 SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
 REMARK = re.compile(
