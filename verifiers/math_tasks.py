@@ -31,7 +31,7 @@ Decided, where math-verify or its users differ:
   5x, 5ab, 5 cm       letters glued to a number, or one or two behind it, are variables, unless they are a known
                       unit and no variables of the prompt; a word is a unit
   121_3 and 121_4     different, as are m^2 and m^3; a base or an exponent of a unit may be left out
-  x < 3 and (-oo, 3)  equal, as sets
+  x < 3 and (-oo, 3)  equal, as sets; several inequalities are a union with "or" or where they exclude each other
   10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and no 11
   255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
   x = 5 and 5         equal when either is gold; x^2 + y^2 = 5 is a curve, and no 5
