@@ -242,7 +242,8 @@ def number_in(answer: str) -> str | None:
     words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
     without = "" if re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]", words) else REMARK.sub("", words)  # a bound is no number
     sides = [[number[0] for number in NUMBER.finditer(side)] for side in re.split(r"=|\b(?:is|are|equals)\b", without)]
-    sides = [[*{plain_key(number) or number: number for number in side}.values()] for side in sides]
+    # equal numbers are one; a longer one than MAX_ANSWER_CHARS is no answer
+    sides = [[*{plain_key(text[:MAX_ANSWER_CHARS]) or text: text for text in side}.values()] for side in sides]
     found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1]
     return found[0] if found else "" if NUMBER.search(words) else None
 
