@@ -178,13 +178,14 @@ FULL = "def double(x):\n    return 2 * x\n"
     f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
     # continuations that a closing fence, an example or a main guard ends
     "    return 2 * x\n```\n\nThe function doubles.",
-    "    return 2 * x\n\n```python\nprint(double(2))\n```",
+    "    return 2 * x\n\n```python\nx = int(input())\nprint(double(x))\n```",
     "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
     # the first space lost in decoding, or another indentation
     "   y = 2 * x\n    return y",
     "   if x:\n        return 2 * x\n    return 0",
     "     y = 2 * x\n     return y",
     "  y = 2 * x\n  return y\n\nprint(double(2))",
+    "\tif x:\n\t\treturn 2 * x\n\treturn 0", "    double = 2 * x\n    return double",
     # fences that are none, and fences that are
     "```python\ndef double(x):\n    return 2 * x```",
     "Here it is: ```python\ndef double(x):\n    return 2 * x\n```",
@@ -194,9 +195,12 @@ FULL = "def double(x):\n    return 2 * x\n"
     f"```python title='a.py'\n{FULL}```",
     f"```python\n{FULL}\n```python\nprint(double(2))\n```",
     f"It is a simple function. The code is as follows:\n\n{FULL}\nIt just doubles x.",
+    f"[BEGIN]\n{FULL}[DONE]", f"[PYTHON]\n{FULL}[/PYTHON]", f"python\n{FULL}", f"\ufeff{FULL}",
+    f"```python\n# not ```this```\n{FULL}```",
     # of several blocks
-    "```python\ndef twice(x):\n    return 2 * x\n```\n```python\ndef double(x):\n    return twice(x)\n```",
+    "```\nTWO = 2\n```\n```\ndef twice(x):\n    return TWO * x\n```\n```\ndef double(x):\n    return twice(x)\n```",
     "```python\nimport operator\n```\n```python\ndef double(x):\n    return operator.mul(2, x)\n```",
+    "```python\ndef double(x):\n    return twice(x)\n```\n```python\ndef twice(x):\n    return 2 * x\n```",
     f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
     f"```python\n{FULL}```\nIn JavaScript:\n```js\nfunction f(x) {{}}\ndef double(x):\n```",
 ])  # fmt: skip
@@ -227,7 +231,7 @@ SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
     f"```python\n{SUM}```\n```cpp\nint main() {{ return 0; }}\n```",
     f"```python\n{SUM}```\n```js\nconsole.log(3)\n```",
     f"```python\n{SUM}```\nA test:\n```python\nassert sum([1, 2]) == 3\nprint('right')\n```",
-    f"```python\nprint(7)\n```\nNo:\n```python\n{SUM}```",
+    f"```python\ninput = lambda: 7\nprint(7)\n```\nNo:\n```python\n{SUM}```",
     f"```python\n{SOLVE}```\nand\n```python\nprint(solve())\n```",
     f"```python\n{SOLVE}```\n```python\nprint(solve())\n```\n```python\nprint(sum([1, 2]))\n```",
     f"```python\n{SOLVE}print(solve())\n```\n"
@@ -235,6 +239,11 @@ SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
     f"{SUM}```\nThat is all",
     " " + SUM,
     f"The program:\n\nimport sys\n{SUM}",
+    f"The program:\n\n{SUM}That is all.",
+    "The program:\n\nN=int(input())\nA = input().split()\nprint(sum(map(int, A)))\nThat is all.",
+    f"The program:\n\nif True:\n{textwrap.indent(SUM, '    ')}That is all.",
+    f"```python\n{SUM}```\nIn steps:\n```python\nprint(sum(map(int, input().split())))\n```",
+    f"```python\n{SUM}```\nWhat reads a line:\n```python\nline = input()\n```",
 ])  # fmt: skip
 def test_forms_of_a_right_program(tmp_path, response):
     tests = {"input": ["2\n1 2\n", "3\n5 5 7\n"], "output": ["3\n", "17\n"]}

@@ -24,7 +24,7 @@ def test_arithmetic_levels_are_right_disjoint_and_a_fifth_is_held_out(monkeypatc
     for problem in {*task.train, *task.test}:
         a, b = map(int, problem.prompt[:-1].split("*"))
         assert problem.answer == problem.solution == str(a * b)
-        assert a in FACTORS[problem.level][0] and b in FACTORS[problem.level][1]
+        assert a in FACTORS[problem.level][1] and b in FACTORS[problem.level][2]
     small = [p.prompt for p in {*task.train, *task.test} if p.level == 3]  # a level that is here in full
     assert len(small) == 90 * 21 and 0.16 < sum(p in test for p in small) / len(small) < 0.24
     assert {p.level for p in task.train} == {p.level for p in task.test} == {1, 2, 3, 4, 5}

@@ -1,9 +1,7 @@
 """Embedded tasks, small enough for a laptop.
 
-`arithmetic`: multiplication at five levels of difficulty. The prompt is "47*85=", the response "3995".
-
-The last number of a response is its answer and its vote; the reward is 1 if it is right and 0 for anything else.
-Leading zeros are ignored. A response with anything but numbers between commas has no answer.
+`arithmetic`: multiplication at five levels of difficulty. The prompt is "47*85=", the response "3995". The last number
+of a response is its answer and its vote, without leading zeros. One with anything but numbers between commas has none.
 
 `sums`: sums and products at three levels, in words, for pretrained models with a chat template. The prompt is "What is
 47 + 85?", the response "132". The last number in a response is its answer, whatever stands around it: "47 + 85 = 132."
@@ -20,15 +18,14 @@ import torch
 
 from . import BadInput, Problem, Task, Verdict, votes_from_answers
 
-# level -> the ranges of the two factors
-FACTORS = {
-    1: (range(1, 10), range(1, 10)),
-    2: (range(10, 100), range(1, 10)),
-    3: (range(10, 100), range(10, 31)),
-    4: (range(10, 100), range(10, 100)),
-    5: (range(100, 1000), range(10, 100)),
-}
 # level -> the operation and the ranges of its two numbers
+FACTORS = {
+    1: ("*", range(1, 10), range(1, 10)),
+    2: ("*", range(10, 100), range(1, 10)),
+    3: ("*", range(10, 100), range(10, 31)),
+    4: ("*", range(10, 100), range(10, 100)),
+    5: ("*", range(100, 1000), range(10, 100)),
+}
 SUMS = {
     1: ("+", range(10, 100), range(10, 100)),
     2: ("+", range(100, 1000), range(10, 100)),
@@ -38,15 +35,12 @@ TRAIN_PER_LEVEL = 6_000  # small levels repeat: a uniform draw from `train` is a
 TEST_PER_LEVEL = 1_000
 
 
-def is_held_out(a: int, b: int, operation: str = "*") -> bool:
-    """Whether a*b (or a+b) belongs to the test set: a fixed fifth of all pairs, b*a always with a*b."""
-    return zlib.crc32(f"{min(a, b)}{operation}{max(a, b)}".encode()) % 5 == 0
-
-
 def problems_of_level(name: str, level: int, held_out: bool, rng: random.Random) -> list[Problem]:
-    """All problems of one level of `arithmetic` or `sums` on one side of the split, shuffled."""
-    operation, first, second = SUMS[level] if name == "sums" else ("*", *FACTORS[level])
-    pairs = [(a, b) for a in first for b in second if is_held_out(a, b, operation) == held_out]
+    """All problems of one level of `arithmetic` or `sums` on one side of the split, shuffled. Held out is a fixed fifth
+    of all pairs, b*a always with a*b."""
+    operation, first, second = (SUMS if name == "sums" else FACTORS)[level]
+    keys = {(a, b): f"{min(a, b)}{operation}{max(a, b)}" for a in first for b in second}
+    pairs = [pair for pair, key in keys.items() if (zlib.crc32(key.encode()) % 5 == 0) == held_out]
     rng.shuffle(pairs)
     form = "What is {} {} {}?" if name == "sums" else "{}{}{}="
     values = [str(a + b if operation == "+" else a * b) for a, b in pairs]

@@ -7,10 +7,10 @@ The sandbox (`verifiers.sandbox`) runs a response; the reward is 1 when all test
    fence where it continues the prompt, defines the asked function, or runs. Without fences the whole text is the
    candidate, from its first line of code on.
 2. For a function, a candidate that defines it (`def name` or `name =`; a signature without a body counts less) goes
-   first, then one that parses; for standard input, one that reads it and calls something outside of definitions. Then
-   a python tag goes before no tag, and the last before earlier ones.
-3. Earlier blocks that define what it uses are put in front, and for HumanEval the prompt: a continuation, a whole
-   function, and a repeated prompt all work. The first line of a continuation is moved to the prompt's indentation.
+   first, then one that parses; for standard input, one that reads it, prints, calls something outside of definitions,
+   and is no quotation of another. Then a python tag goes before no tag, and the last before earlier ones.
+3. Blocks that define what it uses are put in front, and for HumanEval the prompt: a continuation, a whole function, and
+   a repeated prompt all work. A continuation is moved to the prompt's indentation.
 4. Everything from the first line that does not parse is dropped, and all after the response's first 50 000 characters.
 
 TACO's functions have the imports of the data set's own harness; its dicts compare by the text of their keys, floats to
@@ -81,7 +81,7 @@ def humaneval(row: dict) -> Problem:
     """A row with `prompt`, `entry_point`, `canonical_solution`, `test`; some tests use the prompt's own functions."""
     prompt, name = row["prompt"], row["entry_point"]
     tests = f"{row['test']}\ncheck({name})"
-    setup = prompt if names_used(tests) & (names_defined(prompt) - {name}) else ""
+    setup = prompt if names_in(tree(tests))[1] & (names_defined(prompt) - {name}) else ""
     return problem_of(prompt, row["canonical_solution"], tests, names=[name], setup=setup, prefix=prompt)
 
 
@@ -90,8 +90,9 @@ def mbpp(row: dict) -> Problem:
     part of the prompt, since it tells the function's name; the others stay hidden."""
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
     solution, tests = row["code"].replace("\r\n", "\n"), "\n".join([setup, *row["test_list"]])
-    tests = "\n".join([*imports_of(solution, names_used(tests)), tests])
-    names = names_used(tests) & names_defined(solution) | names_in(tree(tests))[1]  # the latter nobody else defines
+    tests = "\n".join([*imports_of(solution, names_in(tree(tests))[1]), tests])
+    bound, used = names_in(tree(tests))
+    names = used & names_defined(solution) | used - bound - BUILTINS  # the latter nobody else defines
     text = row["text"] if "text" in row else row["prompt"]
     prompt = text + f"\nYour code should pass this test:\n{row['test_list'][0]}"
     return problem_of(prompt, solution, tests, sorted(names))
@@ -112,7 +113,8 @@ def code_contest(row: dict) -> Problem | None:
 def taco(row: dict) -> Problem | None:
     """A row of TACO, whose fields are strings of JSON; None if it has no test."""
     texts = (row["input_output"], row.get("solutions"))
-    tests, solutions = (json.loads(text) if isinstance(text, str) and text.strip() else text for text in texts)
+    read = json.JSONDecoder(object_hook=with_integer_keys).decode
+    tests, solutions = (read(text) if isinstance(text, str) and text.strip() else text for text in texts)
     tests, solution = tests or {}, solutions[0] if solutions else ""
     prompt = "\n".join(filter(None, [row["question"], row.get("starter_code")]))
     pairs = list(zip(tests.get("inputs", []), tests.get("outputs", [])))[:MAX_CASES]
@@ -122,15 +124,13 @@ def taco(row: dict) -> Problem | None:
     if name is None:
         pairs = [["\n".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair] for pair in pairs]
         return problem_of(prompt, solution, cases=pairs, level=level)
-    pairs = [([with_integer_keys(item) for item in given], wanted) for given, wanted in pairs]
     tests = FUNCTION_TESTS.format(pairs=pairs, name=name)
     return problem_of(prompt, solution, tests, [name, "Solution"], level=level, imports=TACO_IMPORTS)
 
 
-def with_integer_keys(value):
-    """A dict with the integer keys that it had before it was written as JSON; any other value as it is."""
-    integers = isinstance(value, dict) and all(re.fullmatch("-?[0-9]+", key) for key in value)
-    return {int(key): item for key, item in value.items()} if integers else value
+def with_integer_keys(row: dict) -> dict:
+    """A dict with the integer keys that it had before it was written as JSON."""
+    return {int(key): row[key] for key in row} if all(re.fullmatch("-?[0-9]+", key) for key in row) else row
 
 
 # as in the data set's own harness and on LeetCode
@@ -186,11 +186,6 @@ def imports_of(solution: str, names: set[str]) -> list[str]:
     return [ast.unparse(node) for node, its in zip(nodes, bound) if its & names]
 
 
-def names_used(source: str) -> set[str]:
-    """All names in a source."""
-    return {node.id for node in ast.walk(tree(source)) if isinstance(node, ast.Name)}
-
-
 def names_defined(source: str) -> set[str]:
     """The functions and classes that a source defines at top level."""
     return {node.name for node in tree(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
@@ -216,9 +211,11 @@ def program_of(problem: Problem, response: str) -> Program:
 
 FENCE = re.compile(r"(.*?)(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*([\w+#.{}-]*)([^`\n]*)\n?")
 READS_INPUT = re.compile(r"\b(?:input|open)\s*\(|\bstdin\b(?!\s*=)")
+BUILTINS = set(dir(builtins))
 WHOLE = (ast.Return, ast.Yield, ast.Lambda)  # what a mere signature has not
 CODE_START = re.compile(
-    r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[a-z_]\w*(?:, ?\w+)* = |print\()"
+    r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[A-Za-z_]\w*(?:, ?\w+)* ?=(?!=)|"
+    r"print\(|[a-z_][\w.]*\(.*\)$|(?:for \w+(?:, ?\w+)* in|while|if|with|try)\b.*:\n[ \t])"
 )
 
 
@@ -226,23 +223,27 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     """The program in a response that shall define one of the names, behind `prefix`, or without names read standard
     input; the rule is at the top of this file."""
     name = "|".join(map(re.escape, names)) or "(?!)"
-    defined = re.compile(rf"(?m)^[ \t]*((def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
+    defined = re.compile(rf"(?m)^([ \t]*(def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
+    response = re.split(r"(?m)^\[DONE\]", response.replace("\ufeff", ""), maxsplit=1)[0]  # it ends MBPP's own examples
     (_, head), *blocks = blocks_of(response)
-    start = CODE_START.search(head)
-    if start and head[:1] not in (" ", "\t") and not parsed(head) and not parsed(head[: start.start()]):
-        head = head[start.start() :]  # behind prose
+    if (start := CODE_START.search(head)) and head[:1] not in (" ", "\t"):
+        before = parsed(head[: start.start()])
+        words = before and not is_run(before) and all(isinstance(node, ast.Expr) for node in before.body)
+        if words or not before and not parsed(head):
+            head = head[start.start() :]
     goes_on = head[:1] in (" ", "\t") if prefix else not names and is_run(parsed(head))
     if not blocks or goes_on or defined.search(head):
         blocks = [("", head), *blocks]
     blocks = blocks[-MAX_BLOCKS:]
     trees = [parsed(text) for _, text in blocks]
-    bound, free = zip(*map(names_in, trees))
+    bound, used = zip(*map(names_in, trees))
+    free = [used[i] - bound[i] - BUILTINS for i in range(len(blocks))]
 
     def with_needed(last: int) -> list[int]:
-        """A block and the earlier ones that define what it uses, in order."""
+        """A block behind the others that define what it uses: earlier ones, and later ones that call nothing."""
         found, missing = [last], free[last]
-        for number in reversed(range(last)):
-            if missing & bound[number]:
+        for number in [*reversed(range(last)), *range(last + 1, len(blocks))]:
+            if missing & bound[number] and (number < last or not is_run(trees[number])):
                 found, missing = [number, *found], missing | free[number]
         return found
 
@@ -253,8 +254,10 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
             whole = syntax is None or any(isinstance(node, WHOLE) for node in ast.walk(syntax))
             defines = bool(defined.search(text)) * (1 + whole)
             return defines, prefix and text[:1] in (" ", "\t"), syntax is not None, language, number
-        run = is_run(syntax)
-        reads = [run and bool(READS_INPUT.search(blocks[i][1])) for i in with_needed(number)]
+        needed = [blocks[i][1] for i in with_needed(number)]
+        quoted = any(text.strip() in other for _, other in blocks if other != text)
+        run = is_run(syntax) and not quoted and any("print" in part or "write" in part for part in needed)
+        reads = [run and bool(READS_INPUT.search(part)) for part in needed]
         return reads[-1], any(reads), language, run, number
 
     *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
@@ -273,7 +276,7 @@ def blocks_of(response: str, strings: bool = True) -> list[tuple[str, str]]:
         mark = FENCE.fullmatch(line) if "```" in line or "~~~" in line else None
         before, marks, tag, rest = mark.groups() if mark else ("", "", "", "")
         inside = strings and quotes % 2 or not marks.startswith(fence or ("`", "~"))
-        if inside or before.strip() and (rest.strip() or fence and tag):
+        if inside or before.strip() and (rest.strip() or fence and tag or marks in before):
             before, marks = line, ""
         if before.strip(" \t") and (fence or len(blocks) == 1):
             blocks[-1][1].append(before)
@@ -290,9 +293,12 @@ def continuation(source: str, prefix: str) -> str:
     """A response that continues the prompt, at the prompt's indentation. Decoding may have lost the first space, or all
     of them; a body with another indentation is moved as a whole."""
     source, last = source.lstrip("\n"), prefix.rstrip().rpartition("\n")[2]
+    if last[:1] == "\t":
+        return source
+    source = source.expandtabs(4) if source[:1] == "\t" else source
     width, wanted = (len(line) - len(line.lstrip(" ")) for line in (source, last))
     lines = 0 if width and re.search(rf"\n {{{width}}}\S", source) else 1
-    return source if source[:1] == "\t" else re.sub(rf"(?m)^ {{{width}}}", " " * (wanted or 4), source, count=lines)
+    return re.sub(rf"(?m)^ {{{width}}}", " " * (wanted or 4), source, count=lines)
 
 
 def parsed(source: str) -> ast.Module | None:
@@ -304,12 +310,12 @@ def parsed(source: str) -> ast.Module | None:
 
 
 def names_in(syntax: ast.Module | None) -> tuple[set[str], set[str]]:
-    """The names that a program binds, and the names that it uses without binding them."""
+    """The names that a program binds, and all names in it."""
     nodes = list(ast.walk(syntax)) if syntax else []
     names = [node for node in nodes if isinstance(node, ast.Name)]
     bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     bound |= {value for node in nodes for key in ("name", "asname", "arg") if (value := getattr(node, key, None))}
-    return bound, {node.id for node in names} - bound - set(dir(builtins))
+    return bound, {node.id for node in names}
 
 
 def is_run(syntax: ast.Module | None) -> bool:
@@ -398,10 +404,10 @@ def load_programs(name: str, data: str | None = None) -> Task:
 def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
     """1 for an expression with the function's values on all INPUTS; see `Task.verify` and `load_programs`."""
     values = values_of({response.strip() for row in responses for response in row})
-    answers = [[values[response.strip()][1] for response in row] for row in responses]
-    wanted = [tuple(json.loads(problem.answer)) for problem in problems]
-    rewards = [[float(answer == right) for answer in row] for right, row in zip(wanted, answers)]
-    counts = troubles(values[response.strip()][0] for row in responses for response in row)
+    results = [[values[response.strip()] for response in row] for row in responses]
+    answers = [[result[1] for result in row] for row in results]
+    rewards = [[float(y == tuple(json.loads(p.answer))) for y in row] for p, row in zip(problems, answers)]
+    counts = troubles(status for row in results for status, _ in row)
     return Verdict(torch.tensor(rewards), votes_from_answers(answers), counts)
 
 

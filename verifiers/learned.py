@@ -30,11 +30,8 @@ class LearnedVerifier:
         """Ids and mask (R, L) of each prompt with its response: by the chat template if there is one, else by the
         task's plain one, with an end token behind. What exceeds the model's context is cut off at the front."""
         if self.tokenizer.chat_template:
-            turns = [
-                [{"role": "user", "content": f"{prompt}\n\n{self.task.instruction}".strip()},
-                 {"role": "assistant", "content": response}]
-                for prompt, response in zip(prompts, responses)
-            ]  # fmt: skip
+            asked, roles = [f"{prompt}\n\n{self.task.instruction}".strip() for prompt in prompts], ("user", "assistant")
+            turns = [[dict(role=r, content=text) for r, text in zip(roles, pair)] for pair in zip(asked, responses)]
             texts = self.tokenizer.apply_chat_template(turns, tokenize=False)
         else:
             end = self.tokenizer.eos_token or ""
@@ -86,8 +83,8 @@ def load_verifier(
 
 def trained_verifier(
     base: str, task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[str]], rewards: torch.Tensor,
-    device: torch.device | str = "cpu", lr: float = 1e-3, batch: int = 128, epochs: int = 2,
-    seed: int = 0, budget: int = 16384,
+    device: torch.device | str = "cpu", lr: float = 1e-3, batch: int = 128, epochs: int = 2, seed: int = 0,
+    budget: int = 16384,
 ) -> LearnedVerifier:  # fmt: skip
     """A verifier fitted to `rewards` (B, n) in [0, 1] of `responses` (B lists of n) by cross-entropy.
 

@@ -18,10 +18,9 @@ An answer of more than 1000 characters is none. No answer has reward 0 and no vo
 
 Rewards and votes. An answer that equals the gold one has reward 1 and votes for "the gold answer". Any other has reward
 0 and votes for its canonical form (workers.canonical): numbers by value to 6 decimals, expressions by value at a fixed
-point, sets by their elements. Both depend on the problem and the answer alone. Votes by pairwise comparison would be no
-partition: to math-verify 5 equals "x = 5" and "y = 5", which differ. Plain numbers, choice letters and equal texts need
-no algebra; other pairs go to worker processes (workers.py). A comparison that takes over 5 s of CPU time, or whose
-worker dies, gives reward 0 and no vote, and is counted in `Verdict.counts`.
+point, sets by their elements. Votes by pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and
+"y = 5", which differ. Plain numbers, choice letters and equal texts need no algebra; other pairs go to worker processes
+(workers.py). One that takes over 5 s of CPU time or kills its worker has reward 0, no vote, and a count in the verdict.
 
 Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
@@ -32,7 +31,7 @@ Decided, where math-verify or its users differ:
   5x, 5ab, 5 cm       letters glued to a number, or one or two behind it, are variables, unless they are a known
                       unit and no variables of the prompt; a word is a unit
   121_3 and 121_4     different, as are m^2 and m^3; a base or an exponent of a unit may be left out
-  x < 3 and (-oo, 3)  equal, as sets
+  x < 3 and (-oo, 3)  equal, as sets; several inequalities are a union with "or" or where they exclude each other
   10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and no 11
   255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
   x = 5 and 5         equal when either is gold; x^2 + y^2 = 5 is a curve, and no 5
@@ -63,7 +62,6 @@ SOURCES = {  # task -> hub id, configuration
     "math": ("nlile/hendrycks-MATH-benchmark", None),
     "math500": ("HuggingFaceH4/MATH-500", None),
 }
-INSTALL = "pip install math-verify==0.9.0"
 MAX_ANSWER_CHARS = 1_000
 MAX_RESPONSE_CHARS = 10_000
 CACHED_PAIRS = 100_000
@@ -96,7 +94,6 @@ Answer: We get $a^2 - 3a + 2a - 6 = a^2 - a - 6$. The answer is $\boxed{a^2 - a 
 Question: {prompt}
 Answer:"""
 
-NEXT_QUESTION = "\nQuestion:"  # where a model without a chat template runs on into a problem of its own
 GSM8K_INSTRUCTION = "Think step by step, then give the answer, a number, on a last line of the form: #### 42"
 MATH_INSTRUCTION = r"Think step by step and put the final answer in \boxed{}."
 
@@ -106,31 +103,32 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SCALE = rf"\s*(?:{'|'.join(SCALES)})s?(?![A-Za-z])"
 EXPONENT = r"(?:[eE]|\s*(?:\\times|\\cdot|[x*×])\s*10\s*\^\s*\{?\s*)([-+]?[0-9]{1,3})(?![0-9_])\}?"
-FRACTION = re.compile(r"-?(?:(?<![0-9])[0-9]+\s*)?\\[dt]?frac\{-?[0-9.]+\}\{[0-9.]+\}")
 # in "x-3" there is no -3, and in "x12" no 12 and no 2
 NUMBER = re.compile(
-    rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_])\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|{DIGITS})(?:{EXPONENT})?"
-    rf"(?:\^\{{?[0-9]+\}}?)?(?:{SCALE})*"
+    rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_^])(?<!\^\{{)"
+    rf"\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|(?:[0-9]+\s*)?\\[dt]?frac\{{-?[0-9.]+\}}\{{[0-9.]+\}}|{DIGITS})(?:{EXPONENT})?"
+    rf"(?:\^\{{?-?[0-9]+\}}?)?(?:{SCALE})*"
 )
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 # what stands before an item of a list, "x = ", and, behind a \0, between it and the next: words, signs, the same "x = "
 LISTED = re.compile(
-    r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:\s|[,$]|(?:and|or)\b|\\(?:[\[\]()]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
+    r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:[\s,;$]|(?:and|or)\b|\\(?:[][(),; ]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
 )
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
 ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
-SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
-LEADING_WORDS = re.compile(r"[A-Za-z ,:]*")
 COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only) \Z")
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
 )
-DIGIT_GAP = re.compile(r"(?<=[0-9])(,?)\s*(?:(?:\\[,;:! ]|[~\xa0\u2009\u202f])\s*)+(,?)\s*(?=[0-9]{3}(?![0-9]))")
-ROW_GAP = re.compile(r"\\\\\s*\[\s*-?[0-9.]+\s*[a-z]{2}\s*\]")
-VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞]")
-SIDES = re.compile(r"=|\b(?:is|are|equals)\b")
+DIGIT_GAP = re.compile(  # [ \n], as \s would have the other spaces in common with the alternatives before it
+    r"(?<=[0-9])(,?)[ \n]*(?:\{?(?:\\[,;:! ]|[~\xa0\u2009\u202f])\}?[ \n]*)+(,?)[ \n]*(?=[0-9]{3}(?![0-9]))"
+)
+ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\cr(?![a-z])")
+SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
+SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
 REMARK = re.compile(
-    r"\s\([^()]*[A-Za-z=+*][^()]*\)|[,;]\s*(?:which|not|because|since|as)\b.*|\s(?:per|for|every|each|after)\s.*"
+    r"\s[(\[](?!or\b)(?=[^][()]*[A-Za-z=+*])[^][()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|"
+    r"\s(?:per|for|every|each|after)\s.*"
 )
 
 
@@ -149,14 +147,16 @@ def gsm8k_answer(response: str) -> str | None:
 
 
 def end_of(response: str) -> str:
-    """The part of a response in which its answer is looked for."""
-    return in_plain_digits(response.split(NEXT_QUESTION, 1)[0][-MAX_RESPONSE_CHARS:])
+    """The part of a response in which its answer is looked for: a base model may run on into a problem of its own."""
+    return in_plain_digits(response.split("\nQuestion:", 1)[0][-MAX_RESPONSE_CHARS:])
 
 
 def in_plain_digits(text: str) -> str:
-    """A text without the spaces of typesetting between digits and between rows of matrices; ½ becomes 1/2."""
-    text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")))
-    return VULGAR_FRACTION.sub(lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}".replace("\u2044", "/"), text)
+    """A text without the spaces of typesetting between digits and between rows of matrices; ½ is 1/2, and ² is ^{2}."""
+    text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("{,}", ",")))
+    text = re.sub("[¼-¾⅐-⅞]", lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", text)
+    text = re.sub("[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda signs: f"^{{{unicodedata.normalize('NFKC', signs[0])}}}", text)
+    return text.translate(SIGNS)
 
 
 def first_usable(answers: Iterable[str | None]) -> str | None:
@@ -207,26 +207,24 @@ def after_hashes(text: str) -> str | None:
 
 def stated(text: str) -> str | None:
     """The formula or sentence after the last "answer is" or "answer:"; of "the sum of the roots is 5", the "5"."""
-    found = [*ANSWER_IS.finditer(text)]
-    if not found:
+    start = max((found.end() for found in ANSWER_IS.finditer(text)), default=None)
+    if start is None:
         return None
-    start = found[-1].end()
     if MATH_SPAN.match(text, start):
         return formulas(text, start)[0][2]
-    sentence = SENTENCE_END.split(text[start:], maxsplit=1)[0]
+    sentence = re.split(r"\.(?:\s|$)|\n", text[start:], maxsplit=1)[0]
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
-    words = LEADING_WORDS.match(sentence)[0]
+    words = re.match("[A-Za-z ,:]*", sentence)[0]
     if MATH_SPAN.match(sentence, len(words)):
         return formulas(sentence, len(words))[0][2]
     return COUNTING.search(words) and number_in(sentence) or sentence
 
 
 def last_math(text: str) -> str | None:
-    r"""The last formula, \frac{}{} or number, whichever ends last."""
+    """The last formula or number, whichever ends last."""
     found = [item[1:] for item in formulas(text)[-1:]]
-    found += [(fraction.end(), fraction[0]) for fraction in FRACTION.finditer(text)][-1:]
     found += [(number.end(), number[0]) for number in NUMBER.finditer(text)][-1:]
     return max(found, key=lambda item: item[0])[1] if found else None
 
@@ -238,9 +236,14 @@ def number_in(answer: str) -> str | None:
     words = unwrapped(clean(answer))
     if "\\" in words:
         return words.rpartition("=")[2]
-    words = re.sub(r"(?<=[0-9])[kK]\b", " thousand", words.replace(":00", "").replace(" and a half", " 1/2"))
+    words = re.sub("^- ", "-", words.replace(":00", ""))
+    for glued in (r"(?<=[0-9]) ?([kKM])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
+        words = re.sub(glued, lambda part: f" {SPELLED.get(part[1], part[1])}", words)
     words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
-    sides = [[number[0] for number in NUMBER.finditer(side)] for side in SIDES.split(REMARK.sub("", words))]
+    without = "" if re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]", words) else REMARK.sub("", words)  # a bound is no number
+    sides = [[number[0] for number in NUMBER.finditer(side)] for side in re.split(r"=|\b(?:is|are|equals)\b", without)]
+    # equal numbers are one; a longer one than MAX_ANSWER_CHARS is no answer
+    sides = [[*{plain_key(text[:MAX_ANSWER_CHARS]) or text: text for text in side}.values()] for side in sides]
     found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1]
     return found[0] if found else "" if NUMBER.search(words) else None
 
@@ -258,16 +261,17 @@ PLAIN_NUMBER = re.compile(
 )
 NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base", re.IGNORECASE)
 
-FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
+FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.,]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
 REPEATING = re.compile(  # 0.1\overline{6}, 0.\dot{1}2\dot{3}, 0.1(6), 0.1666...
     r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?|"
     r"\(([0-9]+)\)|([0-9]{1,6}?)\7+\s*(?:\.{3}|…|\\[lc]?dots))"
 )
 VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A-Za-z\\])([A-Za-z]+)", re.DOTALL)
-CHOICE = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:])\s+(?![-+*/^=<>(]\s*[^0-9])(.+)")
+LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-Z])\s*\)?[.:]?")
+CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])[).:])\s+(?!(?:or|and)\b|[-+*/^=<>(]\s*[^0-9])(.+)")
 ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:{'|'.join(SCALES)})s\b", re.IGNORECASE)
 # what math-verify drops: the base of a number, the exponent of a unit
-DROPPED = re.compile(r"[0-9]_\{?([0-9]+)\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
+DROPPED = re.compile(r"[0-9]\)?_\{?\s*([0-9]+)\s*\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
 RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|neq?|leqslant|geqslant)(?![a-z])|[<>≤≥≠]")
 OPERATION = re.compile(r"\\(?!left|right|pi|text|mbox|circ|display|infty)[A-Za-z]+|[-+*/^!]|\)\(")
 TASK = re.compile(  # at the end of a text without spaces: the formula that follows is to be computed
@@ -300,8 +304,8 @@ def plain_keys(answer: str) -> tuple[str, ...]:
     """What decides the equality of answers that need no algebra, numbers and choice letters; () for others. A
     percentage has two, as it stands and as a part of 1."""
     text = unwrapped(REPEATING.sub(as_fraction, answer))
-    if re.fullmatch(r"[A-Z]|\([A-Z]\)", text):
-        return (text.strip("()"),)
+    if letter := LETTER.fullmatch(text):
+        return (letter[1],)
     number = PLAIN_NUMBER.fullmatch(" ".join(FRAC.sub(r" \1\2/\3\4", text).split()))
     if number is None or NOT_A_UNIT.search(number[7]) or re.search("/0+$", number[3]):
         return ()
@@ -322,13 +326,28 @@ def text_key(answer: str) -> str:
     text = unwrapped(answer)
     if re.fullmatch("[A-Za-z ]{3,}", text):
         return text.lower()
-    return re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])|(?<=\\)[dt](?=frac)", "", text)
+    return re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])|(?<=\\)[dt](?=frac|binom)", "", text)
+
+
+MISREAD = {  # what math-verify takes for something else, or not at all
+    r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",
+    r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9_])": r" \\times 10^{\1}",
+    r"\^(-[0-9]+)": r"^{\1}",
+    r"\A(-?[0-9.,/]+)\s*=\s*([A-Za-z])\Z": r"\2=\1",
+    r"\(([0-9A-Z]+)\)(?=_)": r"\1",
+    r"\\log_\{?e\}?": r"\\ln ",
+    r"\\varnothing": r"\\emptyset",
+    r"\\lor(?![a-z])": "or",
+    r"\\(?:land|wedge)(?![a-z])": "and",
+}
 
 
 def for_algebra(answer: str) -> str:
-    """An answer as math-verify reads it rightly: 2 1/2, 0.\\overline{3} and 1e3 are otherwise other numbers."""
-    answer = re.sub(r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)", r"\1\\frac{\2}{\3}", REPEATING.sub(as_fraction, answer))
-    return re.sub(r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9_])", r" \\times 10^{\1}", answer)
+    """An answer as math-verify reads it rightly."""
+    answer = REPEATING.sub(as_fraction, answer)
+    for pattern, plain in MISREAD.items():
+        answer = re.sub(pattern, plain, answer)
+    return ", ".join(answer.replace(r"\pm", sign) for sign in "+-") if r"\pm" in answer else answer
 
 
 def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
@@ -338,9 +357,10 @@ def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     golds, keys = plain_keys(gold), plain_keys(answer)
     if golds and keys:
         return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
-    of_gold, of_answer = ({*DROPPED.findall(unwrapped(text))} for text in (gold, answer))
-    unreadable = re.search("[0-9] +[0-9]", for_algebra(answer)) or RELATION.match(answer) and not RELATION.match(gold)
-    return (False, f"text {text_key(answer)}") if unreadable or of_gold and of_answer and of_gold != of_answer else None
+    dropped = [{*DROPPED.findall(unwrapped(text))} for text in (gold, answer)]
+    wrong = all(dropped) and dropped[0] != dropped[1] or RELATION.match(answer) and not RELATION.match(gold)
+    unreadable = re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer))
+    return (False, f"text {text_key(answer)}") if wrong or unreadable else None
 
 
 CHECKERS = Workers("math")
@@ -365,8 +385,7 @@ def judged(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool
 def with_variables(answer: str, names: set[str]) -> str:
     """An answer in which variables at the end are in braces, by which math-verify knows them from units. names: the
     letters that are variables of the problem."""
-    match = VARIABLES.fullmatch(answer)
-    if not match:
+    if not (match := VARIABLES.fullmatch(answer)):
         return answer
     head, gap, letters = match.groups()
     known = letters in UNITS.split() and not {*letters} <= names and not re.search(r"(?<!\\p)[A-Za-z]$", head)
@@ -382,8 +401,7 @@ def pairs_of(problem: Problem, answers: Iterable[str | None]) -> list[tuple[str,
     names = {*re.findall("[A-Za-z]", " ".join(texts)), *re.findall("[0-9]([A-Za-z])$", gold)}
     for answer in answers:
         if answer and (choice := CHOICE.fullmatch(unwrapped(answer))):
-            letters = re.fullmatch(r"\(?[A-Z]\)?", unwrapped(gold))
-            answer = choice[1] or choice[2] if letters else choice[3]
+            answer = choice[1] or choice[2] if LETTER.fullmatch(unwrapped(gold)) else choice[3]
         if answer and ASKED_SCALE.search(problem.prompt):
             answer = re.sub(SCALE, "", answer)
         pairs.append((with_variables(gold, names), with_variables(answer, names)) if answer else None)
@@ -395,7 +413,9 @@ def is_echo(problem: Problem, gold: str, answer: str) -> bool:
     stands in the prompt, where the prompt asks to compute it, or where it is no number and the gold answer has fewer
     operations. The equation of a curve, with a power on its left side, is one unless the prompt has that side."""
     texts = (FRAC.sub(r"\1\2/\3\4", text_key(clean(text))) for text in (problem.prompt, gold, answer))
-    prompt, gold, answer = (re.sub(r"\{([A-Za-z]+)\}", r"\1", text) for text in texts)  # of `with_variables`
+    texts = (re.sub(r"\{([-A-Za-z0-9]+)\}|\s", r"\1", text) for text in texts)
+    prompt, gold, answer = (re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text) for text in texts)
+    answer = answer[1:-1] if re.fullmatch(r"\([^()]*\)", answer) else answer
     curve, is_equation, _ = answer.partition("=")
     if is_equation and "=" not in gold and re.search(r"(?<![A-Za-z\\])[a-z]\^", curve):
         return curve not in prompt
@@ -406,10 +426,8 @@ def is_echo(problem: Problem, gold: str, answer: str) -> bool:
     return count > least and not plain_keys(answer) or count > 0 and TASK.search(before) is not None
 
 
-def verify(
-    problems: Sequence[Problem], responses: Sequence[Sequence[str]], answer_in: Callable[[str], str | None]
-) -> Verdict:
-    """See `Task.verify`. answer_in: the task's reading of a response. Raises RuntimeError if no worker can start."""
+def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]], answer_in: Callable) -> Verdict:
+    """See `Task.verify`. answer_in: `math_answer` or `gsm8k_answer`. Raises RuntimeError if no worker can start."""
     rows = [pairs_of(problem, map(answer_in, row)) for problem, row in zip(problems, responses)]
     verdicts = judged([pair for row in rows for pair in row if pair])
 
@@ -464,24 +482,21 @@ def level_number(level: object) -> int | None:
 def load(name: str, data: str | None = None) -> Task:
     """The task; see `load_task`. Raises BadInput for data that cannot be read, and without math-verify."""
     if importlib.util.find_spec("math_verify") is None:
-        raise BadInput(f"task {name!r} needs the math-verify library: {INSTALL}")
-    hub_id, config = SOURCES[name]
-    where, numeric = data or hub_id, name == "gsm8k"
-    splits = {}
+        raise BadInput(f"task {name!r} needs the math-verify library: pip install math-verify==0.9.0")
+    (hub_id, config), numeric, splits = SOURCES[name], name == "gsm8k", {}
+    where = data or hub_id
     for split in ("train", "test"):
         rows = [] if (name, split) == ("math500", "train") else load_rows(hub_id, split, data, config)
         place = f"{where}, {split}"
         require_columns(rows, ["problem|question", "answer|solution"], place)
         splits[split] = [problem_from(row, f"{place} row {i}", numeric) for i, row in enumerate(rows, start=1)]
         levels = [row["level"] for row in rows if row.get("level") is not None]
-        wrong = [level for level in levels if level_number(level) is None]
-        if wrong:
+        if wrong := [level for level in levels if level_number(level) is None]:
             what = f"{len(wrong)} levels that are no number, such as {ascii(wrong[0])[:40]}"
             print(f"{place}: {what}: these problems have no level", file=sys.stderr)
     if not any(splits.values()):
         raise BadInput(f"{where} has no {'test' if name == 'math500' else 'train or test'} split")
-    template, instruction = (GSM8K_TEMPLATE, GSM8K_INSTRUCTION) if numeric else (MATH_TEMPLATE, MATH_INSTRUCTION)
+    of_gsm8k, of_math = (GSM8K_TEMPLATE, GSM8K_INSTRUCTION, 256), (MATH_TEMPLATE, MATH_INSTRUCTION, 512)
+    template, instruction, tokens = of_gsm8k if numeric else of_math
     check = functools.partial(verify, answer_in=gsm8k_answer if numeric else math_answer)
-    return Task(
-        name, **splits, verify=check, template=template, instruction=instruction, max_new_tokens=256 if numeric else 512
-    )
+    return Task(name, **splits, verify=check, template=template, instruction=instruction, max_new_tokens=tokens)

@@ -65,11 +65,8 @@ class TrainProblems(Sequence):
         return TRAIN_SIZE
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(TRAIN_SIZE))]
-        if not -TRAIN_SIZE <= index < TRAIN_SIZE:
-            raise IndexError(index)
-        return self.problem(int(index) % TRAIN_SIZE)
+        places = range(TRAIN_SIZE)[index]  # one place, or those of a slice
+        return self.problem(places) if isinstance(places, int) else [self.problem(place) for place in places]
 
     def problem(self, index: int) -> GymProblem:
         for candidate in range(index, index + 1000):
@@ -88,17 +85,15 @@ def answer_in(response: str) -> str | None:
 
 def verify(problems: Sequence[GymProblem], responses: Sequence[Sequence[str]]) -> Verdict:
     """The data set's own score of each answer; see `Task.verify`."""
-    answers = [[answer_in(response) for response in row] for row in responses]
-    rows = [
-        [answer and (problem.dataset, problem.seed, problem.index, answer) for answer in row]
-        for problem, row in zip(problems, answers)
-    ]
-    asked = list(dict.fromkeys(question for row in rows for question in row if question))
-    scores = {None: (None, None), **dict(zip(asked, GYM.map(asked)))}
-    counts = dict(collections.Counter(scores[question][1] for row in rows for question in row if scores[question][1]))
-    rewards = [[scores[question][0] or 0.0 for question in row] for row in rows]
-    voters = [[None if scores[question][0] is None else question[-1] for question in row] for row in rows]
-    return Verdict(torch.tensor(rewards), votes_from_answers(voters), counts)
+    places = [(problem.dataset, problem.seed, problem.index) for problem in problems]
+    rows = [[(*place, answer_in(response)) for response in row] for place, row in zip(places, responses)]
+    asked = list(dict.fromkeys(question for row in rows for question in row if question[-1] is not None))
+    scores = dict(zip(asked, GYM.map(asked)))
+    found = [[scores.get(question, (None, None)) for question in row] for row in rows]
+    counts = dict(collections.Counter(failure for row in found for _, failure in row if failure))
+    voters = [[q[-1] if score is not None else None for q, (score, _) in zip(*pair)] for pair in zip(rows, found)]
+    rewards = torch.tensor([[score or 0.0 for score, _ in row] for row in found])
+    return Verdict(rewards, votes_from_answers(voters), counts)
 
 
 def load(name: str, data: str | None = None) -> Task:

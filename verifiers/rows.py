@@ -66,21 +66,18 @@ def file_rows(path: Path) -> list[dict]:
 def json_rows(path: Path) -> list[dict]:
     """The rows of a JSON file: one object per line, or one list of objects."""
     text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        chunks, place = json.loads(text), "entry"
-    else:
-        chunks, place = text.split("\n"), "line"  # not splitlines(): U+2028 may stand inside a JSON string
+    is_list = text.lstrip().startswith("[")
     rows = []
-    for number, chunk in enumerate(chunks, start=1):
-        if place == "line" and not chunk.strip():
-            continue
-        try:
-            row = json.loads(chunk) if place == "line" else chunk
-        except ValueError as error:
-            raise BadInput(f"{path}, line {number}: not JSON ({error}); is the file complete?") from error
-        if not isinstance(row, dict):
-            raise BadInput(f"{path}, {place} {number}: expected an object with named columns, got {str(row)[:40]!r}")
-        rows.append(row)
+    # not splitlines(): U+2028 may stand inside a JSON string
+    for number, row in enumerate(json.loads(text) if is_list else text.split("\n"), start=1):
+        if is_list or row.strip():
+            try:
+                rows.append(row if is_list else json.loads(row))
+            except ValueError as error:
+                raise BadInput(f"{path}, line {number}: not JSON ({error}); is the file complete?") from error
+            if not isinstance(rows[-1], dict):
+                where = f"{path}, {'entry' if is_list else 'line'} {number}"
+                raise BadInput(f"{where}: expected an object with named columns, got {str(rows[-1])[:40]!r}")
     return rows
 
 

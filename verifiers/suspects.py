@@ -1,8 +1,8 @@
 """`suspects`: an underspecified task, whose best policies are known exactly.
 
-One of the people listed did it. The prompt lists 2 to 8 of 16 names in random order, "Eve Tom Ann:". Its level is how
-many. The response is one name, "Tom". Who did it stays hidden, as hidden tests do in programming: one try and many
-tries ask for different policies. Every candidate stands in the prompt: only the choice is left to learn.
+One of the people listed did it. The prompt lists 2 to 8 of 16 names in random order, "Eve Tom Ann:"; how many is its
+level. The response is one name, "Tom". Who did it stays hidden, as tests do in programming: one try and many tries ask
+for different policies. Every candidate stands in the prompt: only the choice is left to learn.
 
 `suspects`: NAMES are ordered by falling guilt; the i-th has the weight .7^i, i = 0..15. `tiny` is warm-started on
 prompts with all their candidates: it knows those listed and prefers none. `suspects_uniform`: all are equally likely.
@@ -120,9 +120,8 @@ def training_problems(name: str) -> list[Problem]:
 
 def spread_problems(name: str, held_out: bool = True, per_level: int = TEST_PER_LEVEL) -> list[Problem]:
     """Up to so many problems of each level, all with different prompts, evenly spread: every n-th set, by the chance of
-    its likeliest name. Answers follow the golden ratio, by which each has its share; random draws would move the score
-    of any policy by a point or two. The names of a set are in a random order. A level with fewer sets than problems
-    also has each set backwards: level 2 has all its orders."""
+    its likeliest name. Answers follow the golden ratio, by which each has its share: random draws would move any score
+    by a point or two. A level with fewer sets than problems also has each set backwards: level 2 has all its orders."""
     rng, chosen = random.Random(0), []
     for level, sets in all_sets(held_out).items():
         q = {names: sorted((PRIOR[name][y] for y in names), reverse=True) for names in sets}
@@ -148,15 +147,7 @@ def load(name: str, data: str | None = None) -> Task:
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     train = training_problems(name)
-    return Task(
-        name,
-        train,
-        spread_problems(name),
-        verify,
-        instruction=INSTRUCTION,
-        words=in_words,
-        max_new_tokens=4,
-        warm_start={"steps": 200, "batch": 16, "lr": 8e-3},
-        warm_start_problems=[candidates(problem) for problem in train],
-        best=partial(best_pass_at_k, name=name),
-    )
+    warm_start, groups = {"steps": 200, "batch": 16, "lr": 8e-3}, [candidates(problem) for problem in train]
+    learning = dict(max_new_tokens=4, warm_start=warm_start, warm_start_problems=groups)
+    best = partial(best_pass_at_k, name=name)
+    return Task(name, train, spread_problems(name), verify, "{prompt}", in_words, INSTRUCTION, best=best, **learning)

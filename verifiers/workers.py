@@ -1,11 +1,10 @@
 """Calls on model output that may hang, crash or eat memory, made in child processes that can be killed.
 
 `Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
-line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. A child imports neither torch nor this package,
-and is not forked from a parent that has threads. A job has `limit_s` of CPU time and CROWD times that of wall time, for
-a busy machine shall change no verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child
-ends with its parent, whether idle (end of stdin) or stuck (its own alarm). This guards against slow algebra and
-accidents; it is no sandbox for hostile programs.
+line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. It imports neither torch nor this package, and
+is not forked from a parent with threads. A job has `limit_s` of CPU time and CROWD times that of wall time, for a busy
+machine shall change no verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child ends with
+its parent, idle (end of stdin) or stuck (its own alarm). All this is no sandbox for hostile programs.
 """
 
 import collections
@@ -157,11 +156,14 @@ def check_math(gold: str, answer: str) -> list:
     """[whether math-verify finds the answer equal to the gold one, the answer's canonical form]. The form, a string, is
     what wrong answers vote by: a function of the answer alone, so an equivalence, which pairwise comparison is not."""
     import math_verify
+    import sympy
 
     found = parsed(answer)
-    if "or" in answer and found and type(found[0]).__name__ == "FiniteSet":  # of x < 1 and x > 3: a union
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            found = [functools.reduce(lambda one, other: one | other, (part.as_set() for part in found[0].args))]
+    parts = found[0].args if found and isinstance(found[0], sympy.FiniteSet) else ()
+    if parts and not any(isinstance(part, sympy.Eq) or not part.is_Relational for part in parts):
+        with contextlib.suppress(NotImplementedError):  # of several variables
+            both = sympy.Intersection(*(part.as_set() for part in parts))
+            found = [sympy.Union(*(part.as_set() for part in parts)) if "or" in answer or both.is_empty else both]
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # x < 3 is the interval (-oo, 3)
     correct = math_verify.verify(parsed(gold), found, **options)
     try:
