@@ -125,6 +125,9 @@ def test_curves_show_what_every_step_logged_with_the_evaluations_on_it(figures, 
     assert at == [*range(1, 61)] and rewards[:2] + rewards[-1:] == pytest.approx([0.015, 0.02, 0.595])
     assert drawn["bon@2 of the steps, smoothed"][1] == pytest.approx([0.5] * 60) and len(drawn) == 5
     assert drawn["pass@2, TRAINING"] == ([0, 40, 60], pytest.approx([0.1, 0.5, 0.7]))
+    figures[0].canvas.draw()
+    for axis in figures[0].axes:  # no legend lies on data
+        assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
 
 
 def test_curves_of_an_evaluation_alone_have_no_after(figures, tmp_path):
@@ -220,6 +223,7 @@ def test_runs_are_drawn_against_steps_and_kl(runs, figures, capsys):
     assert np.isnan(lines_of(kl)["estimator=mean"][0]).all()
     band = steps.collections[1].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.6 - 1.2706, 0.6 + 1.2706), abs=1e-4)
+    assert steps.lines[0].get_color() == kl.lines[0].get_color() != steps.lines[1].get_color()
 
 
 def test_a_figure_that_cannot_be_drawn_is_one_line(runs):
