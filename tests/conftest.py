@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from runs import EXTRA, FLAGS, in_process, save_untrained, steps_of  # noqa: E402
+from runs import EXTRA, FLAGS, in_process, no_figure, save_untrained, steps_of, taught  # noqa: E402
 
-import common  # noqa: E402
 import harness.policy  # noqa: E402
 from verifiers import arithmetic, load_task  # noqa: E402
 
@@ -47,8 +46,8 @@ def runs_are_short():
     @functools.wraps(arithmetic.load)
     def as_now(*args):  # a test may have put another verifier in its place
         task = load(*args)
-        now = getattr(arithmetic, getattr(task.verify, "func", task.verify).__name__)
-        return dataclasses.replace(task, verify=functools.partial(now, **getattr(task.verify, "keywords", {})))
+        options = getattr(task.verify, "keywords", {})
+        return dataclasses.replace(task, verify=functools.partial(arithmetic.verify, **options))
 
     def once(policy):
         folder = os.path.abspath(policy.model.name_or_path), policy.model.is_activation_checkpointing
@@ -59,7 +58,7 @@ def runs_are_short():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arithmetic, "load", as_now)
         patch.setattr(harness.policy, "disagreement", once)
-        patch.setattr(harness.report, "save_figure", lambda folder, *_: (folder / "curves.png").touch())
+        patch.setattr(harness.report, "save_figure", no_figure)
         yield
 
 
@@ -73,18 +72,9 @@ def untrained(tmp_path_factory):
 def skilled(tmp_path_factory):
     """The folder of a small policy that is right now and then on level 1: without rewards no flag of training would
     have an effect to see."""
-    folder, task = save_untrained(tmp_path_factory.mktemp("skilled")), load_task("arithmetic")
-    policy = harness.policy.load_policy(folder, task, "cpu")
+    task = load_task("arithmetic")
     problems = sorted({p.prompt: p for p in task.train if p.level == 1}.values(), key=lambda p: p.prompt)
-    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
-    experts = harness.policy.expert_rollouts(policy, task, prompts, [[problem] for problem in problems])
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        common.accumulate_gradient(policy, experts, torch.ones(len(problems), 1))
-        optimizer.step()
-    harness.policy.save_policy(policy, folder)
-    return folder
+    return taught(save_untrained(tmp_path_factory.mktemp("skilled")), 60, (task, problems, 1.0))
 
 
 @pytest.fixture
@@ -97,18 +87,16 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def uninterrupted(skilled, tmp_path_factory):
     """uninterrupted(script) -> the folder of a run that nothing stops, made once and left as it is, and its flags."""
-    made = {}
 
+    @functools.cache
     def result(script):
-        if script not in made:
-            flags = [*FLAGS, *EXTRA.get(script, []), "--model", skilled]
-            with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(harness.report, "save_figure", FIGURE)
-                ended = in_process(script, *flags, "--run-name", "whole")
-                assert ended.returncode == 0, ended.stderr
-                made[script] = Path("runs/whole").absolute(), flags, ended.stdout
-            moved = sum(record["grad_norm"] > 0 for record in steps_of(made[script][0]))
-            assert moved >= 3, "nothing was learnt: the tests would see nothing"
-        return made[script]
+        flags = [*FLAGS, *EXTRA.get(script, []), "--model", skilled]
+        with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(harness.report, "save_figure", FIGURE)
+            ended, folder = in_process(script, *flags, "--run-name", "whole"), Path("runs/whole").absolute()
+        assert ended.returncode == 0, ended.stderr
+        moved = sum(record["grad_norm"] > 0 for record in steps_of(folder))
+        assert moved >= 3, "nothing was learnt: the tests would see nothing"
+        return folder, flags, ended.stdout
 
     return result

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import common
 import harness.policy
 import harness.run
-from verifiers import arithmetic
+from verifiers import Verdict, arithmetic
 
 arithmetic.TRAIN_PER_LEVEL = 400  # making and reading all takes as long as a small run's steps
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,13 @@ def _run_as_main(command: list[str], cwd: str, rank: int, environment: dict[str,
         os.dup2(os.open(f"{name}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), command
     torch.set_num_threads(1)
+    harness.policy.disagreement, harness.report.save_figure = lambda policy: "", no_figure
     runpy.run_path(command[0], run_name="__main__")
+
+
+def no_figure(folder: Path, *_) -> None:
+    """In place of harness.report.save_figure, which takes as long as the rest of a run here."""
+    (folder / "curves.png").touch()
 
 
 def ended(*processes, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
@@ -111,6 +118,14 @@ def in_two_processes(script: Path, *flags: str, cwd: Path, patience: float = 120
     return ended(*both, cwd=cwd, patience=patience)
 
 
+def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
+    """The command in two processes, by torchrun itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [*launcher, *map(str, command)]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
 def wrapped(folder: Path, script: str, code: str) -> Path:
     """A file of the script's name in `folder` that runs `code` and then the script, for other processes to start."""
     lines = ["import os, runpy, signal, sys", f"sys.path.insert(0, {str(ROOT)!r})", code]
@@ -119,7 +134,13 @@ def wrapped(folder: Path, script: str, code: str) -> Path:
     return folder / script
 
 
-def save_untrained(folder: Path, eos: bool = True, pad: bool = True) -> str:
+def parity(problems, rows) -> Verdict:
+    """A verifier that an untrained policy is right by now and then: responses of an odd length earn 1."""
+    rewards = torch.tensor([[float(len(response) % 2) for response in row] for row in rows])
+    return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
+
+
+def save_untrained(folder: Path, eos: bool = True, pad: bool = True, context: int = 64) -> str:
     """Random weights on characters, 16 wide, saved; never right in arithmetic."""
     tokenizer = harness.policy.tiny_tokenizer()
     if not eos:
@@ -128,10 +149,27 @@ def save_untrained(folder: Path, eos: bool = True, pad: bool = True) -> str:
         tokenizer.pad_token = None
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, max_position_embeddings=64, bos_token_id=None,
+                         num_attention_heads=2, max_position_embeddings=context, bos_token_id=None,
                          pad_token_id=0 if pad else None, eos_token_id=1 if eos else None)  # fmt: skip
     harness.policy.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
     return str(folder)
+
+
+def taught(folder: str, steps: int, *lessons: tuple) -> str:
+    """The folder, with its policy trained on each lesson: a task, problems with solutions, and the weight of each."""
+    policy, experts = harness.policy.load_policy(folder, lessons[0][0], "cpu"), []
+    for task, problems, weight in lessons:
+        prompts = harness.policy.encode_prompts(policy, task, problems, 8)
+        rollouts = harness.policy.expert_rollouts(policy, task, prompts, [[problem] for problem in problems])
+        experts.append((rollouts, torch.full((len(problems), 1), weight)))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for rollouts, weights in experts:
+            common.accumulate_gradient(policy, rollouts, weights)
+        optimizer.step()
+    harness.policy.save_policy(policy, folder)
+    return folder
 
 
 def records(folder: Path) -> list[dict]:

@@ -15,7 +15,6 @@ from enumeration import (
     exact_gradient,
     expected_gradient,
     log_policy,
-    subset_advantages,
 )
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -112,32 +111,6 @@ def test_ties_between_the_papers(N, n):
     torch.testing.assert_close(advantages(rewards, rewards, N, "exact"), pass_at_k_pg.advantages(rewards, N), **EXACT)
 
 
-@pytest.mark.parametrize("N, n", [(2, 2), (2, 7), (3, 7), (7, 7)])
-def test_exact_is_the_average_over_all_subsets(N, n):
-    """(N/n) mean over N-subsets T containing i of f(T) - f(T without i), by enumeration, with ties."""
-    generator = torch.Generator().manual_seed(N * n)
-    scores = torch.randint(0, 4, (30, n), generator=generator).float()
-    rewards = torch.randint(-2, 3, (30, n), generator=generator).double()
-    actual = advantages(rewards, scores, N)
-    for row, pairs in zip(actual.tolist(), (list(zip(*x)) for x in zip(scores.tolist(), rewards.tolist()))):
-        assert row == pytest.approx(subset_advantages(best_of_value, pairs, N), abs=1e-12)
-
-
-def test_closed_forms_with_p_from_the_samples():
-    """One success of four, N = 2: p = 3/4; the success wins in 1/2 of the pairs, each failure in 1/6."""
-    r = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
-    plus, minus = 2 * 0.75 / (1 - 0.75**2), 2 * 0.75 / 0.25
-    assert advantages(r, r, 2, "rlb")[0].tolist() == pytest.approx([plus / 2, minus / 6, minus / 6, minus / 6])
-    assert advantages(r, r, 2, "rlb-p")[0].tolist() == pytest.approx([plus / 2 * 0.25, 0, 0, 0])
-    assert advantages(r, r, 2, "rlb-all")[0].tolist() == pytest.approx(
-        [1.5 / 4 * x for x in (0.75, -0.25, -0.25, -0.25)]
-    )
-    for p, rewards in ((0.99, torch.zeros(1, 4)), (0.01, torch.ones(1, 4))):  # clipped
-        A = advantages(rewards, rewards, 2, "rlb")
-        weight = 2 * p / (1 - p) if p > 0.5 else 2 * p / (1 - p**2)
-        assert A[0].tolist() == pytest.approx([weight / 4] * 4)
-
-
 def test_large_groups_are_finite_and_exact_zeros_are_zero():
     generator = torch.Generator().manual_seed(0)
     rewards, scores = torch.randn(3, 512, generator=generator), torch.randn(3, 512, generator=generator)
@@ -182,6 +155,7 @@ def test_tilt():
 def test_schedules():
     beta = [bon_rl.kl_coefficient(step, 1.0, 0.075, delay=10, anneal_steps=100) for step in (1, 10, 60, 110, 500)]
     assert beta == pytest.approx([1, 1, 0.5375, 0.075, 0.075])
+    assert bon_rl.kl_coefficient(500, 0.3, None, delay=10, anneal_steps=100) == 0.3
 
 
 def test_anchor_is_an_exponential_moving_average():
@@ -227,9 +201,3 @@ def test_the_value_network_reads_what_the_output_layer_reads():
                        num_attention_heads=2, do_layer_norm_before=False)  # fmt: skip
     value = bon_rl.ValueNetwork(common.Policy(OPTForCausalLM(config), None, [1]))
     assert value([[3, 4, 5], [6, 7]]).tolist() == [0, 0]
-
-
-def test_the_example_of_the_variational_advantages():
-    r = torch.tensor([[1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
-    expected = torch.tensor([[1 / 3, 0, *[-1 / 12] * 4]], dtype=torch.float64)
-    torch.testing.assert_close(advantages(r, r, 2, "variational"), expected)

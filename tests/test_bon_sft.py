@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 import bon_sft
 import common
 import harness.policy
-from bon_sft import Args, coefficients, experts_of, mean_over_experts
+from bon_sft import Args, coefficients, experts_of
 from harness.problems import training_batch
 from verifiers import BadInput, Problem, Task, Verdict, arithmetic, load_task
 
@@ -63,13 +63,6 @@ def test_exact_is_the_gradient_of_the_log_likelihood_of_best_of_n(N, n, experts)
 def test_n_1_reads_no_samples(likelihood):
     A = coefficients(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 1, likelihood)
     assert A.tolist() == [[1, 0, 0], [1, 0, 0]]
-
-
-def test_p_from_the_samples_is_clipped():
-    A = coefficients(torch.ones(3), torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]).double(), 2, "exact")
-    for row, p, fails in ((0, 0.01, [0, 0, 0, 0]), (1, 0.99, [1, 1, 1, 1]), (2, 0.75, [0, 1, 1, 1])):
-        weight = 1 / (1 - p) - 2 * p / (1 - p**2)  # = 1 / (1 + p)
-        assert A[row].tolist() == pytest.approx([1, *(weight * (fail - p) / 4 for fail in fails)])
 
 
 def test_bad_input_is_refused():
@@ -130,12 +123,6 @@ def test_experts_from_a_file(tmp_path):
             experts_of(str(path), task, problems)
 
 
-def test_coefficients_are_averaged_over_a_prompts_experts():
-    rows = torch.tensor([[1, 0.2, 0.0], [1, 0.4, 1.0], [1, 0.6, -1.0]])
-    expected = torch.tensor([[0.5, 0.5, 0.3, 0.5], [1.0, 0.0, 0.6, -1.0]])
-    torch.testing.assert_close(mean_over_experts(rows, torch.tensor([2, 1])), expected)
-
-
 @pytest.mark.parametrize("N", [1, 2])
 def test_a_step_on_several_experts_of_a_prompt_by_value(N, untrained, tmp_path, monkeypatch):
     """What reaches the training step from a file of two experts of one prompt and one of another: 1/m each, and for
@@ -149,22 +136,18 @@ def test_a_step_on_several_experts_of_a_prompt_by_value(N, untrained, tmp_path, 
     seen, samples = {}, ["8", "9", "8", "5"]
 
     def verify(problems, responses):
-        return Verdict(
-            torch.tensor([[float(r == p.answer) for r in row] for p, row in zip(problems, responses)]),
-            -torch.ones(len(problems), len(responses[0])).long(),
-        )
+        rewards = torch.tensor([[float(r == p.answer) for r in row] for p, row in zip(problems, responses)])
+        return Verdict(rewards, rewards.long())
 
     def step(policy, optimizer, rollouts, A, *args, **options):
         seen.update(rollouts=rollouts, A=A, texts=decode(policy, rollouts))
         return {"loss": 0.0, "grad_norm": 0.0, "nonzero_advantage": 1.0, "skipped": 0}
 
-    decode, sample = common.decode, common.sample
+    decode, sample, drawn = common.decode, common.sample, [None]
+    texts_of = lambda policy, rollouts: [samples] * 2 if rollouts is drawn[-1] else decode(policy, rollouts)  # noqa: E731
     monkeypatch.setattr("verifiers.arithmetic.verify", verify)
     monkeypatch.setattr(common, "policy_gradient_step", step)
-    monkeypatch.setattr(
-        common, "decode", lambda policy, rollouts: [samples] * 2 if rollouts is drawn[-1] else decode(policy, rollouts)
-    )
-    drawn = [None]
+    monkeypatch.setattr(common, "decode", texts_of)
     monkeypatch.setattr(common, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1])
     small = {"task": "arithmetic", "eval_n": 2, "eval_problems": 1, "steps": 1, "prompts_per_step": 2, "eval_every": 0}
     bon_sft.main(Args(N=N, n=4, eval_N=2, model=untrained, experts="experts.jsonl", run_name="r", **small))
@@ -172,13 +155,9 @@ def test_a_step_on_several_experts_of_a_prompt_by_value(N, untrained, tmp_path, 
     assert seen["texts"][1 - where][:2] == ["6", ""]
     one, scores = torch.ones(1), torch.tensor([[float(text == answer) for text in samples] for answer in "896"])
     own = [coefficients(one, row.unsqueeze(0), N)[0, 1:] for row in scores]  # each expert is right by its own answer
-    expected = [
-        torch.cat([torch.tensor([0.5, 0.5]), (own[0] + own[1]) / 2]),
-        torch.cat([torch.tensor([1.0, 0.0]), own[2]]),
-    ]
-    if N == 1:
-        expected = [row[:2] for row in expected]
-    torch.testing.assert_close(seen["A"], torch.stack(expected if where == 0 else expected[::-1]))
+    of_samples = torch.stack([(own[0] + own[1]) / 2, own[2]])
+    expected = torch.cat([torch.tensor([[0.5, 0.5], [1, 0]]), of_samples[:, : 4 * (N > 1)]], -1)
+    torch.testing.assert_close(seen["A"], expected if where == 0 else expected.flip(0))
     assert seen["rollouts"].ids.shape[:2] == seen["A"].shape
 
 
@@ -211,9 +190,3 @@ def test_experts_are_not_all_padded_at_once(run, untrained, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert sizes == [256, arithmetic.TRAIN_PER_LEVEL - 256, 4]  # then a step's
     assert f"{arithmetic.TRAIN_PER_LEVEL} expert responses are longer than --max-new-tokens 1" in result.stdout
-
-
-def test_the_example_of_the_coefficients():
-    scores = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
-    expected = torch.tensor([[1, common.best_of_n_tilt(2) / 3 - 1 / 3, 1 / 6, 1 / 6]], dtype=torch.float64)
-    torch.testing.assert_close(coefficients(scores[:, 0], scores, 2), expected)

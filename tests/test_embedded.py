@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import threading
 
 import pytest
@@ -14,22 +15,26 @@ from verifiers import Problem, Task, arithmetic, load_task, votes_from_answers
 from verifiers.arithmetic import FACTORS, SUMS, verify
 
 
-def test_arithmetic_levels_are_right_disjoint_and_a_fifth_is_held_out(monkeypatch):
+@pytest.mark.parametrize("name, size_of_level_3", [("arithmetic", 90 * 21), ("sums", 90 * 8)])
+def test_problems_are_right_and_a_fifth_of_all_pairs_is_held_out_in_both_orders(name, size_of_level_3, monkeypatch):
+    """47*85 in training would tell the answer to 85*47."""
     monkeypatch.setattr(arithmetic, "TRAIN_PER_LEVEL", 6000)
-    task = arithmetic.load.__wrapped__("arithmetic")
-    train, test = ({problem.prompt for problem in side} for side in (task.train, task.test))
-    pairs = [{tuple(sorted(map(int, prompt[:-1].split("*")))) for prompt in side} for side in (train, test)]
-    assert not pairs[0] & pairs[1]  # 47*85 in training would tell the answer to 85*47
-    assert any(a != b and f"{b}*{a}=" in test for a, b in (map(int, prompt[:-1].split("*")) for prompt in test))
-    for problem in {*task.train, *task.test}:
-        a, b = map(int, problem.prompt[:-1].split("*"))
-        assert problem.answer == problem.solution == str(a * b)
-        assert a in FACTORS[problem.level][1] and b in FACTORS[problem.level][2]
-    small = [p.prompt for p in {*task.train, *task.test} if p.level == 3]  # a level that is here in full
-    assert len(small) == 90 * 21 and 0.16 < sum(p in test for p in small) / len(small) < 0.24
-    assert {p.level for p in task.train} == {p.level for p in task.test} == {1, 2, 3, 4, 5}
-    counts = {level: sum(p.level == level for p in task.train) for level in FACTORS}
-    assert len(set(counts.values())) == 1
+    task = arithmetic.load.__wrapped__(name)
+    levels, sides, third = (SUMS if name == "sums" else FACTORS), [], []
+    for problems in (task.train, task.test):
+        found = {problem: re.search(r"(\d+) ?([*+]) ?(\d+)[=?]$", problem.prompt).groups() for problem in problems}
+        for problem, (a, operation, b) in found.items():
+            value = int(a) + int(b) if operation == "+" else int(a) * int(b)
+            assert problem.answer == problem.solution == str(value)
+            form, first, second = levels[problem.level] if name == "sums" else ("*", *levels[problem.level])
+            assert operation == form and int(a) in first and int(b) in second
+        assert {problem.level for problem in problems} == {*levels}
+        sides.append({*found.values()})
+        third.append(sum(problem.level == 3 for problem in found))  # a level that is here in full
+    train, test = ({(operation, *sorted((a, b))) for a, operation, b in side} for side in sides)
+    assert not train & test and any(a != b and (b, operation, a) in sides[1] for a, operation, b in sides[1])
+    assert sum(third) == size_of_level_3 and 0.16 < third[1] / sum(third) < 0.24
+    assert len({sum(problem.level == level for problem in task.train) for level in levels}) == 1
 
 
 def test_verdicts_on_right_wrong_and_hostile_responses():
@@ -39,28 +44,6 @@ def test_verdicts_on_right_wrong_and_hostile_responses():
     assert verdict.rewards.tolist() == [[1, 1, 0, 1] + [0] * 9]
     votes = verdict.votes[0].tolist()
     assert votes[:4] == [0, 0, 2, 0] and votes[10] == 10 and set(votes[4:10] + votes[11:]) == {-1}
-
-
-def test_sums_are_right_at_their_level_and_a_fifth_is_held_out_with_its_numbers_swapped(monkeypatch):
-    monkeypatch.setattr(arithmetic, "TRAIN_PER_LEVEL", 6000)
-    task = arithmetic.load.__wrapped__("sums")
-    sides = [{problem.prompt for problem in side} for side in (task.train, task.test)]
-    words = [[prompt.removesuffix("?").split()[2:] for prompt in side] for side in sides]  # "What is 47 + 85?"
-    pairs = [{(operation, *sorted((int(a), int(b)))) for a, operation, b in side} for side in words]
-    assert not pairs[0] & pairs[1] and any(a != b and f"What is {b} + {a}?" in sides[1] for a, _, b in words[1])
-    for problem in {*task.train, *task.test}:
-        a, operation, b = problem.prompt.removeprefix("What is ").removesuffix("?").split()
-        value = int(a) + int(b) if operation == "+" else int(a) * int(b)
-        assert problem.answer == problem.solution == str(value)
-        form, first, second = SUMS[problem.level]
-        assert operation == form and int(a) in first and int(b) in second
-        assert task.verify([problem], [[problem.solution]]).rewards.tolist() == [[1.0]]
-    products = {p.prompt for p in (*task.train, *task.test) if p.level == 3}  # a level that is here in full
-    assert len(products) == 90 * 8 and 0.16 < len(products & sides[1]) / len(products) < 0.24
-    for side in (task.train, task.test):
-        assert {p.level for p in side} == {1, 2, 3}
-    assert len({sum(p.level == level for p in task.train) for level in SUMS}) == 1
-    assert "number only" in task.instruction
 
 
 def test_the_answer_to_sums_is_the_last_number_whatever_stands_around_it():
@@ -116,15 +99,6 @@ def test_warm_start_is_deterministic_cached_and_named_by_its_recipe(tmp_path, mo
     assert 0.5e6 < len(weights(folder)) < 1.5e6
 
 
-def test_warm_start_learns(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    task = small_task(steps=60)
-    policy = harness.policy.load_policy("tiny", task, "cpu")
-    prompts = harness.policy.encode_prompts(policy, task, task.test, 4)
-    rollouts = common.sample(policy, prompts, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert task.verify(task.test, common.decode(policy, rollouts)).rewards.mean() > 0.5
-
-
 def test_a_group_of_solutions_weighs_as_much_as_one(monkeypatch):
     """1/m each of m, so that the loss is a mean over tokens: the weights times the lengths add up to the prompts."""
     groups = [[Problem("1+1=", "2", "2"), Problem("1+1=", "2", "0002")], [Problem("2+3=", "5", "5")]]
@@ -173,13 +147,3 @@ def test_a_race_for_the_cache_leaves_one_whole_policy(tmp_path, monkeypatch):
     assert len(folders) == 2 and folders[0] == folders[1]
     assert [path.name for path in (tmp_path / "inference-aware-rl").iterdir()] == [folders[0].name]
     json.loads((folders[0] / "config.json").read_text())
-
-
-def test_a_warm_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        harness.policy, "save_policy", lambda policy, folder: (_ for _ in ()).throw(OSError("disk full"))
-    )
-    with pytest.raises(OSError, match="disk full"):
-        harness.policy.tiny_policy_folder(small_task())
-    assert list((tmp_path / "inference-aware-rl").iterdir()) == []

@@ -66,7 +66,7 @@ def test_gradients_are_near_those_of_float32(architecture, clip):
 
 
 def test_a_kl_and_a_value_network():
-    policy, plain = random_policy("qwen2"), random_policy("qwen2")
+    policy, plain = random_policy("llama"), random_policy("llama")
     rollouts, on_cpu = sampled(policy)
     assert (common.log_ratios(policy, copy.deepcopy(policy), rollouts) == 0).all()
     references = [copy.deepcopy(policy), copy.deepcopy(plain)]
@@ -85,7 +85,7 @@ def test_a_kl_and_a_value_network():
 
 def test_tokens_do_not_depend_on_the_rows_sampled_at_once_but_for_rounding():
     """In bfloat16 another batch rounds otherwise, and a token may differ: few do."""
-    policy = random_policy("qwen2")
+    policy = random_policy("llama")
     policy.model.to(DEVICE)
     ids = []
     for policy.sample_rows in (1000, 7):

@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import runs
 import torch
 from model_zoo import save_tiny
 from runs import SMALL, save_untrained
 from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from harness.policy import save_policy, tiny_tokenizer
-from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned, load_task
+from harness.policy import tiny_tokenizer
+from verifiers import Problem, Task, Verdict, arithmetic, learned, load_task
 
 LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]
 
@@ -115,15 +116,6 @@ def test_hostile_responses_are_scored(parity):
     assert scores.isfinite().all()
 
 
-def test_save_and_load(parity, tmp_path):
-    verifier, digits = parity
-    save_policy(verifier, tmp_path / "verifier")
-    loaded = learned.load_verifier(str(tmp_path / "verifier"), verifier.task)
-    assert torch.equal(loaded.score(["7"], [digits]), verifier.score(["7"], [digits]))
-    with pytest.raises(BadInput, match="cannot load the verifier 'no/such'"):
-        learned.load_verifier("no/such", verifier.task)
-
-
 def test_with_scores_fills_the_verdicts(parity):
     verifier, digits = parity
     rewards = torch.zeros(1, 10)
@@ -160,19 +152,13 @@ def test_quality_counts_within_problems():
     "script, flags", [("bon_rl.py", ["--estimator", "variational", "--n", "6"]), ("bon_sft.py", [])]
 )
 def test_a_run_with_a_learned_verifier(run, untrained, tmp_path, monkeypatch, script, flags):
-    """Rewards are the parity of a response's length: an untrained policy is never right in arithmetic."""
-
-    def verify(problems, rows):
-        rewards = torch.tensor([[float(len(response) % 2) for response in row] for row in rows])
-        return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
-
     def train(base, task, problems, responses, *others, **options):
         learnt_from.extend((problem.prompt, len(row)) for problem, row in zip(problems, responses))
         return trained_verifier(base, task, problems, responses, *others, **options)
 
     learnt_from, trained_verifier = [], learned.trained_verifier
     monkeypatch.setattr(learned, "trained_verifier", train)
-    monkeypatch.setattr(arithmetic, "verify", verify)
+    monkeypatch.setattr(arithmetic, "verify", runs.parity)
     result = run(script, *LEARNED, *flags, "--model", untrained, "--verifier-problems", "8")
     assert result.returncode == 0, result.stderr
     assert "within problems" in result.stdout and "bon@2" in result.stdout

@@ -1,7 +1,7 @@
 """Estimators of one's own, --estimator FILE:NAME: what a file may do, and every way to get it wrong."""
 
 import json
-import os
+import re
 import sys
 from pathlib import Path
 
@@ -121,6 +121,14 @@ def test_a_metric_is_checked_and_rewards_stay_as_they_are(mine):
         metric(rewards, 1)
 
 
+@pytest.mark.parametrize("name", ["all_right.py", "baselines.py"])
+def test_the_code_on_the_page_is_that_of_the_recipes(name):
+    page = (ROOT / "docs" / "own.md").read_text().partition("## Your own verifier")[0]  # that part: test_own_task.py
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code = (ROOT / "recipes" / name).read_text()
+    assert len(blocks) == 2 and [code.endswith(block) for block in blocks].count(True) == 1
+
+
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,31 +154,6 @@ def test_pass_hat_k_and_its_metric_stand_in_the_tables(run, skilled):
     steps = steps_of(folder)
     assert all(step["metric@2"] <= step["reward"] <= step["pass@2"] for step in steps)
     assert any(step["metric@2"] < step["reward"] for step in steps)
-
-
-def test_pass_hat_k_by_hand():
-    """Two of three right, k = 2. A_i = (2/3) mean over both pairs with i of [min T - min (T without i)]: for a right
-    one (2/3) ((1 - 1) + (0 - 0)) / 2, for the wrong one (2/3) ((0 - 1) + (0 - 1)) / 2."""
-    estimate, metric, _ = load_estimator(f"{ALL_RIGHT}:all_right")
-    rewards = torch.tensor([[1.0, 1, 0]], dtype=torch.float64)
-    assert metric(rewards, 2).tolist() == pytest.approx([1 / 3])
-    assert estimate(rewards, 2)[0].tolist() == pytest.approx([0, 0, -2 / 3])
-
-
-def test_a_resume_with_a_changed_file_is_refused(run, skilled, mine):
-    path = mine(GOOD)
-    flags = [*FLAGS, "--model", skilled, "--run-name", "one", "--estimator", f"{path}:mine"]
-    assert run("pass_at_k_pg.py", *flags).returncode == 0
-    before = outcome(Path("runs/one"))
-    assert run("pass_at_k_pg.py", "--resume", "runs/one").returncode == 0
-    mine(GOOD + "\n# changed\n")
-    result = run("pass_at_k_pg.py", "--resume", "runs/one")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "mine.py:mine has changed since runs/one began" in result.stderr
-    assert outcome(Path("runs/one")) == before
-    os.remove(path)
-    result = run("pass_at_k_pg.py", "--resume", "runs/one")
-    assert result.returncode == 2 and "cannot read" in result.stderr
 
 
 def test_an_error_in_step_3_is_one_line_and_keeps_the_steps_before(run, skilled, mine):

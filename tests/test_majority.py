@@ -66,16 +66,6 @@ def test_exact_zeros_are_zero_and_large_groups_are_finite():
     assert (A[votes == 3] >= 0).all() and (A[votes == 3] > 0).any()
 
 
-def test_rows_are_independent_and_the_names_and_order_of_answers_do_not_matter():
-    votes = torch.tensor([[0, 1, 1, 2, -1, 0], [3, 3, 1, 2, 2, 2]])
-    rewards = torch.tensor([[1.0, 0, 0, 0.5, 0, 1], [0, 0, 0.25, 1, 1, 1]], dtype=torch.float64)
-    together = advantages(votes, rewards, 3)
-    torch.testing.assert_close(advantages(votes[1:], rewards[1:], 3), together[1:])
-    renamed = torch.where(votes >= 0, 17 - votes, -1)
-    order = torch.tensor([4, 1, 5, 0, 2, 3])
-    torch.testing.assert_close(advantages(renamed[:, order], rewards[:, order], 3), together[:, order])
-
-
 def test_agreeing_with_the_vote_is_another_objective():
     """The example of docs/majority.md: probabilities .5 (wrong), .3 (right), .2 (wrong), k = 3. Agreement as a reward
     pushes towards the most likely answer, here the wrong one; maj@k pushes towards the right one."""

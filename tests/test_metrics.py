@@ -62,18 +62,6 @@ def test_pass_at_k_of_binary_rewards(n, c, k, expected):
     assert common.pass_at_k(rewards, k).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_large_groups():
-    """n = 256, k = 64, where enumeration is out of the question, against what is known of them."""
-    n, k = 256, 64
-    rewards = torch.rand(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert (common.pass_at_k(rewards, k) > rewards.topk(20).values[:, -1]).all()
-    assert torch.allclose(common.pass_at_k(rewards, n), rewards.amax(-1), rtol=1e-12)
-    assert torch.allclose(common.pass_at_k(rewards, 1), rewards.mean(-1), rtol=1e-12)
-    # All answers different: every one of a subset's k ties.
-    votes = torch.arange(n).unsqueeze(0)
-    assert majority_pg.majority_at_k(votes, rewards[:1], k).item() == pytest.approx(rewards[0].mean().item(), rel=1e-11)
-
-
 @pytest.mark.parametrize(
     "n, k, c", [(256, 64, 100), (256, 64, 128), (256, 63, 150), (1000, 64, 300), (1000, 1000, 500)]
 )
@@ -90,6 +78,12 @@ def test_majority_of_two_answers_is_a_hypergeometric_tail(n, k, c):
 def test_blank_responses_do_not_vote_together():
     votes, rewards = torch.tensor([[-1, -1, -1, 3], [-1, -1, -1, -1]]), torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0]])
     assert majority_pg.majority_at_k(votes, rewards, 4).tolist() == pytest.approx([1, 0], abs=1e-14)
+
+
+def test_where_all_answers_differ_each_of_k_wins_alike():
+    rewards = torch.rand(1, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    actual = majority_pg.majority_at_k(torch.arange(256).unsqueeze(0), rewards, 64).item()
+    assert actual == pytest.approx(rewards.mean().item(), rel=1e-11)
 
 
 def test_a_reward_that_is_not_a_function_of_the_answer_counts_by_its_mean():
@@ -137,11 +131,6 @@ def test_lemma_1_is_unbiased_for_any_objective_and_centred_for_one_sample_less(k
         exact = exact_gradient(lambda b, y: value([(first[b, a].item(), GRADED[b, a].item()) for a in y]), size)
         A = lambda b, y: k_sample_advantages(metric, first[b][y], GRADED[b][y], k=k, estimator=estimator)  # noqa: E731
         torch.testing.assert_close(expected_gradient(A, n), exact, rtol=1e-10, atol=1e-12)
-
-
-def test_the_example_of_the_docstring():
-    rewards = torch.tensor([[3.0, 1.0, 0.0]])
-    assert k_sample_advantages(common.pass_at_k, rewards, k=2)[0].tolist() == pytest.approx([5 / 3, 1 / 3, 0])
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "biased"])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from model_zoo import KINDS, save_tiny, tiny_model
-from runs import in_process, steps_of
+from runs import in_process, parity, steps_of
 
 import common
 import harness.policy
-from verifiers import BadInput, Verdict, load_task
+from verifiers import BadInput, load_task
 
 VERDICTS = {}  # of the sweep
 FAST = ["gemma3", "gpt2", "lfm2", "mamba", "opt", "qwen3", "qwen3_5_text", "zamba2"]
@@ -19,12 +19,8 @@ FAST = ["gemma3", "gpt2", "lfm2", "mamba", "opt", "qwen3", "qwen3_5_text", "zamb
 @pytest.fixture
 def rewarded(monkeypatch):
     """A verifier that gives half of the responses a reward: an untrained model earns none of its own."""
-
-    def verify(problems, responses):
-        rewards = torch.tensor([[float(i % 2) for i, _ in enumerate(row)] for row in responses])
-        return Verdict(rewards, torch.zeros(rewards.shape, dtype=torch.int64))
-
-    monkeypatch.setattr("verifiers.arithmetic.verify", verify)
+    half = lambda problems, rows: parity(problems, [["x" * i for i, _ in enumerate(row)] for row in rows])  # noqa: E731
+    monkeypatch.setattr("verifiers.arithmetic.verify", half)
 
 
 SMALL = "--task arithmetic --levels 1 --steps 2 --k 2 --n 4 --prompts-per-step 2 --eval-n 2 --eval-problems 1".split()

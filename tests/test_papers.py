@@ -13,13 +13,13 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from enumeration import ANSWERS, BINARY, GRADED, best_of_value, exact_gradient, expected_gradient, majority_value
+from enumeration import ANSWERS, GRADED, exact_gradient, expected_gradient
 from runs import ROOT
+from test_metrics import OBJECTIVES
 
 import bon_rl
 import bon_sft
 import common
-import majority_pg
 from pass_at_k_pg import advantages
 
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
@@ -62,7 +62,7 @@ def credits(f, rows, k):
     return inside, outside, all_.unsqueeze(-1)
 
 
-# --- five set functions, as f of a list and as the mean over all k-subsets --------------------------------------------
+# --- set functions, as f of a list and as the mean over all k-subsets --------------------------------------------
 
 
 def different_right(pairs):
@@ -85,39 +85,17 @@ def metric_of(f):
     return metric
 
 
-def columns_of(name, n, seed=0):
-    """The columns that a set function reads, (6, n) each, and its rows as lists of samples."""
-    draw = torch.Generator().manual_seed(seed)
-    votes = torch.randint(-1, 3, (6, n), generator=draw)
-    rewards = rewards_of(n, seed)[:6]
-    if name in ("max", "min"):
-        return (rewards,), rewards.tolist()
-    if name == "different right answers":
-        correct = (votes % 2 == 0).double()
-        return (votes, correct), [list(zip(*row)) for row in zip(votes.tolist(), correct.tolist())]
-    if name == "majority":
-        by_answer = torch.tensor([0.25, 1.0, 0.5, 0.0], dtype=torch.float64)[votes]
-        return (votes, by_answer), [list(zip(*row)) for row in zip(votes.tolist(), by_answer.tolist())]
-    scores = torch.randint(4, (6, n), generator=draw).double()
-    return (scores, rewards), [list(zip(*row)) for row in zip(scores.tolist(), rewards.tolist())]
-
-
-SET_FUNCTIONS = {
-    "max": (max, common.pass_at_k),
-    "min": (min, lambda r, k: -common.pass_at_k(-r, k)),
-    "majority": (majority_value, majority_pg.majority_at_k),
-    "Best-of-N": (best_of_value, common.best_of_k),
-    "different right answers": (different_right, metric_of(different_right)),
-}
+OF_PAIRS = OBJECTIVES | {"different right answers": (metric_of(different_right), ANSWERS, different_right)}
 
 
 @pytest.mark.parametrize("k, n", [(1, 4), (2, 5), (3, 5), (4, 5)])
-@pytest.mark.parametrize("name", SET_FUNCTIONS)
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_one_identity_behind_three_papers(name, k, n):
     """M_i - M = (n-k)/k b(k+1), and b(k+1) = (k/n) (M_i - M_-i): any set function, ties and all."""
-    f, metric = SET_FUNCTIONS[name]
-    columns, rows = columns_of(name, n)
-    inside, outside, all_ = credits(f, rows, k)
+    metric, first, f = OF_PAIRS[name]
+    y = torch.randint(4, (6, n), generator=torch.Generator().manual_seed(0))
+    columns = first[1][y], GRADED[1][y]
+    inside, outside, all_ = credits(f, [list(zip(*row)) for row in zip(*(x.tolist() for x in columns))], k)
     b = common.k_sample_advantages(metric, *columns, k=k + 1, estimator="biased")
     assert b.abs().max() > 0.01
     close(inside - all_, (n - k) / k * b)
@@ -340,28 +318,18 @@ def test_the_family_has_one_worth_and_these_baselines(k, n):
         close(seen[D > 0], beta[D > 0])
 
 
-FAMILY = {
-    "max": (common.pass_at_k, lambda b: (GRADED[b],), lambda b, y: max(GRADED[b, a].item() for a in y)),
-    "majority": (
-        majority_pg.majority_at_k, lambda b: (ANSWERS[b], BINARY[b]),
-        lambda b, y: majority_value([(ANSWERS[b, a].item(), BINARY[b, a].item()) for a in y]),
-    ),
-    "Best-of-N": (
-        common.best_of_k, lambda b: (BINARY[b], GRADED[b]),
-        lambda b, y: best_of_value([(BINARY[b, a].item(), GRADED[b, a].item()) for a in y]),
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("k, n", [(1, 3), (2, 3), (2, 4), (3, 3)])
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_baseline_of_the_others_is_unbiased_for_any_set_function(name, k, n):
     """(1-s) u(k) + s b(k+1), s = (n-k)/(n-1): by the exact gradient; ties, graded rewards."""
-    metric, columns, f = FAMILY[name]
+    metric, first, value = OBJECTIVES[name]
     s = (n - k) / (n - 1)
 
+    def f(b, y):
+        return value([(first[b, a].item(), GRADED[b, a].item()) for a in y])
+
     def estimate(b, y):
-        samples = [column[y] for column in columns(b)]
+        samples = [first[b][y], GRADED[b][y]]
         u = unbiased(metric, samples, k, n)
         if k == n:
             return u
@@ -396,8 +364,6 @@ def test_every_row_of_the_page_names_a_test_and_every_call_is_there():
         assert name in known, name
     for module, name in re.findall(r"`(pass_at_k_pg|common|bon_rl|bon_sft|majority_pg)\.(\w+)", text):
         assert hasattr(importlib.import_module(module), name), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (DOC.parent / link).exists(), link
 
 
 def test_the_weights_that_the_page_shows_are_those_of_the_spectrum():

@@ -4,6 +4,7 @@ The templates are written here, in the styles of well-known models: what their t
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,15 +166,10 @@ def test_an_expert_has_the_tokens_that_it_has_behind_its_prompt(template):
 def test_an_expert_that_is_too_long_is_refused():
     """Its space and its end token count, too: the context has 200 tokens."""
     policy, problem = policy_of(tokenizer_of(None)), PROBLEMS[0]
-    for digits in (8, 9):
-        experts = [[replace(problem, solution="2")], [replace(problem, solution="2" * digits)]]
-        if digits == 8:
-            assert expert_rollouts(policy, TASK, [[5] * 190] * 2, experts).ids.shape == (2, 1, 10)
-        else:
-            with pytest.raises(
-                BadInput, match="a prompt and its expert response, 201 tokens, exceed the model's context"
-            ):
-                expert_rollouts(policy, TASK, [[5] * 190] * 2, experts)
+    short, long, longer = ([replace(problem, solution="2" * digits)] for digits in (1, 8, 9))
+    assert expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, long]).ids.shape == (2, 1, 10)
+    with pytest.raises(BadInput, match="a prompt and its expert response, 201 tokens, exceed the model's context"):
+        expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, longer])
 
 
 def test_a_space_follows_a_word_but_no_whitespace():
@@ -235,39 +231,25 @@ def test_a_template_that_fails_is_refused_in_one_line(template):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.fixture
-def chatting(tmp_path):
-    """save(template) -> the folder of an untrained policy with this chat template."""
-
-    def save(template: str) -> str:
-        folder = save_untrained(tmp_path / "model")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return save
-
-
-def test_no_chat_ignores_the_template(chatting, run):
+def test_no_chat_ignores_the_template(run, tmp_path):
     """Of a base model that ships one: the policy that is trained without a template is saved without one."""
-    model = chatting("{% for m in messages %}{{ m.role }}: {{ m.content }}<unk>{% endfor %}")
+    model = save_untrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<unk>{% endfor %}"
+    tokenizer.save_pretrained(model)
     task = Task("toy", [], [], None)
     assert harness.policy.load_policy(model, task, "cpu").stop_ids == [2, 1]  # <unk>, <eos>
     assert harness.policy.load_policy(model, task, "cpu", chat=False).stop_ids == [1]
     shown = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt").stdout
     plain = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt", "--no-chat").stdout
-    assert shown == f"user: {plain.strip()}<unk>\n" and plain.strip().endswith("=")
+    assert shown == f"user: {plain.strip()}<unk>\n" and plain.strip().endswith("=") and not Path("runs").exists()
     result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--no-chat", "--run-name", "a")
     assert result.returncode == 0, result.stderr
     assert json.loads(open("runs/a/args.json").read())["chat"] is False
     again = run("pass_at_k_pg.py", *SMALL, "--model", "runs/a/policy", "--show-prompt").stdout
     assert again == plain
-
-
-def test_a_script_says_in_one_line_that_a_template_fails(chatting, run):
-    model = chatting("{{ raise_exception('no such role') }}")
-    result = run("pass_at_k_pg.py", *SMALL, "--model", model)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "the chat template cannot be rendered (no such role): mend it, or ignore it by --no-chat" in result.stderr
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    tokenizer.save_pretrained(model)
+    line = run("pass_at_k_pg.py", *SMALL, "--model", model).stderr.splitlines()[-1]
+    assert line.endswith("the chat template cannot be rendered (no such role): mend it, or ignore it by --no-chat")
     assert run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt", "--no-chat").returncode == 0

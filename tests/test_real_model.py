@@ -72,50 +72,27 @@ def test_a_run_is_done_when_it_has_its_line_and_an_sft_while_rl_needs_its_policy
     assert not any(other.done(name, 0) for name in names)  # another command is another run
 
 
-def test_published_tables_are_those_of_the_lines(args, tmp_path, monkeypatch, capsys):
-    """Three seeds of two runs and two of a third, with numbers by hand."""
-    here = tmp_path / "repository"
-    for name in ("benchmarks", "docs"):
-        (here / name).mkdir(parents=True)
-    names = ("real-suspects", "real-compared")
-    marked = "above\n" + "".join(f"<!-- {x}:begin -->\nold\n<!-- {x}:end -->\n" for x in names) + "below"
-    for path in (here / "README.md", here / "docs" / "results.md"):
-        path.write_text(marked)
-    tiny = [{"policy": "mean", "points": [[0.59, 0.7, 0.8], [0.6, 0.7, 0.8]]}]
-    (here / "benchmarks" / "results.json").write_text(json.dumps({"policies": tiny}))
-    monkeypatch.setattr(real_model.measure, "ROOT", here)
+def test_tables_by_hand(args, monkeypatch):
+    """Three seeds of two runs and two of a third."""
     monkeypatch.setattr(real_model.frontier, "curve", lambda k: np.array([[0.2, 0.9], [0.6, 0.7]]))
-    monkeypatch.setattr(real_model.frontier, "save_figure", lambda path, panels: drawn.update({path: panels}))
-    runs, drawn = real_model.Runs(args), {}
+    runs = real_model.Runs(args)
     rows = [record(runs, "smollm2 mean", s, **{"pass@1": 0.6, "pass@8": 0.7, "kl": 0.5}) for s in range(3)]
     rows += [record(runs, "smollm2 k8", s, **{"pass@1": 0.4, "pass@8": 0.75 + s / 100}) for s in range(3)]
     rows += [record(runs, "gemma3 k8", s, **{"pass@1": 0.4, "pass@8": 0.9}) for s in range(2)]
-    args.records.write_text(real_model.measure.records_json({"machine": {}, "runs": rows}))
-    assert len(args.records.read_text().splitlines()) == 1 + 1 + 1 + 8 + 2  # a line a record
-    args.report = args.publish = True
-    real_model.main(args)
-    printed, text = capsys.readouterr().out, (here / "docs" / "results.md").read_text()
-    assert text == (here / "README.md").read_text() and "\nold\n" not in text and text.endswith("below")
-    tables = [re.search(f"<!-- {x}:begin -->\n(.*?)\n<!-- {x}:end -->", text, re.S)[1] for x in names]
-    assert all(table in printed for table in tables)
-    policies, compared = ([row.split("|")[1:-1] for row in table.splitlines()[2:]] for table in tables)
-    policies = [[cell.strip() for cell in row] for row in policies]
-    assert [row[:3] for row in policies] == [
-        ["SmolLM2-135M", "mean", "3"],
-        ["SmolLM2-135M", "unbiased, k = 8", "3"],
-        ["Gemma 3 270M", "unbiased, k = 8", "2"],
-    ]
+    policies, compared = ([[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+                          for table in real_model.tables(rows).values())  # fmt: skip
+    k8 = "unbiased, k = 8"
+    expected = [["SmolLM2-135M", "mean", "3"], ["SmolLM2-135M", k8, "3"], ["Gemma 3 270M", k8, "2"]]
+    assert [row[:3] for row in policies] == expected
     # .76 ± 4.303 x .01 / sqrt(3) = .025; at pass@1 .4 the frontier has .8
-    assert (
-        policies[1][6] == "0.760 ± 0.025" and policies[1][9] == "0.040 ± 0.025" and policies[0][11] == "0.500 ± 0.000"
-    )
-    (row,) = (row for row in compared if "pass@8, unbiased, k = 8 less mean" in row[1])
+    assert [policies[1][6], policies[1][9], policies[0][11]] == ["0.760 ± 0.025", "0.040 ± 0.025", "0.500 ± 0.000"]
+    (row,) = (row for row in compared if f"pass@8, {k8} less mean" in row[1])
     known = json.loads(real_model.optima.PREDICTIONS.read_text())["policies"]
     limit = known["k8"]["pass@8"] - known["k1"]["pass@8"]
-    assert [cell.strip() for cell in row[2:]] == [f"{limit:+.3f}", "+0.060 ± 0.025", f"{0.06 / limit:.0%}", "holds"]
-    ((_, panels),) = drawn.items()
+    assert row[2:] == [f"{limit:+.3f}", "+0.060 ± 0.025", f"{0.06 / limit:.0%}", "holds"]
+    panels = real_model.panels(rows)
     assert [title for title, _, _ in panels] == [real_model.TITLES[x] for x in ("tiny", "smollm2", "gemma3")]
-    assert panels[1][2]["unbiased, k = 8"].tolist() == [[0.4, 0.75, 0], [0.4, 0.76, 0], [0.4, 0.77, 0]]
+    assert panels[1][2][k8].tolist() == [[0.4, 0.75, 0], [0.4, 0.76, 0], [0.4, 0.77, 0]]
 
 
 def test_what_cannot_be_reported_is_refused(args):

@@ -9,9 +9,8 @@ from functools import partial
 import pytest
 import torch
 from named_estimators import ESTIMATORS, B, N, by_recipe, ours, rewards_and_scores
-from runs import ROOT
+from runs import ROOT, torchrun
 from test_pretrained import model as smollm2  # noqa: F401
-from test_torchrun import ended, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import common
@@ -256,8 +255,8 @@ def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
     `biased` would be blind to what votes are called: with k = 3 it is made of votes of two, and their ties are worth
     the same by any name."""
     (tmp_path / "process.py").write_text(PROCESS.format(tests=str(ROOT / "tests"), out=str(tmp_path / "out")))
-    returncode, _, err = ended(torchrun(tmp_path / "process.py", cwd=tmp_path))
-    assert returncode == 0, err
+    result = torchrun(tmp_path / "process.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     shares = [torch.load(tmp_path / f"out{rank}", weights_only=True) for rank in (0, 1)]
     texts, samples = shares[0][0] + shares[1][0], tuple(a + b for a, b in zip(shares[0][1], shares[1][1]))
     assert len(shares[0][0]) == B * N // 2 and B % 2  # a group is in both

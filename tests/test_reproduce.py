@@ -1,24 +1,24 @@
 """benchmarks/reproduce.py: statistics, tables, and small runs, stopped and taken up again. baselines.py: its table."""
 
-import dataclasses
 import importlib
 import json
+import math
 import os
 import re
 import signal
-import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import tyro
-from runs import ROOT, idle_flags
+from runs import ROOT, SMALL, idle_flags, steps_of
 
-import harness.policy
 from harness.report import mean_and_interval
-from verifiers.suspects import candidates
+from verifiers import Problem
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 reproduce, claims, baselines = map(importlib.import_module, ("reproduce", "claims", "baselines"))
@@ -28,9 +28,7 @@ PREDICTIONS = json.loads(reproduce.optima.PREDICTIONS.read_text())
 
 def test_the_interval_and_the_verdict():
     """For 1 .. 5: mean 3, deviation sqrt(2.5), half-width 2.776 sqrt(2.5 / 5) = 1.963 (any table of t)."""
-    values = np.arange(1.0, 6.0)
-    assert reproduce.measure.interval(values) == "3.000 ± 1.963" and reproduce.measure.interval([0.5]) == "0.500"
-    assert reproduce.measure.interval(values, "+.1f") == "+3.0 ± 2.0"
+    assert measure.interval(np.arange(1.0, 6.0), "+.1f") == "+3.0 ± 2.0" and measure.interval([0.5]) == "0.500"
     assert [reproduce.verdict(x, 1.963) for x in (3, -3, 1, -1)] == ["holds", "does not", *["not decidable"] * 2]
 
 
@@ -87,81 +85,60 @@ def test_levels_are_means_by_the_weights_of_their_prompts():
     assert found["all"] == pytest.approx(sum(found[str(level)] for level in range(2, 9)) / 7)  # levels weigh alike
 
 
-def test_best_of_n_by_a_verifier_tends_to_its_exact_value(monkeypatch, tmp_path):
-    """With scores q, and below them what is not listed; and with scores that like best what is not listed."""
-    problems = [problem for problem in reproduce.prompts("held-out") if problem.level in (2, 4)][::4]
-    texts = [problem.prompt for problem in problems]
-    groups = [candidates(problem) for problem in problems]
-    task = dataclasses.replace(reproduce.the_task(), train=[], warm_start_problems=groups)
-    task.warm_start = {"steps": 40, "batch": 8, "lr": 5e-3}
-    policy, q = harness.policy.warm_start(task), dict(zip(texts, reproduce.posterior(texts).tolist()))
+def test_best_of_n_by_a_verifier_by_hand(monkeypatch, tmp_path):
+    """Of 64 samples to each of two prompts 40 are Tom, 16 Eve, and 8 Zoe, who is not listed: with the lowest score, and
+    with the highest."""
+    problems = [Problem("Tom Eve:", "Tom", "", 2), Problem("Tom Eve Sam:", "Tom", "", 3)]
+    tom, eve, *_ = reproduce.posterior([problem.prompt for problem in problems]).mean(0).tolist()
     (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()
-
-    class Verifier:
-        def __init__(self, elsewhere: float):
-            self.elsewhere = elsewhere
-
-        def score(self, prompts, responses):
-            known = [dict(zip(reproduce.listed(x), q[x])) for x in prompts]
-            return torch.tensor([[scores.get(y, self.elsewhere) for y in row] for scores, row in zip(known, responses)])
-
-    monkeypatch.setattr(reproduce, "prompts", lambda where: problems)
-    monkeypatch.setattr(reproduce, "tiny_policy_folder", lambda task, seed: tmp_path / "tiny")
-    monkeypatch.setattr(reproduce, "load_policy", lambda model, task, device: policy)
-    log_pi = reproduce.exact.candidate_log_probs(policy, task, problems).detach()
-    weights, posterior = reproduce.level_weights(problems), reproduce.posterior(texts)
-    elsewhere = weights @ (1 - log_pi.exp().sum(-1))
-    assert 0.05 < elsewhere < 0.9
-    for name, level in (("low", -1.0), ("high", 2.0)):
-        monkeypatch.setattr(reproduce.learned, "load_verifier", lambda folder, task: Verifier(level))
-        found = reproduce.verifier_metrics(name, 0)
-        assert found["misfit@1"]["all"] == pytest.approx(elsewhere.item(), abs=0.04)
-        if level < 0:
-            for N in (1, 4, 32):
-                expected = weights @ reproduce.optima.best_of_n(posterior, log_pi.exp(), posterior, N)
-                assert found[f"bon@{N}"]["all"] == pytest.approx(expected.item(), abs=0.04)
-            expected = reproduce.optima.auc_within(posterior, log_pi.exp(), posterior, weights, 64)
-            assert found["AUC"]["all"] == found["AUC of q"]["all"] == pytest.approx(expected, abs=0.04)
-        else:
-            assert found["bon@32"]["all"] < 0.5 * found["bon@1"]["all"] and found["misfit@32"]["all"] > 0.7
-            assert found["AUC"]["all"] < found["AUC of q"]["all"] - 0.1
+    found = {"prompts": problems, "tiny_policy_folder": tmp_path / "tiny", "load_policy": None, "encode_prompts": None}
+    for name, value in found.items():
+        monkeypatch.setattr(reproduce, name, lambda *_, value=value: value)
+    monkeypatch.setattr(reproduce.common, "sample", lambda *_, **__: None)
+    monkeypatch.setattr(reproduce.common, "decode", lambda *_: [["Tom"] * 40 + ["Eve"] * 16 + ["Zoe"] * 8] * 2)
+    neither, no_eve, no_zoe = (math.comb(left, 32) / math.comb(64, 32) for left in (40, 48, 56))  # among 32 of 64
+    for zoe, bon, misfit, auc in (
+        (-1.0, tom * no_eve + eve * (1 - no_eve), 0, (tom / 3 + eve)),
+        (2.0, tom * neither + eve * (no_zoe - neither), 1 - no_zoe, eve * 5 / 6),
+    ):
+        verifier = SimpleNamespace(score=lambda *_: torch.tensor([[0.2] * 40 + [0.9] * 16 + [zoe] * 8] * 2))
+        monkeypatch.setattr(reproduce.learned, "load_verifier", lambda *_: verifier)
+        found = {metric: values["all"] for metric, values in reproduce.verifier_metrics(f"{zoe}", 0).items()}
+        expected = {"bon@1": (40 * tom + 16 * eve) / 64, "misfit@1": 1 / 8, "bon@32": bon, "misfit@32": misfit}
+        expected |= {"AUC": auc / (tom + eve), "AUC of q": (tom + eve / 6) / (tom + eve)}
+        assert {metric: found[metric] for metric in expected} == pytest.approx(expected)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def numbers(text: str) -> list[float]:
-    return [float(x) for x in re.findall(r"[-+]?\d+\.\d{3}", text)]
+LINE = np.array([[0.0, 2.0], [1.0, 1.0]])  # in place of the frontier: y = 2 - x
 
 
-def check_tables(result: dict, texts: dict[str, str]) -> None:
-    """Every number of the tables is the one of results.json, rounded; a row each, in the same order."""
-    rows = {name: [line.split("|")[1:-1] for line in text.splitlines()[2:]] for name, text in texts.items()}
-    assert len(rows["claims"]) == len(result["rows"])
-    for (claim, what, predicted, measured, share, verdict), row in zip(rows["claims"], result["rows"]):
-        assert what.strip(" *") == row["what"] and verdict.strip() == row["verdict"]
-        assert numbers(measured) == pytest.approx([row["mean"], row["ci95"]], abs=0.00051)
-        assert numbers(predicted) == pytest.approx([] if row["predicted"] is None else [row["predicted"]], abs=0.00051)
-        assert ("**" in what) == row["headline"] and (not claim.strip() or claims.PAGES[row["claim"]] in claim)
-        if row["share"] is not None:
-            assert float(share.strip(" %")) == pytest.approx(100 * row["mean"] / row["predicted"], abs=0.51)
-        if row["claim"][0] != "B":
-            mean, ci = mean_and_interval(row["values"])
-            assert (mean, ci) == pytest.approx((row["mean"], row["ci95"]))
-    first = {row["claim"]: row for row in result["rows"] if row["headline"]}
-    assert [cells[0].strip() for cells in rows["claims-short"]] == [claim for claim in first if claim[0] != "E"]
-    for claim, _, what, _, measured, _, verdict in rows["claims-short"]:
-        row = first[claim.strip()]
-        assert what.strip() == row["what"] and verdict.strip() == row["verdict"]
-        assert numbers(measured) == pytest.approx([row["mean"], row["ci95"]], abs=0.00051)
-    for cells, row in zip(rows["policies"], result["policies"], strict=True):
-        expected = [x for column in zip(*row["points"]) for x in mean_and_interval(column)]
-        assert numbers("|".join(cells[1:4])) == pytest.approx(expected, abs=0.00051)
-    for cells, row in zip(rows["verifier"], result["verifier"], strict=True):
-        expected = [x for x in row["predicted"] if x is not None]
-        for label in ("before", "BoN-RL-V", "plain RL"):
-            expected += mean_and_interval(row[label])
-        assert numbers("|".join(cells[1:])) == pytest.approx(expected, abs=0.00051)
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+
+
+def test_tables_by_hand(monkeypatch):
+    """Of two values one apart by .2 the interval is 12.706 x .1414 / sqrt(2) = 1.271."""
+    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: LINE)
+    made = [("M1", "x", 0.2, 0.05, 0.4, True), ("M1", "y", -0.1, 0.05, 0.001, False), ("E1", "z", 0, 0.05, None, True)]
+    policy = {"points": [[0.4, 0.6, 0.8], [0.6, 0.8, 1.0]], "held-out": [0.5, 0.7], "training": [0.6, 0.6]}
+    verifier = {"before": [0.1, 0.1], "BoN-RL-V": [0.2, 0.4], "plain RL": [0.3, 0.3]}
+    result = {"rows": [reproduce.row_of(*row, headline=headline) for *row, headline in made],
+              "policies": [{"policy": "unbiased, k = 2", "k": 2, **policy}, {"policy": "SFT", "k": None, **policy}],
+              "verifier": [{"metric": "bon@8", "predicted": [None, 0.25], **verifier}]}  # fmt: skip
+    found = {name: rows_of(table) for name, table in reproduce.tables(result).items()}
+    page, last = claims.PAGES["M1"], found["claims"][2]
+    first = ["+0.400", "+0.200 ± 0.050", "50%", "holds"]
+    assert found["claims"][0] == [f"**M1** {claims.PAPERS['M1']} [({page})]({page})", "**x**", *first]
+    assert found["claims"][1] == ["", "y", "+0.001", "-0.100 ± 0.050", "-", "does not"]
+    assert last[1:] == ["**z**", "-", "+0.000 ± 0.050", "-", "not decidable"] and len(found["claims"]) == 3
+    assert found["claims-short"] == [["M1", claims.PAPERS["M1"], "x", *first]]
+    points = ["0.500 ± 1.271", "0.700 ± 1.271", "0.900 ± 1.271"]
+    assert found["policies"][0][1:6] == [*points, "60% ± 127%", "60% ± 0%"]
+    assert found["policies"][1] == ["SFT", *points, "-", "-", "0.800 ± 2.541", "0.600 ± 2.541"]
+    assert found["verifier"] == [["bon@8", "-", "0.250", "0.100 ± 0.000", "0.300 ± 1.271", "0.300 ± 0.000"]]
 
 
 def published() -> dict[str, str]:
@@ -169,9 +146,13 @@ def published() -> dict[str, str]:
     return found | {"claims-short": measure.published("claims-short", "README.md")}
 
 
-@pytest.mark.skipif(measure.published("claims", "docs/results.md") == "not run yet", reason="it is not run yet")
-def test_tables_on_the_pages_are_those_of_results_json():
-    check_tables(json.loads((ROOT / "benchmarks" / "results.json").read_text()), published())
+def test_tables_on_the_pages_are_those_of_results_json(monkeypatch):
+    """But for the two columns of the frontier, which takes long."""
+    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: LINE)
+    tables, there = reproduce.tables(json.loads((ROOT / "benchmarks" / "results.json").read_text())), published()
+    for name, table in tables.items():
+        columns = slice(-2 if name == "policies" else None)
+        assert [row[columns] for row in rows_of(table)] == [row[columns] for row in rows_of(there[name])]
 
 
 def fake_runs(out, seeds: int, where: tuple[str, ...]) -> None:
@@ -199,37 +180,29 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "ROOT", folder)
     monkeypatch.setattr(reproduce, "bandit_rows", lambda: [])
     monkeypatch.setattr(reproduce.frontier, "save_figure", lambda path, panels: path.touch())
-    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: np.array([[0.0, 2.0], [1.0, 1.0]]))
+    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: LINE)
     return folder
 
 
 def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
     out = tmp_path / "out"
     fake_runs(out, 3, ("held-out", "training", "before", "T = 0.7", "T = 1.3"))
-    for _ in range(2):  # a second time replaces what the first has written
-        reproduce.main(reproduce.Args(seeds=3, out=out, report=True, publish=True))
-    result, texts = json.loads((here / "benchmarks" / "results.json").read_text()), published()
-    check_tables(result, texts)
+    reproduce.main(reproduce.Args(seeds=3, out=out, report=True, publish=True))
+    result, printed = json.loads((here / "benchmarks" / "results.json").read_text()), capsys.readouterr().out
+    assert published() == reproduce.tables(result) and all(text in printed for text in published().values())
     assert (here / ".github" / "frontier.png").exists()
     assert measure.published("claims-machine", "docs/results.md").endswith("3 seeds.")
-    printed = capsys.readouterr().out
-    assert all(text in printed for text in texts.values())
     assert (here / "README.md").read_text().endswith("<!-- claims-short:end -->\nbelow")
-    # A comparison by hand, and the shares of the way.
+    # A comparison by hand, and a share of the way.
     seeds = [reproduce.Seed(out, seed) for seed in range(3)]
     row = next(row for row in result["rows"] if row["what"] == "pass@8, k = 8 less mean, levels 6 to 8")
-    by_hand = [
-        sum(seed.at("hard-k8", "pass@8", (x,)) - seed.at("hard-mean", "pass@8", (x,)) for x in (6, 7, 8)) / 3
-        for seed in seeds
-    ]
-    assert row["values"] == pytest.approx(by_hand) and row["runs"] == ["hard-k8", "hard-mean"]
+    k8, mean = ([seed.at(x, "pass@8", (6, 7, 8)) for seed in seeds] for x in ("hard-k8", "hard-mean"))
+    assert row["values"] == pytest.approx(list(np.subtract(k8, mean))) and row["runs"] == ["hard-k8", "hard-mean"]
+    assert (row["mean"], row["ci95"]) == pytest.approx(mean_and_interval(row["values"]))
     policy = next(row for row in result["policies"] if row["policy"] == "unbiased, k = 4")
-    now, base = seeds[1].at("k4", "pass@4"), seeds[1].at("base", "pass@4")
-    best = PREDICTIONS["policies"]["k4"]["pass@4"]
-    assert policy["held-out"][1] == pytest.approx((now - base) / (best - base), rel=1e-3)
-    way, *below = texts["policies"].splitlines()[3].split("|")[6:9]  # the policy `mean`, whose k is 1
-    x, *ys = np.array(result["policies"][1]["points"]).T  # (S,) each
-    assert [cell.strip() for cell in below] == [measure.interval(2 - x - y) for y in ys] and "%" in way
+    now, base = (seeds[1].at(x, "pass@4") for x in ("k4", "base"))
+    way = (now - base) / (PREDICTIONS["policies"]["k4"]["pass@4"] - base)
+    assert policy["held-out"][1] == pytest.approx(way, rel=1e-3)
     assert json.loads((out / "measured.json").read_text())["unbiased, k = 4"] == policy["points"]
 
 
@@ -242,6 +215,8 @@ def test_the_table_of_baselines_is_paired_by_seed(tmp_path, capsys, monkeypatch)
     )
     with pytest.raises(reproduce.BadInput, match="not all runs are in"):
         baselines.main(args)
+    with pytest.raises(reproduce.BadInput, match="--n must be more than --k 2"):
+        baselines.main(baselines.Args(k=2, n=2))
     for name, seed in ((name, seed) for name in more for seed in range(3)):
         values = {"pass": 0.5 + seed / 10 + more[name][seed], "signal": seed / 10, "seconds": seed**2}
         runs.folder(name, seed).mkdir(parents=True)
@@ -272,77 +247,38 @@ def test_a_run_of_a_baseline_is_a_command_and_its_values(tmp_path, monkeypatch):
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
-DRIVER = """
-import signal, sys
-sys.path.insert(0, {benchmarks!r})
-import reproduce
-reproduce.RUNS = {runs!r}
-reproduce.bandit_rows = lambda: []
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-try:
-    reproduce.main(reproduce.Args(seeds=2, out=reproduce.Path("out")))
-except reproduce.BadInput as mistake:
-    sys.exit(f"error: {{mistake}}")
-"""
-
 
 @pytest.mark.slow
-def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(here, monkeypatch, tmp_path, capsys):
-    """Two settings of two seeds; the first try is stopped in training, the second comes to the end."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real, task = harness.policy.warm_start, reproduce.the_task()
+def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(untrained, tmp_path):
+    """Two seeds of 300 steps; the first try is stopped in training, the second comes to the end."""
 
-    def short(task, seed):
-        saved, task.warm_start = task.warm_start, {"steps": 80, "batch": 64, "lr": 3e-3}
-        try:
-            return real(task, seed)
-        finally:
-            task.warm_start = saved
+    class Runs(reproduce.Runs):
+        def command(self, name, seed):
+            return f"pass_at_k_pg.py {' '.join(SMALL)} --steps {name} --model {untrained} --seed {seed}"
 
-    monkeypatch.setattr(harness.policy, "warm_start", short)  # the processes find its result in the cache
-    for seed in range(2):
-        harness.policy.tiny_policy_folder(task, seed)
-    small = "--steps 40 --lr 1e-4 --eval-every 0 --eval-problems 1 --eval-n 4 --n 4 --prompts-per-step 4"
-    runs = {"mean": f"pass_at_k_pg.py {small} --k 4 --estimator mean", "k4": f"pass_at_k_pg.py {small} --k 4"}
-    monkeypatch.setattr(reproduce, "RUNS", runs)
-    (tmp_path / "driver.py").write_text(DRIVER.format(benchmarks=str(ROOT / "benchmarks"), runs=runs))
-    out = tmp_path / "out"
-    log = reproduce.run_folder(out, "mean", 0) / "metrics.jsonl"
-    process = subprocess.Popen([sys.executable, "driver.py"], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (log.exists() and '"step": 1,' in log.read_text()):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and "error: stopped; the same command goes on" in err
-    assert not log.with_name("exact.json").exists() and log.with_name("checkpoint.pt").exists()
+        def evaluation(self, name, seed, folder):
+            return [record["step"] for record in steps_of(folder)]
 
-    args = reproduce.Args(seeds=2, out=out)
-    reproduce.main(args)
-    assert "resuming at step" in (out / "logs" / f"{log.parent.name}.txt").read_text()
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines() if "loss" in line] == list(range(1, 41))
-    result = json.loads((out / "results.json").read_text())
-    (row,) = (row for row in result["rows"] if row["what"] == "pass@4, k = 4 less mean" and row["headline"])
-    paths = [[reproduce.run_folder(out, name, seed) / "exact.json" for seed in range(2)] for name in ("k4", "mean")]
-    saved = [[json.loads(path.read_text())["held-out"]["pass@4"]["all"] for path in part] for part in paths]
-    assert row["values"] == pytest.approx(list(np.subtract(*saved))) and max(map(abs, row["values"])) > 0
-    policy = harness.policy.load_policy(str(paths[0][1].parent / "policy"), task, "cpu")
-    problems = reproduce.prompts("held-out")
-    with torch.no_grad():
-        log_pi = reproduce.exact.candidate_log_probs(policy, task, problems)
-    now = reproduce.optima.level_weights(problems) @ reproduce.exact.exact_metrics(log_pi, problems)["pass@4"]
-    assert saved[0][1] == pytest.approx(now.item(), rel=1e-6)
-    check_tables(result, reproduce.tables(result))
-    assert {row["claim"] for row in result["rows"] if row["headline"]} == {"M1"}  # M2 has rows, but not its first
+        def stages(self):
+            return [[(name, seed) for seed in self.seeds for name in self.names]]
 
-    made = {path: os.stat(path).st_mtime_ns for part in paths for path in part}
-    capsys.readouterr()
-    reproduce.main(reproduce.Args(seeds=2, out=out, report=True))
-    assert json.loads((out / "results.json").read_text())["rows"] == result["rows"]
-    assert reproduce.tables(result)["claims"] in capsys.readouterr().out
-    paths[0][0].unlink()  # as if it had been killed before it was evaluated
-    runs["k2"] = "pass_at_k_pg.py --k 0"
-    with pytest.raises(reproduce.BadInput, match=r"these runs failed.*\n.*k2-s0-\w+: see .*txt\n.*k2-s1"):
-        reproduce.main(args)
-    assert [os.stat(path).st_mtime_ns == time for path, time in made.items()] == [False, True, True, True]
-    assert json.loads((out / "results.json").read_text())["rows"] == result["rows"]
+    def stop():
+        while not (log.exists() and '"step": 1,' in log.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    runs = Runs(tmp_path, ["300"], range(2), 2)
+    exact = [runs.folder("300", seed) / "exact.json" for seed in range(2)]
+    log = exact[0].with_name("metrics.jsonl")
+    threading.Thread(target=stop).start()
+    with pytest.raises(reproduce.BadInput, match="stopped; the same command goes on"):
+        runs.make_all()
+    assert not exact[0].exists() and log.with_name("checkpoint.pt").exists()
+    Runs(tmp_path, ["300"], range(2), 2).make_all()
+    assert "resuming at step" in (tmp_path / "logs" / f"{log.parent.name}.txt").read_text()
+    assert [json.loads(path.read_text()) for path in exact] == [list(range(1, 301))] * 2
+    exact[0].unlink()  # as if it had been killed before it was evaluated
+    before, last = os.stat(exact[1]).st_mtime_ns, Runs(tmp_path, ["300", "-1"], range(2), 2)
+    last.make_all()
+    assert exact[0].exists() and os.stat(exact[1]).st_mtime_ns == before
+    assert sorted(line.partition(": see ")[0] for line in last.failed) == [last.folder("-1", s).name for s in range(2)]

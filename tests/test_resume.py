@@ -14,21 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import FLAGS, ROOT, SCRIPTS, SMALL, ended, outcome, records, started, wrapped
+from runs import FLAGS, ROOT, SCRIPTS, SMALL, ended, outcome, records, started
 
 import common
 import harness.policy
 import harness.report
 import harness.run
-from verifiers import Verdict, arithmetic, learned
+from verifiers import arithmetic, learned
 
 PASS, RL = "pass_at_k_pg.py", "bon_rl.py"
 TASK = SimpleNamespace(name="none", warm_start=None)
-
-
-@pytest.fixture(scope="session")
-def model(skilled):
-    return skilled
 
 
 @pytest.fixture
@@ -54,20 +49,6 @@ def wait(process, ready):
     """Until ready() or its end."""
     while process.is_alive() and not ready():
         time.sleep(0.001)
-
-
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(uninterrupted, run, tmp_path):
-    whole, flags, _ = uninterrupted(PASS)
-    log = tmp_path / "runs/killed/metrics.jsonl"  # its line of step 5 is ahead of the checkpoint of step 4
-    flags = [*flags, "--save-every", "4", "--run-name", "killed"]
-    process = started(ROOT / PASS, *flags, cwd=tmp_path)
-    wait(process, lambda: log.exists() and b'"step": 5' in log.read_bytes())
-    process.kill()
-    assert ended(process, cwd=tmp_path)[0] == -signal.SIGKILL
-    result = run(PASS, "--resume", "runs/killed")
-    assert result.returncode == 0, result.stderr
-    assert "resuming at step 4" in result.stdout
-    assert outcome(tmp_path / "runs/killed") == outcome(whole)
 
 
 class Killed(BaseException):
@@ -125,9 +106,9 @@ def test_a_signal_lets_the_step_end_and_saves_it(number, uninterrupted, run, at_
     assert outcome(tmp_path / "runs/stopped") == outcome(whole)
 
 
-def test_a_second_signal_ends_the_run_at_once(run, model, at_step):
+def test_a_second_signal_ends_the_run_at_once(run, skilled, at_step):
     at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    result = run(PASS, *FLAGS, "--model", model)
+    result = run(PASS, *FLAGS, "--model", skilled)
     assert result.returncode == 130 and result.stderr.endswith("--resume the folder that it was writing to\n")
 
 
@@ -171,8 +152,8 @@ def test_a_finished_run_can_be_resumed_for_what_is_missing(uninterrupted, run, t
     assert len(table) > 1 and [line for line in result.stdout.splitlines() if " -> " in line] == table
 
 
-def test_resuming_with_other_arguments_is_refused_by_name(run, model, tmp_path):
-    flags = [*SMALL, "--model", model, "--run-name", "a"]
+def test_resuming_with_other_arguments_is_refused_by_name(run, skilled, tmp_path):
+    flags = [*SMALL, "--model", skilled, "--run-name", "a"]
     assert run(PASS, *flags).returncode == 0
     before = outcome(tmp_path / "runs/a")
     assert run(PASS, *flags, "--resume", "runs/a").returncode == 0  # the same arguments are welcome
@@ -182,25 +163,19 @@ def test_resuming_with_other_arguments_is_refused_by_name(run, model, tmp_path):
     assert result.returncode == 2 and "runs/a is a run of pass_at_k_pg.py" in result.stderr
     result = run(PASS, "--resume", "runs/b")
     assert result.returncode == 2 and "runs/b is not a run folder" in result.stderr
-    assert outcome(tmp_path / "runs/a") == before
+    saved = json.loads((path := tmp_path / "runs/a/args.json").read_text())
+    del saved["files"]  # which an earlier version did not write
+    path.write_text(json.dumps(saved))
+    why = "error: runs/a is a run of an earlier version, whose flags and metrics have other names: start anew\n"
+    assert run(PASS, "--resume", "runs/a").stderr == why and outcome(tmp_path / "runs/a") == before
 
 
-@pytest.fixture
-def rates(monkeypatch):
-    """The learning rate of each training step from here, as it is taken."""
-    seen, step = [], common.policy_gradient_step
-
-    def recorded(policy, optimizer, *args, **others):
-        seen.append(optimizer.param_groups[0]["lr"])
-        return step(policy, optimizer, *args, **others)
-
-    monkeypatch.setattr(common, "policy_gradient_step", recorded)
-    return seen
-
-
-def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(run, model, rates, tmp_path):
+def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(run, skilled, monkeypatch, tmp_path):
     """The learning rate falls from .001 by a quarter a step, by an eighth from step 5 on; the first policy stays."""
-    flags = [*SMALL, "--steps", "4", "--eval-every", "0", "--lr", "1e-3", "--model", model, "--run-name", "a"]
+    rates, step = [], common.policy_gradient_step
+    noted = lambda *args: rates.append(args[1].param_groups[0]["lr"]) or step(*args)  # noqa: E731
+    monkeypatch.setattr(common, "policy_gradient_step", noted)
+    flags = [*SMALL, "--steps", "4", "--eval-every", "0", "--lr", "1e-3", "--model", skilled, "--run-name", "a"]
     assert run(PASS, *flags).returncode == 0
     first = outcome(tmp_path / "runs/a")
     result = run(PASS, "--resume", "runs/a", "--steps", "8", "--eval-every", "3")
@@ -211,10 +186,8 @@ def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(
     log = records(tmp_path / "runs/a")
     assert [r["step"] for r in log if "loss" in r] == [*range(1, 9)]
     assert [r["step"] for r in log if "eval" in r] == [0, 4, 6, 8]
-    assert (
-        (tmp_path / "runs/a/policy-4/model.safetensors").read_bytes() == first[-1] != outcome(tmp_path / "runs/a")[-1]
-    )
     last = outcome(tmp_path / "runs/a")
+    assert (tmp_path / "runs/a/policy-4/model.safetensors").read_bytes() == first[-1] != last[-1]
     args = json.loads((tmp_path / "runs/a/args.json").read_text())
     assert (args["steps"], args["eval_every"], args["extended_after"], args["resume"]) == (8, 3, [4], None)
     result = run(PASS, "--resume", "runs/a")  # its arguments are now these
@@ -224,8 +197,8 @@ def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(
     assert outcome(tmp_path / "runs/a") == last and json.loads((tmp_path / "runs/a/args.json").read_text()) == args
 
 
-def test_without_schedules_a_longer_run_is_the_uninterrupted_one(run, model, tmp_path):
-    flags = [*SMALL, "--no-lr-decay", "--eval-every", "2", "--model", model]
+def test_without_schedules_a_longer_run_is_the_uninterrupted_one(run, skilled, tmp_path):
+    flags = [*SMALL, "--no-lr-decay", "--eval-every", "2", "--model", skilled]
     assert run(PASS, *flags, "--steps", "4", "--run-name", "whole").returncode == 0
     assert run(PASS, *flags, "--steps", "2", "--run-name", "longer").returncode == 0
     result = run(PASS, "--resume", "runs/longer", "--steps", "4")
@@ -233,9 +206,9 @@ def test_without_schedules_a_longer_run_is_the_uninterrupted_one(run, model, tmp
     assert outcome(tmp_path / "runs/longer") == outcome(tmp_path / "runs/whole")
 
 
-def test_a_run_cut_off_before_its_first_checkpoint_may_have_another_number_of_steps(run, model, at_step, tmp_path):
+def test_a_run_cut_off_before_its_first_checkpoint_may_have_another_number_of_steps(run, skilled, at_step, tmp_path):
     """Nothing of it is left, so that it is the run of as many steps."""
-    flags = [*SMALL, "--model", model]
+    flags = [*SMALL, "--model", skilled]
     at_step(2, kill)
     with pytest.raises(Killed):
         run(PASS, *flags, "--steps", "2", "--run-name", "cut")
@@ -268,7 +241,7 @@ def test_the_coefficient_of_the_kl_follows_the_new_total(flags, after, run, untr
 # --- Faults, injected ---
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, model, monkeypatch, tmp_path):
+def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, skilled, monkeypatch, tmp_path):
     gradient, calls = common.accumulate_gradient, []
 
     def sometimes_nan(policy, *args):
@@ -280,159 +253,76 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
 
     monkeypatch.setattr(common, "accumulate_gradient", sometimes_nan)
     bad = {2, 3}
-    assert run(PASS, *FLAGS, "--model", model, "--run-name", "two").returncode == 0
+    assert run(PASS, *FLAGS, "--model", skilled, "--run-name", "two").returncode == 0
     log = [r for r in records(tmp_path / "runs/two") if "reward" in r]
     assert [r["skipped"] for r in log] == [0, 1, 1, 0, 0, 0] and log[1]["grad_norm"] is None
     weights = torch.cat([p.flatten() for p in harness.policy.load_policy("runs/two/policy", TASK).model.parameters()])
     assert weights.isfinite().all()
     calls.clear()
     bad = set(range(4, 99))
-    result = run(PASS, *FLAGS, "--steps", "20", "--model", model, "--run-name", "ten")
+    result = run(PASS, *FLAGS, "--steps", "20", "--model", skilled, "--run-name", "ten")
     assert result.returncode == 2 and "ten steps in a row" in result.stderr and "lower --lr" in result.stderr
     assert len([r for r in records(tmp_path / "runs/ten") if "reward" in r]) == 13
 
 
-def test_out_of_memory_halves_the_rows_sampled_at_once(run, model, monkeypatch, tmp_path):
-    """In evaluation, here of 40 rows, and in training, of 16: the tokens stay the same."""
-    sampled_rows, sizes = common.sampled_rows, []
-
-    def with_little_memory(policy, prompts, *args):
-        sizes.append(len(prompts))
-        if len(prompts) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return sampled_rows(policy, prompts, *args)
-
-    flags = [*SMALL, "--steps", "1", "--eval-problems", "10", "--model", model, "--run-name"]
-    assert run(PASS, *flags, "enough").returncode == 0
-    monkeypatch.setattr(common, "sampled_rows", with_little_memory)
-    monkeypatch.setattr("harness.policy.disagreement", lambda policy: "")  # it samples, too
-    limit = 10
-    result = run(PASS, *flags, "little")
-    assert result.returncode == 0 and sizes[:6] == [40, 20, *[10] * 4] and max(sizes[6:]) <= 10, result.stderr
-    assert "out of memory: going on with sample_rows = 10" in result.stdout + result.stderr
-    first, second = (records(tmp_path / f"runs/{name}") for name in ("enough", "little"))
-    assert first[0] == second[0] and first[1]["reward"] == second[1]["reward"] and first[1]["nonzero_advantage"] > 0
-    sizes.clear()
-    limit = 12  # an evaluation of 10 rows fits, a step of 16 does not
-    result = run(PASS, *flags, "in-training", "--eval-n", "2", "--eval-problems", "5")
-    assert result.returncode == 0 and sizes == [10, 16, 8, 8, 8, 2], result.stderr
-
-
-def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, model, monkeypatch, tmp_path):
+def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, skilled, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         write = harness.run.append_json
         patch.setattr(harness.run, "append_json", lambda _, record: write(Path("/dev/full"), record))
-        result = run(PASS, *SMALL, "--model", model)
+        result = run(PASS, *SMALL, "--model", skilled)
         full = "error: no space left on the disk of /dev/full"
         assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(full), result.stderr
     os.rename(tmp_path / "runs", tmp_path / "old")
     (tmp_path / "runs").write_text("")
-    result = run(PASS, *SMALL, "--model", model)
+    result = run(PASS, *SMALL, "--model", skilled)
     assert result.returncode == 2 and "Not a directory: 'runs/pass_at_k_pg" in result.stderr
-
-
-@pytest.fixture
-def verifier_breaks(monkeypatch):
-    """verifier_breaks(call, break_it): the verifier of arithmetic, with break_it(verdict) at its call-th verdict."""
-
-    def install(call, break_it):
-        verify, calls = arithmetic.verify, []
-
-        def broken(problems, responses):
-            calls.append(1)
-            verdict = verify(problems, responses)
-            if len(calls) == call:
-                break_it(verdict)
-            return verdict
-
-        monkeypatch.setattr(arithmetic, "verify", broken)
-        return lambda: monkeypatch.setattr(arithmetic, "verify", verify)
-
-    return install
-
-
-def raise_import_error(verdict):
-    raise ImportError("no module named sympy")
 
 
 BREAKS = {
     "at first": (PASS, 1, 0),
     "in step 4": (PASS, 6, 3),  # two evaluations before it, one at the start and one after step 3
-    "in an evaluation": (PASS, 5, 3),
     "in the last evaluation": (RL, 9, 6),
 }
 
 
-@pytest.mark.parametrize("script, call, step", BREAKS.values(), ids=BREAKS)
-def test_a_broken_verifier_ends_the_run_after_a_checkpoint(
-    script, call, step, run, uninterrupted, verifier_breaks, tmp_path
-):
+@pytest.mark.parametrize("when", BREAKS)
+def test_a_broken_verifier_ends_the_run_after_a_checkpoint(when, run, uninterrupted, monkeypatch, tmp_path):
     """It must not look like a bad policy, with rewards of 0; mended, the run goes on as if nothing had happened."""
+    script, call, step = BREAKS[when]
     whole, flags, _ = uninterrupted(script)
-    mend = verifier_breaks(call, raise_import_error)
-    with pytest.raises(ImportError, match="sympy"):
+    verify, calls = arithmetic.verify, iter(range(1, 99))
+
+    def broken(problems, responses):
+        if next(calls) == call:
+            raise ImportError("no module named sympy")
+        return verify(problems, responses)
+
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="sympy"):
+        patch.setattr(arithmetic, "verify", broken)
         run(script, *flags, "--run-name", "broken", "--save-every", "5")
-    mend()
     result = run(script, "--resume", "runs/broken")
     assert result.returncode == 0 and f"resuming at step {step}" in result.stdout
     assert outcome(tmp_path / "runs/broken") == outcome(whole)
 
 
-@pytest.mark.parametrize("name", ["rewards", "scores"])
-def test_numbers_that_are_not_finite_are_one_clear_line(name, run, uninterrupted, verifier_breaks, tmp_path):
-    whole, flags, _ = uninterrupted(RL)
-
-    def not_finite(verdict):
-        setattr(verdict, name, getattr(verdict, name).clone())
-        getattr(verdict, name)[0, 0] = torch.nan
-
-    mend = verifier_breaks(5, not_finite)
-    result = run(RL, *flags, "--run-name", "broken")
-    assert result.returncode == 2 and len(result.stderr.strip().splitlines()[-1]) < 250
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith(f"error: the verifier of arithmetic gave {name} that are not finite numbers, one of them to")
-    assert "Traceback" not in result.stderr
-    mend()
-    assert run(RL, "--resume", "runs/broken").returncode == 0
-    assert outcome(tmp_path / "runs/broken") == outcome(whole)
-
-
-def test_votes_and_rewards_reach_the_script_as_the_verifier_gave_them(model, monkeypatch, tmp_path):
-    """All responses are read together: votes are numbers within a row, which a row that is split would number anew."""
-    import pass_at_k_pg
-
-    monkeypatch.chdir(tmp_path)
-    args = pass_at_k_pg.Args(task="arithmetic", n=4, k=2, eval_n=4, eval_problems=1, model=model, steps=1)
-    run, calls = harness.run.Run(args), []
-    verdict = Verdict(torch.tensor([[1.0, 1.0, 0.5, 0.0]] * 2), torch.tensor([[4, 4, 5, -1], [7, 9, 9, 7]]))
-
-    def verify(problems, responses):
-        calls.append((problems, responses))
-        return verdict
-
-    run.task.verify, responses = verify, [["1", "1", "2", "bad"], ["3", "4", "4", "3"]]
-    given = run.verdict(run.test[:2], responses)
-    assert given.votes.tolist() == [[4, 4, 5, -1], [7, 9, 9, 7]] and given.rewards.tolist() == verdict.rewards.tolist()
-    assert calls == [(run.test[:2], responses)]
-
-
-SAVE = """
-from verifiers import learned
-save = learned.LearnedVerifier.save
-def half(self, folder):
-    save(self, folder)
-    open(os.path.join(folder, "model.safetensors"), "wb").close()
-    os.kill(os.getpid(), signal.SIGKILL)
-learned.LearnedVerifier.save = half
-"""
-
-
-def test_killed_while_the_learned_verifier_is_saved(run, model, monkeypatch, tmp_path):
+def test_killed_while_the_learned_verifier_is_saved(run, skilled, monkeypatch, tmp_path):
     """The next resume trains it again, and later ones read it."""
-    flags = [*FLAGS, "--steps", "2", "--verifier", "learned", "--verifier-problems", "32", "--model", model]
+    flags = [*FLAGS, "--steps", "2", "--verifier", "learned", "--verifier-problems", "32", "--model", skilled]
     flags += ["--run-name", "killed"]
-    returncode, _, err = ended(started(wrapped(tmp_path, RL, SAVE), *flags, cwd=tmp_path), cwd=tmp_path)
-    assert returncode == -signal.SIGKILL, err
+    save = learned.LearnedVerifier.save
+
+    def half(verifier, folder):
+        save(verifier, folder)
+        (Path(folder) / "model.safetensors").write_bytes(b"")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(learned.LearnedVerifier, "save", half)
+        try:
+            run(RL, *flags)
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     trained, verifier = [], learned.trained_verifier
     monkeypatch.setattr(learned, "trained_verifier", lambda *args, **kw: (trained.append(1), verifier(*args, **kw))[1])
     for _ in range(2):
@@ -443,34 +333,19 @@ def test_killed_while_the_learned_verifier_is_saved(run, model, monkeypatch, tmp
     assert trained == [1, 1] and outcome(tmp_path / "runs/killed") == outcome(tmp_path / "runs/whole")
 
 
-def test_samples_are_shown_escaped(run, model, monkeypatch):
+def test_samples_are_shown_escaped(run, skilled, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "decode", lambda policy, rollouts: [["\x1b[2J\u202e2\0", "5"] * 2] * 2)
-        result = run(PASS, *SMALL, "--model", model, "--show-samples", "1", "--steps", "0", "--run-name", "escaped")
+        result = run(PASS, *SMALL, "--model", skilled, "--show-samples", "1", "--steps", "0", "--run-name", "escaped")
     (shown,) = [line for line in result.stdout.splitlines() if " -> " in line]
     assert re.fullmatch(r"0  '\d\*\d=' -> '\\x1b\[2J\\u202e2\\x00'", shown)
     text = Path("runs/escaped/samples.jsonl").read_text()
     assert "\x1b" not in text and text.isascii() and len(text.splitlines()) == 2
     for steps, evaluations in (("0", 1), ("2", 2)):
-        result = run(PASS, *SMALL, "--model", model, "--show-samples", "2", "--steps", steps)
+        result = run(PASS, *SMALL, "--model", skilled, "--show-samples", "2", "--steps", steps)
         shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
         assert len(shown) == 2 * evaluations and shown[0] != shown[1]
         assert f"responses at step {steps}:" in result.stdout.splitlines()
-
-
-def test_tensorboard_is_optional(run, model):
-    result = run(PASS, *SMALL, "--model", model, "--tensorboard")
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        assert result.returncode == 2 and "--tensorboard needs what is not installed: pip install tens" in result.stderr
-    else:
-        assert result.returncode == 0, result.stderr
-
-
-def test_what_is_not_finite_is_null_in_the_logs(tmp_path):
-    harness.run.append_json(tmp_path / "log", {"a": float("nan"), "b": [float("inf"), 1]})
-    assert (tmp_path / "log").read_text() == '{"a": null, "b": [null, 1]}\n'
 
 
 def test_a_run_with_the_old_names_is_not_resumed_and_says_so_in_a_line(run, skilled, tmp_path):

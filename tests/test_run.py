@@ -1,8 +1,10 @@
 """harness/run.py: random numbers, which are functions of the arguments alone, what is kept in memory, and the logs."""
 
 import copy
+import itertools
 import json
 import re
+from collections import UserList
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,24 +18,21 @@ import common
 import harness.run
 import majority_pg
 import pass_at_k_pg
+from harness.problems import evaluation_problems, training_batch
 from harness.run import learning_rate
 from verifiers import Problem, Task, Verdict, arithmetic, load_task
 
 MODULES = {"pass_at_k_pg": pass_at_k_pg, "majority_pg": majority_pg, "bon_rl": bon_rl}
 
 
-class Lazy:
-    """A sequence of problems made on demand, which counts how many were asked for."""
+class Lazy(UserList):
+    """Problems that are made on demand: no list, and it counts how many were asked for."""
 
-    def __init__(self, problems):
-        self.problems, self.asked = problems, 0
-
-    def __len__(self):
-        return len(self.problems)
+    asked = 0
 
     def __getitem__(self, i):
         self.asked += 1
-        return self.problems[i]
+        return self.data[i]
 
 
 @pytest.mark.parametrize("script", ["bon_sft.py", "pass_at_k_pg.py"])
@@ -65,25 +64,22 @@ def begun(skilled, monkeypatch, tmp_path):
     return result
 
 
-def sampled(run, step) -> list[list[int]]:
-    """The tokens of a step's share of the samples, to the same prompts whatever the run and step."""
-    generator = run.batch(step)[2]
-    prompts = run.encoded(run.test)
-    return common.sample(run.policy, prompts, 4, 8, generator=generator).ids.flatten(0, 1).tolist()
-
-
-def test_samples_are_a_function_of_seed_step_and_rank(begun, monkeypatch):
-    """Seeds 0 and 4 have the same low bits at some places of a word, of which torch reads 32 on the CPU."""
-    run = begun(0)
-    first = sampled(run, 7)
-    assert first == sampled(begun(0), 7)
-    others = [sampled(run, 8), *(sampled(begun(seed), 7) for seed in (1, 4, 2**32))]
-    for rank in (1, 2):
-        monkeypatch.setattr(harness.run, "world", lambda: (rank, 4))
-        others.append(sampled(run, 7))
-        assert others[-1] == sampled(begun(0), 7)
-    every = [first, *others]
-    assert all(a != b for i, a in enumerate(every) for b in every[:i])
+def test_random_numbers_are_a_function_of_purpose_seed_step_and_rank(begun, monkeypatch):
+    """Seeds 0 and 4 have the same low bits at some places of a word, of which torch reads 32 on the CPU. An evaluation
+    has the same numbers at every step."""
+    drawn, evaluated, sample = {}, [], common.sample
+    numbers = lambda generator: tuple(torch.rand(8, generator=generator.clone_state()).tolist())  # noqa: E731
+    monkeypatch.setattr(harness.run, "sample", lambda *args: evaluated.append(numbers(args[-1])) or sample(*args))
+    monkeypatch.setattr(harness.run, "all_gather", lambda value: [value, value])
+    for seed, rank in itertools.product((0, 1, 4, 2**32), (0, 1)):
+        monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
+        run = begun(seed)
+        drawn |= {(seed, rank, step): numbers(run.batch(step)[2]) for step in (1, 2, 7)}
+        for run.progress["step"] in (0, 2):
+            run.evaluate()
+        drawn[seed, rank, "evaluation"] = evaluated[-1]
+        assert evaluated[-1] == evaluated[-2] and numbers(begun(seed).batch(7)[2]) == drawn[seed, rank, 7]
+    assert len({*drawn.values()}) == len(drawn) == 32
 
 
 def test_problems_are_a_function_of_seed_and_step(begun):
@@ -97,112 +93,40 @@ def test_problems_are_a_function_of_seed_and_step(begun):
     assert sorted(map(id, whole)) == sorted(map(id, run.train))
 
 
-def test_an_evaluation_has_other_random_numbers_than_any_step_and_the_same_every_time(begun, monkeypatch):
-    drawn, sample = [], common.sample
-
-    def spy(*args):
-        drawn.append(torch.rand(8, generator=args[-1].clone_state()).tolist())
-        return sample(*args)
-
-    monkeypatch.setattr(harness.run, "sample", spy)
-    for seed in (0, 0, 4):
-        begun(seed).evaluate()
-    run = begun(0)
-    run.progress["step"] = 2
-    run.evaluate()
-    monkeypatch.setattr(harness.run, "world", lambda: (1, 2))
-    monkeypatch.setattr(harness.run, "all_gather", lambda value: [value, value])
-    run.evaluate()
-    same, again, other_seed, later, rank_1 = drawn
-    assert same == again == later and other_seed != same and rank_1 not in (same, other_seed)
-    for seed in (0, 4):
-        for rank in (0, 1):
-            monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
-            run = begun(seed)
-            for step in range(50):
-                numbers = torch.rand(8, generator=run.batch(step)[2]).tolist()
-                assert numbers not in drawn
+def test_training_batches_see_every_problem_once_a_pass():
+    batches = [training_batch(range(10), step, 4, seed=0) for step in range(5)]
+    assert sorted(sum(batches, [])[:10]) == sorted(sum(batches, [])[10:]) == [*range(10)]
+    assert batches != [training_batch(range(10), step, 4, seed=1) for step in range(5)]
 
 
-# --- The KL and its copy of the policy ---
+def test_evaluation_problems_are_spread_over_levels():
+    problems = [Problem(str(i), "", level=i % 3 or None) for i in range(30)]
+    chosen = evaluation_problems(problems, 4)
+    assert [sum(p.level == level for p in chosen) for level in (1, 2, None)] == [4, 4, 4]
+    assert chosen == evaluation_problems(problems, 4)
 
 
-class Spies:
-    """What a run copies, and the advantages that it trains on, with those of the KL in them."""
-
-    def __init__(self, patch):
-        self.copies, self.trained, self.kl = 0, [], []
-        deepcopy, step, kl_advantages = copy.deepcopy, common.policy_gradient_step, common.kl_advantages
-
-        def counted(x, *args):
-            self.copies += isinstance(x, (common.Policy, torch.nn.Module))
-            return deepcopy(x, *args)
-
-        def recorded(policy, optimizer, rollouts, A, *args, **others):
-            self.trained.append(A)
-            return step(policy, optimizer, rollouts, A, *args, **others)
-
-        def kl(ratios):
-            self.kl.append(kl_advantages(ratios))
-            return self.kl[-1]
-
-        patch.setattr(copy, "deepcopy", counted)
-        patch.setattr(common, "policy_gradient_step", recorded)
-        patch.setattr(common, "kl_advantages", kl)
+# --- The KL and its copy of the policy; its value: test_wiring.py, its coefficient: test_resume.py ---
 
 
-@pytest.fixture
-def spied(skilled, monkeypatch, tmp_path):
-    """spied(module, **arguments) -> spies on a run of 3 steps, and its log."""
+@pytest.mark.parametrize("name", MODULES)
+def test_a_copy_of_the_policy_is_kept_where_a_kl_is_asked_for_alone(name, skilled, monkeypatch, tmp_path):
+    """And to log it changes no advantage."""
     monkeypatch.chdir(tmp_path)
-
-    def result(name, **others):
-        of_k = {"N": 2} if name == "bon_rl" else {"k": 2}
-        small = {"task": "arithmetic", "n": 4, "steps": 3, "prompts_per_step": 4, "eval_n": 2, "eval_problems": 1,
-                 "levels": (1,), "lr": 1e-2, "kl_coef": 0.0} | others  # fmt: skip
-        module, folder = MODULES[name], f"run{len(list(Path('runs').glob('*')))}"
-        with pytest.MonkeyPatch.context() as patch:
-            spies = Spies(patch)
-            module.main(module.Args(**of_k, **small, model=skilled, device="cpu", run_name=folder))
-        return spies, steps_of(Path("runs") / folder)
-
-    return result
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_copy_of_the_policy_is_kept_where_a_kl_is_asked_for_alone(name, spied):
-    spies, log = spied(name)
-    assert spies.copies == 0 and not any("kl" in record for record in log)
-    assert any(record["nonzero_advantage"] > 0 for record in log)
-    rewards_alone = spies.trained
-    spies, log = spied(name, log_kl=True)
-    assert spies.copies == 1 and log[-1]["kl"] > 1e-4 and spies.kl == []
-    assert all(torch.equal(a, b) for a, b in zip(spies.trained, rewards_alone, strict=True))
-    spies, log = spied(name, kl_coef=0.1)
-    assert spies.copies == 1 and log[-1]["kl"] > 1e-4 and len(spies.kl) == 3
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_beta_is_constant_unless_an_end_is_given(name, spied):
-    """What a step trains on is the rewards' advantages and beta times the KL's: beta is read off the difference."""
-    ends = [({"kl_coef": 0.25}, [0.25, 0.25, 0.25])]
-    if name == "bon_rl":
-        moves = {"kl_delay": 0, "kl_anneal_steps": 4}
-        ends = [({"kl_coef": 0.25, **moves}, [0.25, 0.25, 0.25]),
-                ({"kl_coef": 0.5, "kl_coef_end": 0.1, **moves}, [0.4, 0.3, 0.2]),
-                ({"kl_coef": 0.0, "kl_coef_end": 0.1, **moves}, [0.025, 0.05, 0.075]),
-                ({"kl_coef": 0.5, "kl_coef_end": 0.2, "kl_delay": 0}, [0.4, 0.3, 0.2])]  # fmt: skip
-    for flags, betas in ends:
-        with pytest.MonkeyPatch.context() as patch:
-            plain, advantages = [], MODULES[name].advantages
-            kept = lambda *args, **named: plain.append(advantages(*args, **named)) or plain[-1]  # noqa: E731
-            patch.setattr(MODULES[name], "advantages", kept)
-            spies, log = spied(name, **flags)
-        plain = plain[-3:]  # before the first step an estimator is tried once
-        assert len(spies.kl) == 3 and any(A.abs().sum() > 0 for A in plain)
-        for step, beta in enumerate(betas):
-            torch.testing.assert_close(spies.trained[step] - plain[step], beta * spies.kl[step], rtol=1e-4, atol=1e-6)
-        assert spies.kl[2].abs().max() > 1e-3  # from the second step on there is a KL
+    small = {"task": "arithmetic", "n": 4, "steps": 3, "prompts_per_step": 4, "eval_n": 2, "eval_problems": 1,
+             "levels": (1,), "lr": 1e-2, "kl_coef": 0.0, "N" if name == "bon_rl" else "k": 2}  # fmt: skip
+    copies, trained, deepcopy, step = [], {}, copy.deepcopy, common.policy_gradient_step
+    policies = (common.Policy, torch.nn.Module)
+    monkeypatch.setattr(copy, "deepcopy", lambda x, *_: copies.extend([1] * isinstance(x, policies)) or deepcopy(x, *_))
+    for log_kl in (False, True):
+        seen = trained[log_kl] = []
+        monkeypatch.setattr(common, "policy_gradient_step", lambda *args: seen.append(args[3]) or step(*args))
+        args = MODULES[name].Args(**small, model=skilled, device="cpu", run_name=f"{log_kl}", log_kl=log_kl)
+        MODULES[name].main(args)
+        log = steps_of(Path("runs") / f"{log_kl}")
+        assert len(copies) == log_kl and [record.get("kl", 0) > 1e-4 for record in log][-1] == log_kl
+        assert any(record["nonzero_advantage"] > 0 for record in log) and ("kl" in log[0]) == log_kl
+    assert all(torch.equal(a, b) for a, b in zip(*trained.values(), strict=True))
 
 
 # --- Logs ---
@@ -268,24 +192,15 @@ def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_a_run_without_a_signal_says_so_once(run, untrained, skilled):
-    warning = "none of the first 20 steps had a signal"
-    flags = [*NO_REWARD, "--k", "2", "--steps", "22", "--max-new-tokens", "2"]
-    ended = run("pass_at_k_pg.py", *flags, "--model", untrained)
-    assert (ended.stdout + ended.stderr).count(warning) == 1 and "--show-samples" in ended.stdout + ended.stderr
-    ended = run("pass_at_k_pg.py", *flags, "--model", skilled)
-    assert warning not in ended.stdout + ended.stderr
-
-
-def test_a_run_in_which_no_step_had_a_signal_ends_with_that(run, untrained, skilled):
-    """As its first line, before the table, also of few steps; not an evaluation, in which there are none."""
-    said = "no step had a signal, and nothing was learnt: look at the responses by --show-samples 5"
-    flags = [*NO_REWARD, "--k", "2", "--max-new-tokens", "2", "--steps"]
-    lines = run("pass_at_k_pg.py", *flags, "2", "--model", untrained).stdout.splitlines()
-    assert lines[2].startswith(said) and lines[3].startswith("1 held-out problems; ")
-    for steps, model in (("0", untrained), ("2", skilled)):
-        ended = run("pass_at_k_pg.py", *NO_REWARD[:-4], "--eval-n", "4", "--k", "2", "--steps", steps, "--model", model)
-        assert ended.returncode == 0 and said not in ended.stdout
+def test_a_run_without_a_signal_says_so_after_20_steps_and_at_its_end(run, untrained, skilled):
+    """Once each; at its end before the table."""
+    warning, last = "none of the first 20 steps had a signal", "no step had a signal, and nothing was learnt: look at"
+    flags = [*NO_REWARD, "--k", "2", "--steps", "21", "--max-new-tokens", "2"]
+    out = run("pass_at_k_pg.py", *flags, "--model", untrained).stdout
+    assert out.count(warning) == out.count(last) == 1 and out.count("--show-samples 5") == 2
+    assert out.partition(last)[2].splitlines()[1].startswith("1 held-out problems; ")
+    out = run("pass_at_k_pg.py", *flags, "--model", skilled).stdout
+    assert warning not in out and last not in out and "held-out" in out
 
 
 def test_an_evaluation_leaves_a_bounded_sample_of_its_responses(begun):

@@ -4,7 +4,6 @@ pool. `test_sandbox.py` has the others. SANDBOX=<level> runs the suite at a leve
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -12,7 +11,7 @@ import threading
 import time
 
 import pytest
-from test_sandbox import LEVEL, LIMITS, SECRET, SYSCALL, linux, run
+from test_sandbox import LEVEL, LIMITS, SECRET, SYSCALL, descendants, linux, run
 
 from verifiers import BadInput
 from verifiers.sandbox import pool as pools
@@ -87,23 +86,16 @@ def test_an_object_is_never_equal_to_plain_data(pool, source, expected):
 
 
 def test_no_datagram_reaches_a_socket_outside(pool):
-    folder = tempfile.mkdtemp()  # of a path that any user may reach
-    try:
-        os.chmod(folder, 0o777)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
-            outside.bind(f"{folder}/socket")
-            os.chmod(f"{folder}/socket", 0o777)
-            outside.settimeout(0.1)
-            for kind in ("DGRAM", "STREAM", "SEQPACKET"):
-                for attack in (f"a.sendto(b'x', '{folder}/socket')", f"a.sendmsg([b'x'], [], 0, '{folder}/socket')"):
-                    source = (
-                        f"import socket\ndef f(x):\n    a, b = socket.socketpair(1, socket.SOCK_{kind})\n    {attack}"
-                    )
-                    assert run(pool, source, "assert f(2) is None").status == "refused", (kind, attack)
-            with pytest.raises(TimeoutError):
-                outside.recv(1)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
+        outside.bind(f"{folder}/socket")
+        os.chmod(folder, 0o777), os.chmod(f"{folder}/socket", 0o777)  # any user may reach it
+        outside.settimeout(0.1)
+        for kind in ("DGRAM", "STREAM", "SEQPACKET"):
+            start = f"import socket\ndef f(x):\n    a, b = socket.socketpair(1, socket.SOCK_{kind})\n    "
+            for attack in (f"a.sendto(b'x', '{folder}/socket')", f"a.sendmsg([b'x'], [], 0, '{folder}/socket')"):
+                assert run(pool, start + attack, "assert f(2) is None").status == "refused", (kind, attack)
+        with pytest.raises(TimeoutError):
+            outside.recv(1)
 
 
 def test_no_descriptors_in_flight(pool, no_worker_ends):
@@ -289,18 +281,6 @@ def test_each_case_has_its_own_time():
 # ------------------------------------------------------------------------------------------------------------ crowding
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes that descend from this one, parents before children."""
-    parents = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
-            parents[int(name)] = int(file.read().rsplit(")", 1)[1].split()[1])
-    found = [pid]
-    for parent in found:
-        found += sorted(child for child in parents if parents[child] == parent)
-    return found[1:]
-
-
 def stop_the_next_program(worker) -> None:
     """It waits, forked ahead: of the fork server's two children the second. As if others left it no time."""
     deadline = time.monotonic() + 10
@@ -359,9 +339,7 @@ def test_threads_that_the_trainer_starts_later_take_none_from_programs(pool):
     """As an ordinary user, at a level without user namespaces, the system counts them all together."""
     stop = threading.Event()
     threads = [threading.Thread(target=stop.wait) for _ in range(70)]
-    source = (
-        "import threading\ndef f(x):\n    t = threading.Thread(target=print)\n    t.start()\n    t.join()\n    return x"
-    )
+    source = "import threading as m\ndef f(x):\n    t = m.Thread(target=print)\n    t.start(), t.join()\n    return x"
     try:
         for thread in threads:
             thread.start()

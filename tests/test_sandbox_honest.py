@@ -102,6 +102,9 @@ def f(x): return [Point(3, Point(x))]
      "assert d == datetime.date(2020, 1, 3) and d.day == 3 and d - d == datetime.timedelta(0)"),
     ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return P(3, y=x)",
      "p = f(2)\nassert p == (3, 2) and p.x == 3 and p.y == 2 and p._replace(y=5) == P(3, 5)"),
+    ("class P:\n    def __init__(s, a, b): s.a, s.b = a, b\n    def swap(s): return P(s.b, s.a)\n"
+     "def f(pairs): return [p.a + 3 for p in pairs]", "p = P(1, 2)\np.a = 7\nassert f([p, P(3, 4)]) == [10, 6]\n"
+     "assert p.swap().a == 2 and p == p and p != P(7, 2)"),
     (DATACLASS, "assert f(2) == [Point(3, Point(2))] and f(2)[0] != Point(2)"),
     ("class MyError(ValueError): pass\ndef f(x):\n    if x == 3: raise MyError",
      "try:\n    f(3)\nexcept ValueError:\n    pass\nelse:\n    assert False"),

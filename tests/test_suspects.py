@@ -1,10 +1,13 @@
 """The task `suspects`, what theory says of it, and the exact evaluation, each against enumeration or search."""
 
+import dataclasses
+import functools
 import importlib
 import itertools
 import json
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -22,8 +25,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 optima, exact = importlib.import_module("optima"), importlib.import_module("exact")
 
 NAMES = ("suspects", "suspects_uniform")
+task_of = functools.cache(load_task)
 Q, WEIGHTS, LEVELS = optima.held_out()
-SOME = torch.tensor([[1, 0, 0], [0.8, 0.2, 0], [0.5, 0.5, 0], [0.7, 0.2, 0.1], [0.9, 0.09, 0.01]]).double()
 
 
 def random_policies(q: torch.Tensor, count: int) -> torch.Tensor:
@@ -48,28 +51,24 @@ def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_problems_are_drawn_as_the_task_says_and_the_split_is_by_set(name):
-    task, again = load_task(name), load_task(name)
+    task, again = task_of(name), load_task(name)
     assert (task.train, task.test, task.warm_start_problems) == (again.train, again.test, again.warm_start_problems)
-    for held_out, problems in (
-        (False, task.train),
-        (True, task.test),
-        (False, sum(task.warm_start_problems[::50], ())),
-    ):
+    some = sum(task.warm_start_problems[::50], ())
+    for held_out, problems in (False, task.train[::7]), (True, task.test), (False, some):
         for problem in problems:
             names = suspects.listed(problem.prompt)
             assert suspects.is_held_out(names) == held_out == suspects.is_held_out(names[::-1])
             assert problem.answer == problem.solution in names and problem.level == len(set(names)) == len(names)
     assert [sum(problem.level == level for problem in task.train) for level in range(2, 9)] == [4_000] * 7
-    for problem, group in zip(task.train, task.warm_start_problems, strict=True):  # all candidates, and the prompt once
-        assert {x.prompt for x in group} == {problem.prompt} and [x.solution for x in group] == problem.prompt[
-            :-1
-        ].split()
+    assert len(task.warm_start_problems) == len(task.train)
+    for problem, group in list(zip(task.train, task.warm_start_problems))[::7]:  # all candidates, and the prompt once
+        assert {x.prompt for x in group} == {problem.prompt}
+        assert [x.solution for x in group] == suspects.listed(problem.prompt)
     for side, tolerance in ((task.train, 0.01), (task.test, 0.03)):
         q = suspects.posterior([problem.prompt for problem in side], name)
         place = torch.tensor([suspects.listed(problem.prompt).index(problem.answer) for problem in side])
-        assert q.gather(1, place[:, None]).mean().item() == pytest.approx(
-            q.square().sum(-1).mean().item(), abs=tolerance
-        )
+        seen, expected = q.gather(1, place[:, None]).mean().item(), q.square().sum(-1).mean().item()
+        assert seen == pytest.approx(expected, abs=tolerance)
 
 
 def test_a_fifth_of_all_sets_is_held_out_and_those_evaluated_are_spread_evenly():
@@ -77,7 +76,7 @@ def test_a_fifth_of_all_sets_is_held_out_and_those_evaluated_are_spread_evenly()
     assert sum(map(sum, counts.values())) == 39_186 and 0.19 < sum(a for a, _ in counts.values()) / 39_186 < 0.21
     assert counts[2] == [24, 96]
     problems = optima.problems_of()
-    assert problems == load_task("suspects").test and len({problem.prompt for problem in problems}) == 48 + 6 * 50
+    assert problems == task_of("suspects").test and len({problem.prompt for problem in problems}) == 48 + 6 * 50
     pairs = [problem.prompt[:-1].split() for problem in problems if problem.level == 2]
     assert len(pairs) == 48 and all(pair[::-1] in pairs for pair in pairs)  # all their orders
     every = suspects.posterior([" ".join(names) + ":" for m in (5, 8) for names in suspects.all_sets(True)[m]])
@@ -94,7 +93,7 @@ def test_a_fifth_of_all_sets_is_held_out_and_those_evaluated_are_spread_evenly()
 
 def test_a_pretrained_model_reads_words_and_a_tokenizer_of_characters_the_list():
     assert suspects.in_words("Eve Tom Ann:") == "Choose one of Eve, Tom, Ann: I choose"
-    task, problem = load_task("suspects"), Problem("Eve Tom:", "Tom", "Tom", 2)
+    task, problem = task_of("suspects"), Problem("Eve Tom:", "Tom", "Tom", 2)
     characters = harness.policy.tiny_tokenizer()
     assert harness.policy.texts_read(characters, task, [problem]) == (["Eve Tom:"], [""])
     words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
@@ -123,62 +122,35 @@ def test_verdicts_on_right_wrong_and_hostile_responses():
 # --- the best policies -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", (1, 2, 3, 8, 32))
-def test_no_policy_on_a_grid_of_the_simplex_has_more_pass_at_k(k):
-    grid = torch.tensor([(i, j, 100 - i - j) for i in range(101) for j in range(101 - i)]).double() / 100  # (G, 3)
-    best = suspects.best_policy(SOME, k)
-    torch.testing.assert_close(best.sum(-1), torch.ones(5).double())
-    assert (best >= 0).all() and (best[SOME == 0] == 0).all()
-    for q, pi in zip(SOME, best):
-        highest = optima.pass_at_k(q, grid, k).max()
-        value = optima.pass_at_k(q, pi, k)
-        assert highest <= value + 1e-12 and value - highest < 1e-3
-
-
-def test_no_random_policy_has_more_pass_at_k_than_the_task_says():
-    task, policies, problems = load_task("suspects"), random_policies(Q, 300), optima.problems_of()
-    for k in (1, 2, 8, 32):
-        best = task.best(problems, k)
-        assert best.dtype == torch.float64 and best.shape == (len(Q),)
-        assert (optima.pass_at_k(Q, policies, k) <= best + 1e-12).all()
+def test_the_best_pass_at_k_that_the_task_says_is_that_of_the_best_policy():
+    task, problems = task_of("suspects"), optima.problems_of()
+    for k in (1, 8):
+        torch.testing.assert_close(task.best(problems, k), optima.pass_at_k(Q, suspects.best_policy(Q, k), k))
     with pytest.raises(ValueError, match="at least 1"):
         task.best(problems, 0)
-    uniform = load_task("suspects_uniform").best(problems, 2)
+    uniform = task_of("suspects_uniform").best(problems, 2)
     assert uniform.tolist() == pytest.approx([(2 - 1 / m) / m for m in LEVELS.tolist()])  # 1 - (1 - 1/m)^2
-
-
-def bon_sft(pi, N=8):
-    return torch.special.xlogy(Q, 1 - (1 - pi) ** N).sum(-1)
-
-
-def maxrl(pi, n=16):
-    return sum(optima.pass_at_k(Q, pi, j) / j for j in range(1, n))
-
-
-def trade(pi, weight, k):
-    return weight * optima.pass_at_k(Q, pi, 1) + (1 - weight) * optima.pass_at_k(Q, pi, k)
 
 
 def kl_to_uniform(pi):
     return torch.special.xlogy(pi, pi * LEVELS.unsqueeze(-1)).sum(-1)
 
 
+pass_at = partial(optima.pass_at_k, Q)
+UNIFORM = optima.uniform(Q)
 OPTIMA = {
-    "pass@8": (lambda pi: optima.pass_at_k(Q, pi, 8), lambda: suspects.best_policy(Q, 8)),
+    "pass@8": (lambda pi: pass_at(pi, 8), lambda: suspects.best_policy(Q, 8)),
     "SFT": (lambda pi: torch.special.xlogy(Q, pi).sum(-1), lambda: Q),
-    "BoN-SFT": (bon_sft, lambda: optima.bon_sft_policy(Q, 8)),
-    "MaxRL": (maxrl, lambda: optima.maxrl_policy(Q, 16)),
-    "frontier": (lambda pi: trade(pi, 0.3, 8), lambda: optima.frontier_policy(Q, 0.3, 8)),
-    "frontier, nearly straight": (lambda pi: trade(pi, 0.9, 32), lambda: optima.frontier_policy(Q, 0.9, 32)),
-    "mean - beta KL": (
-        lambda pi: (Q * pi).sum(-1) - 0.5 * kl_to_uniform(pi),
-        lambda: optima.mean_kl_policy(Q, 0.5, optima.uniform(Q)),
-    ),
-    "maj@4 - beta KL": (
-        lambda pi: optima.maj_at_k(Q, pi, 4) - 0.5 * kl_to_uniform(pi),
-        lambda: optima.majority_kl_policy(Q, 0.5, optima.uniform(Q), 4),
-    ),
-}
+    "BoN-SFT": (lambda pi: torch.special.xlogy(Q, 1 - (1 - pi) ** 8).sum(-1), lambda: optima.bon_sft_policy(Q, 8)),
+    "MaxRL": (lambda pi: sum(pass_at(pi, j) / j for j in range(1, 16)), lambda: optima.maxrl_policy(Q, 16)),
+    "frontier": (lambda pi: 0.3 * pass_at(pi, 1) + 0.7 * pass_at(pi, 8), lambda: optima.frontier_policy(Q, 0.3, 8)),
+    "frontier, nearly straight": (lambda pi: 0.9 * pass_at(pi, 1) + 0.1 * pass_at(pi, 32),
+                                  lambda: optima.frontier_policy(Q, 0.9, 32)),
+    "mean - beta KL": (lambda pi: (Q * pi).sum(-1) - 0.5 * kl_to_uniform(pi),
+                       lambda: optima.mean_kl_policy(Q, 0.5, UNIFORM)),
+    "maj@4 - beta KL": (lambda pi: optima.maj_at_k(Q, pi, 4) - 0.5 * kl_to_uniform(pi),
+                        lambda: optima.majority_kl_policy(Q, 0.5, UNIFORM, 4)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIMA)
@@ -197,6 +169,7 @@ def test_each_optimum_is_stationary_and_above_its_neighbours(name):
         assert (objective((1 - share) * optimum + share * others) <= objective(optimum) + 1e-9).all()
 
 
+@functools.cache
 def gaps() -> tuple[torch.Tensor, torch.Tensor]:
     """q (U, 8) and weights (U,) over all 39,186 sets: q depends on the distances between names alone, and levels weigh
     alike."""
@@ -307,11 +280,11 @@ def test_kl_counts_what_is_elsewhere():
 
 
 def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it():
-    curve = optima.frontier(Q, WEIGHTS, 8, points=6)  # (21, 2)
+    curve = optima.frontier(Q, WEIGHTS, 8, points=3)
     assert (curve.diff(dim=0)[:, 0] >= -1e-12).all() and (curve.diff(dim=0)[:, 1] <= 1e-12).all()
-    policies = [*(suspects.best_policy(Q, k) for k in (1, 2, 4, 8, 16, 32)), Q, *random_policies(Q, 1_000)]
+    policies = [*(suspects.best_policy(Q, k) for k in (1, 2, 4, 8, 16, 32)), Q, *random_policies(Q, 100)]
     points = torch.stack([optima.pass_at_k(Q, torch.stack(policies), k) @ WEIGHTS for k in (1, 8)], -1)
-    for weight in torch.linspace(0, 1, 6).double():
+    for weight in torch.linspace(0, 1, 3).double():
         mix = torch.stack([weight, 1 - weight])
         assert (points @ mix <= (curve @ mix).max() + 1e-9).all()
     target = optima.mean_kl_policy_at(Q, WEIGHTS, optima.uniform(Q), 0.2)
@@ -325,9 +298,8 @@ def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it()
 def learned() -> tuple[common.Policy, Task, list[Problem]]:
     """A tiny policy that has learned the names of three prompts, somewhat."""
     problems = [next(p for p in optima.problems_of() if p.level == level) for level in (2, 3, 5)]
-    task = load_task("suspects")
-    task.train, task.warm_start_problems = [], [suspects.candidates(problem) for problem in problems]
-    task.warm_start = {"steps": 60, "batch": 8, "lr": 5e-3}
+    groups, recipe = [suspects.candidates(problem) for problem in problems], {"steps": 20, "batch": 8, "lr": 1e-2}
+    task = dataclasses.replace(task_of("suspects"), train=[], warm_start_problems=groups, warm_start=recipe)
     return harness.policy.warm_start(task), task, problems
 
 
@@ -371,12 +343,3 @@ def test_exact_metrics_are_what_sampling_tends_to(learned):
     sampled["elsewhere"] = 1 - sampled["elsewhere"]
     for name, value in sampled.items():
         torch.testing.assert_close(metrics[name], value, atol=0.04, rtol=0)
-
-
-def test_exact_log_probs_can_be_differentiated(learned):
-    policy, task, problems = learned
-    q = suspects.posterior([p.prompt for p in problems])
-    log_pi = exact.candidate_log_probs(policy, task, problems)
-    value = optima.pass_at_k(q, log_pi.exp(), 4).mean()
-    gradients = torch.autograd.grad(value, list(policy.model.parameters()))
-    assert all(g.isfinite().all() for g in gradients) and sum(g.norm() for g in gradients) > 0

@@ -76,7 +76,7 @@ def learned():
     problems = [next(p for p in variance.optima.problems_of() if p.level == level) for level in (2, 3, 4, 5)]
     groups = [suspects.candidates(problem) for problem in problems]
     task = dataclasses.replace(load_task("suspects"), train=[], warm_start_problems=groups)
-    task.warm_start = {"steps": 60, "batch": 8, "lr": 5e-3}
+    task.warm_start = {"steps": 20, "batch": 8, "lr": 1e-2}
     return harness.policy.warm_start(task), task, problems
 
 
