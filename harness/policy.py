@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
 import common
-from common import Policy, Rollouts, padded
+from common import Policy, Rollouts, padded, sample
 from verifiers import BadInput, Problem, Task
 from verifiers.hub import load_pretrained
 
@@ -75,7 +75,7 @@ def disagreement(policy: Policy) -> str:
     V = policy.model.config.get_text_config().vocab_size
     half = dataclasses.replace(policy, stop_ids=list(range(0, V, 2)))  # responses of different lengths
     short, long = ([V // 2 + i for i in range(length)] for length in (3, 8))
-    rollouts = common.sample(half, [short, long], 6, 6, generator=torch.Generator(policy.device).manual_seed(0))
+    rollouts = sample(half, [short, long], 6, 6, generator=torch.Generator(policy.device).manual_seed(0))
     prompts, ids, mask, sampled = rollouts.flat()
 
     def plain(prompt: list[int], row: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ class RunArgs:
     lr: float = 2e-4  # highest learning rate of AdamW
     model: str = "tiny"  # tiny (0.9M parameters, built in), tiny-1 (another seed), or a causal LM: hub id or folder
     data: str | None = None  # a local file or folder with the task's problems (default: the task's own source)
-    chat: bool = True  # use the model's chat template, if it has one; --no-chat: for a base model that ships one
+    chat: bool = True  # use the model's chat template, if it has one (--no-chat: a base model that ships one)
     sandbox: str = "auto"  # for tasks that run programs: auto, bubblewrap, landlock or rlimits
     levels: tuple[int, ...] = ()  # levels of difficulty to train and evaluate on (default: all)
     temperature: float = 1.0  # of sampling, in evaluation as well, and of the log-probs that are differentiated

@@ -26,7 +26,7 @@ def test_problems_are_right_and_a_fifth_of_all_pairs_is_held_out_in_both_orders(
         for problem, (a, operation, b) in found.items():
             value = int(a) + int(b) if operation == "+" else int(a) * int(b)
             assert problem.answer == problem.solution == str(value)
-            form, first, second = levels[problem.level] if name == "sums" else ("*", *levels[problem.level])
+            form, first, second = levels[problem.level]
             assert operation == form and int(a) in first and int(b) in second
         assert {problem.level for problem in problems} == {*levels}
         sides.append({*found.values()})

@@ -627,7 +627,7 @@ def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
     model = SimpleNamespace(config=config)
     policy = SimpleNamespace(tokenizer=TOKENIZER, model=model)
     try:
-        (ids,) = harness.policy.encode_prompts(policy, SimpleNamespace(template="{prompt}"), problems, 8)
+        (ids,) = harness.policy.encode_prompts(policy, SimpleNamespace(words=None, template="{prompt}"), problems, 8)
     except BadInput as refusal:
         assert "\n" not in str(refusal) and len(str(refusal)) < 700
         assert not problems[0].prompt or context

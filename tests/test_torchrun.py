@@ -151,7 +151,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(untrained, tmp_path):
     assert returncode != 0 and "error in rank 1: cannot load --model 'no/such'" in err
 
 
-# A verifier that raises in rank 1 alone: at the evaluation before the first step, or in step 2.
+# A verifier that raises in rank 1 alone: in step 2, or at the evaluation before the first step. Call 1 is the trial.
 ONE_RAISES = """
 from verifiers import arithmetic
 verify, calls = arithmetic.verify, []
@@ -164,7 +164,7 @@ arithmetic.verify = raising
 """
 
 
-@pytest.mark.parametrize("call, step", [(3, 1), pytest.param(1, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("call, step", [(4, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
 def test_a_verifier_that_raises_in_one_process_ends_all_after_a_checkpoint(call, step, untrained, tmp_path):
     script, folder = wrapped(tmp_path, "pass_at_k_pg.py", ONE_RAISES.format(call=call)), tmp_path / "runs/a"
     returncode, _, err = in_two_processes(script, *SMALL, "--model", untrained, "--run-name", "a", cwd=tmp_path)

@@ -113,7 +113,7 @@ def one_step(model, monkeypatch, tmp_path):
         task = Task("arithmetic", PROBLEMS, PROBLEMS, verify, max_new_tokens=4)
         with monkeypatch.context() as patch:
             patch.setattr("verifiers.arithmetic.load", lambda *_: task)
-            patch.setattr(learned, "load_verifier", lambda *_: SimpleNamespace(score=score))
+            patch.setattr(learned, "load_verifier", lambda *_, **__: SimpleNamespace(score=score))
             patch.setattr(common, "sample", noted(seen.drawn, common.sample))
             patch.setattr(harness.run, "sample", noted(seen.evaluated, harness.run.sample))
             patch.setattr(common, "log_ratios", ratios)
