@@ -61,7 +61,7 @@ def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
 
 
 def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, monkeypatch):
-    """8 rows of 4 tokens, padded ("7=12<eos>" is 5): 10 tokens are two rows at a time, and one if a row is longer."""
+    """8 rows of 4 tokens, padded ("7=12<eos>" is 5): 15 tokens are three rows at a time, and one if a row is longer."""
     rewards, seen = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2), []
     responses = [["1", "12", "2", "3"]] * 2
     problems, forward = [Problem("7", ""), Problem("8", "")], LlamaForSequenceClassification.forward
@@ -72,7 +72,7 @@ def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, monkeypat
 
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", counted)
     scores = []
-    for budget, rows in ((16384, [8]), (10, [2] * 4), (4, [1] * 8)):
+    for budget, rows in ((16384, [8]), (15, [3, 3, 2]), (4, [1] * 8)):
         seen.clear()
         verifier = learned.trained_verifier(untrained, task_of(problems), problems, responses, rewards, lr=1e-2,
                                             epochs=1, budget=budget)  # fmt: skip
