@@ -117,6 +117,7 @@ def test_a_sweep_of_all_types(kind, run, rewarded, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_most_types_train():
-    """Of those before it, where all were run."""
-    if len(VERDICTS) > 130:
-        assert sum(verdict == "trains" for verdict in VERDICTS.values()) >= 120
+    """Of those that the sweep before it has built."""
+    if len(VERDICTS) <= 130:
+        pytest.skip(f"only {len(VERDICTS)} types were built: run the whole sweep before this test, in one process")
+    assert sum(verdict == "trains" for verdict in VERDICTS.values()) >= 120

@@ -406,7 +406,8 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
     values = values_of({response.strip() for row in responses for response in row})
     results = [[values[response.strip()] for response in row] for row in responses]
     answers = [[result[1] for result in row] for row in results]
-    rewards = [[float(y == tuple(json.loads(p.answer))) for y in row] for p, row in zip(problems, answers)]
+    wanted = [tuple(json.loads(problem.answer)) for problem in problems]
+    rewards = [[float(answer == right) for answer in row] for right, row in zip(wanted, answers)]
     counts = troubles(status for row in results for status, _ in row)
     return Verdict(torch.tensor(rewards), votes_from_answers(answers), counts)
 

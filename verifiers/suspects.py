@@ -147,7 +147,9 @@ def load(name: str, data: str | None = None) -> Task:
     if data is not None:
         raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     train = training_problems(name)
-    warm_start, groups = {"steps": 200, "batch": 16, "lr": 8e-3}, [candidates(problem) for problem in train]
-    learning = dict(max_new_tokens=4, warm_start=warm_start, warm_start_problems=groups)
-    best = partial(best_pass_at_k, name=name)
-    return Task(name, train, spread_problems(name), verify, "{prompt}", in_words, INSTRUCTION, best=best, **learning)
+    groups = [candidates(problem) for problem in train]
+    return Task(
+        name, train, spread_problems(name), verify, instruction=INSTRUCTION, words=in_words, max_new_tokens=4,
+        warm_start={"steps": 200, "batch": 16, "lr": 8e-3}, warm_start_problems=groups,
+        best=partial(best_pass_at_k, name=name),
+    )  # fmt: skip

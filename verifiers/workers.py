@@ -160,8 +160,9 @@ def check_math(gold: str, answer: str) -> list:
 
     found = parsed(answer)
     parts = found[0].args if found and isinstance(found[0], sympy.FiniteSet) else ()
-    if parts and not any(isinstance(part, sympy.Eq) or not part.is_Relational for part in parts):
-        with contextlib.suppress(NotImplementedError):  # of several variables
+    inequalities = all(part.is_Relational and not isinstance(part, sympy.Eq) for part in parts)
+    if parts and inequalities and len(found[0].free_symbols) == 1:
+        with contextlib.suppress(NotImplementedError):  # sympy cannot solve one of them
             both = sympy.Intersection(*(part.as_set() for part in parts))
             found = [sympy.Union(*(part.as_set() for part in parts)) if "or" in answer or both.is_empty else both]
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # x < 3 is the interval (-oo, 3)
