@@ -222,10 +222,13 @@ def main(args: Args) -> None:
     check_args(args)
     run = Run(args, args.task, args.model, args.estimator, args.verifier, f"N{args.N}", f"n{args.n}", f"s{args.seed}")
     if args.estimator.startswith("rlb"):
+        if run.own_scores:
+            raise BadInput(f"--estimator {args.estimator} is a closed form for scores that are the rewards: use exact")
         run.task = with_checked_verdicts(run.task, f"--estimator {args.estimator}")
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.N)
     anneal_steps = args.steps if args.kl_anneal_steps is None else args.kl_anneal_steps
-    selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
+    # Best-of-N by scores that are the rewards is pass@N.
+    selected = "bon" if args.verifier == "learned" or run.own_scores else "pass"
     if args.verifier == "learned":
         run.use_learned_verifier()
     anchor = copy.deepcopy(policy) if args.kl_coef or args.kl_coef_end or args.log_kl else None

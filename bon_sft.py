@@ -159,7 +159,8 @@ def main(args: Args) -> None:
     if args.likelihood == "exact":
         run.task = with_checked_verdicts(run.task, "--likelihood exact")
     task, ks = run.task, sizes_up_to(args.eval_n, args.eval_N)
-    selected = "bon" if args.verifier == "learned" else "pass"  # the environment's own Best-of-N is pass@N
+    # Best-of-N by scores that are the rewards is pass@N.
+    selected = "bon" if args.verifier == "learned" or run.own_scores else "pass"
     experts = experts_of(args.experts, task, run.train) if args.experts and args.steps else {}
 
     def groups_of(problems) -> list[list[Problem]]:

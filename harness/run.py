@@ -260,8 +260,9 @@ class Run:
             except ImportError as error:
                 flag, needs = ("track", "wandb tensorboard") if args.track else ("tensorboard", "tensorboard")
                 raise BadInput(f"--{flag} needs what is not installed: pip install {needs}") from error
-        if not args.show_prompt:
-            self.task.verify(self.test[:1], [[""]])  # a verifier that cannot run is told before the model is loaded
+        # A verifier that cannot run is told before the model is loaded.
+        trial = None if args.show_prompt else self.task.verify(self.test[:1], [[""]])
+        self.own_scores = trial is not None and trial.scores is not trial.rewards
 
     @functools.cached_property
     def policy(self) -> Policy:

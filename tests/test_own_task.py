@@ -107,7 +107,7 @@ def test_what_a_verifier_may_not_return(name):
 def test_what_is_right_passes_as_it_is():
     verdict = Verdict(ONE, ONE.long(), {"timeouts": 2})
     task = with_checked_verdicts(Task("mine", [], [], lambda *batch: verdict))
-    assert task.verify([Problem("1", "1")] * 2, [["a"] * 3] * 2) is verdict
+    assert task.verify([Problem("1", "1")] * 2, [["a"] * 3] * 2) is verdict and verdict.scores is verdict.rewards
 
 
 def test_what_is_computed_by_a_model_is_taken_out_of_its_graph():
@@ -153,3 +153,19 @@ def test_a_broken_file_is_one_line(name, run, skilled, mine):
     result = run("pass_at_k_pg.py", *SMALL, "--task", mine(code), "--model", "nowhere")
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
     assert "Traceback" not in result.stderr and not Path("runs").exists()  # told before the model is looked for
+
+
+def test_best_of_n_by_scores_of_ones_own_is_not_called_pass_at_n(run, skilled, mine):
+    """Of four responses the first is right, and the verifier prefers the others: pass@4 is 1, bon@4 is 0."""
+    tensors = "torch.eye(1, n).repeat(B, 1), torch.zeros(B, n).long(), scores=torch.arange(n * 1.0).repeat(B, 1)"
+    code = f"{VERIFY}    B, n = len(problems), len(responses[0])\n    return Verdict({tensors})\n"
+    where = mine(CODE.replace(VERIFY, code))
+    for script, flags in ("bon_rl.py", [*SMALL, "--steps", "0"]), ("bon_sft.py", [*SMALL, "--steps", "0", "--n", "8"]):
+        result = run(script, *flags, "--task", where, "--model", skilled, "--run-name", script[:-3])
+        assert result.returncode == 0, result.stderr
+        values = records(Path("runs") / script[:-3])[0]["eval"]["all"]
+        assert {name: values[name][0] for name in ("pass@1", "pass@2", "pass@4", "bon@1", "bon@2", "bon@4")} == {
+            "pass@1": 0.25, "pass@2": 0.5, "pass@4": 1, "bon@1": 0.25, "bon@2": 0, "bon@4": 0
+        }  # fmt: skip
+    result = run("bon_rl.py", *SMALL, "--task", where, "--model", "nowhere", "--estimator", "rlb")
+    assert result.returncode == 2 and "a closed form for scores that are the rewards: use exact" in result.stderr

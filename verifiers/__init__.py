@@ -110,14 +110,15 @@ def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task
 
 def with_checked_verdicts(task: Task, only_01: str = "") -> Task:
     """The same task, whose `verify` returns tensors on the CPU without a graph, and raises BadInput for anything but a
-    `Verdict` of the responses. only_01: what can use no other rewards than 0 and 1, for the error; "" if all can."""
+    `Verdict` of the responses. only_01: what needs rewards and scores that are 0 or 1, for the error; "" if nothing.
+    Scores that are the rewards stay the same tensor."""
     import torch
 
     def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
         verdict, of = task.verify(problems, responses), f"the verifier of {task.name}"
         if not isinstance(verdict, Verdict):
             raise BadInput(f"{of} must return a verifiers.Verdict, not {type(verdict).__name__}")
-        shape = len(responses), len(responses[0])
+        shape, own_scores = (len(responses), len(responses[0])), verdict.scores is not verdict.rewards
         for name in ("rewards", "votes", "scores"):
             value, dtype = getattr(verdict, name), "int64" if name == "votes" else "float32"
             tensor = isinstance(value, torch.Tensor)
@@ -128,8 +129,9 @@ def with_checked_verdicts(task: Task, only_01: str = "") -> Task:
                 what = f"{of} gave {name} that are not finite numbers, one of them to {responses[b][i][:40]!a}"
                 raise BadInput(f"{what}: every response needs a number")
             setattr(verdict, name, value.detach().cpu())
-        if only_01 and not ((verdict.rewards == 0) | (verdict.rewards == 1)).all():
-            raise BadInput(f"{only_01} is for rewards 0 and 1, {task.name!r} has others: use another one")
+        verdict.scores = verdict.scores if own_scores else verdict.rewards
+        if only_01 and not all(((x == 0) | (x == 1)).all() for x in (verdict.rewards, verdict.scores)):
+            raise BadInput(f"{only_01} is for rewards and scores 0 and 1, {task.name!r} has others: use another one")
         return verdict
 
     return dataclasses.replace(task, verify=verify)
