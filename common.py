@@ -298,7 +298,7 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
         hidden, cache, seen, position = read_prompts(model, prompts)
         for t in range(T):
             log_p = (logits(model, hidden[:, -1]) / temperature).log_softmax(-1)  # (rows, V)
-            total = log_p.exp().cumsum(-1)  # (rows, V): the distribution function, up to rounding of its end
+            total = log_p.exp().cumsum_(-1)  # (rows, V): the distribution function, up to rounding of its end
             token = torch.searchsorted(total, uniform[rows, t].unsqueeze(-1) * total[:, -1:], right=True)  # (rows, 1)
             token = token.clamp(max=total.shape[-1] - 1)  # where the scores are not numbers
             live = rows[alive]
