@@ -41,8 +41,7 @@ Rules = dict[str, Callable | str]  # name -> (B, n) rewards -> (B, n) advantages
 
 @dataclass
 class Args:
-    publish: bool = False
-    """put the tables of the engines that are installed here into docs/engines.md"""
+    publish: bool = False  # put the tables of the engines that are installed here into docs/engines.md
 
 
 # --- the engines' advantages ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The best that any policy can do on `suspects`, exactly: what each objective tends to, before anything is run.
 
-    python benchmarks/optima.py                 # the tables
+    python benchmarks/optima.py                 # the tables of these predictions
     python benchmarks/optima.py --predictions   # writes predictions.json beside this file
 
 Everything is a function of q (P, 8) float64: q_y is the probability that candidate y of a prompt is the hidden answer,
@@ -28,19 +28,16 @@ PREDICTIONS = Path(__file__).with_name("predictions.json")
 
 @dataclass
 class Args:
-    predictions: bool = False
-    """write predictions.json instead of printing the tables"""
+    predictions: bool = False  # write predictions.json instead of printing the tables
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The prompts
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the prompts ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def problems_of(held_out: bool = True, name: str = "suspects") -> list[Problem]:
+def problems_of(held_out: bool = True) -> list[Problem]:
     """The held-out problems of the task, 50 a level and 48 at level 2, or as many training ones; all prompts differ."""
-    return spread_problems(name, held_out)
+    return spread_problems("suspects", held_out)
 
 
 def level_weights(problems: Sequence[Problem]) -> torch.Tensor:
@@ -57,9 +54,7 @@ def held_out() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, level_weights(problems_of()), (q > 0).sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics of a policy
-# ---------------------------------------------------------------------------------------------------------------------
+# --- metrics of a policy ----------------------------------------------------------------------------------------------
 
 
 def pass_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
@@ -139,9 +134,7 @@ def at_temperature(pi: torch.Tensor, temperature: float) -> torch.Tensor:
     return pi / pi.sum(-1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What each objective tends to
-# ---------------------------------------------------------------------------------------------------------------------
+# --- what each objective tends to -------------------------------------------------------------------------------------
 
 
 def uniform(q: torch.Tensor) -> torch.Tensor:
@@ -249,9 +242,7 @@ def mean_kl_policy_at(q: torch.Tensor, weights: torch.Tensor, base: torch.Tensor
     return pi
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and predictions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- tables and predictions -------------------------------------------------------------------------------------------
 
 
 def optima(q: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -272,6 +263,7 @@ class Predicted(claims.Source):
     OPTIMUM = {"base": "base", "sft": "sft", "bon-sft": "bon-sft-8",
                **dict.fromkeys(("mean", "hard-mean", "learned-exact", "learned-mean"), "k1"),
                **dict.fromkeys(("hard-k8", "k8-n8", "rlb-p", "variational"), "k8"),
+               **{f"baseline-{name}": "k8" for name in ("b", "others", "posterior")},
                **{f"k{k}": f"k{k}" for k in (2, 4, 8, 16, 32)},
                **{f"k{k}-biased": f"k{k - 1}" for k in (2, 4, 8, 16)}}  # fmt: skip
 
@@ -335,23 +327,16 @@ def predictions() -> dict:
 
 
 def main(args: Args) -> None:
+    found = predictions()
     if args.predictions:
-        PREDICTIONS.write_text(measure.records_json(predictions()))
+        PREDICTIONS.write_text(measure.records_json(found))
         print(PREDICTIONS)
         return
-    q, weights, _ = held_out()
     print("the optimum of each objective, over the held-out prompts\n")
-    rows = [[name, *(f"{weights @ pass_at_k(q, pi, k):.3f}" for k in TRIES)] for name, pi in optima(q).items()]
+    rows = [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found["policies"].items()]
     measure.print_table(["", *(f"pass@{k}" for k in TRIES)], rows)
-    print("maj@8 and KL to the uniform base of the optima of two objectives under a penalty beta KL\n")
-    base, rows = uniform(q), []
-    for beta in (0.2, 0.3, 0.5, 0.8):
-        policies = mean_kl_policy(q, beta, base), majority_kl_policy(q, beta, base)
-        values = [weights @ metric for pi in policies for metric in (maj_at_k(q, pi, 8), kl(pi, base))]
-        at_kl = weights @ maj_at_k(q, mean_kl_policy_at(q, weights, base, values[3].item()), 8)
-        rows.append([beta, *(f"{value:.3f}" for value in values), f"{values[2] - at_kl:+.4f}"])
-    head = ["beta", "mean: maj@8", "KL", "majority: maj@8", "KL", "majority less mean at its KL"]
-    measure.print_table(head, rows)
+    print("what it says of each comparison of claims.py\n")
+    measure.print_table(["claim", "comparison", "predicted"], [[*row.values()] for row in found["claims"]])
 
 
 if __name__ == "__main__":
