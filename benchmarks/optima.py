@@ -142,32 +142,32 @@ def uniform(q: torch.Tensor) -> torch.Tensor:
     return (q > 0) / (q > 0).sum(-1, keepdim=True).double()
 
 
-def maximiser(q: torch.Tensor, slope: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def maximiser(q: torch.Tensor, inverse: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The policy that maximises sum_y F_y(pi_y) under sum_y pi_y = 1, for concave F_y: (P, 8).
 
-    slope(pi) = F'(pi), (P, 8), falls as pi_y grows, is 0 where q is, and may be infinite at 0. For a multiplier mu,
-    pi_y is where F'_y = mu, or the end of [0, 1] nearest to it, and sum_y pi_y falls as mu grows: bisection of log mu,
-    and inside it of pi.
+    inverse(mu): where the slope F'_y is the multiplier mu (P, 1), or the end of [0, 1] nearest to it, and 0 where q is:
+    (P, 8). Its sum falls as mu grows: bisection of log mu.
     """
-
-    def at(log_mu: torch.Tensor) -> torch.Tensor:
-        left, right = torch.zeros_like(q), torch.ones_like(q)  # (P, 8)
-        for _ in range(55):
-            pi = (left + right) / 2
-            steep = slope(pi) > log_mu.exp()
-            left, right = torch.where(steep, pi, left), torch.where(steep, right, pi)
-        return pi
-
     low, high = torch.full_like(q[:, :1], -100.0), torch.full_like(q[:, :1], 100.0)  # (P, 1)
     for _ in range(60):
         log_mu = (low + high) / 2
-        many = at(log_mu).sum(-1, keepdim=True) > 1
+        many = inverse(log_mu.exp()).sum(-1, keepdim=True) > 1
         low, high = torch.where(many, log_mu, low), torch.where(many, high, log_mu)
     # Where F is nearly straight the last bit of mu moves pi: the point between the two ends that adds up to 1.
-    more, less = at(low), at(high)
+    more, less = inverse(low.exp()), inverse(high.exp())
     share = (1 - less.sum(-1, keepdim=True)) / (more - less).sum(-1, keepdim=True).clamp(min=1e-300)  # (P, 1)
     pi = torch.lerp(less, more, share.clamp(0, 1)).where(q > 0, 0.0)
     return pi / pi.sum(-1, keepdim=True)
+
+
+def where_steep(slope: Callable[[torch.Tensor], torch.Tensor], mu: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What `maximiser` asks for, by bisection of a slope (P, 8) that falls as pi_y grows and may be infinite at 0."""
+    left, right = torch.zeros_like(q), torch.ones_like(q)  # (P, 8)
+    for _ in range(55):
+        pi = (left + right) / 2
+        steep = slope(pi) > mu
+        left, right = torch.where(steep, pi, left), torch.where(steep, right, pi)
+    return pi
 
 
 def bon_sft_policy(q: torch.Tensor, N: int) -> torch.Tensor:
@@ -176,17 +176,24 @@ def bon_sft_policy(q: torch.Tensor, N: int) -> torch.Tensor:
     Chow, BoN-SFT on solutions drawn from q. Where y is right, the verifier fails p = 1 - pi_y of the samples, and
     log pi_bon(y) = log pi_y + log((1 - p^N) / (1 - p)) = log(1 - p^N). N = 1 is SFT: pi = q.
     """
-    return maximiser(q, lambda pi: q * N * (1 - pi) ** (N - 1) / (1 - (1 - pi) ** N))
+    return maximiser(q, lambda mu: where_steep(lambda p: q * N * (1 - p) ** (N - 1) / (1 - (1 - p) ** N), mu, q))
 
 
 def maxrl_policy(q: torch.Tensor, n: int) -> torch.Tensor:
     """Maximises sum_y q_y sum_{j<n} (1 - (1 - pi_y)^j) / j, the log-likelihood cut off at order n-1: (P, 8); n >= 3."""
-    return maximiser(q, lambda pi: q * (1 - (1 - pi) ** (n - 1)) / pi)
+    return maximiser(q, lambda mu: where_steep(lambda p: q * (1 - (1 - p) ** (n - 1)) / p, mu, q))
 
 
 def frontier_policy(q: torch.Tensor, weight: float, k: int) -> torch.Tensor:
-    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight <= 1: (P, 8). No policy has more of both."""
-    return maximiser(q, lambda pi: q * (weight + (1 - weight) * k * (1 - pi) ** (k - 1)))
+    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight <= 1: (P, 8). No policy has more of both.
+
+    The slope q (weight + (1 - weight) k (1 - pi)^(k-1)) has an inverse in closed form."""
+
+    def inverse(mu: torch.Tensor) -> torch.Tensor:
+        missed = ((mu / q - weight) / ((1 - weight) * k)).nan_to_num(0).clamp(min=0) ** (1 / (k - 1))
+        return (1 - missed).clamp(min=0)
+
+    return maximiser(q, inverse)
 
 
 def mean_kl_policy(q: torch.Tensor, beta: float, base: torch.Tensor) -> torch.Tensor:
