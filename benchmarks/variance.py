@@ -32,7 +32,7 @@ import common
 from bon_rl import advantages as best_of_n
 from harness.policy import load_policy
 from pass_at_k_pg import advantages
-from verifiers import Problem, Task, load_task
+from verifiers import Problem, Task
 from verifiers.suspects import LEVELS, posterior
 
 K = 4  # of pass@k, and N, on the softmax policies
@@ -42,7 +42,6 @@ K = 4  # of pass@k, and N, on the softmax policies
 class Args:
     runs: Path | None = None  # folder of reproduce.py: the cosines of two gradients along its runs
     seeds: int = 5  # of these runs
-    threads: int = 1  # CPU threads
     publish: bool = False  # put the tables into docs/gradients.md
 
 
@@ -120,7 +119,6 @@ def tie_moments(p_fail: float, N: int, estimator: str, known: bool) -> tuple[flo
 
 # --- the network ------------------------------------------------------------------------------------------------------
 
-
 OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {  # (P,) of q and pi, (P, 8) each
     **{f"pass@{k}": partial(optima.pass_at_k, k=k) for k in (1, 7, 8)},
     "MaxRL": lambda q, pi: sum(optima.pass_at_k(q, pi, j) / j for j in range(1, 16)),
@@ -181,7 +179,7 @@ ALONG = {
 
 def interference_along(out: Path, seeds: int) -> dict[str, list[list[float]]]:
     """`interference` on 350 training prompts, by the policy's name: (seeds, 8), of the runs that are done."""
-    task, problems, result = load_task("suspects"), optima.problems_of(held_out=False), {}
+    task, problems, result = exact.the_task(), optima.problems_of(held_out=False), {}
     for label, name in ALONG.items():
         result[label] = []
         for seed in range(seeds):
@@ -206,7 +204,7 @@ def tables(args: Args) -> dict[str, str]:
         rows.append([p, *known, *estimated])
     estimated = [f"{name}, estimated: bias; deviation" for name in list(TIES.values())[1:]]
     found["variance-ties"] = measure.markdown(["P_fail", *TIES.values(), *estimated], rows)
-    task, problems = load_task("suspects"), []
+    task, problems = exact.the_task(), []
     for level in LEVELS:
         some = [problem for problem in optima.problems_of(held_out=False) if problem.level == level]
         problems += [some[len(some) // 3], some[2 * len(some) // 3]]
@@ -223,7 +221,7 @@ def tables(args: Args) -> dict[str, str]:
 
 
 def main(args: Args) -> None:
-    print(measure.in_words(measure.machine(args.threads)) + "\n")
+    print(measure.in_words(measure.machine(1)) + "\n")
     found = tables(args)
     for name, table in found.items():
         print(f"{name}\n\n{table}\n")
