@@ -12,8 +12,8 @@ Each engine takes an environment of its own:
 
 The rewards of n samples to each of B prompts go in as the engine's trainer passes them on, the advantages come out;
 `spectrum.worth` reads off what they maximise. All engines average over rows: the tables have the spectrum of A / n.
-Responses have 1 to 3 tokens; a rule that is refused for it is run again with equal lengths. The second table is what
-each loss makes of an advantage, from its gradient in the log-probs: which sum to undo.
+A rule that is refused for its responses' lengths is run again with equal ones. The second table is what each loss makes
+of an advantage, from its gradient in the log-probs: which sum to undo.
 """
 
 import importlib.metadata
@@ -24,6 +24,7 @@ import tempfile
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import measure  # first: puts the repository on the path
 import numpy as np
@@ -41,35 +42,22 @@ Rules = dict[str, Callable | str]  # name -> (B, n) rewards -> (B, n) advantages
 
 @dataclass
 class Args:
-    publish: bool = False
-    """put the tables of the engines that are installed here into docs/engines.md"""
+    publish: bool = False  # put the tables of the engines that are installed here into docs/engines.md
 
 
 # --- the engines' advantages ------------------------------------------------------------------------------------------
 
 
-class Lengths:
-    """Response lengths of a batch: 1, 2, 3, 1, ... or, in the second attempt, 3 throughout."""
-
-    equal = False
-
-    def mask(self, rows: int) -> torch.Tensor:
-        """(R, 3) float64, 1 at tokens."""
-        lengths = torch.full((rows,), 3) if self.equal else torch.arange(rows) % 3 + 1
-        return (torch.arange(3) < lengths.unsqueeze(-1)).double()
-
-
-LENGTHS = Lengths()
-
-
 def of_tokens(call: Callable) -> Callable:
     """An estimator of token-level rewards, with the reward at the last token, as (B, n) -> (B, n), divided by n.
 
-    call(rewards (R, 3), mask (R, 3), index (R,)) returns advantages (R, 3), equal at all tokens of a response."""
+    call(rewards (R, 3), mask (R, 3), index (R,)) returns advantages (R, 3), equal at all tokens of a response. The
+    responses have 1, 2, 3, 1, ... tokens or, if all are `equal`, 3."""
 
-    def advantages(rewards: torch.Tensor) -> torch.Tensor:
+    def advantages(rewards: torch.Tensor, equal: bool = False) -> torch.Tensor:
         B, n = rewards.shape
-        mask = LENGTHS.mask(B * n)  # (R, T)
+        lengths = torch.full((B * n,), 3) if equal else torch.arange(B * n) % 3 + 1  # (R,)
+        mask = (torch.arange(3) < lengths.unsqueeze(-1)).double()  # (R, T)
         last = (mask.sum(-1, keepdim=True) - 1).long()
         tokens = torch.zeros_like(mask).scatter(-1, last, rewards.reshape(-1, 1))  # (B, n) -> (R, T)
         index = np.array([f"prompt {b}" for b in range(B) for _ in range(n)], dtype=object)
@@ -253,14 +241,13 @@ def row(name: str, rule: Callable | str, again: bool) -> list[str]:
     if isinstance(rule, str):
         return [name, "", "", "not run", rule]
     try:
-        LENGTHS.equal = False
         try:
             D = spectrum.worth(rule, N)
         except BadInput:
             if not again:
                 raise
-            LENGTHS.equal = True
-            D, remark = spectrum.worth(rule, N), "only where all responses are equally long: its baseline reads lengths"
+            D = spectrum.worth(partial(rule, equal=True), N)
+            remark = "only where all responses are equally long: its baseline reads lengths"
     except Exception as error:  # whatever an engine raises says why there is no row
         why = " ".join(str(error).split()) or type(error).__name__
         return [name, "", "", "refused", why.removeprefix("refused: ").partition(":")[0]]

@@ -11,6 +11,7 @@ The mean over levels is what sampling answers and responses to these prompts ten
     python benchmarks/exact.py --model runs/NAME/policy         # after training
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,10 +28,8 @@ from verifiers.suspects import MOST, candidates, posterior
 
 @dataclass
 class Args:
-    model: str = "tiny"
-    """"tiny", "tiny-S" for the one from seed S, or a folder: runs/NAME/policy"""
-    base: str = "tiny"
-    """the policy that the KL is measured from"""
+    model: str = "tiny"  # "tiny", "tiny-S" for the one from seed S, or a folder: runs/NAME/policy
+    base: str = "tiny"  # the policy that the KL is measured from
 
 
 def candidate_log_probs(
@@ -59,17 +58,16 @@ def candidate_log_probs(
 def exact_metrics(
     log_pi: torch.Tensor,
     problems: Sequence[Problem],
-    name: str = "suspects",
     base_log_pi: torch.Tensor | None = None,
     votes: Sequence[int] = (8,),
 ) -> dict[str, torch.Tensor]:
     """Exact metrics of each prompt, by name, (P,) float64 each: pass@1 to pass@32, maj@k for each k of `votes`,
     elsewhere (the probability of responses that are no listed name) and, with base_log_pi, kl in nats from that policy.
 
-    log_pi, base_log_pi: (P, 8) of `candidate_log_probs`. name: the task whose prior is meant. What is elsewhere is
-    wrong; in a vote each such response is an answer of its own, which no other agrees with; in kl it is one response.
+    log_pi, base_log_pi: (P, 8) of `candidate_log_probs`. What is elsewhere is wrong; in a vote each such response is an
+    answer of its own, which no other agrees with; in kl it is one response.
     """
-    q, pi = posterior([problem.prompt for problem in problems], name), log_pi.exp()
+    q, pi = posterior([problem.prompt for problem in problems]), log_pi.exp()
     metrics = {f"pass@{k}": optima.pass_at_k(q, pi, k) for k in optima.TRIES}
     metrics |= {f"maj@{k}": optima.maj_at_k(q, pi, k) for k in votes}
     metrics["elsewhere"] = 1 - pi.sum(-1)
@@ -86,12 +84,30 @@ def by_level(metrics: dict[str, torch.Tensor], problems: Sequence[Problem]) -> d
     return {name: {level: (share @ value).item() for level, share in shares.items()} for name, value in metrics.items()}
 
 
-def main(args: Args) -> None:
-    task, problems = load_task("suspects"), optima.problems_of()
-    base, policy = (load_policy(model, task, "cpu") for model in (args.base, args.model))
+@functools.cache
+def the_task() -> Task:
+    return load_task("suspects")
+
+
+@functools.cache
+def log_probs(model: str, held_out: bool = True, temperature: float = 1.0) -> torch.Tensor:
+    """`candidate_log_probs` of a policy, by name or folder, for the fixed problems, held-out or of training: (P, 8)."""
     with torch.no_grad():
-        base_log_pi, log_pi = (candidate_log_probs(p, task, problems) for p in (base, policy))
-    found = by_level(exact_metrics(log_pi, problems, base_log_pi=base_log_pi), problems)
+        policy = load_policy(model, the_task(), "cpu")
+        return candidate_log_probs(policy, the_task(), optima.problems_of(held_out), temperature)
+
+
+def evaluation(
+    model: str, base: str, held_out: bool = True, temperature: float = 1.0, votes: Sequence[int] = (8,)
+) -> dict[str, dict[str, float]]:
+    """`exact_metrics` of a policy, with the KL from another, for the fixed problems: name -> level -> value."""
+    problems = optima.problems_of(held_out)
+    log_pi, base_log_pi = (log_probs(x, held_out, temperature) for x in (model, base))
+    return by_level(exact_metrics(log_pi, problems, base_log_pi, votes), problems)
+
+
+def main(args: Args) -> None:
+    found = evaluation(args.model, args.base)
     rows = [[level, *(f"{found[name][level]:.3f}" for name in found)] for level in found["kl"]]
     measure.print_table(["level", *found], rows)
 

@@ -1,37 +1,23 @@
 """pass@1 against pass@k on `suspects`: the exact frontier, which no policy lies above, and where trained policies lie.
 
-    python benchmarks/frontier.py                               # the frontier and the optima alone
-    python benchmarks/frontier.py --measured measured.json      # {"name": [[pass@1, pass@8, pass@32] of each seed]}
-
 A policy is a point; the frontier comes from maximising w pass@1 + (1 - w) pass@k for each w. An objective's own optimum
-may lie below it: the optimum for k = 16 spends on tries that pass@8 does not count.
+may lie below it: the optimum for k = 16 spends on tries that pass@8 does not count. reproduce.py and real_model.py draw
+their policies on it.
 """
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import measure  # first: puts the repository on the path
 import numpy as np
 import optima
-from colours import COLOURS
 
 from harness.report import mean_and_interval, pyplot, save_and_close
 from verifiers.suspects import best_policy
 
 KS = (8, 32)  # the panels
-MARKED = (1, 2, 4, 8, 16, 32)
-
-
-@dataclass
-class Args:
-    measured: Path | None = None
-    """JSON of measured points: a name, and [pass@1, pass@8, pass@32] of each of 2 to 10 seeds"""
-    figure: Path = Path("runs/frontier.png")
-    """where the figure goes"""
 
 
 @functools.cache
@@ -48,12 +34,6 @@ def below_frontier(curve: np.ndarray, points: np.ndarray) -> np.ndarray:
     nothing, it is the distance to that best.
     """
     return np.interp(points[:, 0], curve[:, 0], curve[:, 1]) - points[:, 1]
-
-
-def optimum(k: int) -> np.ndarray:
-    """(pass@1, pass@8, pass@32) of the best policy for k tries: (3,)."""
-    q, weights, _ = optima.held_out()
-    return np.array([(weights @ optima.pass_at_k(q, best_policy(q, k), j)).item() for j in (1, *KS)])
 
 
 def label(axis, labels: Sequence[tuple[Sequence[float], str, str]]) -> None:
@@ -91,12 +71,14 @@ def draw(axis, k: int, measured: Mapping[str, np.ndarray]) -> list[tuple]:
     axis.set_facecolor("0.93")  # where no policy is
     axis.fill_between(x, y, color="white")
     axis.plot(x, y, color="black", linewidth=1, label="frontier: no policy beyond")
-    stars = np.array([optimum(tries)[[0, column]] for tries in MARKED])  # (6, 2)
+    q, weights, _ = optima.held_out()
+    best = [best_policy(q, tries) for tries in optima.TRIES]
+    stars = np.array([[(weights @ optima.pass_at_k(q, pi, j)).item() for j in (1, k)] for pi in best])  # (6, 2)
     axis.plot(*stars.T, "*", color="black", markersize=8, label="the best for k tries")
-    labels = [(star, f"k = {tries}", "black") for tries, star in zip(MARKED, stars)]
+    labels = [(star, f"k = {tries}", "black") for tries, star in zip(optima.TRIES, stars)]
     families = {name: name.partition(",")[0] for name in measured}
     for family in dict.fromkeys(families.values()):
-        colour, names = COLOURS[family.split(" at ")[0]], [name for name in measured if families[name] == family]
+        colour, names = measure.COLOURS[family], [name for name in measured if families[name] == family]
         seeds = [np.asarray(measured[name])[:, [0, column]] for name in names]  # (S, 2) each
         pairs = np.array([mean_and_interval(x) for x in seeds])  # (names, 2, 2): mean and half-width, of x and of y
         (x, dx), (y, dy) = np.nan_to_num(pairs).transpose(2, 1, 0)
@@ -120,25 +102,3 @@ def save_figure(path: Path, panels: Sequence[tuple[str, int, Mapping[str, np.nda
     for axis, labels in zip(axes[0], found):
         label(axis, labels)
     save_and_close(figure, path)
-
-
-def panels(measured: Mapping[str, np.ndarray]) -> list[tuple[str, int, Mapping[str, np.ndarray]]]:
-    """What `save_figure` takes for one model."""
-    return [(f"one try against {k}", k, measured) for k in KS]
-
-
-def main(args: Args) -> None:
-    measured = json.loads(args.measured.read_text()) if args.measured else {}
-    measured = {name: np.array(seeds, dtype=float) for name, seeds in measured.items()}
-    save_figure(args.figure, panels(measured))
-    rows = []
-    for name, seeds in {**{f"best for {k}": optimum(k)[None] for k in MARKED}, **measured}.items():
-        below = (below_frontier(curve(k), seeds[:, [0, i]]) for i, k in enumerate(KS, start=1))
-        rows.append([name, *map(measure.interval, (*seeds.T, *below))])
-    head = ["", "pass@1", *(f"pass@{k}" for k in KS), *(f"below the frontier of pass@{k}" for k in KS)]
-    measure.print_table(head, rows)
-    print(args.figure)
-
-
-if __name__ == "__main__":
-    measure.program(main, Args)

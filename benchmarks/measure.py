@@ -4,13 +4,12 @@ Importing it puts the repository's root on sys.path. `python benchmarks/x.py` th
 """
 
 import datetime
-import functools
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import statistics
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,12 +29,31 @@ from harness.report import mean_and_interval, table
 from verifiers import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
+# One colour an objective, in every figure of this repository: the family of an estimator's name, before its comma.
+COLOURS = {
+    "base": "#7f7f7f",
+    "mean": "#1f77b4",  # RLOO
+    "unbiased": "#d62728",  # pass@k
+    "biased": "#ff9896",
+    "MaxRL": "#2ca02c",
+    "GRPO": "#17becf",
+    "pass^k": "#8c564b",
+    "majority": "#9467bd",
+    "BoN-RL variational": "#b5a000",
+    "BoN-RLB(P)": "#ff7f0e",
+    "SFT": "#393b79",
+    "BoN-SFT": "#6b6ecf",
+}
 
 
 def program(main: Callable, Args: type) -> None:
-    """Parse the command line into Args and run main(args). A user's mistake ends in one line and exit code 2."""
+    """Parse the command line into Args and run main(args). --help begins with the docstring at the top of the file. A
+    user's mistake ends in one line and exit code 2. SIGTERM is taken as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(sys.modules[main.__module__].__doc__)  # as it stands: tyro would join its lines
     try:
-        main(tyro.cli(Args, description=sys.modules[main.__module__].__doc__))
+        main(tyro.cli(Args, description=""))
     except BadInput as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
@@ -77,10 +95,6 @@ def interleaved(functions: dict[str, Callable], rounds: int, warm_up: int = 1) -
     return {name: [row[name] for row in rows[warm_up:]] for name in functions}
 
 
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
 def spread(values: Sequence[float]) -> str:
     """Median [first quartile, third quartile], to three digits."""
     low, middle, high = (f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in np.quantile(values, (0.25, 0.5, 0.75)))
@@ -101,23 +115,23 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def pasted(text: str, name: str, table: str) -> str:
-    """The text with the table between <!-- NAME:begin --> and <!-- NAME:end -->, if it has these markers."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    return f"{before}{begin}\n{table}\n{end}{after}" if found and closed else text
+def marked(name: str) -> re.Pattern:
+    """What stands between <!-- NAME:begin --> and <!-- NAME:end -->."""
+    return re.compile(f"(?<=<!-- {name}:begin -->\n).*?(?=\n<!-- {name}:end -->)", re.S)
 
 
 def publish(tables: dict[str, str]) -> None:
     """Paste tables, by the names of their markers, into README.md and the pages of docs/."""
     for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        page.write_text(functools.reduce(lambda text, item: pasted(text, *item), tables.items(), page.read_text()))
+        text = page.read_text()
+        for name, new in tables.items():
+            text = marked(name).sub(lambda _: new, text)
+        page.write_text(text)
 
 
 def published(name: str, page: str) -> str:
     """What stands between the markers of this name, on a page such as "docs/speed.md"."""
-    return re.search(f"<!-- {name}:begin -->\n(.*?)\n<!-- {name}:end -->", (ROOT / page).read_text(), re.S)[1]
+    return marked(name).search((ROOT / page).read_text())[0]
 
 
 def records_json(facts: dict) -> str:

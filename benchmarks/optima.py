@@ -1,6 +1,6 @@
 """The best that any policy can do on `suspects`, exactly: what each objective tends to, before anything is run.
 
-    python benchmarks/optima.py                 # the tables
+    python benchmarks/optima.py                 # the tables of these predictions
     python benchmarks/optima.py --predictions   # writes predictions.json beside this file
 
 Everything is a function of q (P, 8) float64: q_y is the probability that candidate y of a prompt is the hidden answer,
@@ -28,19 +28,16 @@ PREDICTIONS = Path(__file__).with_name("predictions.json")
 
 @dataclass
 class Args:
-    predictions: bool = False
-    """write predictions.json instead of printing the tables"""
+    predictions: bool = False  # write predictions.json instead of printing the tables
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The prompts
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the prompts ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def problems_of(held_out: bool = True, name: str = "suspects") -> list[Problem]:
+def problems_of(held_out: bool = True) -> list[Problem]:
     """The held-out problems of the task, 50 a level and 48 at level 2, or as many training ones; all prompts differ."""
-    return spread_problems(name, held_out)
+    return spread_problems("suspects", held_out)
 
 
 def level_weights(problems: Sequence[Problem]) -> torch.Tensor:
@@ -57,9 +54,7 @@ def held_out() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, level_weights(problems_of()), (q > 0).sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics of a policy
-# ---------------------------------------------------------------------------------------------------------------------
+# --- metrics of a policy ----------------------------------------------------------------------------------------------
 
 
 def pass_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
@@ -139,9 +134,7 @@ def at_temperature(pi: torch.Tensor, temperature: float) -> torch.Tensor:
     return pi / pi.sum(-1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What each objective tends to
-# ---------------------------------------------------------------------------------------------------------------------
+# --- what each objective tends to -------------------------------------------------------------------------------------
 
 
 def uniform(q: torch.Tensor) -> torch.Tensor:
@@ -149,32 +142,32 @@ def uniform(q: torch.Tensor) -> torch.Tensor:
     return (q > 0) / (q > 0).sum(-1, keepdim=True).double()
 
 
-def maximiser(q: torch.Tensor, slope: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def maximiser(q: torch.Tensor, inverse: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The policy that maximises sum_y F_y(pi_y) under sum_y pi_y = 1, for concave F_y: (P, 8).
 
-    slope(pi) = F'(pi), (P, 8), falls as pi_y grows, is 0 where q is, and may be infinite at 0. For a multiplier mu,
-    pi_y is where F'_y = mu, or the end of [0, 1] nearest to it, and sum_y pi_y falls as mu grows: bisection of log mu,
-    and inside it of pi.
+    inverse(mu): where the slope F'_y is the multiplier mu (P, 1), or the end of [0, 1] nearest to it, and 0 where q is:
+    (P, 8). Its sum falls as mu grows: bisection of log mu.
     """
-
-    def at(log_mu: torch.Tensor) -> torch.Tensor:
-        left, right = torch.zeros_like(q), torch.ones_like(q)  # (P, 8)
-        for _ in range(55):
-            pi = (left + right) / 2
-            steep = slope(pi) > log_mu.exp()
-            left, right = torch.where(steep, pi, left), torch.where(steep, right, pi)
-        return pi
-
     low, high = torch.full_like(q[:, :1], -100.0), torch.full_like(q[:, :1], 100.0)  # (P, 1)
     for _ in range(60):
         log_mu = (low + high) / 2
-        many = at(log_mu).sum(-1, keepdim=True) > 1
+        many = inverse(log_mu.exp()).sum(-1, keepdim=True) > 1
         low, high = torch.where(many, log_mu, low), torch.where(many, high, log_mu)
     # Where F is nearly straight the last bit of mu moves pi: the point between the two ends that adds up to 1.
-    more, less = at(low), at(high)
+    more, less = inverse(low.exp()), inverse(high.exp())
     share = (1 - less.sum(-1, keepdim=True)) / (more - less).sum(-1, keepdim=True).clamp(min=1e-300)  # (P, 1)
     pi = torch.lerp(less, more, share.clamp(0, 1)).where(q > 0, 0.0)
     return pi / pi.sum(-1, keepdim=True)
+
+
+def where_steep(slope: Callable[[torch.Tensor], torch.Tensor], mu: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What `maximiser` asks for, by bisection of a slope (P, 8) that falls as pi_y grows and may be infinite at 0."""
+    left, right = torch.zeros_like(q), torch.ones_like(q)  # (P, 8)
+    for _ in range(55):
+        pi = (left + right) / 2
+        steep = slope(pi) > mu
+        left, right = torch.where(steep, pi, left), torch.where(steep, right, pi)
+    return pi
 
 
 def bon_sft_policy(q: torch.Tensor, N: int) -> torch.Tensor:
@@ -183,17 +176,24 @@ def bon_sft_policy(q: torch.Tensor, N: int) -> torch.Tensor:
     Chow, BoN-SFT on solutions drawn from q. Where y is right, the verifier fails p = 1 - pi_y of the samples, and
     log pi_bon(y) = log pi_y + log((1 - p^N) / (1 - p)) = log(1 - p^N). N = 1 is SFT: pi = q.
     """
-    return maximiser(q, lambda pi: q * N * (1 - pi) ** (N - 1) / (1 - (1 - pi) ** N))
+    return maximiser(q, lambda mu: where_steep(lambda p: q * N * (1 - p) ** (N - 1) / (1 - (1 - p) ** N), mu, q))
 
 
 def maxrl_policy(q: torch.Tensor, n: int) -> torch.Tensor:
     """Maximises sum_y q_y sum_{j<n} (1 - (1 - pi_y)^j) / j, the log-likelihood cut off at order n-1: (P, 8); n >= 3."""
-    return maximiser(q, lambda pi: q * (1 - (1 - pi) ** (n - 1)) / pi)
+    return maximiser(q, lambda mu: where_steep(lambda p: q * (1 - (1 - p) ** (n - 1)) / p, mu, q))
 
 
 def frontier_policy(q: torch.Tensor, weight: float, k: int) -> torch.Tensor:
-    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight <= 1: (P, 8). No policy has more of both."""
-    return maximiser(q, lambda pi: q * (weight + (1 - weight) * k * (1 - pi) ** (k - 1)))
+    """Maximises weight pass@1 + (1 - weight) pass@k, 0 <= weight <= 1: (P, 8). No policy has more of both.
+
+    The slope q (weight + (1 - weight) k (1 - pi)^(k-1)) has an inverse in closed form."""
+
+    def inverse(mu: torch.Tensor) -> torch.Tensor:
+        missed = ((mu / q - weight) / ((1 - weight) * k)).nan_to_num(0).clamp(min=0) ** (1 / (k - 1))
+        return (1 - missed).clamp(min=0)
+
+    return maximiser(q, inverse)
 
 
 def mean_kl_policy(q: torch.Tensor, beta: float, base: torch.Tensor) -> torch.Tensor:
@@ -249,9 +249,7 @@ def mean_kl_policy_at(q: torch.Tensor, weights: torch.Tensor, base: torch.Tensor
     return pi
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and predictions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- tables and predictions -------------------------------------------------------------------------------------------
 
 
 def optima(q: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -272,6 +270,7 @@ class Predicted(claims.Source):
     OPTIMUM = {"base": "base", "sft": "sft", "bon-sft": "bon-sft-8",
                **dict.fromkeys(("mean", "hard-mean", "learned-exact", "learned-mean"), "k1"),
                **dict.fromkeys(("hard-k8", "k8-n8", "rlb-p", "variational"), "k8"),
+               **{f"baseline-{name}": "k8" for name in ("b", "others", "posterior")},
                **{f"k{k}": f"k{k}" for k in (2, 4, 8, 16, 32)},
                **{f"k{k}-biased": f"k{k - 1}" for k in (2, 4, 8, 16)}}  # fmt: skip
 
@@ -335,23 +334,16 @@ def predictions() -> dict:
 
 
 def main(args: Args) -> None:
+    found = predictions()
     if args.predictions:
-        PREDICTIONS.write_text(measure.records_json(predictions()))
+        PREDICTIONS.write_text(measure.records_json(found))
         print(PREDICTIONS)
         return
-    q, weights, _ = held_out()
     print("the optimum of each objective, over the held-out prompts\n")
-    rows = [[name, *(f"{weights @ pass_at_k(q, pi, k):.3f}" for k in TRIES)] for name, pi in optima(q).items()]
+    rows = [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found["policies"].items()]
     measure.print_table(["", *(f"pass@{k}" for k in TRIES)], rows)
-    print("maj@8 and KL to the uniform base of the optima of two objectives under a penalty beta KL\n")
-    base, rows = uniform(q), []
-    for beta in (0.2, 0.3, 0.5, 0.8):
-        policies = mean_kl_policy(q, beta, base), majority_kl_policy(q, beta, base)
-        values = [weights @ metric for pi in policies for metric in (maj_at_k(q, pi, 8), kl(pi, base))]
-        at_kl = weights @ maj_at_k(q, mean_kl_policy_at(q, weights, base, values[3].item()), 8)
-        rows.append([beta, *(f"{value:.3f}" for value in values), f"{values[2] - at_kl:+.4f}"])
-    head = ["beta", "mean: maj@8", "KL", "majority: maj@8", "KL", "majority less mean at its KL"]
-    measure.print_table(head, rows)
+    print("what it says of each comparison of claims.py\n")
+    measure.print_table(["claim", "comparison", "predicted"], [[*row.values()] for row in found["claims"]])
 
 
 if __name__ == "__main__":

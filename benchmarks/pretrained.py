@@ -33,10 +33,8 @@ NORMAL, CONTROL, ADDED, BYTE = 1, 3, 4, 6  # kinds of pieces in GGUF's tokenizer
 
 @dataclass
 class Args:
-    model: tyro.conf.Positional[Literal["smollm2", "gemma3"]] = "smollm2"
-    """which of the two"""
-    out: Path | None = None
-    """where the model and its tokenizer go (default: runs/MODEL)"""
+    model: tyro.conf.Positional[Literal["smollm2", "gemma3"]] = "smollm2"  # which of the two
+    out: Path | None = None  # where the model and its tokenizer go (default: runs/MODEL)
     plain: bool = False
     """leave the chat template out: SmolLM2 then reads a task's words alone, without a chat around them"""
 

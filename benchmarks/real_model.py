@@ -6,15 +6,10 @@
     python benchmarks/real_model.py --model smollm2   # the runs of one model
     python benchmarks/real_model.py --report          # runs nothing: the tables and the figure of what there is
 
-The task is `suspects`. A model without a chat reads its names in words: "Choose one of Eve, Tom: I choose". First comes
-SFT on prompts with all their candidates: the model then knows those listed and prefers none. From there RL, with the
-scripts' own decay of the learning rate; then evaluation without sampling (exact.py) on the held-out prompts of
-reproduce.py, under the same frontier (frontier.py).
-
-Seed s varies the order of problems in SFT and in RL, and the samples; the pretrained model is one. ± is a 95%
-confidence interval over seeds (Student's t); differences are paired by seed. Every run is one of RUNS, a command for
---out. Each that ends leaves a line in real_model.json at once. A stopped run is resumed. A run that has its line is not
-made again, on whatever day or machine; its SFT is, where RL is left and its policy is gone.
+SFT on prompts of `suspects` with all their candidates: the model then knows those listed and prefers none. From there
+RL, then evaluation as in reproduce.py, on the same prompts. Seed s varies the order of problems in SFT and in RL, and
+the samples; the pretrained model is one. Each run that ends leaves a line in real_model.json at once and is not made
+again, on whatever day or machine; its SFT is, where RL is left and its policy is gone. A stopped run is resumed.
 
 Predicted before the runs: in COMPARED the first of a pair is ahead of the second; how far at most, by the optima of the
 two objectives, stands beside it. Settings were chosen on single runs of other seeds. SFT of 60 steps leaves .031 of
@@ -26,7 +21,6 @@ import datetime
 import json
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,22 +72,14 @@ COMPARED = [  # metric, and the two runs, the one that should be ahead first
 
 @dataclass
 class Args:
-    model: Literal["smollm2", "gemma3", "both"] = "both"
-    """whose runs are made; the report is of both"""
-    seeds: int | None = None
-    """1 to 10 (default: 5 of SmolLM2, 3 of Gemma)"""
-    jobs: int = 2
-    """runs at a time, each on one thread"""
-    flags: str = ""
-    """flags behind those of every run, such as --flags="--steps 2": a smaller experiment, with --records of its own"""
-    out: Path = Path("runs/real_model")
-    """folder of the models, the runs and their logs"""
-    records: Path = measure.ROOT / "benchmarks" / "real_model.json"
-    """where each run that ends leaves its line; runs that have one are not made again"""
-    report: bool = False
-    """run nothing, report what there is"""
-    publish: bool = False
-    """draw .github/real_model.png, and paste the tables into docs/results.md, between their markers"""
+    model: Literal["smollm2", "gemma3", "both"] = "both"  # whose runs are made; the report is of both
+    seeds: int | None = None  # 1 to 10 (default: 5 of SmolLM2, 3 of Gemma)
+    jobs: int = 2  # runs at a time, each on one thread
+    flags: str = ""  # flags behind those of every run, as --flags="--steps 2": smaller runs, with their own --records
+    out: Path = Path("runs/real_model")  # folder of the models, the runs and their logs
+    records: Path = measure.ROOT / "benchmarks" / "real_model.json"  # finished runs, a line each, not made again
+    report: bool = False  # run nothing, report what there is
+    publish: bool = False  # draw .github/real_model.png, and paste the tables into docs/results.md
 
 
 def records_in(path: Path) -> list[dict]:
@@ -154,9 +140,8 @@ class Runs(reproduce.Runs):
 
     def keep(self, name: str, seed: int, folder: Path) -> None:
         model, _, run = name.partition(" ")
-        problems, base = optima.problems_of(), self.folder(f"{model} sft", seed) / "policy"
-        log_pi, base_log_pi = (reproduce.log_probs(str(x)) for x in (folder / "policy", base))
-        metrics = exact.by_level(exact.exact_metrics(log_pi, problems, "suspects", base_log_pi), problems)
+        base = self.folder(f"{model} sft", seed) / "policy"
+        metrics = exact.evaluation(str(folder / "policy"), str(base))
         values = {metric: round(of_level["all"], 5) for metric, of_level in metrics.items()}
         timings = [json.loads(line)["seconds"] for line in (folder / "timings.jsonl").read_text().splitlines()]
         record = {"model": model, "run": run, "seed": seed, **values, "minutes": round(sum(timings) / 60, 1),
@@ -238,5 +223,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     measure.program(main, Args)

@@ -1,20 +1,16 @@
-"""The papers' claims (B1-B3, M1-M5, C1-C5) and three questions neither paper asks: predicted, then measured.
+"""The papers' claims (B1-B3, M1-M5, C1-C5) and questions neither paper asks: predicted, then measured.
 
     python benchmarks/reproduce.py               # 5 seeds of 28 settings
     python benchmarks/reproduce.py --quick       # 3 seeds of five settings, which the whole takes over
+    python benchmarks/reproduce.py --baselines   # E4: 5 seeds of recipes/baselines.py and of k8
     python benchmarks/reproduce.py --report      # runs nothing: the tables of what there is
-    python benchmarks/reproduce.py --programs    # M4 on `programs` as well: two settings more
 
-The task is `suspects`. Every number comes from RUNS, commands that can also be run by themselves: the scripts' own
-settings, 150 steps of 256 samples (16 prompts x 16, or as many in other groups), a learning rate that falls from 2e-4
-to 0. A stopped run is resumed. A finished run is not made again.
-
-Seed s varies everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated
-without sampling (exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike.
-exact.json lies beside the run. predictions.json, which optima.py wrote before the runs, has for each comparison what
-exact theory says of the optima. They are limits, and 150 steps end before them. The verdict judges only the sign.
-share = measured / predicted. Differences are paired by seed; ± is a 95% confidence interval over seeds (Student's t).
-Writes results.json, tables and the measured points of frontier.py to --out.
+The task is `suspects`. Every number comes from RUNS, commands that can also be run by themselves. Seed s varies
+everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated without sampling
+(exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike. exact.json lies beside
+the run. predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory says of the
+optima. docs/results.md says how to read the tables. A stopped run is resumed. A finished run is not made again.
+Writes results.json, tables and the figure of policies and frontier to --out.
 """
 
 import functools
@@ -24,7 +20,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -48,7 +43,7 @@ import bandit
 import common
 from harness.policy import encode_prompts, load_policy, tiny_policy_folder
 from harness.report import mean_and_interval
-from verifiers import BadInput, Problem, learned, load_task
+from verifiers import BadInput, learned
 from verifiers.suspects import MOST, listed, posterior, suspect
 
 FORMALITY = "--eval-every 0 --eval-problems 1 --eval-n 32"  # the scripts' own evaluation, by sampling, is not used
@@ -59,7 +54,6 @@ VERIFIER_PROBLEMS = 2000
 LEARNED = f"{BON} --verifier learned --verifier-problems {VERIFIER_PROBLEMS}"
 VOTE = f"majority_pg.py {SHARED} --k 8"
 SFT = f"bon_sft.py {SHARED} --eval-N 8"
-PROGRAMS = "pass_at_k_pg.py --task programs --k 8 --steps 120 --eval-every 0"
 
 # Each is run for every seed s, with --model tiny-s --seed s behind.
 RUNS = {
@@ -86,7 +80,10 @@ RUNS = {
     "sft": f"{SFT} --N 1",
     "bon-sft": f"{SFT} --N 8 --likelihood exact",
 }
-ON_PROGRAMS = {"programs-mean": f"{PROGRAMS} --estimator mean", "programs-k8": PROGRAMS}
+BASELINES = {  # beside "k8", which is u
+    f"baseline-{name}": f"{PASS} --k 8 --estimator {measure.ROOT / 'recipes' / 'baselines.py'}:{name}"
+    for name in ("b", "others", "posterior")
+}
 BASE = f"pass_at_k_pg.py --steps 0 --k 4 {FORMALITY}"  # first of all: it leaves tiny-s in the cache
 QUICK = ("mean", "k4", "k8", "sft", "bon-sft")  # for what they decide in ten minutes: M1, M4, C4, some of C2, C3, C5
 
@@ -101,20 +98,13 @@ POLICIES = {
 
 @dataclass
 class Args:
-    quick: bool = False
-    """three seeds of five settings"""
-    programs: bool = False
-    """also M4 on `programs`"""
-    seeds: int = 5
-    """2 to 10"""
-    jobs: int = 2
-    """runs at a time, each on one thread"""
-    out: Path = Path("runs/reproduce")
-    """folder of the runs, their logs and the results"""
-    report: bool = False
-    """run nothing, report what there is"""
-    publish: bool = False
-    """copy results.json here, its tables into README.md and docs/results.md, and draw .github/frontier.png"""
+    quick: bool = False  # three seeds of five settings
+    baselines: bool = False  # the baselines of pass@k alone
+    seeds: int = 5  # 2 to 10
+    jobs: int = 2  # runs at a time, each on one thread
+    out: Path = Path("runs/reproduce")  # folder of the runs, their logs and the results
+    report: bool = False  # run nothing, report what there is
+    publish: bool = False  # copy results.json here, tables into README.md and docs/results.md, the figure into .github
 
 
 BEST_MEAN = "maj@8 of the highest mean reward at this KL"
@@ -147,29 +137,7 @@ class Seed(claims.Source):
         return distance - float(np.interp(kl, *zip(*path)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Exact evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def prompts(where: str) -> list[Problem]:
-    """The fixed problems of the exact evaluation: "held-out", or "training"."""
-    return optima.problems_of(where == "held-out")
-
-
-@functools.cache
-def log_probs(model: str, where: str = "held-out", temperature: float = 1.0) -> torch.Tensor:
-    """`exact.candidate_log_probs` of a policy, by name or folder, for these `prompts`: (P, 8). A name is read in its
-    usual tokens; the same text in other tokens counts as elsewhere."""
-    task = the_task()
-    with torch.no_grad():
-        policy = load_policy(model, task, "cpu")
-        return exact.candidate_log_probs(policy, task, prompts(where), temperature)
-
-
-@functools.cache
-def the_task():
-    return load_task("suspects")
+# --- exact evaluation -------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -180,7 +148,7 @@ def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
     listed; AUC within problems, of the verifier and of q on the very same samples. It is sampled, unlike all else,
     because a verifier also scores what is not listed, and may like it best.
     """
-    task, problems = the_task(), prompts("held-out")
+    task, problems = exact.the_task(), optima.problems_of()
     texts, weights = [problem.prompt for problem in problems], level_weights(problems)
     tiny = tiny_policy_folder(task, seed)
     (folder,) = tiny.parent.glob(f"{tiny.name}-verifier-*-p{VERIFIER_PROBLEMS}-*")  # runs leave it in the cache
@@ -207,44 +175,32 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
     """Exact metrics of a finished run's policy: where -> metric -> level -> value.
 
     where: "held-out" and "training" prompts; "T = 0.7" and "T = 1.3", the temperatures, of base and k8; "before", the
-    base policy's where a verifier selects. Runs on `programs`: their own sampled evaluation, "held-out".
+    base policy's where a verifier selects.
     """
-    if name in ON_PROGRAMS:
-        last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]["eval"]
-        levels = last.items()
-        return {"held-out": {metric: {level: values[metric][0] for level, values in levels} for metric in last["all"]}}
     base, after = f"tiny-{seed}", folder / "policy"
-    model, problems = str(after) if after.exists() else base, prompts("held-out")
-
-    def metrics(where: str, temperature: float = 1.0, votes: Sequence[int] = ()):
-        log_pi, base_log_pi = (log_probs(m, where, temperature) for m in (model, base))
-        return exact.by_level(
-            exact.exact_metrics(log_pi, prompts(where), "suspects", base_log_pi, votes), prompts(where)
-        )
-
-    result = {"held-out": metrics("held-out", votes=(8,)), "training": metrics("training")}
+    model = str(after) if after.exists() else base
+    result = {"held-out": exact.evaluation(model, base), "training": exact.evaluation(model, base, False, votes=())}
     if name in ("base", "k8"):
-        result |= {f"T = {T}": metrics("held-out", T) for T in (0.7, 1.3)}
+        result |= {f"T = {T}": exact.evaluation(model, base, True, T, ()) for T in (0.7, 1.3)}
     if name.startswith("vote"):  # the frontier keeps what lies elsewhere where it is in the base policy
-        q, base_pi, weights = posterior([p.prompt for p in problems]), log_probs(base).exp(), level_weights(problems)
+        q, weights, _ = optima.held_out()
+        base_pi = exact.log_probs(base).exp()  # (P, 8)
         fits = base_pi.sum(-1, keepdim=True)  # (P, 1)
         kl = result["held-out"]["kl"]["all"]
         best = fits * optima.mean_kl_policy_at(q, weights * fits.squeeze(-1), base_pi / fits, kl)  # (P, 8)
-        result["held-out"] |= exact.by_level({BEST_MEAN: optima.maj_at_k(q, best, 8)}, problems)
+        result["held-out"] |= exact.by_level({BEST_MEAN: optima.maj_at_k(q, best, 8)}, optima.problems_of())
     if name.startswith("learned"):
         result["before"] = verifier_metrics(base, seed)
         result["held-out"] |= verifier_metrics(model, seed)
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def command(name: str, seed: int | str = "S") -> str:
     """The command of a run."""
-    flags = BASE if name == "base" else (RUNS | ON_PROGRAMS)[name]
+    flags = BASE if name == "base" else (RUNS | BASELINES)[name]
     return f"{flags} --model tiny-{seed} --seed {seed}"
 
 
@@ -256,26 +212,19 @@ def run_folder(out: Path, name: str, seed: int, words: str | None = None) -> Pat
 
 class Runs:
     """Makes runs, several at a time. A failure is kept in `failed` and stops no other. What is run, in which stages,
-    when it is done and what is kept of it are methods, which real_model.py and baselines.py replace."""
+    when it is done and what is kept of it are methods, which real_model.py replaces."""
 
-    threads = 1
+    command, evaluation = staticmethod(command), staticmethod(evaluation)
 
     def __init__(self, out: Path, names: Sequence[str], seeds: Sequence[int], jobs: int):
         self.out, self.names, self.seeds, self.jobs = out, names, seeds, jobs
         self.processes, self.stopping, self.failed, self.evaluating = set(), False, [], threading.Lock()
-
-    def command(self, name: str, seed: int) -> str:
-        return command(name, seed)
 
     def folder(self, name: str, seed: int) -> Path:
         return run_folder(self.out, name, seed, self.command(name, seed))
 
     def done(self, name: str, seed: int) -> bool:
         return (self.folder(name, seed) / "exact.json").exists()
-
-    def evaluation(self, name: str, seed: int, folder: Path) -> dict:
-        """What exact.json says of a finished run."""
-        return evaluation(name, seed, folder)
 
     def keep(self, name: str, seed: int, folder: Path) -> None:
         """Evaluate a finished run, and leave what marks it as done."""
@@ -297,7 +246,7 @@ class Runs:
         if not (folder / "curves.png").exists():  # what a script writes last
             resume = (folder / "args.json").exists()
             flags = ["--resume", f"runs/{folder.name}"] if resume else [*flags, "--run-name", folder.name]
-            environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TQDM_MININTERVAL": "60"}
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
             with open(log, "a") as file:
                 process = subprocess.Popen(
                     [sys.executable, measure.ROOT / script, *flags], cwd=self.out, stdout=file, stderr=file,
@@ -335,9 +284,7 @@ class Runs:
                 raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def over_seeds(out: Path, seeds: int, value: Callable[[Seed], float | list[float]]) -> tuple[np.ndarray, list]:
@@ -403,7 +350,8 @@ def policy_rows(out: Path, seeds: int) -> list[dict]:
         points, _ = over_seeds(out, seeds, lambda seed: [seed.at(name, f"pass@{j}") for j in (1, 8, 32)])
         row = {"policy": label, "k": k, "points": points.tolist()}
         for where in ("held-out", "training") if k else ():
-            best = level_weights(prompts(where)) @ the_task().best(prompts(where), k)
+            problems = optima.problems_of(where == "held-out")
+            best = level_weights(problems) @ exact.the_task().best(problems, k)
 
             def share(seed: Seed) -> float:
                 now, base = (seed.at(x, f"pass@{k}", (), where) for x in (name, "base"))
@@ -444,12 +392,12 @@ def tables(result: dict) -> dict[str, str]:
     learned verifier."""
     every, short, policies = [], [], []
     for claim, group in itertools.groupby(result["rows"], key=lambda row: row["claim"]):
-        page = claims.PAGES[claim]
+        page, seen = claims.PAPERS[claim]
         for place, row in enumerate(group):
             what = f"**{row['what']}**" if row["headline"] else row["what"]
-            every.append(["" if place else f"**{claim}** {claims.PAPERS[claim]} [({page})]({page})", what, *cells(row)])
+            every.append(["" if place else f"**{claim}** {seen} [({page})]({page})", what, *cells(row)])
             if row["headline"] and claim[0] != "E":  # what no paper claims stands in the long table alone
-                short.append([claim, claims.PAPERS[claim], row["what"], *cells(row)])
+                short.append([claim, seen, row["what"], *cells(row)])
     for row in result["policies"]:
         points = np.array(row["points"])  # (S, 3)
         below = [frontier.below_frontier(frontier.curve(k), points[:, [0, i]]) for i, k in ((1, 8), (2, 32))]
@@ -475,11 +423,11 @@ def tables(result: dict) -> dict[str, str]:
 def main(args: Args) -> None:
     if not 2 <= args.seeds <= 10 or args.jobs < 1:
         raise BadInput("--seeds must lie between 2 and 10, --jobs be at least 1")
-    if args.publish and args.quick:
-        raise BadInput("--publish is for all of it: leave --quick out")
+    if args.publish and (args.quick or args.baselines):
+        raise BadInput("--publish is for all of it: leave --quick and --baselines out")
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, machine = 3 if args.quick else args.seeds, measure.machine(1)
-    names = [*(QUICK if args.quick else RUNS), *(ON_PROGRAMS if args.programs else ())]
+    names = ["k8", *BASELINES] if args.baselines else [*(QUICK if args.quick else RUNS)]
     runs = Runs(args.out, names, range(seeds), args.jobs)
     if not args.report:
         runs.make_all()
@@ -489,19 +437,18 @@ def main(args: Args) -> None:
         "policies": policy_rows(args.out, seeds), "verifier": verifier_rows(args.out, seeds),
     }  # fmt: skip
     (args.out / "results.json").write_text(measure.records_json(result))
-    points = {row["policy"]: row["points"] for row in result["policies"]}
-    (args.out / "measured.json").write_text(json.dumps(points, indent=1) + "\n")
     found = tables(result)
     for name, table in found.items():
         (args.out / f"{name}.md").write_text(table + "\n")
         print(f"{table}\n")
-    print(f"{args.out}: results.json, measured.json for frontier.py, and these tables")
+    points = {row["policy"]: np.array(row["points"]) for row in result["policies"]}
+    frontier.save_figure(args.out / "frontier.png", [(f"one try against {k}", k, points) for k in frontier.KS])
+    print(f"{args.out}: results.json, these tables, frontier.png")
     if runs.failed:
         raise BadInput("these runs failed, their claims lack seeds:\n" + "\n".join(runs.failed))
     if args.publish:
-        shutil.copy(args.out / "results.json", measure.ROOT / "benchmarks" / "results.json")
-        figure = {name: np.array(seeds) for name, seeds in points.items()}
-        frontier.save_figure(measure.ROOT / ".github" / "frontier.png", frontier.panels(figure))
+        shutil.copy(args.out / "results.json", measure.ROOT / "benchmarks")
+        shutil.copy(args.out / "frontier.png", measure.ROOT / ".github")
         texts = {"claims-machine": f"{measure.in_words(machine)}; {seeds} seeds."}
         texts["claims-figure"] = (
             "![pass@1 against pass@8 and pass@32: the exact frontier, policies](../.github/frontier.png)"
@@ -510,5 +457,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     measure.program(main, Args)

@@ -38,7 +38,6 @@ from typing import get_args, get_type_hints
 import measure  # first: puts the repository on the path
 import torch
 import tyro
-from colours import COLOURS
 
 import bon_rl
 import pass_at_k_pg
@@ -55,24 +54,14 @@ EPS = torch.finfo(torch.float64).eps
 
 @dataclass
 class Args:
-    estimator: tyro.conf.Positional[str | None] = None
-    """FILE:NAME, a function (rewards (B, n), k) -> advantages (B, n); default: those of this repository, and others"""
-    n: int = 8
-    """samples of a prompt"""
-    k: int | None = None
-    """what the estimator is given as k (default: 4, or n if that is less)"""
-    json: bool = False
-    """print {"D": [...], "beta": [...], "w": [...]} and no more; w is null where it is too inexact"""
-    figure: Path | None = None
-    """draw D, beta and U of six rules to this file"""
+    estimator: tyro.conf.Positional[str | None] = None  # FILE:NAME, (rewards (B, n), k) -> (B, n); default: many others
+    n: int = 8  # samples of a prompt
+    k: int | None = None  # what the estimator is given as k (default: 4, or n if that is less)
+    json: bool = False  # print {"D": [...], "beta": [...], "w": [...]} and no more; w is null where it is too inexact
+    figure: Path | None = None  # draw D, beta and U of six rules to this file
 
 
 # --- worth, baseline, utility, weights --------------------------------------------------------------------------------
-
-
-def rounding(advantages: torch.Tensor) -> float:
-    """Below this share of the largest |A| a number is taken for rounding: 1e-12 in float64, more in shorter types."""
-    return 1e-12 if advantages.dtype == torch.float64 else 32 * torch.finfo(advantages.dtype).eps
 
 
 def patterns(n: int) -> torch.Tensor:
@@ -87,7 +76,7 @@ def patterns(n: int) -> torch.Tensor:
 
 def by_count(advantages: Advantages, n: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """A of a right sample and of a wrong one when c of the n are right, c = 0..n: (n+1,) float64 each, nan where there
-    is no such sample; and the share of the largest |A| that is rounding.
+    is no such sample; and below what a number is taken for rounding: 1e-12 of the largest |A| in float64.
 
     Raises BadInput where the advantages depend on more than a sample's own reward and the number of right ones."""
     if n < 1:
@@ -97,45 +86,40 @@ def by_count(advantages: Advantages, n: int) -> tuple[torch.Tensor, torch.Tensor
     if not isinstance(A, torch.Tensor) or A.shape != rows.shape:
         shape = tuple(A.shape) if isinstance(A, torch.Tensor) else type(A).__name__
         raise BadInput(f"refused: advantages must have the shape of the rewards, {tuple(rows.shape)}, not {shape}")
-    share = rounding(A)
+    share = 1e-12 if A.dtype == torch.float64 else 32 * torch.finfo(A.dtype).eps
     A, again = A.detach().double(), advantages(rows.clone()).detach().double()
+    rounding = share * A.abs().max().item()
 
     def row_text(row: torch.Tensor) -> str:
         return " ".join(f"{x:g}" for x in row.tolist())
 
+    def equal(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x - y).abs() <= 100 * rounding  # nan is equal to nothing
+
     if not A.isfinite().all():
         row = rows[(~A.isfinite()).nonzero()[0, 0]]
         raise BadInput(f"refused: the advantages of {row_text(row)} are not finite")
-    size = A.abs().max().item()
-
-    def equal(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (x - y).abs() <= 100 * share * size  # nan is equal to nothing
-
     if not equal(A, again).all():
         raise BadInput("refused: random, or with a memory: two calls with the same rewards gave different advantages")
     count = rows.sum(-1).long()  # (R,)
     right, wrong = (torch.full((n + 1,), torch.nan, dtype=torch.float64) for _ in range(2))
-    for c in range(n + 1):
-        some, row = A[count == c], rows[count == c]  # (R', n) each
-        if c:
-            right[c] = some[row == 1][0]
-        if c < n:
-            wrong[c] = some[row == 0][0]
-        usual = torch.where(row == 1, right[c], wrong[c])  # (R', n)
-        for b, i in (~equal(some, usual)).nonzero()[:1].tolist():
-            what = "not symmetric in the samples, or dependent on more than own reward and the number right"
-            kind = ("wrong", "right")[int(row[b, i])]
-            seen = f"{some[b, i]:.4g} in {row_text(row[b])}, {usual[b, i]:.4g} elsewhere"
-            raise BadInput(f"refused: {what}: with {c} of {n} right, a {kind} sample has {seen}")
+    for c in range(n):
+        right[c + 1] = A[(count == c + 1).unsqueeze(-1) & (rows == 1)][0]
+        wrong[c] = A[(count == c).unsqueeze(-1) & (rows == 0)][0]
+    usual = torch.where(rows == 1, right[count].unsqueeze(-1), wrong[count].unsqueeze(-1))  # (R, n)
+    for b, i in (~equal(A, usual)).nonzero()[:1].tolist():
+        what = "not symmetric in the samples, or dependent on more than own reward and the number right"
+        seen = f"{A[b, i]:.4g} in {row_text(rows[b])}, {usual[b, i]:.4g} elsewhere"
+        kind = ("wrong", "right")[int(rows[b, i])]
+        raise BadInput(f"refused: {what}: with {count[b]} of {n} right, a {kind} sample has {seen}")
     for c in sorted(range(n + 1), key=lambda c: abs(c - n / 2)):  # mixed rows first: the others may be 0/0 when alone
-        row = rows[count == c][-1]  # (n,)
-        alone = advantages(row.unsqueeze(0).clone()).detach().double().squeeze(0)  # (1, n) -> (n,)
-        among = torch.where(row == 1, right[c], wrong[c])
-        if not equal(alone, among).all():
-            seen = f"{row_text(row)} alone has the advantages {', '.join(f'{x:.3g}' for x in alone.tolist())}"
-            others = f"among other rows {', '.join(f'{x:.3g}' for x in among.tolist())}"
+        b = (count == c).nonzero()[-1, 0]
+        alone = advantages(rows[b].unsqueeze(0).clone()).detach().double().squeeze(0)  # (1, n) -> (n,)
+        if not equal(alone, usual[b]).all():
+            seen = f"{row_text(rows[b])} alone has the advantages {', '.join(f'{x:.3g}' for x in alone.tolist())}"
+            others = f"among other rows {', '.join(f'{x:.3g}' for x in usual[b].tolist())}"
             raise BadInput(f"refused: dependent on the other rows of the batch: {seen}; {others}")
-    return right, wrong, share
+    return right, wrong, rounding
 
 
 def precision(advantages: Advantages, n: int) -> float:
@@ -144,13 +128,13 @@ def precision(advantages: Advantages, n: int) -> float:
 
 
 def worth(advantages: Advantages, n: int) -> torch.Tensor:
-    """D(m), what success is worth when m = 0..n-1 of the others succeed: (n,) float64.
+    """D(m), what success is worth when m = 0..n-1 of the others succeed: (n,) float64, 0 where it is rounding.
 
-    advantages: (B, n) float64 rewards -> (B, n). D is 0 where it is below 1e-12 of the largest |A| (more for float32).
-    Raises BadInput for a rule that is not of this kind, with what broke."""
-    right, wrong, share = by_count(advantages, n)
-    D, size = right[1:] - wrong[:-1], torch.cat([right[1:], wrong[:-1]]).abs().max()
-    return D.masked_fill(D.abs() <= share * size, 0)
+    advantages: (B, n) float64 rewards -> (B, n). Raises BadInput for a rule that is not of this kind, with what broke.
+    """
+    right, wrong, rounding = by_count(advantages, n)
+    D = right[1:] - wrong[:-1]
+    return D.masked_fill(D.abs() <= rounding, 0)
 
 
 def baseline(advantages: Advantages, n: int) -> torch.Tensor:
@@ -163,9 +147,8 @@ def baseline(advantages: Advantages, n: int) -> torch.Tensor:
 
 def without_baseline(advantages: Advantages, n: int) -> list[int]:
     """The m where D(m) = 0 although the advantages are not: there every sample has the same A, and there is no beta."""
-    D, (right, wrong, share) = worth(advantages, n), by_count(advantages, n)
-    size = torch.cat([right[1:], wrong[:-1]]).abs().max()
-    return ((D == 0) & (wrong[:-1].abs() > share * size)).nonzero().squeeze(-1).tolist()
+    _, wrong, rounding = by_count(advantages, n)
+    return ((worth(advantages, n) == 0) & (wrong[:-1].abs() > rounding)).nonzero().squeeze(-1).tolist()
 
 
 def binomial(n: int, p: torch.Tensor) -> torch.Tensor:
@@ -408,11 +391,11 @@ def save_figure(path: Path, n: int, k: int) -> None:
     axes[1].plot(m, m / (n - 1), color="black", linewidth=0.6, zorder=9)
     axes[1].annotate("thin: m / (n - 1)", (0.3, 0.93), fontsize=9)
     for (family, name), rule in rules.items():
-        D, U = worth(rule, n), utility(worth(rule, n), p)
+        D, U, colour = worth(rule, n), utility(worth(rule, n), p), measure.COLOURS[family]
         curves = ((m, D, "o-"), (m, baseline(rule, n), "o-"), (p, U / U[-1], "-"))
         for axis, (x, y, line), (at, *move) in zip(axes, curves, labels[family]):
-            axis.plot(x, y, line, color=COLOURS[family], markersize=3)
-            axis.annotate(name, (x[at], y[at]), move, textcoords="offset points", color=COLOURS[family], fontsize=9)
+            axis.plot(x, y, line, color=colour, markersize=3)
+            axis.annotate(name, (x[at], y[at]), move, textcoords="offset points", color=colour, fontsize=9)
     axes[0].set(title=f"what a right answer is worth\nwhen m of the other {n - 1} are right", xlabel="m", ylabel="D(m)")
     axes[1].set(title="how many were expected to be right", xlabel="m", ylabel="beta(m)")
     axes[2].set(title="what is maximised (1 at p = 1)", xlabel="p, the chance that a try is right", ylabel="U(p)")

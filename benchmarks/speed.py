@@ -14,11 +14,10 @@ sandbox  HumanEval's reference solutions a second, isolated, beside plain proces
 time     shares of the parts of a step of `pass_at_k_pg.py --k 4`, with its real rewards; of `tiny` on `suspects`.
 
 The model `tiny` is a Llama of random weights on `arithmetic` (192 wide, 4 layers; for memory 128 wide, 2 layers and
-152k tokens). A folder is a pretrained model on `sums`, see pretrained.py. On CUDA, `qwen` is one of random weights in
-the shape of Qwen2-0.5B. Systems take turns in one run; ratios are medians [quartiles] of the pairs of a round.
+152k tokens). A folder is a pretrained model on `sums`, see pretrained.py. Systems take turns in one run; ratios are
+medians [quartiles] of the pairs of a round.
 """
 
-import copy
 import importlib.util
 import logging
 import multiprocessing
@@ -27,12 +26,12 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import measure  # first: puts the repository on the path
+import numpy as np
 import torch
 import transformers
 
@@ -40,7 +39,7 @@ import common
 import harness.run
 from harness.policy import encode_prompts, load_policy
 from pass_at_k_pg import advantages
-from verifiers import BadInput, load_task
+from verifiers import BadInput, Task, load_task
 
 Part = Literal["step", "sample", "memory", "sandbox", "time"]
 SOLVE_RATES = (0.71, 0.33, 0.13, 0.05, 0.002)  # of the warm-started tiny policy, levels 1 to 5 of `arithmetic`
@@ -48,26 +47,16 @@ SOLVE_RATES = (0.71, 0.33, 0.13, 0.05, 0.002)  # of the warm-started tiny policy
 
 @dataclass
 class Args:
-    part: tuple[Part, ...] = ("step", "sample", "memory", "sandbox", "time")
-    """what is measured"""
-    models: tuple[str, ...] = ("tiny",)
-    """tiny, folders of models, qwen"""
-    rounds: int = 9
-    """how often each system is measured, after one round that is not counted; a third as often for a folder"""
-    prompts: int | None = None
-    """prompts of a batch, 8 samples each (default: 16; 8 for a folder; 64 on CUDA)"""
-    tokens: int | None = None
-    """longest response (default: 16 in a step, 64 when sampling; 12 for a folder; 256 on CUDA)"""
-    vocabulary: int = 151_936
-    """tokens of the small model of `memory`"""
-    data: str | None = None
-    """folder with HumanEval's rows"""
-    threads: int = 1
-    """CPU threads"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cpu or cuda"""
-    publish: bool = False
-    """put the tables into docs/speed.md"""
+    part: tuple[Part, ...] = get_args(Part)  # what is measured
+    models: tuple[str, ...] = ("tiny",)  # tiny, folders of models
+    rounds: int = 9  # how often each system is measured, after one that is not counted; a third as often for a folder
+    prompts: int | None = None  # prompts of a batch, 8 samples each (default: 16; 8 for a folder; 64 for tiny on CUDA)
+    tokens: int | None = None  # longest response (default: 16 in a step, 64 in sampling; 12 for a folder; 256 on CUDA)
+    vocabulary: int = 151_936  # tokens of the small model of `memory`
+    data: str | None = None  # folder with HumanEval's rows
+    threads: int = 1  # CPU threads
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda
+    publish: bool = False  # put the tables into docs/speed.md
 
 
 Row = list[str]
@@ -83,36 +72,23 @@ HEADS = {
 def compared(ours: list[float], peers: list[float], bar: float | None, less: bool = True) -> Row:
     """The cells for both systems, their ratio in each round, and the bar. less: whether the ratio shall be less."""
     ratios = [a / b for a, b in zip(ours, peers)]
-    met = "" if bar is None else "met" if (measure.median(ratios) <= bar) == less else "**missed**"
+    met = "" if bar is None else "met" if (np.median(ratios) <= bar) == less else "**missed**"
     cells = [measure.spread(values) for values in (ours, peers, ratios)]
     return [*cells, "" if bar is None else f"{'≤' if less else '≥'} {bar:.3g}, {met}"]
 
 
 def size(args: Args, model: str, tokens: int) -> tuple[int, int, int]:
     """Prompts, tokens and rounds for a model."""
-    cuda = args.device == "cuda"
-    usual = {"tiny": (64 if cuda else 16, 256 if cuda else tokens), "qwen": (64, 256)}.get(model, (8, 12))
-    return args.prompts or usual[0], args.tokens or usual[1], args.rounds if model == "tiny" else -(-args.rounds // 3)
+    if model != "tiny":
+        return args.prompts or 8, args.tokens or 12, -(-args.rounds // 3)
+    usual = (64, 256) if args.device == "cuda" else (16, tokens)
+    return args.prompts or usual[0], args.tokens or usual[1], args.rounds
 
 
-def qwen_policy(stop: int) -> common.Policy:
-    """Random weights in the shape of Qwen2-0.5B on CUDA. `stop` of its 151 936 tokens end a response."""
-    config = transformers.Qwen2Config(
-        vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=4096,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.Qwen2ForCausalLM(config).to("cuda").eval()
-    ends = list(range(1000, 1000 + stop)) or [config.vocab_size]  # the last: just past the output layer
-    return common.Policy(model, measure.tiny_policy("cpu").tokenizer, ends)
-
-
-def policy_and_task(model: str, device: str, full: bool, stop: int = 5) -> tuple[common.Policy, object]:
-    """full: no response ends early. Else of 99 characters `stop` end one, and a real model decides itself."""
-    if model in ("tiny", "qwen"):
-        task, stop = load_task("arithmetic"), 0 if full else stop
-        return qwen_policy(300 * stop) if model == "qwen" else measure.tiny_policy(device, stop=stop), task
+def policy_and_task(model: str, device: str, full: bool) -> tuple[common.Policy, Task]:
+    """full: no response ends early. Else of 99 characters 5 end one, and a real model decides itself."""
+    if model == "tiny":
+        return measure.tiny_policy(device, stop=0 if full else 5), load_task("arithmetic")
     task = load_task("sums")
     policy = load_policy(model, task, device)
     return measure.endless(policy) if full else policy, task
@@ -222,7 +198,7 @@ def time_rows(args: Args, model: str) -> list[Row]:
     ours = OurStep(load_policy(model, task, args.device), task, problems, n, tokens, None)
     for _ in range(1 + rounds):
         ours()
-    middle = {name: measure.median([part[name] for part in ours.parts[1:]]) for name in ours.parts[0]}
+    middle = {name: np.median([part[name] for part in ours.parts[1:]]) for name in ours.parts[0]}
     shares = [f"{middle[name] / middle['whole']:.0%}" for name in ("sample", "decode", "verify", "train")]
     return [[model, *shares, measure.spread([part["whole"] for part in ours.parts[1:]])]]
 
@@ -231,11 +207,11 @@ def time_rows(args: Args, model: str) -> list[Row]:
 
 
 @torch.no_grad()
-def generate(policy: common.Policy, prompts: list[list[int]], n: int, tokens: int, model=None) -> list[int]:
-    """Lengths of responses that `generate` samples, the end included. model: another model, in its own precision."""
+def generate(policy: common.Policy, prompts: list[list[int]], n: int, tokens: int) -> list[int]:
+    """Lengths of responses that `generate` samples, the end included."""
     ids, mask = (x.to(policy.device) for x in common.padded(prompts, left=True))
-    with common.autocast(policy.device) if model is None else nullcontext():
-        output = (model or policy.model).generate(
+    with common.autocast(policy.device):
+        output = policy.model.generate(
             input_ids=ids, attention_mask=mask.long(), do_sample=True, top_k=0, num_return_sequences=n,
             max_new_tokens=tokens, eos_token_id=policy.stop_ids, pad_token_id=0,
         )[:, ids.shape[1] :]  # fmt: skip
@@ -245,28 +221,24 @@ def generate(policy: common.Policy, prompts: list[list[int]], n: int, tokens: in
 
 
 def sample_rows(args: Args, model: str) -> list[Row]:
-    bar, (count, tokens, rounds), n, rows = {"tiny": 1.5, "qwen": 4}.get(model, 1.0), size(args, model, 64), 8, []
+    bar, (count, tokens, rounds), n, rows = 1.5 if model == "tiny" else 1.0, size(args, model, 64), 8, []
     for full in (True, False):
         policy, task = policy_and_task(model, args.device, full)
         prompts = encode_prompts(policy, task, task.train[:: len(task.train) // count][:count], tokens)
-        peers = {"": None}
-        if args.device == "cuda":
-            peers[", its weights bfloat16"] = copy.deepcopy(policy.model).to(torch.bfloat16)
-        for name, peer in peers.items():
-            lengths = {"ours": [], "generate": []}
+        lengths = {"ours": [], "generate": []}
 
-            def ours():
-                mask = common.sample(policy, prompts, n, tokens).mask  # (B, n, T)
-                lengths["ours"].append(mask.sum(-1).flatten().tolist())
+        def ours():
+            mask = common.sample(policy, prompts, n, tokens).mask  # (B, n, T)
+            lengths["ours"].append(mask.sum(-1).flatten().tolist())
 
-            def theirs():
-                lengths["generate"].append(generate(policy, prompts, n, tokens, peer))
+        def theirs():
+            lengths["generate"].append(generate(policy, prompts, n, tokens))
 
-            times = measure.interleaved({"ours": ours, "generate": theirs}, rounds)
-            rates = [[sum(x) / s for x, s in zip(lengths[key][1:], times[key])] for key in lengths]
-            means = ", ".join(f"{sum(map(sum, x)) / sum(map(len, x)):.1f}" for x in lengths.values())
-            what = f"{model}, {'full length' if full else 'varying length'}{name}"
-            rows.append([what, means, *compared(*rates, bar, less=False)])
+        times = measure.interleaved({"ours": ours, "generate": theirs}, rounds)
+        rates = [[sum(x) / s for x, s in zip(lengths[key][1:], times[key])] for key in lengths]
+        means = ", ".join(f"{sum(map(sum, x)) / sum(map(len, x)):.1f}" for x in lengths.values())
+        what = f"{model}, {'full length' if full else 'varying length'}"
+        rows.append([what, means, *compared(*rates, bar, less=False)])
     return rows
 
 
@@ -298,13 +270,6 @@ def all_logits(policy: common.Policy, rollouts: common.Rollouts, A: torch.Tensor
 STEPS = {"ours": common.accumulate_gradient, "all logits": all_logits}
 
 
-def gradient(name: str, args: Args, model: str) -> torch.Tensor:
-    """The whole gradient of one prompt's samples: (D,)."""
-    policy, rollouts, A = batch(args, model, 1)
-    STEPS[name](policy, rollouts, A)
-    return torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
-
-
 def status(field: str) -> int:
     """Bytes of this process, from /proc: VmRSS, resident now, or VmHWM, the most since `clear_refs` was written to.
     ru_maxrss is no use: a process starts with the one of its parent."""
@@ -333,10 +298,6 @@ def peak(name: str, args: Args, model: str, results: multiprocessing.SimpleQueue
 def memory_rows(args: Args, model: str) -> list[Row]:
     if args.device == "cpu" and not sys.platform.startswith("linux"):
         raise BadInput("resident memory is read from /proc: --part memory runs on Linux, or with --device cuda")
-    a, b = (gradient(name, args, model) for name in STEPS)
-    if not (error := (a - b).norm() / b.norm()) < 1e-4:
-        raise BadInput(f"the gradients differ by {error:.1e} of their length: there is nothing to compare")
-    del a, b
     context, measured = multiprocessing.get_context("spawn"), {name: [] for name in STEPS}
     for _ in range(-(-args.rounds // 3)):
         for name in STEPS:

@@ -1,4 +1,4 @@
-"""Bias and variance of every estimator here, held to exact gradients: by enumeration, and on the network itself.
+"""Bias and variance of the estimators, held to exact gradients: by enumeration, and on the network itself.
 
     python benchmarks/variance.py                          # softmax policies; tiny, as warm-started on `suspects`
     python benchmarks/variance.py --runs runs/reproduce    # and how the gradients of pass@1 and pass@8 lie in training
@@ -7,20 +7,14 @@ Softmax policies over 4 arms, float64, all draws. First 8 samples and k = 4 of p
 all-sample form (Chow) and the leave-one-out estimator (Tang), n = N = 4, where the 0/1 reward selects: Best-of-N is
 pass@N, and all four have one expectation where the failure rate P_fail is known.
 
-Network: on `suspects` J_k is a function of the log-probs of the names a prompt lists. Autograd gives its gradient in
-parameter space without sampling. The mean of an estimator that sees rewards of 0 and 1 only is exact as well: with y
-the hidden answer and c of n samples right,
-
-    E[ sum_i A_i grad log pi(y_i) ] = w(pi_y) grad log pi(y),    w(p) = E_c[ A(right) - A(wrong) p / (1-p) ]
-
-where A(right) and A(wrong) are the sums of A over the right and the wrong samples: for a wrong one E[grad log pi] is
--p / (1-p) grad log pi(y). Biases are exact; the deviations come from draws of samples and hidden answers.
+Network: on `suspects` each objective is a function of the log-probs of the names a prompt lists, and the mean of an
+estimator is the gradient of its utility (spectrum.py) at the chance of the hidden name. Autograd gives both in
+parameter space, without sampling.
 
 Interference between prompts (arXiv 2602.21189): the cosine of the gradients of pass@1 and pass@8 in parameter space.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,37 +25,27 @@ import measure
 import numpy as np
 import optima
 import reproduce
+import spectrum
 import torch
-from tqdm import tqdm
 
 import common
 from bon_rl import advantages as best_of_n
-from harness.policy import encode_prompts, load_policy
-from harness.run import seeded_generator
+from harness.policy import load_policy
 from pass_at_k_pg import advantages
-from verifiers import Problem, Task, load_task
-from verifiers.suspects import LEVELS, listed, posterior, suspect
+from verifiers import Problem, Task
+from verifiers.suspects import LEVELS, posterior
 
 K = 4  # of pass@k, and N, on the softmax policies
 
 
 @dataclass
 class Args:
-    draws: int = 32
-    """estimates on the network, each from 48 samples to each of 14 prompts; 0: the softmax policies alone"""
-    runs: Path | None = None
-    """folder of reproduce.py: the cosines of two gradients along its runs"""
-    seeds: int = 5
-    """of these runs"""
-    threads: int = 1
-    """CPU threads"""
-    publish: bool = False
-    """put the tables into docs/gradients.md"""
+    runs: Path | None = None  # folder of reproduce.py: the cosines of two gradients along its runs
+    seeds: int = 5  # of these runs
+    publish: bool = False  # put the tables into docs/gradients.md
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Softmax policies, by enumeration
-# ---------------------------------------------------------------------------------------------------------------------
+# --- softmax policies, by enumeration ---------------------------------------------------------------------------------
 
 
 def moments(theta: torch.Tensor, objective: Callable, estimator: Callable, n: int) -> tuple[float, float, float]:
@@ -133,72 +117,20 @@ def tie_moments(p_fail: float, N: int, estimator: str, known: bool) -> tuple[flo
     return moments(policy_of(1 - p_fail), lambda pi: 1 - (1 - pi[0]) ** N, of, N)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the network ------------------------------------------------------------------------------------------------------
 
-
-def maxrl(q: torch.Tensor, pi: torch.Tensor) -> torch.Tensor:
-    """What MaxRL with n = 16 ascends, sum_{j<16} pass@j / j: (P,)."""
-    return sum(optima.pass_at_k(q, pi, j) / j for j in range(1, 16))
-
-
-OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "pass@1": lambda q, pi: optima.pass_at_k(q, pi, 1),
-    "pass@7": lambda q, pi: optima.pass_at_k(q, pi, 7),
-    "pass@8": lambda q, pi: optima.pass_at_k(q, pi, 8),
-    "MaxRL": maxrl,
+OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {  # (P,) of q and pi, (P, 8) each
+    **{f"pass@{k}": partial(optima.pass_at_k, k=k) for k in (1, 7, 8)},
+    "MaxRL": lambda q, pi: sum(optima.pass_at_k(q, pi, j) / j for j in range(1, 16)),
 }
-
-
-@dataclass
-class Estimator:
-    """What turns rewards (R, n) into advantages (R, n), and the objective that it is meant to ascend.
-
-    group: samples that it treats alike lie in groups of this size, which are themselves alike.
-    """
-
-    advantages: Callable[[torch.Tensor], torch.Tensor]
-    n: int
-    objective: str
-    group: int = 16
-
-    def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages (B, m) for rewards (B, m), m a multiple of n: the mean over the estimates from n samples each."""
-        parts = rewards.unflatten(-1, (-1, self.n))  # (B, m / n, n)
-        return (self.advantages(parts.flatten(0, 1)) / parts.shape[1]).view_as(rewards)
-
-
-NETWORK = {
-    "mean": Estimator(lambda r: advantages(r, 8, "mean"), 16, "pass@1"),
-    "unbiased, k = 8, n = k": Estimator(lambda r: advantages(r, 8, "unbiased"), 8, "pass@8", 8),
-    "unbiased, k = 8, n = 16": Estimator(lambda r: advantages(r, 8, "unbiased"), 16, "pass@8"),
-    "biased, k = 8, n = k": Estimator(lambda r: advantages(r, 8, "biased"), 8, "pass@7", 8),
-    "biased, k = 8, n = 16": Estimator(lambda r: advantages(r, 8, "biased"), 16, "pass@7"),
-    "MaxRL, n = 16": Estimator(lambda r: advantages(r, 8, "maxrl"), 16, "MaxRL"),
-    "BoN-RLB(P), N = 8, n = 16": Estimator(lambda r: best_of_n(r, r, 8, "rlb-p"), 16, "pass@8"),
-    "BoN-RLB, N = 8, n = 16": Estimator(lambda r: best_of_n(r, r, 8, "rlb"), 16, "pass@8"),
-    "variational, N = 8, n = 24": Estimator(lambda r: best_of_n(r, r, 8, "variational"), 24, "pass@8", 8),
+NETWORK = {  # name -> samples, advantages of rewards (B, n), and the objective that it is meant to ascend
+    "mean": (16, partial(advantages, k=8, estimator="mean"), "pass@1"),
+    "unbiased, k = 8": (16, partial(advantages, k=8), "pass@8"),
+    "biased, k = 8": (16, partial(advantages, k=8, estimator="biased"), "pass@7"),
+    "MaxRL, n = 16": (16, partial(advantages, k=8, estimator="maxrl"), "MaxRL"),
+    **{f"{name}, N = 8": (16, lambda r, x=estimator: best_of_n(r, r, 8, x), "pass@8")
+       for name, estimator in (("BoN-RLB(P)", "rlb-p"), ("BoN-RLB", "rlb"))},
 }  # fmt: skip
-SAMPLES = 48  # to each prompt: a multiple of every n
-
-
-def mean_weights(estimator: Estimator, pi: torch.Tensor) -> torch.Tensor:
-    """w of the docstring above, for chances pi < 1 of being right, of any shape and float64: by all counts of right
-    samples in each group."""
-    groups, size = estimator.n // estimator.group, estimator.group
-    counts = list(itertools.product(range(size + 1), repeat=groups))
-    rewards = torch.zeros(len(counts), groups, size, dtype=torch.float64)
-    ways = torch.tensor([math.prod(math.comb(size, c) for c in row) for row in counts], dtype=torch.float64)
-    for i, row in enumerate(counts):
-        for g, c in enumerate(row):
-            rewards[i, g, :c] = 1
-    rewards = rewards.flatten(1)  # (C, n)
-    A, c = estimator.advantages(rewards), rewards.sum(-1)
-    right, wrong = (A * rewards).sum(-1), (A * (1 - rewards)).sum(-1)  # (C,) each
-    p = pi.unsqueeze(-1)  # (..., 1)
-    chance = ways * p**c * (1 - p) ** (estimator.n - c)  # (..., C)
-    return (chance * (right - wrong * p / (1 - p))).sum(-1)
 
 
 def flat_gradient(policy: common.Policy, value: torch.Tensor) -> torch.Tensor:
@@ -207,68 +139,23 @@ def flat_gradient(policy: common.Policy, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in gradients]).double()
 
 
-def exact_gradients(policy: common.Policy, task: Task, problems: Sequence[Problem]) -> dict[str, torch.Tensor]:
-    """By name, (D,) each: the gradient of each of OBJECTIVES, mean over prompts, and the mean of each of NETWORK."""
-    q, log_pi = posterior([p.prompt for p in problems]), exact.candidate_log_probs(policy, task, problems)
-    pi, P = log_pi.exp(), len(problems)
-    result = {name: flat_gradient(policy, objective(q, pi).sum() / P) for name, objective in OBJECTIVES.items()}
-    finite = log_pi.masked_fill(q == 0, 0.0)
-    for name, estimator in NETWORK.items():
-        w = mean_weights(estimator, pi.detach().clamp(max=1 - 1e-12))
-        result[name] = flat_gradient(policy, (q * w * finite).sum() / P)
-    return result
-
-
-def estimates(policy: common.Policy, task: Task, problems: Sequence[Problem], draw: int) -> dict[str, torch.Tensor]:
-    """One estimate by each of NETWORK, (D,) each, from the same SAMPLES responses to each prompt and hidden answers."""
-    texts, generator = [p.prompt for p in problems], seeded_generator(policy.device, "variance", draw)
-    answers = torch.multinomial(posterior(texts), 1, generator=generator)[:, 0].tolist()
-    prompts = encode_prompts(policy, task, problems, task.max_new_tokens)
-    rollouts = common.sample(policy, prompts, SAMPLES, task.max_new_tokens, generator=generator)
-    hidden = [listed(text)[answer] for text, answer in zip(texts, answers)]
-    responses = common.decode(policy, rollouts)
-    rewards = torch.tensor([[suspect(x) == answer for x in row] for answer, row in zip(hidden, responses)]).double()
-    result = {}
-    for name, estimator in NETWORK.items():
-        policy.model.zero_grad()
-        common.accumulate_gradient(policy, rollouts, estimator(rewards))
-        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in policy.model.parameters())
-        result[name] = -torch.cat([g.flatten() for g in gradients]).double()  # of the objective, not of the loss
-    return result
-
-
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """0 where one of them is 0."""
     return (a @ b / (a.norm() * b.norm()).clamp(min=1e-300)).item()
 
 
-def network_moments(model: str, draws: int) -> dict[str, dict[str, float]]:
-    """Of each of NETWORK on 14 training prompts, two a level, by name:
-
-    bias: of the mean estimate, relative to the norm of its target gradient; direction: cosine of the mean estimate and
-    the gradient of pass@8; deviation: of one estimate, relative to the norm of the mean; one: mean cosine of one
-    estimate and the gradient of pass@8.
-    """
-    task, problems = load_task("suspects"), []
-    for level in LEVELS:
-        some = [problem for problem in optima.problems_of(held_out=False) if problem.level == level]
-        problems += [some[len(some) // 3], some[2 * len(some) // 3]]
-    policy = load_policy(model, task, "cpu")
-    truth = exact_gradients(policy, task, problems)
-    squares, cosines = dict.fromkeys(NETWORK, 0.0), dict.fromkeys(NETWORK, 0.0)
-    for draw in tqdm(range(draws), desc="network", unit="draw"):
-        for name, g in estimates(policy, task, problems, draw).items():
-            squares[name] += (g - truth[name]).square().sum().item() / draws
-            cosines[name] += cosine(g, truth["pass@8"]) / draws
-    return {
-        name: {
-            "bias": ((truth[name] - truth[estimator.objective]).norm() / truth[estimator.objective].norm()).item(),
-            "direction": cosine(truth[name], truth["pass@8"]),
-            "deviation": math.sqrt(squares[name]) / truth[name].norm().item(),
-            "one": cosines[name],
-        }
-        for name, estimator in NETWORK.items()
-    }
+def network_moments(policy: common.Policy, task: Task, problems: Sequence[Problem]) -> dict[str, tuple[float, float]]:
+    """Of the mean estimate of each of NETWORK, over these prompts: bias, relative to the norm of its objective's
+    gradient, and the cosine with the gradient of pass@8."""
+    q, pi = posterior([p.prompt for p in problems]), exact.candidate_log_probs(policy, task, problems).exp()
+    truth = {name: flat_gradient(policy, objective(q, pi).mean()) for name, objective in OBJECTIVES.items()}
+    result = {}
+    for name, (n, estimator, objective) in NETWORK.items():
+        utility = spectrum.utility(spectrum.worth(estimator, n), pi)  # (P, 8)
+        mean = flat_gradient(policy, (q * utility).sum(-1).mean())
+        bias = (mean - truth[objective]).norm() / truth[objective].norm()
+        result[name] = bias.item(), cosine(mean, truth["pass@8"])
+    return result
 
 
 def interference(policy: common.Policy, task: Task, problems: Sequence[Problem]) -> list[float]:
@@ -292,7 +179,7 @@ ALONG = {
 
 def interference_along(out: Path, seeds: int) -> dict[str, list[list[float]]]:
     """`interference` on 350 training prompts, by the policy's name: (seeds, 8), of the runs that are done."""
-    task, problems, result = load_task("suspects"), optima.problems_of(held_out=False), {}
+    task, problems, result = exact.the_task(), optima.problems_of(held_out=False), {}
     for label, name in ALONG.items():
         result[label] = []
         for seed in range(seeds):
@@ -304,7 +191,7 @@ def interference_along(out: Path, seeds: int) -> dict[str, list[list[float]]]:
 
 
 def tables(args: Args) -> dict[str, str]:
-    """The markdown tables, by the names of their markers. Those of the network take minutes."""
+    """The markdown tables, by the names of their markers."""
     found, bandit = {}, {case: bandit_moments(*setting) for case, setting in CASES.items()}
     rows = [
         [name, *("{:.2f}, {:.2f}; {:.2f}".format(*bandit[case][name]) for case in CASES)] for name in ESTIMATORS
@@ -317,11 +204,13 @@ def tables(args: Args) -> dict[str, str]:
         rows.append([p, *known, *estimated])
     estimated = [f"{name}, estimated: bias; deviation" for name in list(TIES.values())[1:]]
     found["variance-ties"] = measure.markdown(["P_fail", *TIES.values(), *estimated], rows)
-    if args.draws:
-        of = network_moments("tiny", args.draws)
-        rows = [[name, NETWORK[name].objective, *(f"{x:.2f}" for x in row.values())] for name, row in of.items()]
-        head = ["estimator", "ascends", "bias", "mean, cosine", "deviation", "one, cosine"]
-        found["variance-network"] = measure.markdown(head, rows)
+    task, problems = exact.the_task(), []
+    for level in LEVELS:
+        some = [problem for problem in optima.problems_of(held_out=False) if problem.level == level]
+        problems += [some[len(some) // 3], some[2 * len(some) // 3]]
+    of = network_moments(load_policy("tiny", task, "cpu"), task, problems)
+    rows = [[name, NETWORK[name][-1], *(f"{x:.2f}" for x in row)] for name, row in of.items()]
+    found["variance-network"] = measure.markdown(["estimator", "ascends", "bias", "mean, cosine"], rows)
     if args.runs:
         along = interference_along(args.runs, args.seeds).items()
         rows = [
@@ -332,7 +221,7 @@ def tables(args: Args) -> dict[str, str]:
 
 
 def main(args: Args) -> None:
-    print(measure.in_words(measure.machine(args.threads)) + "\n")
+    print(measure.in_words(measure.machine(1)) + "\n")
     found = tables(args)
     for name, table in found.items():
         print(f"{name}\n\n{table}\n")

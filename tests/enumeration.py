@@ -60,7 +60,7 @@ def subset_advantages(f, samples: list, k: int, centred: bool = False) -> list[f
     """(k/n) mean over the k-subsets T with i of A_i(T) = f(T) - f(T without i), which `centred` lessens by their mean
     in T: the definition of what Lemma 1 becomes for n > k."""
     n, subsets = len(samples), list(itertools.combinations(range(len(samples)), k))
-    total = [0.0] * n
+    total = [0] * n
     for T in subsets:
         A = {i: f([samples[j] for j in T]) - f([samples[j] for j in T if j != i]) for i in T}
         for i in T:
@@ -76,7 +76,7 @@ def majority_value(pairs: list[tuple[int, float]]) -> float:
             by_answer.setdefault(vote, []).append(reward)
     top = max(map(len, by_answer.values()), default=0)
     winners = [sum(rewards) / len(rewards) for rewards in by_answer.values() if len(rewards) == top]
-    return sum(winners) / len(winners) if winners else 0.0
+    return sum(winners) / len(winners) if winners else 0
 
 
 def best_of_value(pairs: list[tuple[float, float]]) -> float:

@@ -2,14 +2,11 @@
 
 import importlib
 import json
-import sys
 
+import golden
 import pytest
 import torch
-from runs import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-golden = importlib.import_module("golden")
 CASES = json.loads(golden.FILE.read_text())
 
 

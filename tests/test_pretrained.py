@@ -102,7 +102,7 @@ def test_a_pretrained_model_is_trained_in_every_way_recorded_and_reported(model,
     some = real_model.optima.problems_of()[::40]
     real_model.frontier.curve(8)  # the frontier of all prompts
     weights = real_model.optima.level_weights(some)
-    monkeypatch.setattr(real_model.optima, "problems_of", lambda: some)
+    monkeypatch.setattr(real_model.optima, "problems_of", lambda *_: some)
     monkeypatch.setattr(real_model.optima, "held_out", lambda: (None, weights, None))
     monkeypatch.setattr(real_model.frontier, "save_figure", lambda path, panels: None)
     monkeypatch.setattr(real_model, "MODELS", {"smollm2": real_model.MODELS["smollm2"]})

@@ -25,13 +25,11 @@ TRAINING = "--steps 1 --prompts-per-step 2 --eval-problems 1 --eval-n 16 --max-n
 SHRUNK = {
     **dict.fromkeys(("pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"), TRAINING),
     "bandit.py": ["--steps", "20", "--seeds", "3"],
-    "benchmarks/variance.py": ["--draws", "0"],
     "benchmarks/speed.py": "--rounds 1 --prompts 2 --tokens 4 --vocabulary 2000".split(),
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
     "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
-    "benchmarks/baselines.py": ["--help"],  # test_reproduce.py
 }
-SLOW = "speed reproduce frontier optima real_model pretrained benchmarks/baselines".split()
+SLOW = "speed reproduce optima real_model pretrained".split()
 SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = ("python -m pytest -q -m", "python -m pytest -q -n")  # the commands that run these tests
@@ -59,7 +57,6 @@ def problems(tmp_path_factory):
     own = [{"problem": f"What is {i}^2?", "answer": str(i * i), "level": i} for i in (3, 4, 5)]
     (folder / "mine").mkdir()
     (folder / "mine" / "my_problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
-    (folder / "measured.json").write_text(json.dumps({"base": [[0.3, 0.8, 0.97], [0.32, 0.82, 0.98]]}))
     code = re.search(r"^```python\n(import re\n.*?)^```", (ROOT / "docs" / "own.md").read_text(), re.M | re.S)[1]
     (folder / "my_verifier.py").write_text(code)
     (folder / "humaneval").mkdir()
@@ -85,8 +82,6 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
     for i, word in enumerate(words):
         if i and words[i - 1] == "--model" or word == "runs/smollm2":
             words[i] = skilled
-        if i and words[i - 1] == "--measured":
-            words[i] = str(problems / "measured.json")
         if i and word.startswith(("recipes/", "my_verifier.py")):
             words[i] = str((ROOT if word.startswith("recipes/") else problems) / word)
         if i and words[i - 1] == "--data":

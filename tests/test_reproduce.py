@@ -1,10 +1,9 @@
-"""benchmarks/reproduce.py: statistics, tables, and small runs, stopped and taken up again. baselines.py: its table."""
+"""benchmarks/reproduce.py: statistics, tables, and small runs, stopped and taken up again."""
 
 import importlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -21,7 +20,7 @@ from harness.report import mean_and_interval
 from verifiers import Problem
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-reproduce, claims, baselines = map(importlib.import_module, ("reproduce", "claims", "baselines"))
+reproduce, claims = map(importlib.import_module, ("reproduce", "claims"))
 measure = reproduce.measure
 PREDICTIONS = json.loads(reproduce.optima.PREDICTIONS.read_text())
 
@@ -33,11 +32,11 @@ def test_the_interval_and_the_verdict():
 
 
 def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed():
-    for name in ("base", *reproduce.RUNS, *reproduce.ON_PROGRAMS):
+    for name in ("base", *reproduce.RUNS, *reproduce.BASELINES):
         script, *flags = reproduce.command(name, 3).split()
         args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
         assert (args.model, args.seed) == ("tiny-3", 3) and not idle_flags(args), name
-        if name in reproduce.RUNS:
+        if name != "base":
             samples = args.prompts_per_step * (getattr(args, "n", None) or max(getattr(args, "k", 0), 16))
             assert args.steps == (50 if name.endswith("-50") else 150) and 256 <= samples <= 264, name
     assert set(reproduce.QUICK) <= set(reproduce.RUNS) and set(reproduce.POLICIES) <= {"base", *reproduce.RUNS}
@@ -46,15 +45,15 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
 def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
     class Recorder(reproduce.Seed):
         def at(self, name, metric, levels=(), where="held-out"):
-            assert name in {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
+            assert name in {"base", *reproduce.RUNS, *reproduce.BASELINES}
             self.read.append(name)
             return 0.0
 
     seed = Recorder(None, 0)
     for claim, _, value in claims.claims():
-        assert value(seed) == 0 and claim in claims.PAPERS and claim in claims.PAGES
+        assert value(seed) == 0 and claim in claims.PAPERS
     points = {*reproduce.POLICIES} | {"learned-mean", "mean-50", "k8-50"}
-    assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.ON_PROGRAMS}
+    assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.BASELINES}
     compared = [(claim, what) for claim, what, _ in claims.claims()]
     predicted = [(row["claim"], row["what"]) for row in PREDICTIONS["claims"] if row["claim"][0] != "B"]
     assert compared == predicted and len(set(compared)) == len(compared)
@@ -75,7 +74,7 @@ def test_votes_at_equal_kl_are_compared_by_their_distance_to_the_frontier():
 
 
 def test_levels_are_means_by_the_weights_of_their_prompts():
-    problems = reproduce.prompts("held-out")
+    problems = reproduce.optima.problems_of()
     weights = reproduce.optima.level_weights(problems)
     values = torch.arange(len(problems)).double()
     found = reproduce.exact.by_level({"x": values}, problems)["x"]
@@ -91,7 +90,8 @@ def test_best_of_n_by_a_verifier_by_hand(monkeypatch, tmp_path):
     problems = [Problem("Tom Eve:", "Tom", "", 2), Problem("Tom Eve Sam:", "Tom", "", 3)]
     tom, eve, *_ = reproduce.posterior([problem.prompt for problem in problems]).mean(0).tolist()
     (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()
-    found = {"prompts": problems, "tiny_policy_folder": tmp_path / "tiny", "load_policy": None, "encode_prompts": None}
+    monkeypatch.setattr(reproduce.optima, "problems_of", lambda: problems)
+    found = {"tiny_policy_folder": tmp_path / "tiny", "load_policy": None, "encode_prompts": None}
     for name, value in found.items():
         monkeypatch.setattr(reproduce, name, lambda *_, value=value: value)
     monkeypatch.setattr(reproduce.common, "sample", lambda *_, **__: None)
@@ -129,12 +129,12 @@ def test_tables_by_hand(monkeypatch):
               "policies": [{"policy": "unbiased, k = 2", "k": 2, **policy}, {"policy": "SFT", "k": None, **policy}],
               "verifier": [{"metric": "bon@8", "predicted": [None, 0.25], **verifier}]}  # fmt: skip
     found = {name: rows_of(table) for name, table in reproduce.tables(result).items()}
-    page, last = claims.PAGES["M1"], found["claims"][2]
+    (page, seen), last = claims.PAPERS["M1"], found["claims"][2]
     first = ["+0.400", "+0.200 ± 0.050", "50%", "holds"]
-    assert found["claims"][0] == [f"**M1** {claims.PAPERS['M1']} [({page})]({page})", "**x**", *first]
+    assert found["claims"][0] == [f"**M1** {seen} [({page})]({page})", "**x**", *first]
     assert found["claims"][1] == ["", "y", "+0.001", "-0.100 ± 0.050", "-", "does not"]
     assert last[1:] == ["**z**", "-", "+0.000 ± 0.050", "-", "not decidable"] and len(found["claims"]) == 3
-    assert found["claims-short"] == [["M1", claims.PAPERS["M1"], "x", *first]]
+    assert found["claims-short"] == [["M1", seen, "x", *first]]
     points = ["0.500 ± 1.271", "0.700 ± 1.271", "0.900 ± 1.271"]
     assert found["policies"][0][1:6] == [*points, "60% ± 127%", "60% ± 0%"]
     assert found["policies"][1] == ["SFT", *points, "-", "-", "0.800 ± 2.541", "0.600 ± 2.541"]
@@ -146,13 +146,8 @@ def published() -> dict[str, str]:
     return found | {"claims-short": measure.published("claims-short", "README.md")}
 
 
-def test_tables_on_the_pages_are_those_of_results_json(monkeypatch):
-    """But for the two columns of the frontier, which takes long."""
-    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: LINE)
-    tables, there = reproduce.tables(json.loads((ROOT / "benchmarks" / "results.json").read_text())), published()
-    for name, table in tables.items():
-        columns = slice(-2 if name == "policies" else None)
-        assert [row[columns] for row in rows_of(table)] == [row[columns] for row in rows_of(there[name])]
+def test_tables_on_the_pages_are_those_of_results_json():
+    assert reproduce.tables(json.loads((ROOT / "benchmarks" / "results.json").read_text())) == published()
 
 
 def fake_runs(out, seeds: int, where: tuple[str, ...]) -> None:
@@ -203,46 +198,19 @@ def test_published_tables_are_those_of_the_runs(here, tmp_path, capsys):
     now, base = (seeds[1].at(x, "pass@4") for x in ("k4", "base"))
     way = (now - base) / (PREDICTIONS["policies"]["k4"]["pass@4"] - base)
     assert policy["held-out"][1] == pytest.approx(way, rel=1e-3)
-    assert json.loads((out / "measured.json").read_text())["unbiased, k = 4"] == policy["points"]
 
 
-def test_the_table_of_baselines_is_paired_by_seed(tmp_path, capsys, monkeypatch):
-    """u(k) has .5, .6 and .7; b(k+1) .1 more, .1 more and .4 more: .2 ± 4.303 x .1732 / sqrt(3) = .4303."""
-    args = baselines.Args(k=2, n=4, seeds=3, out=tmp_path, report=True)
-    runs, more = (
-        baselines.Runs(args),
-        {"u": (0, 0, 0), "b": (0.1, 0.1, 0.4), "others": (0, 0, 0), "posterior": (0, 0, 0)},
-    )
-    with pytest.raises(reproduce.BadInput, match="not all runs are in"):
-        baselines.main(args)
-    with pytest.raises(reproduce.BadInput, match="--n must be more than --k 2"):
-        baselines.main(baselines.Args(k=2, n=2))
-    for name, seed in ((name, seed) for name in more for seed in range(3)):
-        values = {"pass": 0.5 + seed / 10 + more[name][seed], "signal": seed / 10, "seconds": seed**2}
-        runs.folder(name, seed).mkdir(parents=True)
-        (runs.folder(name, seed) / "exact.json").write_text(json.dumps(values))
-    capsys.readouterr()
-    baselines.main(args)
-    rows = [re.split("  +", row.strip()) for row in capsys.readouterr().out.splitlines()[:3]]
-    assert rows[0][0] == "pass@2 ± 95%"
-    assert rows[1] == ["u(k)", "0.6000 ± 0.2484", "-", "0.100", "1.000"]
-    assert rows[2][2:] == ["+0.2000 ± 0.4303", "0.100", "1.000"] and rows[2][1].startswith("0.8000 ± ")
-
-
-def test_a_run_of_a_baseline_is_a_command_and_its_values(tmp_path, monkeypatch):
-    runs = baselines.Runs(baselines.Args(k=2, n=4, seeds=2, out=tmp_path, more="--steps 3"))
-    script, *flags = runs.command("b", 1).split()
-    args = tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
-    assert (args.k, args.n, args.steps, args.model, args.seed) == (2, 4, 3, "tiny-1", 1)
-    assert args.estimator.endswith("recipes/baselines.py:b") and runs.stages()[0] == [("u", 0), ("u", 1)]
-    problems = [problem for problem in reproduce.prompts("held-out") if problem.level == 2][:2]
-    monkeypatch.setattr(baselines.optima, "problems_of", lambda: problems)
-    half = torch.full((2, 8), 0.5).log().masked_fill(torch.arange(8) > 1, -torch.inf).double()
-    monkeypatch.setattr(reproduce, "log_probs", lambda model: half)
-    (tmp_path / "metrics.jsonl").write_text('{"nonzero_advantage": 0.2}\n{"eval": 1}\n{"nonzero_advantage": 0.4}\n')
-    (tmp_path / "timings.jsonl").write_text('{"seconds": 1}\n{"seconds": 5}\n{"seconds": 2}\n')
-    found = runs.evaluation("b", 1, tmp_path)  # two names, each half: two tries find the right one with chance 3/4
-    assert found == pytest.approx({"pass": 0.75, "signal": 0.3, "seconds": 2})
+def test_what_is_run_and_what_is_not_published(here, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce.Runs, "make_all", lambda runs: seen.append((runs.names, runs.seeds)))
+    reproduce.main(reproduce.Args(out=tmp_path, baselines=True))
+    reproduce.main(reproduce.Args(out=tmp_path, quick=True))
+    reproduce.main(reproduce.Args(out=tmp_path, report=True))
+    assert seen == [(["k8", "baseline-b", "baseline-others", "baseline-posterior"], range(5)),
+                    ([*reproduce.QUICK], range(3))]  # fmt: skip
+    for wrong in ({"quick": True, "publish": True}, {"baselines": True, "publish": True}, {"seeds": 1}, {"jobs": 0}):
+        with pytest.raises(reproduce.BadInput):
+            reproduce.main(reproduce.Args(out=tmp_path, **wrong))
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

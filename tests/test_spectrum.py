@@ -120,12 +120,6 @@ def test_worth_and_weights_of_rules_known_by_hand(name):
     assert spectrum.spectrum(D) == w and all(isinstance(x, Fraction) for x in spectrum.spectrum(D))
 
 
-def test_weights_of_pass_at_j_invert_its_worth():
-    for n in (1, 5, 8):
-        for j in range(1, n + 1):
-            assert spectrum.spectrum(spectrum.worth_of_pass_at(n, j)) == [int(i == j) for i in range(1, n + 1)]
-
-
 def test_grpo_by_hand():
     """A = (r - c/n) / s / n, s^2 = c (n-c) / (n (n-1)): at n = 8 and c = 1 s = sqrt(1/8), D(0) = 7/64 sqrt(8)."""
     D, beta = spectrum.worth(partial(spectrum.grpo, k=1), 8), spectrum.baseline(partial(spectrum.grpo, k=1), 8)
@@ -312,6 +306,11 @@ def test_the_command_says_where_there_is_no_baseline_and_no_weight(run, mine):
     result = run("benchmarks/spectrum.py", f"{mine}:mine", "--n", "40")
     assert "weights of pass@j are not shown" in result.stdout and "U(p)" in result.stdout
     assert json.loads(run("benchmarks/spectrum.py", f"{mine}:mine", "--n", "40", "--json").stdout)["w"] is None
+
+
+def test_help_begins_with_the_docstring_line_by_line(run):
+    result = run("benchmarks/spectrum.py", "--help")
+    assert result.returncode == 0 and result.stdout.startswith(spectrum.__doc__) and "--figure" in result.stdout
 
 
 def test_the_command_lists_the_estimators_of_this_repository_and_draws(run, tmp_path):

@@ -212,7 +212,7 @@ def test_the_optima_are_those_of_the_table_over_all_sets(name):
 def test_the_committed_predictions_are_what_theory_says():
     saved, computed = json.loads(optima.PREDICTIONS.read_text()), optima.predictions()
     assert [row["what"] for row in saved["claims"]] == [row["what"] for row in computed["claims"]]
-    assert {row["claim"] for row in saved["claims"]} == {*"B1 B2 B3 M1 M2 M3 M4 M5 C1 C2 C3 C4 C5 E1 E2 E3".split()}
+    assert {row["claim"] for row in saved["claims"]} == {*"B1 B2 B3 M1 M2 M3 M4 M5 C1 C2 C3 C4 C5 E1 E2 E3 E4".split()}
     for a, b in zip(saved["claims"], computed["claims"]):
         assert a["predicted"] == (b["predicted"] if b["predicted"] is None else pytest.approx(b["predicted"], abs=2e-4))
     assert saved["policies"].keys() == computed["policies"].keys()
@@ -324,11 +324,20 @@ def test_candidate_log_probs_are_those_of_the_model(learned):
                 assert seen.item() == pytest.approx(chances[start:].sum().item(), abs=1e-3)
 
 
+def test_a_policy_is_evaluated_by_level_beside_its_base(monkeypatch):
+    policies = {"sft": Q, "base": UNIFORM}
+    monkeypatch.setattr(exact, "log_probs", lambda model, held_out, temperature: policies[model].log())
+    found = exact.evaluation("sft", "base", votes=())
+    assert list(found["pass@8"]) == ["all", *map(str, range(2, 9))] and "maj@8" not in found
+    assert found["pass@8"]["all"] == pytest.approx((WEIGHTS @ pass_at(Q, 8)).item())
+    assert found["kl"]["3"] == pytest.approx(kl_to_uniform(Q)[LEVELS == 3].mean().item())
+
+
 def test_exact_metrics_are_what_sampling_tends_to(learned):
     policy, task, problems = learned
     with torch.no_grad():
         log_pi = exact.candidate_log_probs(policy, task, problems)
-    metrics = exact.exact_metrics(log_pi, problems, "suspects", log_pi)
+    metrics = exact.exact_metrics(log_pi, problems, log_pi)
     assert metrics["kl"].abs().max() < 1e-9 and (metrics["pass@32"] > 0.3).all()
     prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
     rollouts = common.sample(policy, prompts, 1_000, task.max_new_tokens, generator=torch.Generator().manual_seed(0))

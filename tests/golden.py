@@ -1,6 +1,6 @@
 """tests/golden.json: rewards and the advantages of every estimator of this repository, from exact fractions.
 
-    python benchmarks/golden.py                  # write the file anew
+    python tests/golden.py                  # write the file anew
 
 Whoever copies an estimator, or ports it to JAX or numpy, checks it against this file: a list of {"function",
 "arguments", "result"}, where matrices are (B, n), a row a prompt. Here every number comes from the definition: all
@@ -14,14 +14,12 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import partial
 from itertools import combinations
+from math import comb
 from pathlib import Path
-from typing import get_args, get_type_hints
 
-import measure  # noqa: F401  first: puts the repository on the path
+from enumeration import best_of_value, majority_value, subset_advantages
 
-import bon_rl
-
-FILE = Path(__file__).parent.parent / "tests" / "golden.json"
+FILE = Path(__file__).with_name("golden.json")
 Row = Sequence[Fraction]
 
 BINARY = [[1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
@@ -35,47 +33,14 @@ def mean(values: Sequence) -> Fraction:
     return sum(values, Fraction(0)) / len(values)
 
 
-def best(samples: Sequence[tuple[Fraction, Fraction]]) -> Fraction:
-    """The mean reward of the highest scored among (score, reward) pairs; 0 of none."""
-    top = max((score for score, _ in samples), default=None)
-    return mean([reward for score, reward in samples if score == top]) if samples else Fraction(0)
-
-
-def majority(samples: Sequence[tuple[int, Fraction]]) -> Fraction:
-    """The mean reward over the most frequent answers among (vote, reward) pairs; -1 casts no vote; 0 without votes."""
-    votes = [vote for vote, _ in samples if vote >= 0]
-    top = max(map(votes.count, votes), default=0)
-    winners = {vote for vote in votes if votes.count(vote) == top}
-    return mean([mean([r for v, r in samples if v == vote]) for vote in winners]) if winners else Fraction(0)
-
-
 def rloo(rewards: Row) -> list[Fraction]:
     n = len(rewards)
     return [(r - mean([x for j, x in enumerate(rewards) if j != i])) / n for i, r in enumerate(rewards)]
 
 
-def leave_one_out(f: Callable, samples: Sequence, k: int, estimator: str = "unbiased") -> list[Fraction]:
-    """A_i = (k/n) mean over the k-subsets T with i of [f(T) - f(T without i)]; biased: less its mean over T."""
-    n, total = len(samples), [Fraction(0)] * len(samples)
-    for T in combinations(range(n), k):
-        A = [f([samples[j] for j in T]) - f([samples[j] for j in T if j != i]) for i in T]
-        for i, a in zip(T, A):
-            total[i] += a - (mean(A) if estimator == "biased" else 0)
-    subsets = len(list(combinations(range(n), k)))
-    return [x / subsets for x in total]
-
-
 def maxrl(rewards: Row) -> list[Fraction]:
-    parts = [[a / (j - 1) for a in leave_one_out(max_of, rewards, j, "biased")] for j in range(2, len(rewards) + 1)]
-    return [sum(column, Fraction(0)) for column in zip(*parts)]
-
-
-def max_of(rewards: Row) -> Fraction:
-    return max(rewards, default=Fraction(0))
-
-
-def min_of(rewards: Row) -> Fraction:
-    return min(rewards, default=Fraction(0))
+    parts = [[a / (j - 1) for a in subset_advantages(max, rewards, j, True)] for j in range(2, len(rewards) + 1)]
+    return [sum(column) for column in zip(*parts)]
 
 
 def tilt(N: int) -> Fraction:
@@ -151,13 +116,20 @@ def sft(expert: Fraction, scores: Row, N: int, likelihood: str) -> list[Fraction
 
 
 def posterior(rewards: Row, k: int) -> list[Fraction]:
-    """D(m) (r - (m+1)/(n+1)), D(m) being the advantage of a right one beside m other right ones."""
-    n, A = len(rewards), []
-    for i, r in enumerate(rewards):
-        m = int(sum(rewards) - r)
-        D = leave_one_out(max_of, [Fraction(j <= m) for j in range(n)], k)[0]
-        A.append(D * (r - Fraction(m + 1, n + 1)))
-    return A
+    """D(m) (r - (m+1)/(n+1)) beside m other right ones, D(m) = C(n-1-m, k-1) / C(n, k)."""
+    n, others = len(rewards), [int(sum(rewards) - r) for r in rewards]
+    D = [Fraction(comb(n - 1 - m, k - 1), comb(n, k)) for m in others]
+    return [d * (r - Fraction(m + 1, n + 1)) for d, m, r in zip(D, others, rewards)]
+
+
+def exact(numbers):
+    """The same numbers, or lists of them, as fractions."""
+    return [*map(exact, numbers)] if isinstance(numbers, list) else Fraction(numbers)
+
+
+def pairs_of(f: Callable, k: int, centred: bool = False) -> Callable:
+    """(first, second row) -> advantages by all k-subsets of f, a function of (first, second) pairs."""
+    return lambda first, second: subset_advantages(f, [*zip(first, second)], k, centred)
 
 
 def cases() -> list[dict]:
@@ -165,8 +137,7 @@ def cases() -> list[dict]:
     found = []
 
     def add(function: str, expected: Callable, columns: dict[str, list], **options) -> None:
-        rows = [[[Fraction(x) for x in row] for row in column] for column in columns.values()]
-        result = [[float(a) for a in expected(*row)] for row in zip(*rows)]
+        result = [[float(a) for a in expected(*row)] for row in zip(*map(exact, columns.values()))]
         found.append({"function": function, "arguments": columns | options, "result": result})
 
     for rewards in ({"rewards": BINARY}, {"rewards": GRADED}):
@@ -175,43 +146,33 @@ def cases() -> list[dict]:
         add(name, maxrl, rewards, k=3, estimator="maxrl")
         for k in (2, 3, 6):
             for estimator in ("unbiased", "biased"):
-                expected = partial(leave_one_out, max_of, k=k, estimator=estimator)
-                add(name, expected, rewards, k=k, estimator=estimator)
-            add("recipes.all_right.all_right", partial(leave_one_out, min_of, k=k), rewards, k=k)
+                centred = estimator == "biased"
+                add(name, lambda r: subset_advantages(max, r, k, centred), rewards, k=k, estimator=estimator)
+            add("recipes.all_right.all_right", lambda r: subset_advantages(min, r, k), rewards, k=k)
     for k in (2, 5):
         add("recipes.baselines.posterior", partial(posterior, k=k), {"rewards": BINARY}, k=k)
     votes = {"votes": VOTES, "rewards": CORRECT}
     add("majority_pg.advantages", lambda votes, rewards: rloo(rewards), votes, k=3, estimator="mean")
     for k in (2, 3, 6):
         for estimator in ("unbiased", "biased"):
-
-            def expected(votes, rewards):
-                return leave_one_out(majority, list(zip(votes, rewards)), k, estimator)
-
+            expected = pairs_of(majority_value, k, estimator == "biased")
             add("majority_pg.advantages", expected, votes, k=k, estimator=estimator)
     scored, reward_selects = {"rewards": GRADED, "scores": SCORES}, {"rewards": BINARY, "scores": BINARY}
     name = "bon_rl.advantages"
     for columns in (scored, reward_selects):
         add(name, lambda rewards, scores: rloo(rewards), columns, N=2, estimator="mean")
         for N in (2, 3, 6):
-
-            def expected(rewards, scores):
-                return leave_one_out(best, list(zip(scores, rewards)), N)
-
-            add(name, expected, columns, N=N, estimator="exact")
+            selected = pairs_of(best_of_value, N)
+            add(name, lambda rewards, scores: selected(scores, rewards), columns, N=N, estimator="exact")
         add(name, partial(variational, N=2), columns, N=2, estimator="variational")
-    for estimator in get_args(get_type_hints(bon_rl.Args)["estimator"]):
-        if estimator.startswith("rlb"):
-            for N in (2, 4):
-                add(name, lambda r, s: closed_form(r, N, estimator), reward_selects, N=N, estimator=estimator)
+    for estimator in ("rlb", "rlb-p", "rlb-all"):
+        for N in (2, 4):
+            add(name, lambda r, s: closed_form(r, N, estimator), reward_selects, N=N, estimator=estimator)
     for likelihood, scores, experts in (("variational", SCORES, [3, 0, 4.5]), ("exact", BINARY, [1, 0, 1, 1, 0])):
         for N in (2, 4):
-            result = [
-                [float(a) for a in sft(Fraction(e), [Fraction(s) for s in row], N, likelihood)]
-                for e, row in zip(experts, scores)
-            ]
-            arguments = {"expert_scores": experts, "scores": scores, "N": N, "likelihood": likelihood}
-            found.append({"function": "bon_sft.coefficients", "arguments": arguments, "result": result})
+            columns = {"expert_scores": experts, "scores": scores}
+            expected = partial(sft, N=N, likelihood=likelihood)
+            add("bon_sft.coefficients", expected, columns, N=N, likelihood=likelihood)
     return found
 
 
