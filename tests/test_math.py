@@ -420,7 +420,7 @@ def test_a_timeout_is_kept_within_a_run(impatient, monkeypatch):
 def test_what_the_machine_had_no_time_for_is_asked_again(impatient):
     """A worker that is stopped uses no CPU time: its answer is late, and no verdict is kept of it."""
     impatient.map([["1", r"\sqrt{2}"]])
-    impatient.workers[0].process.send_signal(signal.SIGSTOP)
+    impatient.children[0].send_signal(signal.SIGSTOP)
     impatient.limit_s = 0.01  # of the parent's patience alone
     problem, row = Problem("?", "3"), [r"\boxed{\sqrt{9}}"]
     verdict = verify([problem], [row], math_answer)
@@ -433,10 +433,10 @@ def test_what_the_machine_had_no_time_for_is_asked_again(impatient):
 def test_dead_workers_are_counted_and_replaced(impatient):
     impatient.limit_s, impatient.count = 60.0, 1
     impatient.map([["1", r"\sqrt{2}"]])
-    victim = impatient.workers[0].process
+    (victim,) = impatient.children
 
     def shoot():
-        while impatient.workers[0].job is None:
+        while impatient.idle:
             time.sleep(0.01)
         victim.kill()
 
@@ -450,8 +450,7 @@ def test_dead_workers_are_counted_and_replaced(impatient):
 
 def test_a_worker_that_died_idle_costs_nothing(impatient):
     impatient.map([["3", r"\sqrt{9}"]])
-    impatient.workers[0].process.kill()
-    impatient.workers[0].process.wait()
+    impatient.children[0].kill(), impatient.children[0].wait()
     assert impatient.map([["3", r"\sqrt{9}"]])[0][1] is None
 
 
@@ -463,14 +462,14 @@ def test_results_do_not_depend_on_the_number_of_workers_or_the_thread():
         thread = threading.Thread(target=lambda: found.__setitem__(count, workers.map(pairs)))
         thread.start()
         thread.join()
-        assert len(workers.workers) == count
+        assert len(workers.children) == count
         workers.close()
     assert found[1] == found[3] and not any(failure for _, failure in found[1])
 
 
 def test_no_process_outlives_close(impatient):
     impatient.map([["1", "x"]] * 2)
-    processes = [worker.process for worker in impatient.workers]
+    processes = [*impatient.children]
     impatient.close()
     assert len(processes) == 2 and all(process.returncode is not None for process in processes)
     assert impatient.map([["x", "x"]])[0][0][0] is True  # and it starts again
@@ -490,7 +489,7 @@ import sys; sys.path.insert(0, {root!r})
 from verifiers.workers import Workers
 workers = Workers("math", limit_s=2.0, count=2)
 workers.map([["1", "x"]] * 2)
-print(*[worker.process.pid for worker in workers.workers], flush=True)
+print(*[child.pid for child in workers.children], flush=True)
 {then}
 """
 

@@ -52,7 +52,7 @@ LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  
 def load(name: str, data: str | None = None) -> Task:
     """The task. Raises BadInput for data that cannot be read as rows of the task's schema."""
     if name == "programs":
-        return load_programs(name, data)
+        return load_programs(name)
     hub_id, config = HUB[name]
     read = {"humaneval": humaneval, "code_contests": code_contest, "taco": taco}.get(name, mbpp)
     train = [] if name == "humaneval" else problems_of(name, load_rows(hub_id, "train", data, config), read, "train")
@@ -374,13 +374,11 @@ value = [row if row and all(type(y) is int and abs(y) < {LARGEST} for y in row) 
 """
 
 
-def load_programs(name: str, data: str | None = None) -> Task:
+def load_programs(name: str) -> Task:
     """The task `programs`: from points of a small integer function, such as "1>3 5>11:", to a Python expression in x,
     such as "2*x+1"; always the same problems in the same order. Usually more than one short expression fits the points;
     the hidden tests, on INPUTS, tell which one was meant. A function belongs to train or to test, not both. Votes:
     expressions with equal values on INPUTS are equal answers; one without values of integers below 2**63 is none."""
-    if data is not None:
-        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     rng = random.Random(0)
     train, test, seen = [], [], set()
     for level, forms in FORMS.items():
