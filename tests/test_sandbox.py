@@ -63,7 +63,7 @@ def test_neither_the_pool_nor_a_worker_needs_torch(pool):
     code = "import sys, verifiers.rows, verifiers.sandbox.pool, verifiers.workers\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent).returncode == 0
     source = "import sys\ndef f(): return [*sys.modules], sys.path"
-    tests = f"modules, path = f()\nassert 'sandbox.program' in modules and {str(FOLDER)!r} not in path"
+    tests = f"modules, path = f()\nassert 'sandbox.worker' in modules and {str(FOLDER)!r} not in path"
     assert run(pool, source, tests + "\nassert not {'verifiers', 'torch', 'dataclasses'} & {*modules}").passed
 
 
@@ -112,7 +112,7 @@ FORGERIES = {
     "builtins.isinstance = builtins.all = lambda *a: True\nbuiltins.str.__eq__\ndef f(x): return 1",
     "patched exits and unittest": "import sys, os, unittest\nsys.exit = os._exit = lambda *a: None\n"
     "unittest.TestCase.assertEqual = lambda *a: None\ndef f(x): return 1",
-    "patched worker": "import sys\nw = sys.modules['sandbox.program']\nw.error_of = lambda e: ['value', None]\n"
+    "patched worker": "import sys\nw = sys.modules['sandbox.worker']\nw.error_of = lambda e: ['value', None]\n"
     "w.encode = lambda *a: {'status': 'passed'}\ndef f(x): raise ValueError",
     "patched json": """
 import json

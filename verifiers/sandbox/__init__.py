@@ -6,8 +6,8 @@
         result, = sandbox.run([Program("def f(x): return x + 1", tests="assert f(1) == 2", names=("f",))])
         result.passed
 
-`pool` starts *workers* (`worker`). A worker locks itself in (`lock`) and forks a process for each `program`. Its
-`judge`, a process of its own, runs the tests. They talk in plain data (`codec`).
+`pool` starts *workers* (`worker`). A worker locks itself in (`lock`) and forks a process for each program. Its `judge`,
+a process of its own, runs the tests. They talk in plain data (`codec`).
 
 Levels, strongest first. A level is in force or refused, never replaced by a weaker one. `auto` is the first of the
 first two that this machine has. Each worker of these proves its lock with a program that tries it.
