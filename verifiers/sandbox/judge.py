@@ -15,7 +15,6 @@ import signal
 import socket
 import struct
 import time
-import types
 
 from .codec import OPERATORS, as_json, decode, encode, from_json, receive, send
 
@@ -25,6 +24,7 @@ ENDED = struct.Struct("id")  # from the fork server: wait status, CPU seconds
 PATIENCE = struct.Struct("d")  # to the fork server: how many seconds a program has to end by itself
 TROUBLES = {"MemoryError": "out of memory", "PermissionError": "refused"}
 NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?")
+code_of = functools.lru_cache(512)(functools.partial(compile, filename="<tests>", mode="exec"))  # once a problem
 
 
 class Ended(BaseException):
@@ -231,12 +231,6 @@ def run_tests(run: Run):
         return value
     finally:
         namespace.clear()  # functions and their namespace refer to each other
-
-
-@functools.lru_cache(512)
-def code_of(tests: str) -> types.CodeType:
-    """The code of some tests, compiled once for all the responses to a problem."""
-    return compile(tests, "<tests>", "exec")
 
 
 def difference(output: bytes, expected: bytes) -> str:
