@@ -116,7 +116,7 @@ LISTED = re.compile(
 )
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
 ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
-COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only) \Z")
+COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only|therefore|thus|just) \Z")
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
 )
@@ -212,7 +212,7 @@ def stated(text: str) -> str | None:
         return None
     if MATH_SPAN.match(text, start):
         return formulas(text, start)[0][2]
-    sentence = re.split(r"\.(?:\s|$)|\n", text[start:], maxsplit=1)[0]
+    sentence = re.split(r"\.(?:\s|$)|\n|[,;] (?:since|because|as|which)\b", text[start:], maxsplit=1)[0]
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
@@ -251,9 +251,8 @@ def number_in(answer: str) -> str | None:
 # --- Comparison ---
 
 WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-UNITS = (
-    "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph kmh kph rpm hrs lbs gal deg am pm th st nd"
-)
+UNITS = "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph kmh kph rpm hrs lbs gal deg am pm"
+UNITS += " th st nd rd"
 UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')})(?:/[a-z]+)?(?![A-Za-z])"
 PLAIN_NUMBER = re.compile(
     rf"([-+]?)\s*[€£]?(?:([0-9]+) (?=[0-9]+/))?([0-9]{{1,3}}(?: [0-9]{{3}})+|{DIGITS})"
@@ -336,6 +335,7 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\A(-?[0-9.,/]+)\s*=\s*([A-Za-z])\Z": r"\2=\1",
     r"\(([0-9A-Z]+)\)(?=_)": r"\1",
     r"\\log_\{?e\}?": r"\\ln ",
+    r"\\log_([0-9]) ": r"\\log_{\1} ",
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
