@@ -343,6 +343,19 @@ def test_dead_workers_are_counted_and_replaced(impatient):
     assert results[1] == results[2] and results[1][0][0] is True
 
 
+def test_an_interrupted_call_ends_its_workers_at_once(impatient):
+    impatient.limit_s = 60.0
+    impatient.map([["3", r"\sqrt{9}"]])
+    (child,) = impatient.children
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        impatient.map([["1", SLOW]])
+    signal.signal(signal.SIGALRM, before)
+    assert child.returncode == -signal.SIGKILL and impatient.children == []
+    assert impatient.map([["3", r"\sqrt{9}"]])[0][1] is None
+
+
 def test_a_worker_that_died_idle_costs_nothing(impatient):
     impatient.map([["3", r"\sqrt{9}"]])
     impatient.children[0].kill(), impatient.children[0].wait()

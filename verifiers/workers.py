@@ -53,7 +53,7 @@ class Workers:
                 self.drop(child)
             try:
                 return list(threads.map(self.result, jobs))
-            except BaseException:  # interrupted: no later job may get the answer to an abandoned one
+            except BaseException:  # interrupted: nobody waits for what they do now
                 for child in [*self.children]:
                     child.kill(), child.wait()
                 raise
