@@ -91,9 +91,9 @@ EQUAL = [
 ]
 
 
-@pytest.mark.parametrize("forms", [forms for forms in EQUAL if len(forms) > 1], ids=lambda forms: forms[0])
-def test_equal_answers_are_right(forms):
-    assert rewards_and_votes(forms[0], forms)[0] == [1.0] * len(forms)
+def test_equal_answers_are_right():
+    for forms in EQUAL:
+        assert rewards_and_votes(forms[0], forms)[0] == [1.0] * len(forms)
 
 
 # gold answer, right responses, wrong ones, the prompt where it matters
@@ -294,21 +294,16 @@ def impatient(monkeypatch):
     workers.close()
 
 
-def test_timeouts_are_counted_and_cost_only_themselves(impatient):
+def test_timeouts_are_counted_cost_only_themselves_and_are_kept(impatient, monkeypatch):
     row = [rf"\boxed{{{answer}}}" for answer in [SLOW, r"\sqrt{9}", SLOW, r"\sqrt{16}", "(10^{9})!"]]
-    for _ in range(2):  # the second time the workers are new ones
+    for kept in (False, False, True):  # the second time the workers are new ones, the third there are none
+        if kept:
+            monkeypatch.setattr(impatient, "map", lambda jobs: [] if not jobs else pytest.fail(f"asked again: {jobs}"))
+        else:
+            math_task.checked.clear()
         verdict = verify([Problem("?", "3")], [row], math_answer)
         assert verdict.rewards.tolist() == [[0, 1, 0, 0, 0]] and verdict.votes.tolist() == [[-1, 1, -1, 3, -1]]
         assert verdict.counts == {"timeouts": 3}
-        math_task.checked.clear()
-
-
-def test_a_timeout_is_kept_within_a_run(impatient, monkeypatch):
-    problem, row = Problem("?", "3"), [rf"\boxed{{{SLOW}}}"]
-    assert verify([problem], [row], math_answer).counts == {"timeouts": 1}
-    monkeypatch.setattr(impatient, "map", lambda jobs: [] if not jobs else pytest.fail(f"asked again: {jobs}"))
-    verdict = verify([problem], [row * 2], math_answer)
-    assert verdict.counts == {"timeouts": 2} and verdict.votes.tolist() == [[-1, -1]]
     math_task.checked.clear()
 
 
@@ -433,16 +428,15 @@ def test_workers_die_with_the_parent(then):
     parent.stdout.close()
 
 
-@pytest.mark.parametrize(
-    "answer", ["x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400,
-               "^" * 99, "9^9^9^9", r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{0}", "\0" * 9 + "7",
-               r"2^{1000000}"], ids=repr,
-)  # fmt: skip
-def test_hostile_answers(impatient, answer):
+ODD = ["x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400, "^" * 99,
+       "9^9^9^9", r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{0}", "\0" * 9 + "7", r"2^{1000000}"]  # fmt: skip
+
+
+def test_hostile_answers(impatient):
     impatient.limit_s = 5.0
-    text = rf"\boxed{{{answer}}}"
-    verdict = verify([Problem("?", "12")], [[text, text, r"\boxed{12}"]], math_answer)
-    assert verdict.rewards.tolist() == [[0, 0, 1]] and verdict.votes[0, 0] == verdict.votes[0, 1]
+    rows = [[rf"\boxed{{{answer}}}"] * 2 + [r"\boxed{12}"] for answer in ODD]
+    verdict = verify([Problem("?", "12")] * len(rows), rows, math_answer)
+    assert verdict.rewards.tolist() == [[0, 0, 1]] * len(rows) and (verdict.votes[:, 0] == verdict.votes[:, 1]).all()
 
 
 # --- Data ---
