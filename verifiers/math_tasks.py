@@ -253,7 +253,7 @@ def number_in(answer: str) -> str | None:
 WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 UNITS = "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph kmh kph rpm hrs lbs gal deg am pm"
 UNITS += " th st nd rd"
-UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')})(?:/[a-z]+)?(?![A-Za-z])"
+UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')}|(?:[ckm]m|in|ft|mi) ?\^\{{?[23]\}}?)(?:/[a-z]+)?(?![A-Za-z])"
 PLAIN_NUMBER = re.compile(
     rf"([-+]?)\s*[€£]?(?:([0-9]+) (?=[0-9]+/))?([0-9]{{1,3}}(?: [0-9]{{3}})+|{DIGITS})"
     rf"(?:{EXPONENT})?((?:{SCALE})*)(\s*(?:\\?%|percent))?((?:{UNIT})*)"
@@ -354,11 +354,11 @@ def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     """(whether the answer is right, what it votes by if wrong), or None where that takes algebra."""
     if text_key(gold) == text_key(answer):
         return True, ""
-    golds, keys = plain_keys(gold), plain_keys(answer)
-    if golds and keys:
-        return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
     dropped = [{*DROPPED.findall(unwrapped(text))} for text in (gold, answer)]
     wrong = all(dropped) and dropped[0] != dropped[1] or RELATION.match(answer) and not RELATION.match(gold)
+    golds, keys = plain_keys(gold), plain_keys(answer)
+    if golds and keys and not wrong:
+        return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
     unreadable = re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer))
     return (False, f"text {text_key(answer)}") if wrong or unreadable else None
 
