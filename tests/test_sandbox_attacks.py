@@ -332,6 +332,7 @@ def test_programs_that_sleep_cost_twice_their_time_at_most(monkeypatch):
         monkeypatch.setattr(pool, "_results", lambda programs: runs.append(programs) or once(programs))
         results = pool.run([Program("import time\ntime.sleep(60)", "f(1)", ("f",), wall=0.5)] * 12)
         assert {result.status for result in results} == {"timed out"} and len(results) == 12
+        assert max(result.wall for result in results) < LIMITS.wall  # a program's own wall time is shorter
         assert len(runs[0]) == 12 and sum(again.wall for (again,) in runs[1:]) < 3.5  # of 12 * 0.5 * 21 / 16
 
 
