@@ -128,6 +128,17 @@ def test_no_flag_of_a_descriptor_is_left_to_the_next_program(alone):
     assert before.value == after.value and len(after.value) == 3 and patched.passed
 
 
+def test_a_program_holds_no_descriptors_but_its_own(pool):
+    source = """
+import os
+def is_open(fd):
+    try: return bool(os.fstat(fd))
+    except OSError: return False
+def f(): return [*filter(is_open, range(64))]
+"""
+    assert run(pool, source, "assert f() == [0, 1, 2, 3]").passed
+
+
 @pytest.mark.parametrize("attack", [
     "os.sched_setaffinity(0, range(64))",
     pytest.param("call(222, 0, None, ctypes.create_string_buffer(8))", marks=x86_64),  # timer_create
