@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from verifiers import BadInput, Problem, load_task
 from verifiers import math_tasks as math_task
-from verifiers.math_tasks import boxed, gsm8k_answer, level_number, math_answer, verify
+from verifiers.math_tasks import boxed, gsm8k_answer, math_answer, verify
 from verifiers.workers import Workers
 
 REAL_DATA = os.environ.get("REAL_DATA")
@@ -37,79 +37,31 @@ def is_right(gold, answer):
 
 
 @pytest.mark.parametrize("response, answer", [
-    (r"so \boxed{12}.", "12"),
-    (r"\boxed{1}, no: \boxed{2}", "2"),
-    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\boxed{5}}", "5"),
-    (r"\fbox{6}", "6"),
-    (r"\boxed 7$", "7"),
-    (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "-2, 1"),
-    (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", "1, 2, 3"),
-    (r"\boxed{4} then cut off \boxed{5", "4"),
-    (r"\boxed{} and the answer is 8", "8"),
-    (r"}}}{ \boxed{9}", "9"),
-    ("#### 10\nThe answer is 11", "10"),
-    (r"The answer is $\frac12$. I hope it is correct.", r"\frac12"),
-    ("The answer is 3.5. Then 7.", "3.5"),
-    ("**Answer:** 4", "4"),
-    ("The answer is 5 which is odd.", "5 which is odd"),
-    ("Final Answer: The volume of $ABCD$ is 120. I hope it is correct.", "120"),
-    ("Answer:\n$$\n9\n$$", "9"),
-    (r"Thus \(x = 2\) and \[y = 3\]", "y = 3"),
-    (r"Thus the value of $x$ is 5.", "5"),
-    (r"This makes \frac{10}{9}", r"\frac{10}{9}"),
-    ("\\boxed{1}\n\nQuestion: 1+1?\nAnswer: \\boxed{2}", "1"),
-    (r"\boxed{1}" + " hm" * 5000, None),
-    ("no idea", None),
-    ("", None),
-    ("\\boxed{" + "9" * 1001 + "}", None),
+    (r"so \boxed{12}.", "12"), (r"\boxed{1}, no: \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\boxed{5}}", "5"), (r"\fbox{6}", "6"), (r"\boxed 7$", "7"),
+    (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "-2, 1"), (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", "1, 2, 3"),
+    (r"\boxed{4} then cut off \boxed{5", "4"), (r"\boxed{} and the answer is 8", "8"), (r"}}}{ \boxed{9}", "9"),
+    ("#### 10\nThe answer is 11", "10"), (r"The answer is $\frac12$. I hope it is correct.", r"\frac12"),
+    ("The answer is 3.5. Then 7.", "3.5"), ("**Answer:** 4", "4"), ("The answer is 5 which is odd.", "5 which is odd"),
+    ("Final Answer: The volume of $ABCD$ is 120. I hope it is correct.", "120"), ("Answer:\n$$\n9\n$$", "9"),
+    (r"Thus \(x = 2\) and \[y = 3\]", "y = 3"), (r"Thus the value of $x$ is 5.", "5"),
+    (r"This makes \frac{10}{9}", r"\frac{10}{9}"), ("\\boxed{1}\n\nQuestion: 1+1?\nAnswer: \\boxed{2}", "1"),
+    (r"\boxed{1}" + " hm" * 5000, None), ("no idea", None), ("", None), ("\\boxed{" + "9" * 1001 + "}", None),
 ])  # fmt: skip
 def test_math_answer(response, answer):
     assert math_answer(response) == answer
 
 
 @pytest.mark.parametrize("response, answer", [
-    ("6 * 7 = 42\n#### 42", "42"),
-    ("#### 42 apples, not 43", "42"),
-    ("#### $1,234.50", "1,234.50"),
-    ("#### 3 + 4 = 7", "7"),
-    ("#### none. The answer is 5.", "5"),
-    (r"\boxed{18\text{ dollars}} of 20", "18"),
-    (r"\boxed{\frac{1}{2}} of 20", r"\frac{1}{2}"),
-    ("The answer is -$18 now", "-18"),
-    ("The answer is 5, which is 3 more.", "5"),
-    ("The answer is \N{MINUS SIGN}3", "-3"),
-    ("It takes 10-3 days", "3"),
-    ("x2 and y3", None),
-    ("#### 5\n\nQuestion: 1+1?\nAnswer:\n#### 2", "5"),
-    ("no idea", None),
-    ("9" * 10**6, None),
+    ("6 * 7 = 42\n#### 42", "42"), ("#### 42 apples, not 43", "42"), ("#### $1,234.50", "1,234.50"),
+    ("#### 3 + 4 = 7", "7"), ("#### none. The answer is 5.", "5"), (r"\boxed{18\text{ dollars}} of 20", "18"),
+    (r"\boxed{\frac{1}{2}} of 20", r"\frac{1}{2}"), ("The answer is -$18 now", "-18"),
+    ("The answer is 5, which is 3 more.", "5"), ("The answer is \N{MINUS SIGN}3", "-3"), ("It takes 10-3 days", "3"),
+    ("x2 and y3", None), ("#### 5\n\nQuestion: 1+1?\nAnswer:\n#### 2", "5"), ("no idea", None), ("9" * 10**6, None),
 ])  # fmt: skip
 def test_gsm8k_answer(response, answer):
     assert gsm8k_answer(response) == answer
-
-
-FRAGMENTS = st.sampled_from(
-    [r"\boxed{", "}", "{", "$", "$$", r"\(", r"\)", r"\[", r"\]", "####", "answer is ", "\nQuestion:", "9^9", "=", "-"]
-)
-HOSTILE = st.lists(st.one_of(FRAGMENTS, st.text(max_size=8), st.integers().map(str)), max_size=40).map("".join)
-
-
-@settings(deadline=None, max_examples=300)
-@given(HOSTILE)
-def test_extraction_of_any_text(text):
-    for extract in (math_answer, gsm8k_answer):
-        answer = extract(text)
-        assert answer is None or 0 < len(answer) <= 1000
-        assert extract(text + "\n\nQuestion: 2+2?\nAnswer: \\boxed{4}\n#### 4") == answer
-
-
-@settings(deadline=None, max_examples=300)
-@given(HOSTILE, st.integers(), HOSTILE)
-def test_last_box_wins(before, number, after):
-    before, after = before.replace("Question:", ""), after.replace("boxed", "").replace("Question:", "")
-    assert (boxed(before + f"; \\boxed{{{number}}}" + after) or "").split(", ")[-1] == str(number)
 
 
 # --- Comparison ---
@@ -139,90 +91,56 @@ EQUAL = [
 ]
 
 
-@pytest.mark.parametrize("forms", [forms for forms in EQUAL if len(forms) > 1], ids=lambda forms: forms[0])
-def test_equal_answers_are_right(forms):
-    assert rewards_and_votes(forms[0], forms)[0] == [1.0] * len(forms)
+def test_equal_answers_are_right():
+    for forms in EQUAL:
+        assert rewards_and_votes(forms[0], forms)[0] == [1.0] * len(forms)
 
 
 # gold answer, right responses, wrong ones, the prompt where it matters
 BOXED = [
     ("1234567", [r"1\,{,}234{,}567", r"1,\,234,\,567", r"1\ 234\ 567", r"1{\,}234{\,}567"], []),
-    (r"\frac{10000}{3}", [r"\frac{10{,}000}{3}"], [r"\frac{10}{3}"]),
-    ("11111111100", [r"11,\! 111,\! 111,\! 100"], []),
+    (r"\frac{10000}{3}", [r"\frac{10{,}000}{3}"], [r"\frac{10}{3}"]), ("11111111100", [r"11,\! 111,\! 111,\! 100"], []),
     ("32348", [r"32,\! 348", r"32,\!348"], []),
     (r"(-\infty,-2)\cup(2,\infty)", ["|x|>2", r"x<-2 \text{ or } x>2", r"x<-2 \lor x>2", r"x<-2,\ x>2"],
      [r"x<-2 \text{ and } x>3", "x<-2, y>2"]),
-    (r"864 \mbox{ inches}^2", [], [r"864 \mbox{ inches}^3"]),
-    (r"12\frac{3}{5}", ["12 3/5"], []),
-    ("5", ["5m", "5 cm", "5cm", r"5\text{ cm}^2", "x=5", "5=x", "5 km/h"],
+    (r"864 \mbox{ inches}^2", [], [r"864 \mbox{ inches}^3"]), (r"12\frac{3}{5}", ["12 3/5"], []),
+    ("5", ["5m", "5 cm", "5cm", r"5\text{ cm}^2", "5 cm^2", "x=5", "5=x", "5 km/h"],
      ["5abc", "5 ab", "5t", "5 t", "18 dollars", "x^2+y^2=5", "5 million"]),
-    ("3pqr", [], ["3"]),
-    (r"0.\bar{3}", [], [r"0.\bar{4}"]),
+    ("3pqr", [], ["3"]), (r"0.\bar{3}", [], [r"0.\bar{4}"]),
     ("5", [], ["5m"], "Let $m$ be an integer. How large is it?"),
     ("1", [], [r"\dbinom{n}{n}"], r"What is $\dbinom{n}{n}$ for any positive integer $n$?"),
-    ("5", ["a^2+b^2=5"], [], "What is $a^2 + b^2$?"),
-    ("5t", [], ["5"]), ("5ab", [], ["5"]),
-    ("18", ["18 dollars", "18dollars"], ["180", "-18"]),
-    (r"2\pi r h", [r"2\pi r h"], [r"2\pi r"]),
-    (r"12.5\%", ["12.5", "0.125"], [r"0.125\%", "1.25"]),
-    ("12.5", [r"12.5\%"], []),
-    ("0.125", [r"12.5\%"], []),
+    ("5", ["a^2+b^2=5"], [], "What is $a^2 + b^2$?"), ("5t", [], ["5"]), ("5ab", [], ["5"]),
+    ("18", ["18 dollars", "18dollars"], ["180", "-18"]), (r"2\pi r h", [r"2\pi r h"], [r"2\pi r"]),
+    (r"12.5\%", ["12.5", "0.125"], [r"0.125\%", "1.25"]), ("12.5", [r"12.5\%"], []), ("0.125", [r"12.5\%"], []),
     (r"0.\overline{27}", [r"\frac{3}{11}", r"\frac{27}{99}"], ["0"]),
-    (r"\frac16", ["0.1666...", r"0.1\overline{6}", r"0.1\bar6"], []),
-    (r"\frac13", ["0.(3)"], []),
-    (r"0.\overline{3}", [], ["0.3"]),
-    (r"\frac{1}{7}", [r"0.\overline{142857}", r"0.\dot{1}4285\dot{7}"], []),
-    (r"x+\frac13", [r"x+0.\overline{3}"], []),
-    ("1", ["0.999...", r"0.\dot{9}"], ["2 1/2"]),
-    ("2516_8", ["2516", "2516_{8}", "(2516)_8"], ["2516_9", r"2516_{\text{9}}"]),
-    ("2516", ["2516_8"], []),
-    ("A_1", [], ["A_2"]),
-    ("11", [], ["5 6"]), ("56", [], ["5 6"]),
-    ("19", [], [r"10\;9"]),
-    ("5 6", ["5 6"], []),
-    ("1.6e-19", [], ["0.0"]),
-    (r"1.6\times10^{-19}", ["1.6e-19"], ["0", r"3.2\times10^{-19}"]),
-    ("2^{-30}", [r"\frac{1}{1073741824}", r"\frac{1}{2^{30}}"], ["0.0", "0"]),
-    ("0", ["0.0"], ["2^{-30}"]),
-    ("10^{-8}", [], [r"2\cdot 10^{-8}"]),
-    ("1000", ["1e3"], []),
-    ("1024", ["2^{10}=1024"], []),
-    ("7", ["x+y=7"], []),
-    (r"(-\infty,3)", ["x<3"], [r"x\le 3"]),
-    (r"(-\infty,3]", [r"x\le 3"], []),
-    ("x<3", [r"(-\infty,3)"], []),
-    ("3", [], ["x<3", r"\ge 3", "3pqr"]),
-    (r"\le 3", [r"\leq 3"], []),
+    (r"\frac16", ["0.1666...", r"0.1\overline{6}", r"0.1\bar6"], []), (r"\frac13", ["0.(3)"], []),
+    (r"0.\overline{3}", [], ["0.3"]), (r"\frac{1}{7}", [r"0.\overline{142857}", r"0.\dot{1}4285\dot{7}"], []),
+    (r"x+\frac13", [r"x+0.\overline{3}"], []), ("1", ["0.999...", r"0.\dot{9}"], ["2 1/2"]),
+    ("2516_8", ["2516", "2516_{8}", "(2516)_8"], ["2516_9", r"2516_{\text{9}}"]), ("2516", ["2516_8"], []),
+    ("A_1", [], ["A_2"]), ("11", [], ["5 6"]), ("56", [], ["5 6"]), ("19", [], [r"10\;9"]), ("5 6", ["5 6"], []),
+    ("1.6e-19", [], ["0.0"]), (r"1.6\times10^{-19}", ["1.6e-19"], ["0", r"3.2\times10^{-19}"]),
+    ("2^{-30}", [r"\frac{1}{1073741824}", r"\frac{1}{2^{30}}"], ["0.0", "0"]), ("0", ["0.0"], ["2^{-30}"]),
+    ("10^{-8}", [], [r"2\cdot 10^{-8}"]), ("1000", ["1e3"], []), ("1024", ["2^{10}=1024"], []), ("7", ["x+y=7"], []),
+    (r"(-\infty,3)", ["x<3"], [r"x\le 3"]), (r"(-\infty,3]", [r"x\le 3"], []), ("x<3", [r"(-\infty,3)"], []),
+    ("3", [], ["x<3", r"\ge 3", "3pqr"]), (r"\le 3", [r"\leq 3"], []),
     ("[2,5)", [r"2\le x<5", r"x\ge2 \text{ and } x<5"], [r"2\le x\le5", r"x\ge2 \text{ or } x<5"]),
     (r"1\pm\sqrt2", [r"\frac{2\pm\sqrt8}{2}", r"1+\sqrt2, 1-\sqrt2"], [r"1+\sqrt2"]),
     ("x^2", ["x²"], ["2x"]), ("-2", ["\N{EN DASH}2"], []), (r"\infty", ["∞"], []), ("0.001", ["10^-3", "10⁻³"], []),
     (r"\ln 2", [r"\log_e 2"], []), ("2", [], [r"\log_e 2"]), (r"\emptyset", [r"\varnothing"], []),
-    ("10901", [r"10\,901", "10~901", "10 901"], []),
-    ("911", [], [r"10\,901"]),
-    ("(100,200)", [r"(100,\,200)"], []),
-    ("1,2", [r"1,\,2"], []),
-    ("100200", [], [r"(100,\,200)"]),
-    ("12345.5", [r"12\,345.5"], []),
-    ("12345", [r"\$12{,}345"], []),
-    ("2.5", ["2 1/2", r"2\frac12"], []),
-    (r"\frac{5}{2}", ["2\xbd"], []),
-    ("-2.5", [r"-2\frac12"], []),
-    ("-1.5", [], [r"-2\frac12"]),
-    (r"\frac12", ["\xbd"], []),
-    ("C", [], ["(B) 12", "(D)"]),
-    ("12", [r"\textbf{(B)}\ 12", r"(\text{B})\ 12"], []),
-    ("B", [r"\textbf{(B)}\ 12", "B. 12", "B)", r"\text{Option B}"], ["(B) or (C)"]),
-    ("13", [], [r"\textbf{(B)}\ 12"]),
+    ("3", [r"\log_2 8", "3rd"], [r"\log_2 9", "3 8"]),
+    ("10901", [r"10\,901", "10~901", "10 901"], []), ("911", [], [r"10\,901"]), ("(100,200)", [r"(100,\,200)"], []),
+    ("1,2", [r"1,\,2"], []), ("100200", [], [r"(100,\,200)"]), ("12345.5", [r"12\,345.5"], []),
+    ("12345", [r"\$12{,}345"], []), ("2.5", ["2 1/2", r"2\frac12"], []), (r"\frac{5}{2}", ["2\xbd"], []),
+    ("-2.5", [r"-2\frac12"], []), ("-1.5", [], [r"-2\frac12"]), (r"\frac12", ["\xbd"], []),
+    ("C", [], ["(B) 12", "(D)"]), ("12", [r"\textbf{(B)}\ 12", r"(\text{B})\ 12"], []),
+    ("B", [r"\textbf{(B)}\ 12", "B. 12", "B)", r"\text{Option B}"], ["(B) or (C)"]), ("13", [], [r"\textbf{(B)}\ 12"]),
     ("5000", ["5000", r"500 \cdot 10"], ["255^2 - 245^2", "255^{2}-245^{2}", "(255^2-245^2)"],
      "What is the value of $255^2 - 245^2$?"),
     ("10", [], [r"\binom{5}{2}"], r"Compute $\dbinom{5}{2}$."), ("12", [], [r"3\cdot4"], r"Compute $3 \times 4$."),
-    ("4", [], [r"\log_{2}16"], r"Evaluate $\log_2 16$."),
-    ("x^2+10x+25", [], ["(x+5)^2"], "Expand $(x+5)^2$."),
+    ("4", [], [r"\log_{2}16"], r"Evaluate $\log_2 16$."), ("x^2+10x+25", [], ["(x+5)^2"], "Expand $(x+5)^2$."),
     (r"\frac{\sqrt2}{2}", [r"\frac{1}{\sqrt2}"], [], r"If $\cos x = \frac{1}{\sqrt2}$, find $\sin x$."),
-    ("x+1", ["1+x"], [], "Let $f(x)=1+x$. Find $f^{-1}$"),
-    (r"\frac12", ["1/2"], [], "Find $1/2$."),
-    ("0.5", ["1/2"], [], "How large is $x^{1/2}$?"),
-    ("0.5", [], ["1/2"], "Write $1/2$ as a decimal."),
+    ("x+1", ["1+x"], [], "Let $f(x)=1+x$. Find $f^{-1}$"), (r"\frac12", ["1/2"], [], "Find $1/2$."),
+    ("0.5", ["1/2"], [], "How large is $x^{1/2}$?"), ("0.5", [], ["1/2"], "Write $1/2$ as a decimal."),
     (r"\frac{4}{11}", [], [r"\frac{8}{22}"], r"Simplify $\frac{8}{22}$."),
     ("x^2+y^2", ["x^2+y^2"], [], "Let $x^2+y^2$"),
     ("7x(x-1)(x-2)", [], ["7x^3 - 21x^2 + 14x"], "Factor $7x^3 - 21x^2 + 14x$."),
@@ -231,17 +149,10 @@ BOXED = [
      r"\begin{pmatrix}1\\[\smallskipamount]2\end{pmatrix}", r"\begin{pmatrix}1\cr 2\end{pmatrix}"],
      [r"\begin{pmatrix}1\\ [4pt] 3\end{pmatrix}"]),
     (r"144\mbox{ m}^3", [r"144\text{ m}^3", "144", "144 m^3"], ["144 cm^2"]),
-    ("20", ["20 mph"], []),
-    ("4 + 2i", ["4+2i"], []),
-    ("2i", ["2i"], ["2"]),
-    (r"3 \text{ or } 4", ["4,3"], []),
-    ("5n", ["5n", r"n\cdot 5"], ["5"]),
-    ("5 million", ["5000000"], []),
-    ("5{,}000{,}000", ["5 million"], []),
-    ("1/3", [], ["0.333"]),
-    ("(1,2)", [], ["(2,1)"]),
-    ("2", [], [""]),
-    ("32349", [], ["32, 349"]),
+    ("5 cm^2", ["5 cm^{2}"], ["5 cm^3"]), ("20", ["20 mph"], []),
+    ("4 + 2i", ["4+2i"], []), ("2i", ["2i"], ["2"]), (r"3 \text{ or } 4", ["4,3"], []),
+    ("5n", ["5n", r"n\cdot 5"], ["5"]), ("5 million", ["5000000"], []), ("5{,}000{,}000", ["5 million"], []),
+    ("1/3", [], ["0.333"]), ("(1,2)", [], ["(2,1)"]), ("2", [], [""]), ("32349", [], ["32, 349"]),
     ("12:00", [], ["12:30"]),
 ]  # fmt: skip
 STATED = [
@@ -251,15 +162,13 @@ STATED = [
     ("1,2,3", ["The answer is $1$, $2$, and $3$."], []),
     ("B", ["The answer is (B).", "The answer is (B) 12", "The answer is option B."], []),
     ("12", ["Final Answer: There are 12 ways.", "The answer is that there are 12 ways.",
-            "The final answer is: It takes 12 minutes.", r"\boxed{12}. I used \boxed as asked.",
+            "The final answer is: It takes 12 minutes.", "The answer is 12, since 3 * 4 = 12.",
+            "The answer is therefore 12.", r"\boxed{12}. I used \boxed as asked.",
             r"\boxed{12} is put in \boxed form"],
      ["The answer: There are 12 million ways."]),
-    ("13", [], ["Final Answer: There are 12 ways."]),
-    ("3", [], ["The answer: There are 3 boxes of 4 apples."]),
-    ("2", [r"$x=\boxed{1}$ so $y=\boxed{2}$"], [r"\boxed{1} or \boxed{2}"]),
-    ("7", [r"\boxed 7"], []),
-    ("4", ["We have $a=3$ and $b=4$."], []),
-    ("5", ["The roots are $2$ and $3$, so the sum is $5$."], []),
+    ("13", [], ["Final Answer: There are 12 ways."]), ("3", [], ["The answer: There are 3 boxes of 4 apples."]),
+    ("2", [r"$x=\boxed{1}$ so $y=\boxed{2}$"], [r"\boxed{1} or \boxed{2}"]), ("7", [r"\boxed 7"], []),
+    ("4", ["We have $a=3$ and $b=4$."], []), ("5", ["The roots are $2$ and $3$, so the sum is $5$."], []),
 ]  # fmt: skip
 GSM8K = [
     ("42", ["#### 6 * 7 = 42 (checked: 42 / 7 = 6)", "#### She has 3 boxes of 14, that is 42", "#### 42 = 6 * 7",
@@ -272,37 +181,24 @@ GSM8K = [
     ("1500000", [r"\boxed{1.5\text{ million}}", "#### $1.5 million dollars"], []),
     ("1000000", ["#### 1 000 000", "#### $1M"], []),
     ("1234", [r"\[ 1000 + 234 = 1\,234 \]", "The total is 1{,}234 dollars"], []),
-    ("4200", [r"\boxed{4\,200}", "#### 4\u202f200"], []),
-    ("0.5", ["#### \xbd", "#### 1/2"], []),
-    ("1000", ["#### 1e3", "#### 1 × 10³"], []),
-    ("1", [], ["#### 1e3", "#### 1 M"]),
+    ("4200", [r"\boxed{4\,200}", "#### 4\u202f200"], []), ("0.5", ["#### \xbd", "#### 1/2"], []),
+    ("1000", ["#### 1e3", "#### 1 × 10³"], []), ("1", [], ["#### 1e3", "#### 1 M"]),
     ("2.5", ["#### 2 1/2", "#### 2\xbd cups", "#### 2 and 1/2"], []),
-    ("24", ["#### 2 dozen", "#### 24, i.e. 2 dozen"], []),
-    ("2", ["#### 2 dozen"], [], "How many dozen eggs?"),
-    ("6", [], ["#### 42 = 6 * 7", "#### 5 or 6", r"\boxed{5 \to 6}"]),
-    ("10", ["#### 10:00 AM"], ["#### 10 - 3"]),
-    ("7", [], ["#### 10 - 3"]),
-    ("3", ["#### 3/1"], ["#### 10 - 3", "#### 4 * 3"]),
+    ("24", ["#### 2 dozen", "#### 24, i.e. 2 dozen"], []), ("2", ["#### 2 dozen"], [], "How many dozen eggs?"),
+    ("6", [], ["#### 42 = 6 * 7", "#### 5 or 6", r"\boxed{5 \to 6}"]), ("10", ["#### 10:00 AM"], ["#### 10 - 3"]),
+    ("7", [], ["#### 10 - 3"]), ("3", ["#### 3/1"], ["#### 10 - 3", "#### 4 * 3"]),
     ("18", ["#### 18 m^2", "#### $18.00 per day", "The answer is 18 dollars for 2 days."], []),
-    ("1500", ["#### 1.5k"], []),
-    ("300", ["#### 3 hundred"], []),
-    ("12", ["#### 12 is the sum", "#### 4 * 3 = $12"], []),
-    ("9500", [r"\$9{,}500"], []),
-    ("8", ["#### 2^3"], []), ("0.001", ["#### 10^{-3}"], []),
-    ("9", ["#### 3 x 3 = 9"], []),
-    ("50", ["#### 50%"], []),
-    ("25", ["#### 10 * 2 = 20 + 5 = 25"], []),
-    ("-3", ["#### -3", "#### - 3"], []),
-    ("1234567", ["#### 1,234,567"], []),
+    ("1500", ["#### 1.5k"], []), ("300", ["#### 3 hundred"], []),
+    ("12", ["#### 12 is the sum", "#### 4 * 3 = $12"], []), ("9500", [r"\$9{,}500"], []),
+    ("8", ["#### 2^3"], []), ("0.001", ["#### 10^{-3}"], []), ("9", ["#### 3 x 3 = 9"], []), ("50", ["#### 50%"], []),
+    ("25", ["#### 10 * 2 = 20 + 5 = 25"], []), ("-3", ["#### -3", "#### - 3"], []), ("1234567", ["#### 1,234,567"], []),
     ("11", [], ["The answer is obtained by adding 5 and 6. So 11"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "answer_in, rows, form",
-    [(math_answer, BOXED, r"\boxed{%s}"), (math_answer, STATED, "%s"), (gsm8k_answer, GSM8K, "%s")],
-    ids=["boxed", "stated", "gsm8k"],
-)
+@pytest.mark.parametrize("answer_in, rows, form", [
+    (math_answer, BOXED, r"\boxed{%s}"), (math_answer, STATED, "%s"), (gsm8k_answer, GSM8K, "%s"),
+], ids=["boxed", "stated", "gsm8k"])  # fmt: skip
 def test_verdicts_of_reported_kinds(answer_in, rows, form):
     cases = [
         (Problem(prompt[0] if prompt else "How much is it?", gold), form % response, expected)
@@ -399,28 +295,23 @@ def impatient(monkeypatch):
     workers.close()
 
 
-def test_timeouts_are_counted_and_cost_only_themselves(impatient):
+def test_timeouts_are_counted_cost_only_themselves_and_are_kept(impatient, monkeypatch):
     row = [rf"\boxed{{{answer}}}" for answer in [SLOW, r"\sqrt{9}", SLOW, r"\sqrt{16}", "(10^{9})!"]]
-    for _ in range(2):  # the second time the workers are new ones
+    for kept in (False, False, True):  # the second time the workers are new ones, the third there are none
+        if kept:
+            monkeypatch.setattr(impatient, "map", lambda jobs: [] if not jobs else pytest.fail(f"asked again: {jobs}"))
+        else:
+            math_task.checked.clear()
         verdict = verify([Problem("?", "3")], [row], math_answer)
         assert verdict.rewards.tolist() == [[0, 1, 0, 0, 0]] and verdict.votes.tolist() == [[-1, 1, -1, 3, -1]]
         assert verdict.counts == {"timeouts": 3}
-        math_task.checked.clear()
-
-
-def test_a_timeout_is_kept_within_a_run(impatient, monkeypatch):
-    problem, row = Problem("?", "3"), [rf"\boxed{{{SLOW}}}"]
-    assert verify([problem], [row], math_answer).counts == {"timeouts": 1}
-    monkeypatch.setattr(impatient, "map", lambda jobs: [] if not jobs else pytest.fail(f"asked again: {jobs}"))
-    verdict = verify([problem], [row * 2], math_answer)
-    assert verdict.counts == {"timeouts": 2} and verdict.votes.tolist() == [[-1, -1]]
     math_task.checked.clear()
 
 
 def test_what_the_machine_had_no_time_for_is_asked_again(impatient):
     """A worker that is stopped uses no CPU time: its answer is late, and no verdict is kept of it."""
     impatient.map([["1", r"\sqrt{2}"]])
-    impatient.workers[0].process.send_signal(signal.SIGSTOP)
+    impatient.children[0].send_signal(signal.SIGSTOP)
     impatient.limit_s = 0.01  # of the parent's patience alone
     problem, row = Problem("?", "3"), [r"\boxed{\sqrt{9}}"]
     verdict = verify([problem], [row], math_answer)
@@ -433,10 +324,10 @@ def test_what_the_machine_had_no_time_for_is_asked_again(impatient):
 def test_dead_workers_are_counted_and_replaced(impatient):
     impatient.limit_s, impatient.count = 60.0, 1
     impatient.map([["1", r"\sqrt{2}"]])
-    victim = impatient.workers[0].process
+    (victim,) = impatient.children
 
     def shoot():
-        while impatient.workers[0].job is None:
+        while impatient.idle:
             time.sleep(0.01)
         victim.kill()
 
@@ -448,10 +339,22 @@ def test_dead_workers_are_counted_and_replaced(impatient):
     assert results[1] == results[2] and results[1][0][0] is True
 
 
+def test_an_interrupted_call_ends_its_workers_at_once(impatient):
+    impatient.limit_s = 60.0
+    impatient.map([["3", r"\sqrt{9}"]])
+    (child,) = impatient.children
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    with pytest.raises(KeyboardInterrupt):
+        impatient.map([["1", SLOW]])
+    signal.signal(signal.SIGALRM, before)
+    assert child.returncode == -signal.SIGKILL and impatient.children == []
+    assert impatient.map([["3", r"\sqrt{9}"]])[0][1] is None
+
+
 def test_a_worker_that_died_idle_costs_nothing(impatient):
     impatient.map([["3", r"\sqrt{9}"]])
-    impatient.workers[0].process.kill()
-    impatient.workers[0].process.wait()
+    impatient.children[0].kill(), impatient.children[0].wait()
     assert impatient.map([["3", r"\sqrt{9}"]])[0][1] is None
 
 
@@ -463,14 +366,14 @@ def test_results_do_not_depend_on_the_number_of_workers_or_the_thread():
         thread = threading.Thread(target=lambda: found.__setitem__(count, workers.map(pairs)))
         thread.start()
         thread.join()
-        assert len(workers.workers) == count
+        assert len(workers.children) == count
         workers.close()
     assert found[1] == found[3] and not any(failure for _, failure in found[1])
 
 
 def test_no_process_outlives_close(impatient):
     impatient.map([["1", "x"]] * 2)
-    processes = [worker.process for worker in impatient.workers]
+    processes = [*impatient.children]
     impatient.close()
     assert len(processes) == 2 and all(process.returncode is not None for process in processes)
     assert impatient.map([["x", "x"]])[0][0][0] is True  # and it starts again
@@ -490,7 +393,7 @@ import sys; sys.path.insert(0, {root!r})
 from verifiers.workers import Workers
 workers = Workers("math", limit_s=2.0, count=2)
 workers.map([["1", "x"]] * 2)
-print(*[worker.process.pid for worker in workers.workers], flush=True)
+print(*[child.pid for child in workers.children], flush=True)
 {then}
 """
 
@@ -526,16 +429,15 @@ def test_workers_die_with_the_parent(then):
     parent.stdout.close()
 
 
-@pytest.mark.parametrize(
-    "answer", ["x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400,
-               "^" * 99, "9^9^9^9", r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{0}", "\0" * 9 + "7",
-               r"2^{1000000}"], ids=repr,
-)  # fmt: skip
-def test_hostile_answers(impatient, answer):
+ODD = ["x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400, "^" * 99,
+       "9^9^9^9", r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{0}", "\0" * 9 + "7", r"2^{1000000}"]  # fmt: skip
+
+
+def test_hostile_answers(impatient):
     impatient.limit_s = 5.0
-    text = rf"\boxed{{{answer}}}"
-    verdict = verify([Problem("?", "12")], [[text, text, r"\boxed{12}"]], math_answer)
-    assert verdict.rewards.tolist() == [[0, 0, 1]] and verdict.votes[0, 0] == verdict.votes[0, 1]
+    rows = [[rf"\boxed{{{answer}}}"] * 2 + [r"\boxed{12}"] for answer in ODD]
+    verdict = verify([Problem("?", "12")] * len(rows), rows, math_answer)
+    assert verdict.rewards.tolist() == [[0, 0, 1]] * len(rows) and (verdict.votes[:, 0] == verdict.votes[:, 1]).all()
 
 
 # --- Data ---
@@ -554,6 +456,7 @@ def test_schemas(tmp_path):
         {"question": "d", "answer": "2*2=<<2*2=4>>4\n#### 1,004", "level": 3},
         {"problem": "e", "answer": "$x$", "solution": "s", "level": None},
         {"problem": None, "question": "f", "answer": "6"},
+        *({"problem": "g", "answer": "7", "level": level} for level in ("5", 5.0, "")),
     ]
     assert problems(tmp_path, rows) == [
         Problem("a", "1"),
@@ -562,17 +465,11 @@ def test_schemas(tmp_path):
         Problem("d", "1,004", "2*2=4\n#### 1,004", 3),
         Problem("e", "x", "s"),
         Problem("f", "6"),
+        *(Problem("g", "7", "", level) for level in (5, 5, None)),
     ]
     assert problems(tmp_path, rows[3:4], "gsm8k") == [Problem("d", "1004", "2*2=4\n#### 1,004", 3)]
     mine = [{"problem": "a", "answer": answer} for answer in ("$18", "18 dollars", "25\\%", "-1/2")]
     assert [problem.answer for problem in problems(tmp_path, mine, "gsm8k")] == ["18", "18", "25", "-1/2"]
-
-
-@pytest.mark.parametrize(
-    "level, number", [("Level 5", 5), (5, 5), ("5", 5), (5.0, 5), ("Level ?", None), (None, None), ("", None)]
-)
-def test_levels(level, number):
-    assert level_number(level) == number
 
 
 @pytest.mark.parametrize("row, task, message", [
@@ -628,10 +525,9 @@ def test_the_template_shows_answers_that_the_task_can_read(tmp_path, task):
 
 
 @real_data
-@pytest.mark.parametrize(
-    "task, split, count",
-    [("gsm8k", "train", 1000), ("gsm8k", "test", 300), ("math", "train", 600), ("math500", "test", 200)],
-)
+@pytest.mark.parametrize("task, split, count", [
+    ("gsm8k", "train", 1000), ("gsm8k", "test", 300), ("math", "train", 600), ("math500", "test", 200),
+])  # fmt: skip
 def test_gold_solutions_are_right(task, split, count):
     """By the whole path, and, for MATH, by math-verify alone, which has no short cut for equal texts."""
     task = load_task(task, f"{REAL_DATA}/{task}")
@@ -647,14 +543,9 @@ def test_gold_solutions_are_right(task, split, count):
 
 # rows of graders/pairs.jsonl that we judge otherwise than math-verify's own tests do, all of them refusals
 DISAGREEMENTS = {
-    47: "decimal comma: to us a comma separates",
-    144: "decimal comma",
-    146: "decimal comma",
-    151: "decimal comma",
-    51: "gold in two boxes with words between them",
-    68: "answer in two boxes with words between them",
-    79: "equal to 2 decimals, and we ask for 6",
-    138: "equal to 2 decimals, and we ask for 6",
+    **dict.fromkeys((47, 144, 146, 151), "decimal comma: to us a comma separates"),
+    **dict.fromkeys((51, 68), "gold or answer in two boxes with words between them"),
+    **dict.fromkeys((79, 138), "equal to 2 decimals, and we ask for 6"),
     127: "a sentence with the number in its middle",
 }
 

@@ -63,7 +63,7 @@ def test_neither_the_pool_nor_a_worker_needs_torch(pool):
     code = "import sys, verifiers.rows, verifiers.sandbox.pool, verifiers.workers\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent).returncode == 0
     source = "import sys\ndef f(): return [*sys.modules], sys.path"
-    tests = f"modules, path = f()\nassert 'sandbox.program' in modules and {str(FOLDER)!r} not in path"
+    tests = f"modules, path = f()\nassert 'sandbox.worker' in modules and {str(FOLDER)!r} not in path"
     assert run(pool, source, tests + "\nassert not {'verifiers', 'torch', 'dataclasses'} & {*modules}").passed
 
 
@@ -112,7 +112,7 @@ FORGERIES = {
     "builtins.isinstance = builtins.all = lambda *a: True\nbuiltins.str.__eq__\ndef f(x): return 1",
     "patched exits and unittest": "import sys, os, unittest\nsys.exit = os._exit = lambda *a: None\n"
     "unittest.TestCase.assertEqual = lambda *a: None\ndef f(x): return 1",
-    "patched worker": "import sys\nw = sys.modules['sandbox.program']\nw.error_of = lambda e: ['value', None]\n"
+    "patched worker": "import sys\nw = sys.modules['sandbox.worker']\nw.error_of = lambda e: ['value', None]\n"
     "w.encode = lambda *a: {'status': 'passed'}\ndef f(x): raise ValueError",
     "patched json": """
 import json
@@ -209,8 +209,7 @@ def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
 
 
 @pytest.mark.parametrize("source, status", [
-    ("while True: pass", ["timed out"]),
-    ("import time\ndef f(x): time.sleep(600)", ["timed out"]),
+    ("while True: pass", ["timed out"]), ("import time\ndef f(x): time.sleep(600)", ["timed out"]),
     ("def f(x): return 9**9**9", ["timed out"]),
     ("import re\ndef f(x): return re.match('(a+)+$', 'a' * 40 + 'b')", ["timed out"]),
     ("import signal as s\ns.signal(s.SIGXCPU, s.SIG_IGN)\ndef f(x):\n    while True: pass", ["timed out"]),
@@ -222,8 +221,7 @@ def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
     # bytes, whose pages are not touched: to fill the memory takes a slow machine longer than the CPU limit
     ("def f(x):\n    a = []\n    while True: a.append(bytes(1 << 20))", ["out of memory"]),
     ("import mmap\ndef f(x): return mmap.mmap(-1, 1 << 40)", ["failed", "out of memory"]),
-    ("def f(x): return f(x)", ["failed"]),
-    ("import ctypes\ndef f(x): return ctypes.string_at(0)", ["killed"]),
+    ("def f(x): return f(x)", ["failed"]), ("import ctypes\ndef f(x): return ctypes.string_at(0)", ["killed"]),
     ("import os, signal\ndef f(x): os.abort()", ["killed"]),
     ("def f(x): return 'x' * (20 << 20)", ["output truncated"]),
     ("import os\ndef f(x): os.write(3, b'\\x7f\\xff\\xff\\xff')", ["output truncated"]),

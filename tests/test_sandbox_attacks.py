@@ -128,6 +128,17 @@ def test_no_flag_of_a_descriptor_is_left_to_the_next_program(alone):
     assert before.value == after.value and len(after.value) == 3 and patched.passed
 
 
+def test_a_program_holds_no_descriptors_but_its_own(pool):
+    source = """
+import os
+def is_open(fd):
+    try: return bool(os.fstat(fd))
+    except OSError: return False
+def f(): return [*filter(is_open, range(64))]
+"""
+    assert run(pool, source, "assert f() == [0, 1, 2, 3]").passed
+
+
 @pytest.mark.parametrize("attack", [
     "os.sched_setaffinity(0, range(64))",
     pytest.param("call(222, 0, None, ctypes.create_string_buffer(8))", marks=x86_64),  # timer_create
@@ -163,7 +174,7 @@ def test_a_raw_reply_neither_hangs_nor_fills_the_judge(pool, no_worker_ends, rep
 
 def test_tests_that_do_not_end_cost_one_response(pool):
     """What is slow in one step of the judge, here a set of colliding numbers, ends it: in one program's time."""
-    source = "def f(x): return [(2**61 - 1) * i for i in range(10**5)]"
+    source = "def f(x): return [(2**61 - 1) * i for i in range(3 * 10**4)]"
     results = pool.run([Program(source, "assert len(set(f(2))) == 1", ("f",), wall=2), *[RIGHT] * 10])
     assert (results[0].status, results[0].detail) == ("timed out", "the tests did not end in time")
     assert all(result.passed for result in results[1:])
@@ -332,6 +343,7 @@ def test_programs_that_sleep_cost_twice_their_time_at_most(monkeypatch):
         monkeypatch.setattr(pool, "_results", lambda programs: runs.append(programs) or once(programs))
         results = pool.run([Program("import time\ntime.sleep(60)", "f(1)", ("f",), wall=0.5)] * 12)
         assert {result.status for result in results} == {"timed out"} and len(results) == 12
+        assert max(result.wall for result in results) < LIMITS.wall  # a program's own wall time is shorter
         assert len(runs[0]) == 12 and sum(again.wall for (again,) in runs[1:]) < 3.5  # of 12 * 0.5 * 21 / 16
 
 

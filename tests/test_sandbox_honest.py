@@ -18,10 +18,8 @@ def pool():
 
 @pytest.mark.parametrize("source", [
     "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--n', type=int, default=3)\n"
-    "print(parser.parse_args().n)",
-    "import sys\nassert len(sys.argv) == 1\nprint(3)",
-    "out = open(1, 'w')\nout.write('3')",
-    "import os\nout = os.fdopen(1, 'w')\ndef main():\n    out.write('3')\nmain()",
+    "print(parser.parse_args().n)", "import sys\nassert len(sys.argv) == 1\nprint(3)",
+    "out = open(1, 'w')\nout.write('3')", "import os\nout = os.fdopen(1, 'w')\ndef main():\n    out.write('3')\nmain()",
     "import sys, io\nsys.stdout = io.TextIOWrapper(open(1, 'wb'))\nprint(3)",
     "class Last:\n    def __del__(self): print(3)\nlast = Last()",
     "class Ring:\n    def __del__(self): print(3)\nring = Ring()\nring.ring = ring",
@@ -40,8 +38,7 @@ def test_ways_to_print(pool, source):
 
 @pytest.mark.parametrize("source", [
     "import sys\nx = sys.stdin.read()\nsys.stdin.seek(0)\nprint(int(input()) + int(x))",
-    "print(2 * int(open('/dev/stdin').readline()))",
-    "import io\nprint(2 * int(io.open('/dev/stdin').readline()))",
+    "print(2 * int(open('/dev/stdin').readline()))", "import io\nprint(2 * int(io.open('/dev/stdin').readline()))",
     "x = int(input())\nprint(x + int(open('/dev/stdin').read()))",
     "import os\nprint(2 * int(os.read(os.open('/dev/stdin', os.O_RDONLY), 9)))",
     "import sys\nsys.stdin = open(0)\nprint(2 * int(input()))",

@@ -100,6 +100,8 @@ def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task
     module = TASKS.get(name) or TASKS.get(name.partition("/")[0] + "/")
     if module is None:
         raise BadInput(f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}, or FILE:load")
+    if data is not None and (module not in ("code_tasks", "math_tasks") or name == "programs"):
+        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     task = importlib.import_module(f".{module}", __name__).load(name, data)
     if module == "code_tasks":
         from .sandbox.pool import shared

@@ -28,7 +28,7 @@ import textwrap
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -52,24 +52,24 @@ LEVELS = {"EASY": 1, "MEDIUM": 2, "MEDIUM_HARD": 3, "HARD": 4, "VERY_HARD": 5}  
 def load(name: str, data: str | None = None) -> Task:
     """The task. Raises BadInput for data that cannot be read as rows of the task's schema."""
     if name == "programs":
-        return load_programs(name, data)
-    hub_id, config = HUB[name]
-    read = {"humaneval": humaneval, "code_contests": code_contest, "taco": taco}.get(name, mbpp)
-    train = [] if name == "humaneval" else problems_of(name, load_rows(hub_id, "train", data, config), read, "train")
-    test = problems_of(name, load_rows(hub_id, "test", data, config), read, "test")
+        return load_programs(name)
+    train = [] if name == "humaneval" else problems_of(name, "train", data)
+    test = problems_of(name, "test", data)
     long, prompt = name in ("code_contests", "taco"), "{prompt}" if name == "humaneval" else "{prompt}\n"
     ask, tokens = "Write the program in Python, in one code block.", 1024 if long else 512
     return Task(name, train, test, verify, prompt, ask, tokens)
 
 
-def problems_of(name: str, rows: list[dict], read: Callable[[dict], Problem | None], split: str) -> list[Problem]:
-    """The problems of some rows. Rows that cannot be judged are left out, and counted on stderr."""
-    problems = []
+def problems_of(name: str, split: str, data: str | None) -> list[Problem]:
+    """The problems of one split. Rows that cannot be judged are left out, and counted on stderr."""
+    (hub_id, config), problems = HUB[name], []
+    read = {"humaneval": humaneval, "code_contests": code_contest, "taco": taco}.get(name, mbpp)
+    rows = load_rows(hub_id, split, data, config)
     for number, row in enumerate(rows, start=1):
         try:
             problems.append(read(row))
         except Exception as error:  # rows of another shape raise many types
-            why = f"row {number}: {first_line(error)}; {HUB[name][0]} has the schema"
+            why = f"row {number}: {first_line(error)}; {hub_id} has the schema"
             raise BadInput(f"{name}, split {split!r}, {why}") from error
     if left_out := problems.count(None):
         why = "no tests, or named files for input and output"
@@ -329,9 +329,9 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> V
     counts: programs that timed out, ran out of memory, were killed or refused, or printed too much. Raises BadInput
     where the sandbox is to blame, not the programs."""
     pairs = [[(problem, response) for response in row] for problem, row in zip(problems, responses)]
-    unique = {(problem.answer, response): (problem, response) for row in pairs for problem, response in row}
-    results = dict(zip(unique, shared().run([program_of(*pair) for pair in unique.values()])))
-    of_rows = [[results[problem.answer, response] for problem, response in row] for row in pairs]
+    unique = list(dict.fromkeys(pair for row in pairs for pair in row))
+    results = dict(zip(unique, shared().run([program_of(*pair) for pair in unique])))
+    of_rows = [[results[pair] for pair in row] for row in pairs]
     rewards = torch.tensor([[float(result.passed) for result in row] for row in of_rows])
     return Verdict(rewards, torch.full(rewards.shape, -1), troubles(result.status for row in of_rows for result in row))
 
@@ -374,13 +374,11 @@ value = [row if row and all(type(y) is int and abs(y) < {LARGEST} for y in row) 
 """
 
 
-def load_programs(name: str, data: str | None = None) -> Task:
+def load_programs(name: str) -> Task:
     """The task `programs`: from points of a small integer function, such as "1>3 5>11:", to a Python expression in x,
     such as "2*x+1"; always the same problems in the same order. Usually more than one short expression fits the points;
     the hidden tests, on INPUTS, tell which one was meant. A function belongs to train or to test, not both. Votes:
     expressions with equal values on INPUTS are equal answers; one without values of integers below 2**63 is none."""
-    if data is not None:
-        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     rng = random.Random(0)
     train, test, seen = [], [], set()
     for level, forms in FORMS.items():

@@ -141,18 +141,11 @@ def auc(scores: torch.Tensor, rewards: torch.Tensor) -> float:
 
 
 def quality(scores: torch.Tensor, rewards: torch.Tensor) -> str:
-    """A few lines on a verifier's held-out samples, scores (B, n) and rewards (B, n): its AUC over all samples and
-    within problems, where Best-of-N selects, and the share of right samples by predicted probability."""
-    within = torch.tensor([auc(*row) for row in zip(scores, rewards)])
+    """A line on a verifier's held-out samples, scores (B, n) and rewards (B, n): its AUC over all samples and within
+    problems, where Best-of-N selects."""
+    within = torch.tensor([auc(*row) for row in zip(scores, rewards)])  # (B,); nan without both kinds
     mixed = within.isfinite()
-    lines = [
+    return (
         f"verifier on {scores.numel()} held-out samples: AUC {auc(scores.flatten(), rewards.flatten()):.3f}, "
-        f"within problems {within[mixed].mean().item():.3f} (the {int(mixed.sum())} with right and wrong samples)",
-        "  predicted    right  samples",
-    ]
-    predicted, right = scores.sigmoid().flatten(), (rewards > 0.5).flatten().float()
-    for low in (0, 0.2, 0.4, 0.6, 0.8):
-        rows = (predicted >= low) & ((predicted < low + 0.2) | (low == 0.8))
-        if rows.any():
-            lines.append(f"  {low:.1f} to {low + 0.2:.1f}   {right[rows].mean().item():.3f}  {int(rows.sum())}")
-    return "\n".join(lines)
+        f"within problems {within[mixed].mean().item():.3f} (the {int(mixed.sum())} with right and wrong samples)"
+    )

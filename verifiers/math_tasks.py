@@ -8,19 +8,19 @@ Data (`--data PATH` gives any task local files instead, see rows.py):
 Your own problems: columns `problem` (or `question`), `answer`, optionally `solution` and `level` ("Level 5", "5", 5).
 `answer` may be a GSM8K solution that ends in "#### N"; without it, the last \\boxed{} of `solution` is the answer.
 
-The answer in a response. The response ends where it goes on to a "Question:" of its own. Of its last 10 000 characters
-the first rule that finds something decides:
+The answer in a response. A response ends at a "Question:" of its own; of its last 10 000 characters, the first rule
+that finds something decides:
   math     the last \\boxed{}; what follows the last "####"; what follows the last "answer is" or "answer:"; the last
            $...$ or number, whichever ends later
   gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number. One that holds
            several numbers and is no equation is no answer (see `number_in`)
 An answer of more than 1000 characters is none. No answer has reward 0 and no vote.
 
-Rewards and votes. An answer that equals the gold one has reward 1 and votes for "the gold answer". Any other has reward
-0 and votes for its canonical form (workers.canonical): numbers by value to 6 decimals, expressions by value at a fixed
-point, sets by their elements. Votes by pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and
-"y = 5", which differ. Plain numbers, choice letters and equal texts need no algebra; other pairs go to worker processes
-(workers.py). One that takes over 5 s of CPU time or kills its worker has reward 0, no vote, and a count in the verdict.
+Rewards and votes. An answer equal to the gold one has reward 1, and all such share a vote. Any other has reward 0 and
+votes for its canonical form (workers.canonical): numbers by value to 6 decimals, expressions by value at a fixed point,
+sets by their elements. Pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and "y = 5". Plain
+numbers, choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py). One that takes
+over 5 s of CPU time or kills its worker has reward 0, no vote, and a count in the verdict.
 
 Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
@@ -116,7 +116,7 @@ LISTED = re.compile(
 )
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
 ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
-COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only) \Z")
+COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only|therefore|thus|just) \Z")
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
 )
@@ -161,8 +161,8 @@ def in_plain_digits(text: str) -> str:
 
 def first_usable(answers: Iterable[str | None]) -> str | None:
     """The first of some answers that is neither None nor blank, cleaned; None if it is too long to be one."""
-    answer = next(filter(None, (clean(answer) for answer in answers if answer)), None)
-    return answer if answer is not None and len(answer) <= MAX_ANSWER_CHARS else None
+    answer = next(filter(None, (clean(answer) for answer in answers if answer)), "")
+    return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
 
 
 def boxed(text: str) -> str | None:
@@ -212,7 +212,7 @@ def stated(text: str) -> str | None:
         return None
     if MATH_SPAN.match(text, start):
         return formulas(text, start)[0][2]
-    sentence = re.split(r"\.(?:\s|$)|\n", text[start:], maxsplit=1)[0]
+    sentence = re.split(r"\.(?:\s|$)|\n|[,;] (?:since|because|as|which)\b", text[start:], maxsplit=1)[0]
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
@@ -251,10 +251,9 @@ def number_in(answer: str) -> str | None:
 # --- Comparison ---
 
 WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-UNITS = (
-    "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph kmh kph rpm hrs lbs gal deg am pm th st nd"
-)
-UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')})(?:/[a-z]+)?(?![A-Za-z])"
+UNITS = "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph kmh kph rpm hrs lbs gal deg am pm"
+UNITS += " th st nd rd"
+UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')}|(?:[ckm]m|in|ft|mi) ?\^\{{?[23]\}}?)(?:/[a-z]+)?(?![A-Za-z])"
 PLAIN_NUMBER = re.compile(
     rf"([-+]?)\s*[€£]?(?:([0-9]+) (?=[0-9]+/))?([0-9]{{1,3}}(?: [0-9]{{3}})+|{DIGITS})"
     rf"(?:{EXPONENT})?((?:{SCALE})*)(\s*(?:\\?%|percent))?((?:{UNIT})*)"
@@ -336,6 +335,7 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\A(-?[0-9.,/]+)\s*=\s*([A-Za-z])\Z": r"\2=\1",
     r"\(([0-9A-Z]+)\)(?=_)": r"\1",
     r"\\log_\{?e\}?": r"\\ln ",
+    r"\\log_([0-9]) ": r"\\log_{\1} ",
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
@@ -354,11 +354,11 @@ def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     """(whether the answer is right, what it votes by if wrong), or None where that takes algebra."""
     if text_key(gold) == text_key(answer):
         return True, ""
-    golds, keys = plain_keys(gold), plain_keys(answer)
-    if golds and keys:
-        return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
     dropped = [{*DROPPED.findall(unwrapped(text))} for text in (gold, answer)]
     wrong = all(dropped) and dropped[0] != dropped[1] or RELATION.match(answer) and not RELATION.match(gold)
+    golds, keys = plain_keys(gold), plain_keys(answer)
+    if golds and keys and not wrong:
+        return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
     unreadable = re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer))
     return (False, f"text {text_key(answer)}") if wrong or unreadable else None
 
@@ -433,10 +433,9 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]], answ
 
     def vote(problem: Problem, pair: tuple[str, str] | None) -> bool | str | None:
         """True for the gold answer."""
-        verdict = verdicts.get(pair)
-        if isinstance(verdict, tuple) and verdict[0] and is_echo(problem, *pair):
-            return f"text {pair[1]}"
-        return verdict[0] or verdict[1] if isinstance(verdict, tuple) else None
+        if not isinstance(verdict := verdicts.get(pair), tuple):
+            return None
+        return f"text {pair[1]}" if verdict[0] and is_echo(problem, *pair) else verdict[0] or verdict[1]
 
     voters = [[vote(problem, pair) for pair in row] for problem, row in zip(problems, rows)]
     failures = [verdicts[pair] for row in rows for pair in row if isinstance(verdicts.get(pair), str)]
@@ -466,8 +465,8 @@ def problem_from(row: dict, where: str, numeric: bool) -> Problem:
     if len(answer) > MAX_ANSWER_CHARS:
         raise BadInput(f"{where}: an answer of {len(answer)} characters; {MAX_ANSWER_CHARS} is the most")
     if numeric:
-        number = number_in(answer.rstrip("%\\")) if plain_key(answer.rstrip("%\\")) else None
-        if number is None:
+        number = answer.rstrip("%\\")
+        if not plain_key(number) or (number := number_in(number)) is None:
             raise BadInput(f"{where}: the answer {answer[:40]!r} is not a number; --task math takes any answer")
         answer = number.replace(",", "")
     return Problem(prompt, answer, solution, level_number(row.get("level")))
@@ -496,7 +495,7 @@ def load(name: str, data: str | None = None) -> Task:
             print(f"{place}: {what}: these problems have no level", file=sys.stderr)
     if not any(splits.values()):
         raise BadInput(f"{where} has no {'test' if name == 'math500' else 'train or test'} split")
-    of_gsm8k, of_math = (GSM8K_TEMPLATE, GSM8K_INSTRUCTION, 256), (MATH_TEMPLATE, MATH_INSTRUCTION, 512)
-    template, instruction, tokens = of_gsm8k if numeric else of_math
-    check = functools.partial(verify, answer_in=gsm8k_answer if numeric else math_answer)
-    return Task(name, **splits, verify=check, template=template, instruction=instruction, max_new_tokens=tokens)
+    of_gsm8k = gsm8k_answer, GSM8K_TEMPLATE, GSM8K_INSTRUCTION, 256
+    answer_in, template, ask, tokens = of_gsm8k if numeric else (math_answer, MATH_TEMPLATE, MATH_INSTRUCTION, 512)
+    check = functools.partial(verify, answer_in=answer_in)
+    return Task(name, **splits, verify=check, template=template, instruction=ask, max_new_tokens=tokens)

@@ -96,10 +96,8 @@ def verify(problems: Sequence[GymProblem], responses: Sequence[Sequence[str]]) -
     return Verdict(rewards, votes_from_answers(voters), counts)
 
 
-def load(name: str, data: str | None = None) -> Task:
+def load(name: str, data: None = None) -> Task:
     """The task `reasoning_gym/<name>`; raises BadInput for unknown and refused names, and without the library."""
-    if data is not None:
-        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise BadInput(f"task {name!r} needs the reasoning-gym library: {INSTALL}")
     if (version := importlib.metadata.version("reasoning-gym")) != VERSION:

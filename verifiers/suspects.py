@@ -21,7 +21,7 @@ from itertools import accumulate, combinations
 
 import torch
 
-from . import BadInput, Problem, Task, Verdict, votes_from_answers
+from . import Problem, Task, arithmetic
 
 NAMES = "Tom Eve Sam Zoe Ben Kim Max Ann Joe Sue Ian Roy Leo Dan Jim Ray".split()
 PRIOR = {  # not normalised
@@ -95,11 +95,7 @@ def best_pass_at_k(problems: Sequence[Problem], k: int, name: str = "suspects") 
     return (q * (1 - (1 - best_policy(q, k)) ** k)).sum(-1)
 
 
-def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-    """Exact match of the name; see `Task.verify`."""
-    answers = [[suspect(response) for response in row] for row in responses]
-    rewards = [[float(answer == problem.answer) for answer in row] for problem, row in zip(problems, answers)]
-    return Verdict(torch.tensor(rewards), votes_from_answers(answers))
+verify = partial(arithmetic.verify, answer_of=suspect)  # exact match of the name
 
 
 @cache
@@ -142,10 +138,8 @@ def candidates(problem: Problem) -> tuple[Problem, ...]:
     return tuple(Problem(problem.prompt, name, name, problem.level) for name in listed(problem.prompt))
 
 
-def load(name: str, data: str | None = None) -> Task:
+def load(name: str, data: None = None) -> Task:
     """The task of this name; always the same problems in the same order."""
-    if data is not None:
-        raise BadInput(f"task {name!r} makes its own problems: leave --data out")
     train = training_problems(name)
     groups = [candidates(problem) for problem in train]
     return Task(

@@ -1,13 +1,12 @@
 """Calls on model output that may hang, crash or eat memory, made in child processes that can be killed.
 
-`Workers(function).map(jobs)` is the parent's side. Run as a script, this file is the child: it reads one JSON job per
-line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. It imports neither torch nor this package, and
-is not forked from a parent with threads. A job has `limit_s` of CPU time and CROWD times that of wall time, for a busy
-machine shall change no verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child ends with
-its parent, idle (end of stdin) or stuck (its own alarm). All this is no sandbox for hostile programs.
+`Workers(function).map(jobs)` is the parent's side: a thread for each child. Run as a script, this file is the child: it
+reads one JSON job per line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. It imports neither torch
+nor this package. A job has `limit_s` of CPU time and CROWD times that of wall time, for a busy machine shall change no
+verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child ends with its parent, idle (end
+of stdin) or stuck (its own alarm). All this is no sandbox for hostile programs.
 """
 
-import collections
 import contextlib
 import functools
 import importlib
@@ -21,6 +20,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from multiprocessing.connection import wait
@@ -34,107 +34,91 @@ REPLY_BYTES = 1 << 20
 CHILD_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-class Worker:
-    """One child process, and the number of the job that it holds or None. Its first line says that it is ready."""
-
-    def __init__(self, function: str, limit_s: float):
-        # -P: this folder's reasoning_gym.py would hide the library
-        command = [sys.executable, "-P", os.path.abspath(__file__), function, str(limit_s)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, **pipes)
-        self.ready, self.job, self.line = False, None, b""
-        self.deadline = time.monotonic() + START_S
-
-    def send(self, number: int, job: list, limit_s: float) -> None:
-        self.job, self.deadline = number, time.monotonic() + CROWD * limit_s
-        with contextlib.suppress(BrokenPipeError):  # it died while idle: `receive` will find the end of its output
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def receive(self) -> dict | None:
-        """Its next line, or None while only a part has come; called when there is something to read, so never waits.
-        Raises EOFError when there will be no line, ValueError or RecursionError for one that is no JSON."""
-        part = os.read(self.process.stdout.fileno(), 1 << 16)
-        self.line += part
-        if not part or len(self.line) > REPLY_BYTES:
-            raise EOFError
-        if not self.line.endswith(b"\n"):
-            return None
-        line, self.line = self.line, b""
-        return json.loads(line)
-
-    def kill(self) -> int:
-        """Its exit code, negative for a signal; no zombie stays."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.kill()
-        return self.process.wait()
-
-
 class Workers:
     """Children that call one of `FUNCTIONS`: started when first needed, at most `count` (the CPUs, 8 at most)."""
 
     def __init__(self, function: str, limit_s: float = 5.0, count: int | None = None):
         self.function, self.limit_s, self.count = function, limit_s, count or min(os.cpu_count() or 1, 8)
-        self.workers: list[Worker] = []
+        self.children: list[subprocess.Popen] = []
+        self.idle: list[subprocess.Popen] = []
         self.lock = threading.Lock()
 
     def map(self, jobs: list[list]) -> list[tuple[object, str | None]]:
         """For each job, a list of arguments, in order: (result, None), or (None, failure): "timeouts" (of CPU time, so
         the job's fault), "late" (of wall time), "dead workers" or "errors" (the function raised). A result depends on
         its job alone. May be called from any thread. Raises RuntimeError if a child cannot start."""
-        results: list = [(None, "dead workers")] * len(jobs)
-        todo = collections.deque(enumerate(jobs))
-        with self.lock:
-            for worker in [worker for worker in self.workers if worker.process.poll() is not None]:
-                self.drop(worker)  # died between calls, which is no job's fault
+        with self.lock, ThreadPoolExecutor(self.count) as threads:
+            for child in [child for child in self.idle if child.poll() is not None]:
+                self.idle.remove(child)  # died between calls, which is no job's fault
+                self.drop(child)
             try:
-                while todo or any(worker.job is not None for worker in self.workers):
-                    while len(self.workers) < min(self.count, len(jobs)):
-                        self.workers.append(Worker(self.function, self.limit_s))
-                    for worker in self.workers:
-                        if worker.ready and worker.job is None and todo:
-                            worker.send(*todo.popleft(), self.limit_s)
-                    self.collect(results)
-            finally:  # interrupted: no later job may get the answer to an abandoned one
-                for worker in [worker for worker in self.workers if worker.job is not None]:
-                    self.drop(worker)
-        return results
+                return list(threads.map(self.result, jobs))
+            except BaseException:  # interrupted: nobody waits for what they do now
+                for child in [*self.children]:
+                    child.kill(), child.wait()
+                raise
 
-    def collect(self, results: list) -> None:
-        """Wait until a worker speaks or runs out of time; note what came of its job."""
-        waiting = [worker for worker in self.workers if worker.job is not None or not worker.ready]
-        patience = min(worker.deadline for worker in waiting) - time.monotonic()
-        speaking = wait([worker.process.stdout for worker in waiting], max(patience, 0))
-        for worker in waiting:
-            try:
-                reply = worker.receive() if worker.process.stdout in speaking else None
-                if reply is None:
-                    if time.monotonic() < worker.deadline:
-                        continue
-                    raise TimeoutError
-            except (EOFError, ValueError, RecursionError, TimeoutError) as end:
-                code = self.drop(worker)
-                if not worker.ready:
-                    raise RuntimeError(f"the process for {self.function} did not start (exit code {code})") from end
-                late = "late" if isinstance(end, TimeoutError) else "dead workers"
-                results[worker.job] = None, "timeouts" if code == -signal.SIGPROF else late
-            else:
-                if worker.job is not None:
-                    results[worker.job] = reply["result"], reply["failure"]
-                elif reply["failure"]:
-                    raise RuntimeError(f"the process for {self.function} did not start: {reply['failure']}")
-                worker.ready, worker.job = True, None
+    def result(self, job: list) -> tuple[object, str | None]:
+        """What comes of one job in a child that is idle, or else in a new one."""
+        try:
+            child = self.idle.pop()
+        except IndexError:
+            child = self.started()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it died while idle: `answer` finds the end of its output
+                child.stdin.write(json.dumps(job).encode() + b"\n")
+                child.stdin.flush()
+            reply = answer(child, CROWD * self.limit_s)
+        except (EOFError, ValueError, RecursionError, TimeoutError) as end:
+            late = "late" if isinstance(end, TimeoutError) else "dead workers"
+            return None, "timeouts" if self.drop(child) == -signal.SIGPROF else late
+        self.idle.append(child)
+        return reply["result"], reply["failure"]
 
-    def drop(self, worker: Worker) -> int:
-        self.workers.remove(worker)
-        return worker.kill()
+    def started(self) -> subprocess.Popen:
+        """A new child, whose first line said that it is ready."""
+        # -P: this folder's reasoning_gym.py would hide the library
+        command = [sys.executable, "-P", os.path.abspath(__file__), self.function, str(self.limit_s)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        child = subprocess.Popen(command, env={**os.environ, **CHILD_ENVIRONMENT}, **pipes)
+        self.children.append(child)
+        try:
+            why = answer(child, START_S)["failure"]
+        except (EOFError, ValueError, TimeoutError):
+            why = f"exit code {self.drop(child)}"
+        if why:
+            raise RuntimeError(f"the process for {self.function} did not start: {why}")
+        return child
+
+    def drop(self, child: subprocess.Popen) -> int:
+        """End a child. Its exit code, negative for a signal."""
+        self.children.remove(child)
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+        child.stdout.close()
+        child.kill()
+        return child.wait()
 
     def close(self) -> None:
         """End all children; the next `map` starts new ones. Not needed at exit: they end with this process."""
-        while self.workers:
-            self.drop(self.workers[0])
+        self.idle.clear()
+        while self.children:
+            self.drop(self.children[0])
+
+
+def answer(child: subprocess.Popen, seconds: float) -> dict:
+    """The next line of a child. Raises TimeoutError where it takes longer, EOFError where the child ends or has more to
+    say than REPLY_BYTES, ValueError or RecursionError for what is no JSON."""
+    line, deadline = b"", time.monotonic() + seconds
+    while not line.endswith(b"\n"):
+        left = deadline - time.monotonic()  # looked at for each part, as one may drip in
+        if left <= 0 or not wait([child.stdout], left):
+            raise TimeoutError
+        part = os.read(child.stdout.fileno(), 1 << 16)
+        line += part
+        if not part or len(line) > REPLY_BYTES:
+            raise EOFError
+    return json.loads(line)
 
 
 def number_key(value: Fraction) -> str:

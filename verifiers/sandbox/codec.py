@@ -14,8 +14,10 @@ from collections import deque, namedtuple
 
 DIGITS = 1 << 17  # of the longest number, and the largest exponent of a Decimal: int() of 1e999999999 never ends
 NAMES = 1000  # characters in all the field names of a named tuple, for which a class is made
-COLLECTIONS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deque)}
+# what the judge may ask of two of a program's own objects
+OPERATORS = "lt le gt ge add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()
 KEYS, ITEMS = type({}.keys()), type({}.items())
+COLLECTIONS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, deque)} | {"keys": KEYS}
 # class -> the arguments, all numbers, by which it is made, and the names of its attributes that hold them
 NUMBERS = {
     "builtins.complex": "real imag", "builtins.range": "start stop step", "fractions.Fraction": "numerator denominator",
@@ -89,8 +91,6 @@ def encode(value, reference):
         return ["dict", [[encode(k, reference), encode(v, reference)] for k, v in dict.items(value)]]
     if isinstance(value, (bytes, bytearray)):
         return ["bytes", value.hex()]
-    if isinstance(value, KEYS):
-        return ["keys", [encode(item, reference) for item in value]]
     if isinstance(value, ITEMS):
         return ["items", encode(dict(value), reference)[1]]
     name = f"{type(value).__module__}.{type(value).__name__}"
@@ -135,9 +135,7 @@ def decode(data, dereference, deadline: float = math.inf):
     if not isinstance(content, list):
         raise ValueError(f"{kind!r} of {type(content).__name__}")
     if kind in COLLECTIONS:
-        return COLLECTIONS[kind](all_of(content))
-    if kind == "keys":
-        return dict.fromkeys(all_of(content)).keys()
+        return dict.fromkeys(all_of(content)).keys() if kind == "keys" else COLLECTIONS[kind](all_of(content))
     if kind in ("dict", "items"):
         made = dict(map(all_of, content))
         return made if kind == "dict" else made.items()

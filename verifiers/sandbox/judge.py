@@ -15,10 +15,8 @@ import signal
 import socket
 import struct
 import time
-import types
 
-from .codec import as_json, decode, encode, from_json, receive, send
-from .program import OPERATORS
+from .codec import OPERATORS, as_json, decode, encode, from_json, receive, send
 
 REPLY_BYTES = 16 << 20  # the longest answer to one call that is read
 GRACE = 1.0  # seconds after a program's deadline in which the judge must be done with it, or it ends itself
@@ -26,6 +24,7 @@ ENDED = struct.Struct("id")  # from the fork server: wait status, CPU seconds
 PATIENCE = struct.Struct("d")  # to the fork server: how many seconds a program has to end by itself
 TROUBLES = {"MemoryError": "out of memory", "PermissionError": "refused"}
 NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?")
+code_of = functools.lru_cache(512)(functools.partial(compile, filename="<tests>", mode="exec"))  # once a problem
 
 
 class Ended(BaseException):
@@ -141,18 +140,16 @@ class Run:
             raise RuntimeError("StopIteration") from error
 
     def output(self, limit: int) -> bytes:
-        """All that the program prints, read until it ends."""
+        """All that the program prints, read until it ends; to be called by `guard`."""
         parts = [b"-"]
         while parts[-1]:
             left = self.deadline - time.monotonic()
             if left <= 0 or not select.select([self.stdout], [], [], left)[0]:
-                self.trouble, self.detail = "timed out", "wall time"
-                raise Ended
+                raise TimeoutError
             parts.append(os.read(self.stdout, 1 << 16))
             limit -= len(parts[-1])
             if limit < 0:
-                self.trouble = "output truncated"
-                raise Ended
+                raise OverflowError("more output than is read")
         return b"".join(parts[1:])
 
     def end(self) -> tuple[int, float]:
@@ -200,7 +197,7 @@ def outcome(run: Run, case: tuple[str, str] | None) -> tuple[str, str, object]:
         if case is None:
             return "passed", "", run_tests(run)
         expected = case[1].encode(errors="replace")
-        detail = difference(run.output(max(run.job["output"], 2 * len(expected))), expected)
+        detail = difference(run.guard(run.output, max(run.job["output"], 2 * len(expected))), expected)
         try:
             run.reply()
             return "failed", "an answer to no question", None
@@ -234,12 +231,6 @@ def run_tests(run: Run):
         return value
     finally:
         namespace.clear()  # functions and their namespace refer to each other
-
-
-@functools.lru_cache(512)
-def code_of(tests: str) -> types.CodeType:
-    """The code of some tests, compiled once for all the responses to a problem."""
-    return compile(tests, "<tests>", "exec")
 
 
 def difference(output: bytes, expected: bytes) -> str:

@@ -34,9 +34,9 @@ START = "import sys; sys.path.insert(0, sys.argv[2]); from sandbox.worker import
 class Limits:
     """Limits of one program, or of each of its cases; all cases together have CASES times the wall time of one.
 
-    wall: seconds, enough for two programs per core that use up their CPU time; a pool of more workers has more. cpu:
-    whole seconds; MBPP's slowest reference solution needs 3.6 to 4.7. memory: bytes of address space. output: bytes
-    printed, or twice the expected ones if that is more. threads: of one program, itself included."""
+    wall: seconds, enough for two programs per core that use up their CPU time. cpu: whole seconds; MBPP's slowest
+    reference solution needs 3.6 to 4.7. memory: bytes of address space. output: bytes printed, or twice the expected
+    ones if that is more. threads: of one program, itself included."""
 
     wall: float = 30.0
     cpu: int = 8
@@ -91,10 +91,8 @@ class Sandbox(contextlib.AbstractContextManager):
             raise BadInput(f"unknown sandbox {level!r}: choose auto, {', '.join(LEVELS)}")
         self._cores = list(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
         self.count = workers or 2 * len(self._cores)  # while one waits for its program, the other works
-        self._crowd = max(1.0, self.count / (2 * len(self._cores)))
-        self.limits = replace(limits, wall=limits.wall * self._crowd)
+        self.limits, self._lock, reasons = limits, threading.Lock(), []
         self._workers: list[_Worker] = []
-        self._lock, reasons = threading.Lock(), []
         for self.level in LEVELS[:2] if level == "auto" else (level,):
             try:
                 self._workers.append(self._start())
@@ -122,7 +120,7 @@ class Sandbox(contextlib.AbstractContextManager):
             starved = [i for i, it in enumerate(results) if it.status == "timed out" and it.cpu < it.wall / 2]
             for share, i in itertools.product((1 / 16, 1 / 4, 1), starved):
                 if results[i].status == "timed out" and len(programs) > 1 and time.monotonic() < end:
-                    wall = share * min(programs[i].wall, self.limits.wall / self._crowd)
+                    wall = share * min(programs[i].wall, self.limits.wall)
                     (results[i],) = self._results([replace(programs[i], wall=wall)])
         return results
 
@@ -184,7 +182,7 @@ class Sandbox(contextlib.AbstractContextManager):
         """A worker that has locked itself in, proven by a program that tries the lock. Raises BadInput: why not."""
         core = min(self._cores, key=[worker.core for worker in self._workers].count)
         try:
-            worker = _Worker(self.level, self.limits, self._crowd, core)
+            worker = _Worker(self.level, self.limits, core)
         except (OSError, ImportError, RuntimeError) as error:  # a library that is missing is not an OSError
             raise BadInput(f"no sandbox worker at level {self.level}: {error}") from error
         if self.level != "rlimits":
@@ -230,8 +228,8 @@ def attempts():
 class _Worker:
     """One worker process of the pool and the socket to its judge."""
 
-    def __init__(self, level: str, limits: Limits, crowd: float, core: int) -> None:
-        self.crowd, self.core = crowd, core
+    def __init__(self, level: str, limits: Limits, core: int) -> None:
+        self.core = core
         self.jobs, theirs = socket.socketpair()
         readable, isolated, files = lock.readable(), level != "rlimits", {"jobs": theirs}
         settings = {"isolated": isolated, "packages": lock.packages(), "core": core, **vars(limits)}
@@ -267,7 +265,7 @@ class _Worker:
     def submit(self, program: Program, limits: Limits) -> None:
         """Hand the worker a program; `deadline` is when it must have answered."""
         self.nonce = secrets.token_hex(16)  # an answer without it is not to this question
-        wall = min(limits.wall, program.wall * self.crowd)
+        wall = min(limits.wall, program.wall)
         total = wall * min(max(1, len(program.cases)), CASES)
         of_job = {"cpu": limits.cpu, "output": limits.output, "wall": wall, "total": total, "nonce": self.nonce}
         self.deadline = time.monotonic() + total + 10  # the judge keeps its own
