@@ -253,13 +253,6 @@ def test_the_metric_is_asked_for_nothing_that_it_does_not_have(k, n, estimator):
     assert A.shape == (3, n) and A.dtype == torch.float64
 
 
-def test_one_sample_is_its_own_worth_and_k_1_is_rloo():
-    rewards = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64)
-    assert k_sample_advantages(pass_hat_k, rewards[:, :1], k=1).tolist() == [[1.0]]
-    torch.testing.assert_close(k_sample_advantages(pass_hat_k, rewards, k=1), common.mean_advantages(rewards))
-    assert k_sample_advantages(pass_hat_k, rewards, k=1, estimator="biased").tolist() == [[0.0, 0.0, 0.0]]
-
-
 # --- bad input ---
 
 VOTES = torch.zeros(2, 4, dtype=torch.int64)

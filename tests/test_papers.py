@@ -1,4 +1,5 @@
 """docs/papers.md: each method's formula, restated from its paper, against our call; and which objective it ascends.
+Tang's, Chow's, PKPO's loo-1, MaxPO's and pass^k, which are definitions here: benchmarks/golden.py, test_golden.py.
 
 M_i is the mean of f over the k-subsets of the n samples that contain i, M_-i over those that do not, M over all."""
 
@@ -8,16 +9,13 @@ import math
 import re
 import sys
 from functools import partial
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from enumeration import ANSWERS, GRADED, exact_gradient, expected_gradient, subset_advantages, subset_mean
+from enumeration import ANSWERS, GRADED, exact_gradient, expected_gradient, subset_mean
 from runs import ROOT
 from test_estimators import OBJECTIVES
 
-import bon_rl
-import bon_sft
 import common
 from pass_at_k_pg import advantages
 
@@ -49,11 +47,6 @@ def credits(f, rows, k):
         outside = [[value for T, value in values.items() if i not in T] or [math.nan] for i in range(n)]
         parts.append([sum(x) / len(x) for x in (*inside, *outside, [*values.values()])])
     return torch.tensor(parts, dtype=torch.float64).split([n, n, 1], -1)
-
-
-def lemma_1(f, r, k, centred=False):
-    """(k/n) mean over the k-subsets T with i of f(T) - f(T without i), which `centred` lessens by its mean in T."""
-    return torch.tensor([subset_advantages(f, row, k, centred) for row in r.tolist()], dtype=torch.float64)
 
 
 # --- set functions, as f of a list and as the mean over all k-subsets --------------------------------------------
@@ -97,17 +90,6 @@ def test_one_identity_behind_three_papers(name, k, n):
 
 
 # --- a method, its formula, our call ----------------------------------------------------------------------------------
-
-
-def test_lemma_1_as_tang_pkpo_and_maxpo_write_it():
-    """Tang: A_i = f(y_1..y_k) - f(y_-i), and the same less its mean over i. PKPO, loo-1: its mean over the k-subsets.
-    MaxPO leaves two out: over (k+1)-subsets the mean of f(T without j), less f(T without i). pass^k: f = min."""
-    for k, n in ((4, 4), (2, 5), (3, 5), (4, 5)):
-        r = rewards_of(n)
-        close(advantages(r, k), lemma_1(max, r, k))
-        close(advantages(r, k, "biased"), lemma_1(max, r, k, centred=True))
-        close(advantages(r, k, "biased").sum(-1), 0 * r[:, 0])
-        close(all_right(r, k), lemma_1(min, r, k))
 
 
 def test_pkpos_second_form_is_unbiased_and_not_centred():
@@ -185,42 +167,6 @@ def test_ttrl_is_the_largest_block_but_for_ties():
         top = [x for x in set(row) if row.count(x) == max(map(row.count, row))]
         reward = torch.tensor([float(x == top[0]) for x in row], dtype=torch.float64)
         close(A, reward - reward.mean() if len(top) == 1 else torch.zeros(4, dtype=torch.float64))
-
-
-def test_chow_in_closed_form():
-    """y the winner of N of n: R g+ + (1-R) g-, g+ = N p^(N-1)/(1-p^N), g- = N p/(1-p); positives alone; all samples."""
-    r, N, n = right_or_wrong(6), 3, 6
-    p = torch.linspace(0.1, 0.9, len(r), dtype=torch.float64).unsqueeze(-1)
-    positives = next(x for x in get_args(get_type_hints(bon_rl.Args)["estimator"]) if x.startswith("rlb-p"))
-    subsets = list(itertools.combinations(range(n), N))
-    won = torch.zeros_like(r)
-    for T in subsets:
-        part = r[:, list(T)]
-        best = (part == part.amax(-1, keepdim=True)).double()
-        won[:, list(T)] += best / best.sum(-1, keepdim=True) / len(subsets)
-    plus, minus = N * p ** (N - 1) / (1 - p**N), N * p / (1 - p)
-    call = partial(bon_rl.advantages, r, r, N, p_fail=p.squeeze(-1))
-    close(call("rlb"), won * (r * plus + (1 - r) * minus))
-    close(call(positives), won * r * N * p ** (N - 1) * (1 - p) / (1 - p**N))
-    close(call("rlb-all"), N * p ** (N - 1) * (r - (1 - p)) / n)
-    close(bon_rl.advantages(r, r, N, "exact"), advantages(r, N))  # the two papers meet
-    close(bon_rl.advantages(r, r, N, "mean"), advantages(r, N, "mean"))
-
-
-def test_chow_variational_and_sft():
-    """h(y) (R(y) - b) summed over three groups of two; log pi_bon(y*) for a 0/1 verifier, p known."""
-    r = torch.tensor([[1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
-    tilt = common.best_of_n_tilt(2)
-    # Winners are worth 1, 0, 0, the mean of the other winners 0, 1/2, 1/2. The first winner beats the four of the other
-    # groups and gains 1 - 0 from each. Each tied one loses as much to the other tied group, by 0 - 1, and none to the
-    # first.
-    first = 1 / 3
-    tied = -0.5 / 3 / 2 + tilt / 3 / 4 * (1 - 1)
-    close(bon_rl.advantages(r, r, 2, "variational"), torch.tensor([[first, 0, *[tied] * 4]], dtype=torch.float64))
-    p, N = 0.25, 4
-    A = bon_sft.coefficients(torch.tensor([1.0]), r, N, "exact", torch.tensor([p]))
-    w = 1 / (1 - p) - N * p ** (N - 1) / (1 - p**N)
-    close(A, torch.tensor([[1, (0 - p) / 6 * w, *[(1 - p) / 6 * w] * 5]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("n", [4, 8])
