@@ -83,6 +83,7 @@ STOPPED = "stopped after step 3; to go on:\npython"
 # the step that is resumed. Checkpoints are after steps 2 and 4; where a verifier breaks, after step 5. It is called
 # as a trial, in each evaluation (before step 1, after 3 and 6) and in each step.
 INTERRUPTIONS = {
+    **{f"{script} killed twice": (script, STEP, 4, raising(Killed()), Killed, "", 4) for script in SCRIPTS},
     "SIGINT": (PASS, STEP, 3, sending(signal.SIGINT), 130, STOPPED, 3),
     "SIGTERM": (PASS, STEP, 3, sending(signal.SIGTERM), 143, STOPPED, 3),
     "killed in a checkpoint": (PASS, SAVE, 2, half_of_it(Killed()), Killed, "", 2),
@@ -101,26 +102,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(name, uninterr
     whole, flags, _ = uninterrupted(script)
     flags = [*flags, "--run-name", "cut", *(["--save-every", "5"] if where is VERIFY else [])]
     handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
-    with monkeypatch.context() as patch, pytest.raises(end) if isinstance(end, type) else contextlib.nullcontext():
-        at_call(number, action, where, patch)
-        result = run(script, *flags)
-        assert result.returncode == end and said in result.stdout + result.stderr, result.stderr
+    for command in (flags, ["--resume", "runs/cut"])[: 2 if "twice" in name else 1]:
+        with monkeypatch.context() as patch, pytest.raises(end) if isinstance(end, type) else contextlib.nullcontext():
+            at_call(number, action, where, patch)
+            result = run(script, *command)
+            assert result.returncode == end and said in result.stdout + result.stderr, result.stderr
     assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
     result = run(script, "--resume", "runs/cut")
     assert result.returncode == 0 and f"resuming at step {step}" in result.stdout, result.stderr
-    assert outcome(Path("runs/cut")) == outcome(whole)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_cut_off_and_resumed_equals_uninterrupted_bit_for_bit(script, uninterrupted, run, at_call):
-    """Twice, ahead of a checkpoint: in steps 4 and 6, with checkpoints after steps 2 and 4."""
-    whole, flags, _ = uninterrupted(script)
-    for command in ([*flags, "--run-name", "cut"], ["--resume", "runs/cut"]):
-        at_call(4, raising(Killed()))
-        with pytest.raises(Killed):
-            run(script, *command)
-    result = run(script, "--resume", "runs/cut")
-    assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
     assert outcome(Path("runs/cut")) == outcome(whole)
 
 
