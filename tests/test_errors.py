@@ -166,5 +166,8 @@ def test_track_calls_wandb_before_the_writer_is_made(run, skilled, monkeypatch):
     assert options["config"]["k"] == 2 and writes == ("writer", "runs/two") and ("reward", 2) in scalars
     monkeypatch.setattr(harness.run, "world", lambda: (1, 1))
     monkeypatch.setattr(harness.run, "all_gather", lambda value: [Path("runs/two") if value is None else value])
-    args = pass_at_k_pg.Args(task="arithmetic", model=skilled, track=True, n=4, k=2, eval_n=4)
-    assert harness.run.Run(args).writer is None and len(calls) == 2 + len(scalars)
+    args = pass_at_k_pg.Args(task="arithmetic", model=skilled, track=True, n=4, k=2, eval_n=4, eval_problems=1)
+    second = harness.run.Run(args)
+    monkeypatch.setattr(harness.run, "all_gather", lambda value: [value])
+    next(second.steps(lambda verdict: {"pass@1": verdict.rewards.mean(-1)}, ""))
+    assert second.writer is None and len(calls) == 2 + len(scalars)
