@@ -39,8 +39,8 @@ def the_number_of_threads_stays():
 @pytest.fixture(scope="session", autouse=True)
 def runs_are_short():
     """Three quarters of a small run's time go where most tests do not look: into problems that it does not train on,
-    the self-test of a model that has passed it, and a figure. The real ones are `load.__wrapped__`, what is imported
-    from harness.report at the top of a file, and what other processes do."""
+    the self-test of a model that has passed it, and a figure. The real ones are `load.__wrapped__` and what is imported
+    from harness.report at the top of a file. Other processes are forked from this one and do as it does."""
     load, self_test, passed = functools.cache(arithmetic.load), harness.policy.disagreement, set()
 
     @functools.wraps(arithmetic.load)

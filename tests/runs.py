@@ -58,16 +58,14 @@ def in_process(script: str, *flags: str) -> SimpleNamespace:
     return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-# Other processes are forked from one that has imported everything: a script's own imports take six seconds.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runs", "tyro", "matplotlib.pyplot"])
+# Other processes are forked from this one, which has imported everything: a script's own imports take six seconds.
+FORKS = multiprocessing.get_context("fork")
 
 
 def started(script: Path, *flags: str, cwd: Path, rank: int = 0, size: int = 1, port: int = 0):
     """A process that runs the script as __main__, one of `size`. It writes to `cwd`/out-RANK and err-RANK."""
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     environment = os.environ | ({name: str(value) for name, value in place.items()} if size > 1 else {})
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the one that is forked
     command = [str(script), *(of_script(Path(script).name, flag) for flag in flags)]
     process = FORKS.Process(target=_run_as_main, args=(command, str(cwd), rank, environment))
     process.start()

@@ -1,21 +1,12 @@
-"""The advantages of bon_rl.py against exact gradients, and the ties between the two papers."""
+"""bon_rl.py beside `exact` (test_estimators.py): exact gradients, the ties between the two papers, the
+value network, and the schedules of Table 2."""
 
 import itertools
 
 import pytest
 import torch
-from enumeration import (
-    BINARY,
-    GRADED,
-    PROMPTS,
-    THETA,
-    K,
-    all_tuples,
-    best_of_value,
-    exact_gradient,
-    expected_gradient,
-    log_policy,
-)
+from enumeration import BINARY, GRADED, PROMPTS, THETA, K, all_tuples, exact_gradient, expected_gradient, log_policy
+from test_estimators import SCORES
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import bon_rl
@@ -23,13 +14,7 @@ import common
 import pass_at_k_pg
 from bon_rl import advantages
 
-# A verifier that errs, with a tie in each prompt: prompt 0's best-scored action is not its best.
-SCORES = torch.tensor([[0.1, 3.0, 1.0, 1.0], [2.0, 2.0, -1.0, 5.0]], dtype=torch.float64)
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-
-
-def best_of_objective(rewards):
-    return lambda b, y: best_of_value([(SCORES[b, a].item(), rewards[b, a].item()) for a in y])
 
 
 def sampled(N, estimator, rewards=GRADED, scores=SCORES, baseline=None, p_fail=None):
@@ -71,22 +56,11 @@ def variational_gradient(N, baseline=None):
     return torch.autograd.grad(total, THETA)[0]
 
 
-@pytest.mark.parametrize("rewards", [GRADED, BINARY], ids=["graded", "binary"])
-@pytest.mark.parametrize("N, n", [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 5)])
-def test_exact_is_the_gradient_of_best_of_n(N, n, rewards):
-    exact = exact_gradient(best_of_objective(rewards), N)
-    torch.testing.assert_close(expected_gradient(sampled(N, "exact", rewards), n), exact, **EXACT)
+OWN, GIVEN = None, torch.tensor([0.3, -0.2], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("N, n", [(2, 6), (2, 8), (1, 3)])
-def test_variational_is_the_papers_formula(N, n):
-    estimate = expected_gradient(sampled(N, "variational"), n)
-    torch.testing.assert_close(estimate, variational_gradient(N), **EXACT)
-
-
-@pytest.mark.parametrize("N, n", [(2, 4), (3, 6), (2, 6), (1, 2)])
-def test_variational_with_a_given_baseline(N, n):
-    baseline = torch.tensor([0.3, -0.2], dtype=torch.float64)
+@pytest.mark.parametrize("N, n, baseline", [(2, 6, OWN), (2, 8, OWN), (1, 3, OWN), (2, 4, GIVEN), (3, 6, GIVEN)])
+def test_variational_is_the_papers_formula(N, n, baseline):
     estimate = expected_gradient(sampled(N, "variational", baseline=baseline), n)
     torch.testing.assert_close(estimate, variational_gradient(N, baseline), **EXACT)
 
@@ -94,7 +68,7 @@ def test_variational_with_a_given_baseline(N, n):
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_mean_with_a_given_baseline_is_the_gradient_of_the_mean_reward(n):
     exact = exact_gradient(lambda b, y: GRADED[b, y[0]].item(), 1)
-    estimate = expected_gradient(sampled(1, "mean", baseline=torch.tensor([0.3, -0.2])), n)
+    estimate = expected_gradient(sampled(1, "mean", baseline=GIVEN), n)
     torch.testing.assert_close(estimate, exact, **EXACT)
 
 
@@ -111,20 +85,8 @@ def test_ties_between_the_papers(N, n):
     torch.testing.assert_close(advantages(rewards, rewards, N, "exact"), pass_at_k_pg.advantages(rewards, N), **EXACT)
 
 
-def test_large_groups_are_finite_and_exact_zeros_are_zero():
-    generator = torch.Generator().manual_seed(0)
-    rewards, scores = torch.randn(3, 512, generator=generator), torch.randn(3, 512, generator=generator)
-    assert advantages(rewards, scores, 256).isfinite().all()
-    assert (advantages(torch.ones(3, 512), scores, 256) == 0).all()
-    assert advantages(rewards, scores, 128, "variational").isfinite().all()
-    A = advantages(rewards[:, :8], scores[:, :8], 8)  # n = N: only the winner matters
-    assert torch.equal(A != 0, scores[:, :8] == scores[:, :8].amax(-1, keepdim=True)) and A.dtype == torch.float32
-
-
 def test_bad_input_is_refused():
     r = torch.tensor([[1.0, 0, 0, 0]])
-    with pytest.raises(ValueError, match="unknown estimator"):
-        advantages(r, r, 2, "rlbp")
     with pytest.raises(ValueError, match=r"scores must be finite: see \(prompt, sample\) \[0, 1\]"):
         advantages(r, torch.tensor([[0, torch.nan, 0, 0]]), 2)
     with pytest.raises(ValueError, match="groups of N=2, 3 or more"):
@@ -158,20 +120,11 @@ def test_schedules():
     assert bon_rl.kl_coefficient(500, 0.3, None, delay=10, anneal_steps=100) == 0.3
 
 
-def test_anchor_is_an_exponential_moving_average():
-    policy, anchor = (common.Policy(torch.nn.Linear(1, 1, bias=False), None, []) for _ in range(2))
-    policy.model.weight.data.fill_(1.0), anchor.model.weight.data.fill_(0.0)
-    for _ in range(3):
-        bon_rl.move_towards(anchor, policy, 0.1)
-    assert anchor.model.weight.item() == pytest.approx(1 - 0.9**3) and policy.model.weight.item() == 1
-
-
 def test_value_network_learns_the_reward_of_each_prompt(monkeypatch):
     """It reads the last token of the prompt, a micro-batch at a time, and averages its gradients over processes."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    small = dict(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(intermediate_size=16, **small)
     policy = common.Policy(LlamaForCausalLM(config), None, [1], micro_batch_tokens=5)
     value = bon_rl.ValueNetwork(policy)
     prompts, rewards = [[3, 4, 5], [6, 7], [8]], torch.tensor([1.0, 0.0, 0.5])

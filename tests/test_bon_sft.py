@@ -7,7 +7,8 @@ import pytest
 import torch
 from enumeration import BINARY, PROMPTS, THETA, K, all_tuples, log_policy
 from runs import SMALL
-from test_best_of_n import EXACT, SCORES, best_of_n_policy, failure_rates
+from test_best_of_n import EXACT, best_of_n_policy, failure_rates
+from test_estimators import SCORES
 from transformers import LlamaConfig
 
 import bon_sft

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import pytest
-from runs import SCRIPTS, SMALL, of_script, outcome, records, save_untrained, steps_of
+from runs import SCRIPTS, SMALL, of_script, records, save_untrained, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bandit
@@ -33,23 +35,16 @@ def test_a_run_from_start_to_end(script, uninterrupted):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
-    """24 and 3 are no powers of two."""
+    """24, 3 and 5 are no powers of two."""
     flags = [*"--task arithmetic --steps 0 --k 3 --n 9 --eval-n 24 --eval-problems 1 --model".split(), untrained]
+    size, flags = (5, [*flags, "--eval-N", "5"]) if script == SFT else (3, flags)
     result = run(script, *flags)
     assert result.returncode == 0, result.stderr
     metric = "maj" if script.startswith("maj") else "pass"
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
-    assert {f"{metric}@3", "pass@24"} <= {row[1] for row in rows}
+    assert {f"{metric}@{size}", "pass@24"} <= {row[1] for row in rows}
     (folder,) = Path("runs").iterdir()  # an evaluation trains nothing and leaves no policy
     assert steps_of(folder) == [] and not (folder / "policy").exists() and "no step had a signal" not in result.stdout
-
-
-def test_equal_arguments_give_equal_metrics_and_another_folder(run, skilled, tmp_path):
-    for _ in range(2):
-        assert run(PASS, *SMALL, "--model", skilled).returncode == 0
-    first, second = sorted((tmp_path / "runs").iterdir(), key=lambda folder: len(folder.name))
-    assert second.name == f"{first.name}-2"
-    assert outcome(first) == outcome(second) and any(r["nonzero_advantage"] > 0 for r in steps_of(first))
 
 
 def test_a_model_without_a_pad_token_runs(run, tmp_path):
@@ -58,7 +53,7 @@ def test_a_model_without_a_pad_token_runs(run, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-# What is checked for all scripts, and called --k or --N as they have it; and what some check.
+# What is checked for all scripts, and called --k or --N as they have it; and what some check. Files: see the test.
 OF_EACH = [
     (["--k", "8", "--n", "4"], "--n must be at least 8 (--k 8 takes that many samples), not 4"),
     (["--k", "8", "--n", "9", "--eval-n", "4"], "--eval-n must be at least 8"),
@@ -73,7 +68,8 @@ OF_ALL = [
     (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
     (["--lr", "nan"], "--lr must be a positive number, not nan"),
     (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
-    (["--data", "x.jsonl"], "makes its own problems: leave --data out"),
+    *((["--task", name, "--levels", "--data", "x.jsonl"], f"task '{name}' makes its own problems: leave --data out")
+      for name in ("arithmetic", "suspects")),
     (["--levels", "9"], "no training problems at --levels 9"),
     (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
     (["--kl-coef", "nan"], "--kl-coef must be at least 0, not nan"),
@@ -82,8 +78,24 @@ OF_ALL = [
     (["--device", "tpu"], "--device must be auto, cpu or cuda, not 'tpu'"),
     (["--run-name", "a/../../b"], "--run-name"),
     (["--no-chat"], "no chat template: leave --no-chat out"),
-]
-
+    *((["--model", name], f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c")),
+    (["--model", "./mine.py"], "mine.py is a file"),
+    (["--model", "no_end"], "has no end-of-sequence token"),
+    (["--model", "no_tokenizer"], "tokenizer.save_pretrained('no_tokenizer') writes one"),
+    (["--model", "torn_weights"], "cannot load --model 'torn_weights'"),
+    (["--model", "no_weights"], "no file named model.safetensors"),
+    (["--model", "a_weight_less"], "its weights lack model.layers.0.self_attn.q_proj.weight"),
+    (["--levels", "--task", "gsm8k", "--data", "no_test/train.jsonl", "--model", "tiny"],
+     "--model tiny cannot learn task 'gsm8k'"),
+    (["--levels", "--task", "gsm8k", "--data", "no_test"],
+     "the task has no held-out problems here: add test.jsonl to no_test"),
+    (["--levels", "--task", "math500", "--data", "no_train"],
+     "the task has no training problems here: --steps 0 evaluates on held-out ones"),
+    (["--estimator", "mode"], "--estimator must be mean, unbiased, biased, maxrl or FILE:NAME, not 'mode'"),
+    (["--estimator", "nowhere.py:f"], "cannot read 'nowhere.py'"),
+    (["--estimator", "mine.py:sums"], "sums must return shape (5, 4), not (5,)"),
+    (["--sandbox", "landlock"], "--sandbox does nothing without a task that runs programs"),
+]  # fmt: skip
 
 OF_SOME = [
     *((x, ["--k", "1", "--estimator", "biased"], "--estimator biased with --k 1 is zero by") for x in (PASS, MAJ)),
@@ -104,13 +116,41 @@ OF_SOME = [
     (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
     (SFT, ["--eval-N", "5"], "--eval-N must lie between 1 and --eval-n 4, not 5"),
     (SFT, ["--likelihood", "exact", "--verifier", "learned"], "exact is a closed form for --verifier environment"),
-    (SFT, ["--experts", "no.jsonl"], "no.jsonl does not exist"),
-]
+    (SFT, ["--experts", "no.jsonl"], "no.jsonl does not exist: --experts takes a JSONL or Parquet file, or a folder"),
+    (SFT, ["--N", "1", "--n", "6"], "--n does nothing without --N 2 or more"),
+    (SFT, ["--N", "1", "--n", "None", "--likelihood", "exact"], "--likelihood does nothing without --N 2 or more"),
+    (RL, ["--verifier", "learned", "--verifier-model", "x", "--verifier-lr", "1"],
+     "--verifier-lr does nothing without a verifier that is trained here"),
+    (RL, ["--verifier-model", "x"], "--verifier-model does nothing without --verifier learned; leave it out"),
+    (RL, ["--kl-coef", "1", "--log-kl"], "--log-kl does nothing without --kl-coef 0: else the KL is logged anyway"),
+    (RL, ["--kl-coef", "1", "--kl-delay", "5"], "--kl-delay does nothing without --kl-coef-end"),
+]  # fmt: skip
 REFUSED = [*((x, *case) for x in (PASS, RL) for case in OF_EACH), *((PASS, *case) for case in OF_ALL), *OF_SOME]
+
+
+def without_a_weight(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    state = {name: x for name, x in model.state_dict().items() if "q_proj" not in name}
+    model.save_pretrained(folder, state_dict=state)
+
+
+SPOILT = {  # folder -> what is done to the model in it
+    "no_end": lambda folder: save_untrained(folder, eos=False),
+    "no_tokenizer": lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
+    "torn_weights": lambda folder: os.truncate(folder / "model.safetensors", 500),
+    "no_weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "a_weight_less": without_a_weight,
+}
 
 
 @pytest.mark.parametrize("script, flags, complaint", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_one_clear_line(script, flags, complaint, run, untrained, tmp_path):
+    (tmp_path / "mine.py").write_text("def sums(rewards, k):\n    return rewards.sum(-1)\n")
+    for name in ("no_test/train.jsonl", "no_train/test.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps({"problem": "1+1=", "answer": "2", "solution": ""}) + "\n")
+    for name in SPOILT.keys() & {*flags}:
+        SPOILT[name](Path(shutil.copytree(untrained, tmp_path / name)))
     result = run(script, *SMALL, "--model", untrained, *flags)
     assert result.returncode == 2
     assert of_script(script, complaint) in result.stderr and "Traceback" not in result.stderr
@@ -128,18 +168,6 @@ def test_the_papers_preset_and_flags_beside_it(run, untrained, tmp_path):
     expected = {"lr": 1e-5, "prompts_per_step": 32, "warm_up_steps": 100, "anchor_rate": 0.01, "kl_coef": 1.0,
                 "kl_coef_end": 0.075, "kl_delay": 10, "kl_anneal_steps": 2500, "value_lr": 1e-5}  # fmt: skip
     assert {name: args[name] for name in expected} == expected
-
-
-def test_a_model_without_an_end_token_is_refused(run, tmp_path):
-    result = run(PASS, *SMALL, "--model", save_untrained(tmp_path / "model", eos=False))
-    assert result.returncode == 2 and "has no end-of-sequence token" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_tiny_is_refused_for_a_task_it_cannot_learn(run, tmp_path):
-    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
-    result = run(PASS, "--task", "gsm8k", "--data", str(tmp_path / "train.jsonl"))
-    assert result.returncode == 2 and "--model tiny cannot learn task 'gsm8k'" in result.stderr
 
 
 def test_bandit(run, tmp_path):
@@ -175,27 +203,6 @@ def test_an_evaluation_on_training_problems_says_so(one_file, run, untrained, tm
     if one_file:
         result = run(PASS, *flags, "--steps", "0")
         assert line not in result.stdout and "2 held-out problems; " in result.stdout
-
-
-@pytest.mark.parametrize("task, there, mend", [
-    ("gsm8k", "train", "held-out problems here: add test.jsonl to {}"),
-    ("math500", "test", "training problems here: --steps 0 evaluates on held-out ones"),
-])  # fmt: skip
-def test_a_task_without_a_split_says_what_to_do(task, there, mend, run, untrained, tmp_path):
-    (tmp_path / f"{there}.jsonl").write_text(json.dumps({"problem": "1+1=", "answer": "2", "solution": ""}) + "\n")
-    flags = [*SMALL, "--levels", "--task", task, "--data", str(tmp_path), "--model", untrained]
-    line = f"error: the task has no {mend.format(tmp_path)}"
-    assert run(PASS, *flags).stderr.splitlines()[-1] == line
-
-
-def test_events_in_the_verifier_are_summed_over_an_evaluation(run, untrained, monkeypatch, tmp_path):
-    """Timeouts are never silent zeros, in evaluation either."""
-    verify = arithmetic.verify
-    monkeypatch.setattr(arithmetic, "verify", lambda *args: dataclasses.replace(verify(*args), counts={"timeouts": 2}))
-    result = run(PASS, *SMALL, "--steps", "0", "--model", untrained)
-    assert result.returncode == 0, result.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert records(folder)[0]["timeouts"] == 2
 
 
 @pytest.mark.parametrize("first", [1, 3], ids=["at once", "in a training step"])

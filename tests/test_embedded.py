@@ -1,6 +1,5 @@
 """The embedded tasks, and the tiny policy that is warm-started on them."""
 
-import json
 import random
 import re
 import threading
@@ -11,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import harness.policy
-from verifiers import Problem, Task, arithmetic, load_task, votes_from_answers
+from harness.policy import cached_folder
+from verifiers import Problem, Task, arithmetic, load_task
 from verifiers.arithmetic import FACTORS, SUMS, verify
 
 
@@ -55,10 +55,6 @@ def test_the_answer_to_sums_is_the_last_number_whatever_stands_around_it():
     assert verdict.rewards.tolist() == [[1.0] * len(right) + [0.0] * (len(wrong) + len(none))]
     n = len(right)
     assert verdict.votes.tolist() == [[0] * n + list(range(n, n + len(wrong))) + [-1] * len(none)]
-
-
-def test_votes_from_answers():
-    assert votes_from_answers([["a", None, "b", "a"], [None, None, 1, 1.0]]).tolist() == [[0, -1, 2, 0], [-1, -1, 2, 2]]
 
 
 # --- the tiny policy -------------------------------------------------------------------------------------------------
@@ -135,15 +131,16 @@ def test_orthogonal_moves_singular_values_near_one_and_keeps_their_directions(sh
     assert moved.diag().min() > 0.6 and moved.diag().max() < 1.3
 
 
-def test_a_race_for_the_cache_leaves_one_whole_policy(tmp_path, monkeypatch):
+def test_a_race_for_the_cache_leaves_one_whole_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    barrier, trained = threading.Barrier(2), harness.policy.warm_start
-    both = lambda task, seed: (trained(task, seed), barrier.wait(60))[0]  # noqa: E731 (both finish, then save)
-    monkeypatch.setattr(harness.policy, "warm_start", both)
-    folders = []
-    folder = harness.policy.tiny_policy_folder
-    threads = [threading.Thread(target=lambda: folders.append(folder(small_task()))) for _ in "ab"]
+    barrier, folders = threading.Barrier(2), []
+
+    def write(folder):
+        folder.mkdir()
+        (folder / "weights").write_text("whole")
+        barrier.wait(60)  # both have written it, then both put it in its place
+
+    threads = [threading.Thread(target=lambda: folders.append(cached_folder("a", write))) for _ in "ab"]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert len(folders) == 2 and folders[0] == folders[1]
-    assert [path.name for path in (tmp_path / "inference-aware-rl").iterdir()] == [folders[0].name]
-    json.loads((folders[0] / "config.json").read_text())
+    assert folders == [tmp_path / "inference-aware-rl" / "a"] * 2
+    assert [str(path.relative_to(folders[0].parent)) for path in folders[0].parent.rglob("*")] == ["a", "a/weights"]

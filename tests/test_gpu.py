@@ -6,14 +6,13 @@ Elsewhere all of it is skipped. What is exact on the CPU is near here: float32 w
 import copy
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from runs import EXTRA, FLAGS, SCRIPTS, records, steps_of
 from safetensors.torch import load_file
-from test_sampler import ARCHITECTURES, PROMPTS, gradient, naive_log_probs, random_policy
+from test_sampler import PROMPTS, gradient, naive_log_probs, random_policy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bon_rl
@@ -38,7 +37,7 @@ def sampled(policy: common.Policy) -> tuple[common.Rollouts, common.Rollouts]:
     return rollouts, dataclasses.replace(rollouts, **tensors)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_log_probs_of_sampling_and_of_training_agree_in_bfloat16(architecture):
     """With each other, and with those of the plain model in float32."""
     policy = random_policy(architecture)
@@ -55,7 +54,7 @@ def test_log_probs_of_sampling_and_of_training_agree_in_bfloat16(architecture):
 
 
 @pytest.mark.parametrize("clip", [None, 0.2], ids=["plain", "clipped"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_gradients_are_near_those_of_float32(architecture, clip):
     policy, plain = random_policy(architecture), random_policy(architecture)
     rollouts, on_cpu = sampled(policy)
@@ -126,24 +125,18 @@ def test_steps_of_each_script(script, own, run, skilled, tmp_path):
 
 def test_a_checkpoint_is_resumed(run, skilled, tmp_path):
     """After step 4 of 6: the end is near that of the run which was not cut off, nearer than without the optimizer."""
-    flags = [*FLAGS, "--k", "4", "--n", "8", "--prompts-per-step", "16", "--save-every", "2", "--lr", "1e-2"]
-    flags += ["--model", skilled, "--device", DEVICE, "--run-name"]
-    assert run(SCRIPTS[0], *flags, "whole").returncode == 0
-    assert run(SCRIPTS[0], *flags, "cut", "--steps", "4").returncode == 0
-    whole, cut = tmp_path / "runs/whole", tmp_path / "runs/cut"
-    arguments = json.loads((cut / "args.json").read_text()) | {"steps": 6}
-    (cut / "args.json").write_text(json.dumps(arguments))
-    shutil.rmtree(cut / "policy")
-    result = run(SCRIPTS[0], "--resume", "runs/cut")
+    flags = [*FLAGS, *"--k 4 --n 8 --prompts-per-step 16 --lr 1e-2 --no-lr-decay --device".split(), DEVICE]
+    flags += ["--model", skilled, "--run-name"]
+    assert run(PASS, *flags, "whole").returncode == 0
+    assert run(PASS, *flags, "cut", "--steps", "4").returncode == 0
+    result = run(PASS, "--resume", "runs/cut", "--steps", "6")
     assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
+    whole, cut = tmp_path / "runs/whole", tmp_path / "runs/cut"
     first, second = steps_of(whole), steps_of(cut)
-    assert [r["step"] for r in second] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in second] == [1, 2, 3, 4, 5, 6] and records(cut)[0] == records(whole)[0]
     assert [r["reward"] for r in second[4:]] == pytest.approx([r["reward"] for r in first[4:]], abs=0.1)
     start, end, resumed = (flat_weights(x) for x in (Path(skilled), whole / "policy", cut / "policy"))
     assert (resumed - end).norm() < 0.2 * (end - start).norm()
-    checkpoint = torch.load(cut / "checkpoint.pt", weights_only=True)["state"]
-    assert all(x["step"] == 6 for x in checkpoint["optimizer"]["state"].values())
-    assert records(cut)[0] == records(whole)[0]
 
 
 def test_peak_memory_of_the_update_is_a_fraction_of_the_whole_logits():

@@ -49,26 +49,21 @@ def helps():
     return re.findall(r"(.*?)LOADED ?(.*?)\n", python(HELP), re.S)
 
 
-def test_help_waits_for_no_model_class(helps):
+def test_help_waits_for_no_model_class_and_has_the_defaults_of_a_preset(helps):
     assert len(helps) == len(COMMANDS) and all("--seed" in text and loaded == "" for text, loaded in helps)
+    assert "(default: 0.075)" in " ".join(helps[-1][0].split())
 
 
 @pytest.mark.parametrize("number", range(len(SCRIPTS)), ids=SCRIPTS)
 def test_the_algorithms_flags_come_first_and_a_default_is_told_once(number, helps):
     lines = [line.strip("│ ") for line in helps[number][0].partition("options")[2].splitlines()]
-    flags = [re.match("--([a-zA-Z-]+)", line)[1] for line in lines if line.startswith("--")]
+    _, *told = "\n".join(lines).split("\n--")  # before the first stands -h
+    flags = [re.match("[a-zA-Z-]+", flag)[0] for flag in told]
     own, shared = flags.index("N" if SCRIPTS[number].startswith("bon") else "k"), flags.index("model")
     assert own < flags.index("lr") < shared < flags.index("data") < flags.index("run-name") < len(flags)
     assert len(flags) > 30 and len(set(flags)) == len(flags) and "files" not in flags
-    told = [" ".join(flag.split()) for flag in "\n".join(lines).split("\n--")]
-    assert len(told) == len(flags) + 1  # before the first stands -h
-    assert all(flag.count("(default") <= 1 for flag in told) and not re.search(r"default: (None)?\)", " ".join(told))
-    silent = {flag.split()[0] for flag in told[1:] if "(default" not in flag}
-    assert silent == {"resume"}
-
-
-def test_a_presets_values_are_its_defaults(helps):
-    assert "(default: 0.075)" in " ".join(helps[-1][0].split())
+    assert all(flag.count("(default") == (name != "resume") for name, flag in zip(flags, told))
+    assert not re.search(r"default: (None)?\)", " ".join(" ".join(told).split()))
 
 
 def test_estimators_are_imported_without_what_a_run_needs():

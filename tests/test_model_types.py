@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_zoo import KINDS, save_tiny, tiny_model
-from runs import in_process, parity, steps_of
+from runs import SMALL, in_process, parity, steps_of
 
 import common
 import harness.policy
@@ -21,9 +21,6 @@ def rewarded(monkeypatch):
     """A verifier that gives half of the responses a reward: an untrained model earns none of its own."""
     half = lambda problems, rows: parity(problems, [["x" * i for i, _ in enumerate(row)] for row in rows])  # noqa: E731
     monkeypatch.setattr("verifiers.arithmetic.verify", half)
-
-
-SMALL = "--task arithmetic --levels 1 --steps 2 --k 2 --n 4 --prompts-per-step 2 --eval-n 2 --eval-problems 1".split()
 
 
 def verdict_on(folder: str, *flags: str) -> str:

@@ -1,7 +1,7 @@
 """docs/papers.md: each method's formula, restated from its paper, against our call; and which objective it ascends.
+Tang's, Chow's, PKPO's loo-1, MaxPO's and pass^k, which are definitions here: benchmarks/golden.py, test_golden.py.
 
-M_i is the mean of f over the k-subsets of the n samples that contain i, M_-i over those that do not, M over all.
-"""
+M_i is the mean of f over the k-subsets of the n samples that contain i, M_-i over those that do not, M over all."""
 
 import importlib
 import itertools
@@ -9,16 +9,13 @@ import math
 import re
 import sys
 from functools import partial
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from enumeration import ANSWERS, GRADED, exact_gradient, expected_gradient
+from enumeration import ANSWERS, GRADED, exact_gradient, expected_gradient, subset_mean
 from runs import ROOT
-from test_metrics import OBJECTIVES
+from test_estimators import OBJECTIVES
 
-import bon_rl
-import bon_sft
 import common
 from pass_at_k_pg import advantages
 
@@ -41,25 +38,15 @@ def right_or_wrong(n):
     return torch.tensor(list(itertools.product((0.0, 1.0), repeat=n)), dtype=torch.float64)
 
 
-def by_subsets(f, row, k):
-    """M_i, M_-i, (n,) each (M_-i is None if k = n), and M, of one row: a list of samples; f of a list."""
-    n = len(row)
-    values = {T: f([row[i] for i in T]) for T in itertools.combinations(range(n), k)}
-
-    def mean(kept):
-        kept = [value for T, value in values.items() if kept(T)]
-        return sum(kept) / len(kept)
-
-    inside = [mean(lambda T: i in T) for i in range(n)]
-    outside = [mean(lambda T: i not in T) for i in range(n)] if k < n else None
-    return inside, outside, mean(lambda T: True)
-
-
 def credits(f, rows, k):
-    """The same of many rows, as tensors: (B, n), (B, n) and (B, 1)."""
-    parts = [by_subsets(f, row, k) for row in rows]
-    inside, outside, all_ = (torch.tensor([p[i] for p in parts], dtype=torch.float64) for i in range(3))
-    return inside, outside, all_.unsqueeze(-1)
+    """M_i and M_-i, (B, n) each (M_-i is nan if k = n), and M, (B, 1); rows: lists of samples; f of a list."""
+    n, parts = len(rows[0]), []
+    for row in rows:
+        values = {T: f([row[i] for i in T]) for T in itertools.combinations(range(n), k)}
+        inside = [[value for T, value in values.items() if i in T] for i in range(n)]
+        outside = [[value for T, value in values.items() if i not in T] or [math.nan] for i in range(n)]
+        parts.append([sum(x) / len(x) for x in (*inside, *outside, [*values.values()])])
+    return torch.tensor(parts, dtype=torch.float64).split([n, n, 1], -1)
 
 
 # --- set functions, as f of a list and as the mean over all k-subsets --------------------------------------------
@@ -80,7 +67,7 @@ def metric_of(f):
     def metric(*columns):
         *columns, k = columns
         rows = [list(zip(*row)) if len(row) > 1 else list(row[0]) for row in zip(*(c.tolist() for c in columns))]
-        return torch.tensor([by_subsets(f, row, k)[2] for row in rows], dtype=torch.float64)
+        return torch.tensor([subset_mean(f, row, k) for row in rows], dtype=torch.float64)
 
     return metric
 
@@ -105,37 +92,19 @@ def test_one_identity_behind_three_papers(name, k, n):
 # --- a method, its formula, our call ----------------------------------------------------------------------------------
 
 
-def test_tang_unbiased_and_biased():
-    """A_i = f(y_1..y_k) - f(y_-i), and the same less its mean over i."""
-    r, k = rewards_of(4), 4
-    without = torch.stack([r[:, [j for j in range(k) if j != i]].amax(-1) for i in range(k)], -1)  # (B, k)
-    A = r.amax(-1, keepdim=True) - without
-    close(advantages(r, k), A)
-    close(advantages(r, k, "biased"), A - A.mean(-1, keepdim=True))
+def test_pkpos_second_form_is_unbiased_and_not_centred():
+    """Leave-one-out: (k/n) M_i - k/(n-1) M_-i."""
 
+    def second(rewards, k, n):
+        inside, outside, _ = credits(max, rewards.tolist(), k)
+        return k / n * inside - k / (n - 1) * outside, outside
 
-@pytest.mark.parametrize("k, n", [(2, 5), (3, 5), (4, 5)])
-def test_pkpo_has_two_forms(k, n):
-    """loo-1: max T less max (T without i), over the k-subsets with i; leave-one-out: (k/n) M_i - k/(n-1) M_-i."""
-    r = rewards_of(n)
-    inside, outside, _ = credits(max, r.tolist(), k)
-    loo1 = []
-    for row in r.tolist():
-        rest = [by_subsets(max, [x for j, x in enumerate(row) if j != i], k - 1)[2] for i in range(n)]
-        loo1.append(rest)  # the mean of max over the (k-1)-subsets of the others
-    close(advantages(r, k), k / n * (inside - torch.tensor(loo1, dtype=torch.float64)))
-    second = k / n * inside - k / (n - 1) * outside
-    close(second, advantages(r, k + 1, "biased") - k / (n * (n - 1)) * outside)
-    assert second.sum(-1).abs().max() > 0.1  # not centred
-
-
-def test_pkpo_second_form_is_unbiased():
-    def second(b, y):
-        inside, outside, _ = credits(max, GRADED[b][y].tolist(), 2)
-        return 2 / 4 * inside - 2 / 3 * outside
-
+    for k, n in ((2, 5), (3, 5), (4, 5)):
+        A, outside = second(rewards_of(n), k, n)
+        close(A, advantages(rewards_of(n), k + 1, "biased") - k / (n * (n - 1)) * outside)
+        assert A.sum(-1).abs().max() > 0.1
     exact = exact_gradient(lambda b, y: max(GRADED[b, a].item() for a in y), 2)
-    close(expected_gradient(second, 4), exact, rtol=1e-10)
+    close(expected_gradient(lambda b, y: second(GRADED[b][y], 2, 4)[0], 4), exact, rtol=1e-10)
 
 
 @pytest.mark.parametrize("k, n", [(1, 8), (4, 8), (7, 8)])
@@ -153,15 +122,13 @@ def test_chen_et_al_are_b_divided_by_a_standard_deviation(k, n):
         close(A, (n - k) / k * advantages(r, k + 1, "biased") / sigma)
 
 
-def test_maxrl():
-    """(r_i - c/n) / c with c right ones; 0 without any."""
+def test_maxrl_and_its_relatives():
+    """(r_i - c/n) / c with c right ones, 0 without any. TailRL, for graded rewards: uncentred, sum over k of A^(k)/k,
+    A^(1) = r/n; 1, .5, 0, 0 give .75, .25, 0, 0 and not r over their sum. The limit of RS-GRPO: beta A_RS."""
     r = right_or_wrong(6)
     c = r.sum(-1, keepdim=True)
     close(advantages(r, 1, "maxrl"), torch.where(c > 0, (r - c / 6) / c.clamp(min=1), 0))
-
-
-def test_tailrl_is_maxrl_for_graded_rewards():
-    """Uncentred, sum over k of A^(k)/k, A^(1) = r/n: 1, .5, 0, 0 give .75, .25, 0, 0 and not r over their sum."""
+    close(40 * rs_grpo(r[1:], 40.0), advantages(r[1:], 1, "maxrl"))
     r = torch.tensor([[1.0, 0.5, 0, 0]], dtype=torch.float64)
     A = r / 4 + sum(advantages(r, k) / k for k in range(2, 5))
     close(A, torch.tensor([[0.75, 0.25, 0, 0]], dtype=torch.float64))
@@ -192,25 +159,6 @@ def test_rs_grpo_by_the_spectrum():
         assert slope == pytest.approx(population, rel=2e-3)
 
 
-def test_maxrl_is_the_limit_of_rs_grpo():
-    """(beta/n) sum convention: beta A_RS -> (r - c/n)/c where there is a right one."""
-    r = right_or_wrong(5)[1:]
-    close(40 * rs_grpo(r, 40.0), advantages(r, 1, "maxrl"))
-
-
-def test_maxpo_leaves_two_out():
-    """Over the (k+1)-subsets T with i: the mean of f(T without j), j in T, less f(T without i). Exactly centred."""
-    n, k = 5, 2
-    r = rewards_of(n)
-    A = torch.zeros_like(r)
-    subsets = list(itertools.combinations(range(n), k + 1))
-    for T in subsets:
-        left = torch.stack([r[:, [j for j in T if j != i]].amax(-1) for i in T], -1)  # (B, k+1)
-        A[:, list(T)] += (left.mean(-1, keepdim=True) - left) / len(subsets)
-    close(advantages(r, k + 1, "biased"), A)
-    close(A.sum(-1), torch.zeros(20, dtype=torch.float64))
-
-
 def test_ttrl_is_the_largest_block_but_for_ties():
     """Reward 1 for the most frequent answer, centred, is b(n) of f = size of the largest block where that is unique."""
     votes = torch.tensor([[0, 0, 1, 2], [0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 2, 3]])
@@ -219,49 +167,6 @@ def test_ttrl_is_the_largest_block_but_for_ties():
         top = [x for x in set(row) if row.count(x) == max(map(row.count, row))]
         reward = torch.tensor([float(x == top[0]) for x in row], dtype=torch.float64)
         close(A, reward - reward.mean() if len(top) == 1 else torch.zeros(4, dtype=torch.float64))
-
-
-def test_pass_hat_k_is_the_minimum():
-    r, k = right_or_wrong(5), 3
-    inside, _, _ = credits(min, r.tolist(), k)
-    rest = [[by_subsets(min, row[:i] + row[i + 1 :], k - 1)[2] for i in range(5)] for row in r.tolist()]
-    close(all_right(r, k), k / 5 * (inside - torch.tensor(rest, dtype=torch.float64)))
-
-
-def test_chow_in_closed_form():
-    """y the winner of N of n: R g+ + (1-R) g-, g+ = N p^(N-1)/(1-p^N), g- = N p/(1-p); positives alone; all samples."""
-    r, N, n = right_or_wrong(6), 3, 6
-    p = torch.linspace(0.1, 0.9, len(r), dtype=torch.float64).unsqueeze(-1)
-    positives = next(x for x in get_args(get_type_hints(bon_rl.Args)["estimator"]) if x.startswith("rlb-p"))
-    subsets = list(itertools.combinations(range(n), N))
-    won = torch.zeros_like(r)
-    for T in subsets:
-        part = r[:, list(T)]
-        best = (part == part.amax(-1, keepdim=True)).double()
-        won[:, list(T)] += best / best.sum(-1, keepdim=True) / len(subsets)
-    plus, minus = N * p ** (N - 1) / (1 - p**N), N * p / (1 - p)
-    call = partial(bon_rl.advantages, r, r, N, p_fail=p.squeeze(-1))
-    close(call("rlb"), won * (r * plus + (1 - r) * minus))
-    close(call(positives), won * r * N * p ** (N - 1) * (1 - p) / (1 - p**N))
-    close(call("rlb-all"), N * p ** (N - 1) * (r - (1 - p)) / n)
-    close(bon_rl.advantages(r, r, N, "exact"), advantages(r, N))  # the two papers meet
-    close(bon_rl.advantages(r, r, N, "mean"), advantages(r, N, "mean"))
-
-
-def test_chow_variational_and_sft():
-    """h(y) (R(y) - b) summed over three groups of two; log pi_bon(y*) for a 0/1 verifier, p known."""
-    r = torch.tensor([[1.0, 0, 0, 0, 0, 0]], dtype=torch.float64)
-    tilt = common.best_of_n_tilt(2)
-    # Winners are worth 1, 0, 0, the mean of the other winners 0, 1/2, 1/2. The first winner beats the four of the other
-    # groups and gains 1 - 0 from each. Each tied one loses as much to the other tied group, by 0 - 1, and none to the
-    # first.
-    first = 1 / 3
-    tied = -0.5 / 3 / 2 + tilt / 3 / 4 * (1 - 1)
-    close(bon_rl.advantages(r, r, 2, "variational"), torch.tensor([[first, 0, *[tied] * 4]], dtype=torch.float64))
-    p, N = 0.25, 4
-    A = bon_sft.coefficients(torch.tensor([1.0]), r, N, "exact", torch.tensor([p]))
-    w = 1 / (1 - p) - N * p ** (N - 1) / (1 - p**N)
-    close(A, torch.tensor([[1, (0 - p) / 6 * w, *[(1 - p) / 6 * w] * 5]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("n", [4, 8])
@@ -316,6 +221,9 @@ def test_the_family_has_one_worth_and_these_baselines(k, n):
         close(spectrum.worth(partial(rule, k=k), n), D)
         seen = spectrum.baseline(partial(rule, k=k), n)
         close(seen[D > 0], beta[D > 0])
+    r = rewards_of(5)  # its ends: RLOO and Tang
+    close(baselines.others(r, 1), advantages(r, 1, "mean"))
+    close(baselines.others(r, 5), advantages(r, 5))
 
 
 @pytest.mark.parametrize("k, n", [(1, 3), (2, 3), (2, 4), (3, 3)])
@@ -344,12 +252,6 @@ def unbiased(metric, samples, k, n):
         return common.k_sample_advantages(metric, *samples, k=k)
     own = torch.stack([metric(*(x[:, [i]] for x in samples), 1) for i in range(n)], -1)
     return own / n
-
-
-def test_the_family_ends_in_rloo_and_in_tang():
-    r = rewards_of(5)
-    close(baselines.others(r, 1), advantages(r, 1, "mean"))
-    close(baselines.others(r, 5), advantages(r, 5))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -42,11 +42,6 @@ GEMMA = (
     "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-LLAMA = (
-    "{% for m in messages %}{{ bos_token if loop.first }}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -80,7 +75,6 @@ def policy_of(tokenizer, eos: str | None = None) -> common.Policy:
 
 
 QWEN, PHIS = "<s> <|endoftext|> <|im_start|> <|im_end|>", "<s> <|endoftext|> <|user|> <|assistant|> <|end|>"
-HEADERS = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
 # template, special tokens, generation config's ends; what is read before and behind the user's words; how an expert's
 # response "2" is written, and all tokens that end a response
 STYLES = {
@@ -106,10 +100,6 @@ STYLES = {
     "Gemma": (
         GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "<bos><start_of_turn>user\n",
         "<end_of_turn>\n<start_of_turn>model\n", "2<end_of_turn>", "<end_of_turn> <eos>",
-    ),
-    "Llama 3": (
-        LLAMA, HEADERS, "<|end_of_text|> <|eot_id|>", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "2<|eot_id|>", "<|eot_id|> <|end_of_text|>",
     ),
     "Mistral": (MISTRAL, "<s> </s>", "</s>", "<s>[INST] ", " [/INST]", " 2</s>", "</s>"),
     "nothing behind a turn": (NOTHING, "<s> </s>", "</s>", "user: ", "\nassistant:", " 2</s>", "</s>"),
@@ -172,35 +162,28 @@ def test_an_expert_that_is_too_long_is_refused():
         expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, longer])
 
 
-def test_a_space_follows_a_word_but_no_whitespace():
-    bare = Task("toy", [], [], None)
-    assert texts_read(tokenizer_of(None), bare, PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])
-
-
-@pytest.mark.parametrize("behind", [False, True])
-def test_a_tokenizer_of_characters_reads_the_prompt_alone(behind):
+def test_a_space_follows_a_word_and_a_tokenizer_of_characters_reads_the_prompt_alone():
+    assert texts_read(tokenizer_of(None), Task("toy", [], [], None), PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])
     tokenizer = harness.policy.tiny_tokenizer()
-    if behind:
-        single, ids = "$A <eos>", [("<eos>", tokenizer.eos_token_id)]
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-    assert texts_read(tokenizer, TASK, PROBLEMS) == (["1+1?", " 6+6?\n"], ["", ""])
-    policy = policy_of(tokenizer)
-    (ids,) = encode_prompts(policy, TASK, PROBLEMS[:1], 8)
-    assert tokenizer.decode(ids) == "1+1?" and policy.stop_ids == [tokenizer.eos_token_id]
+    end = [("<eos>", tokenizer.eos_token_id)]
+    for processor in (None, processors.TemplateProcessing(single="$A <eos>", special_tokens=end)):
+        tokenizer.backend_tokenizer.post_processor = processor
+        assert texts_read(tokenizer, TASK, PROBLEMS) == (["1+1?", " 6+6?\n"], ["", ""])
+        policy = policy_of(tokenizer)
+        (ids,) = encode_prompts(policy, TASK, PROBLEMS[:1], 8)
+        assert tokenizer.decode(ids) == "1+1?" and policy.stop_ids == [tokenizer.eos_token_id]
 
 
-def test_whitespace_among_the_added_tokens_does_not_end_a_turn():
-    """Gemma has newlines as added tokens. The first other one ends a turn, special or not; what follows does not."""
+def test_which_tokens_end_a_response():
+    """Gemma has newlines as added tokens. The first other one ends a turn, special or not; what follows does not. The
+    ends of a generation config count and need not be there."""
     tokenizer = tokenizer_of(CHATML.replace("<|im_end|>", "\n\n[end]<|im_start|>"), QWEN)
     tokenizer.add_tokens(["\n\n", "[end]"])
     assert tokenizer.convert_ids_to_tokens(policy_of(tokenizer).stop_ids) == ["[end]", "<|endoftext|>"]
-
-
-def test_the_ends_of_a_generation_config_count_and_need_not_be_there():
     tokenizer = tokenizer_of(None)
-    assert ends_of_response(tokenizer, GenerationConfig(eos_token_id=[7, 3, 7])) == [tokenizer.eos_token_id, 7, 3]
-    assert ends_of_response(tokenizer, GenerationConfig(eos_token_id=0)) == [tokenizer.eos_token_id, 0]
     assert ends_of_response(tokenizer, None) == [tokenizer.eos_token_id]
+    for ends, own in (([7, 3, 7], [7, 3]), (0, [0])):
+        assert ends_of_response(tokenizer, GenerationConfig(eos_token_id=ends)) == [tokenizer.eos_token_id, *own]
     tokenizer.eos_token = None
     assert ends_of_response(tokenizer, GenerationConfig()) == []
 
@@ -246,10 +229,4 @@ def test_no_chat_ignores_the_template(run, tmp_path):
     result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--no-chat", "--run-name", "a")
     assert result.returncode == 0, result.stderr
     assert json.loads(open("runs/a/args.json").read())["chat"] is False
-    again = run("pass_at_k_pg.py", *SMALL, "--model", "runs/a/policy", "--show-prompt").stdout
-    assert again == plain
-    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    tokenizer.save_pretrained(model)
-    line = run("pass_at_k_pg.py", *SMALL, "--model", model).stderr.splitlines()[-1]
-    assert line.endswith("the chat template cannot be rendered (no such role): mend it, or ignore it by --no-chat")
-    assert run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt", "--no-chat").returncode == 0
+    assert run("pass_at_k_pg.py", *SMALL, "--model", "runs/a/policy", "--show-prompt").stdout == plain

@@ -157,17 +157,15 @@ def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):
         assert something_was_learnt(log.parent), log
 
 
-def test_what_is_installed_is_pinned():
-    """Packages that the pages install have a version, and files of them are there."""
+def test_what_is_installed_is_pinned_and_the_commands_are_found():
+    """Packages that the pages install have a version, and files of them are there. README takes ten minutes to read."""
     words = [word for line in re.findall(r"pip install ([^&`#\n]*)", TEXT) for word in line.split() if word[0] != "-"]
     assert len(words) >= 5 and all("==" in x or x == "tensorboard" or (ROOT / x).is_file() for x in words), words
-
-
-def test_the_commands_are_found():
     found = [" ".join(param.values[0]) for param in commands()]
     assert "python pass_at_k_pg.py --k 4" in found and "torchrun --nproc-per-node 2 -- pass_at_k_pg.py --k 4" in found
     assert "python benchmarks/reproduce.py --quick" in found
     assert "python bandit.py" in found and not any("engines.py" in command for command in found)  # a long one
+    assert len(README.read_text().splitlines()) <= 230
 
 
 def anchors(text: str) -> set[str]:
@@ -192,7 +190,3 @@ def test_no_line_of_a_page_points_nowhere(page):
         assert name == "py" or re.search(rf"^(def|class) {name}\b", (ROOT / f"{module}.py").read_text(), re.M), name
     for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
         assert f"def {test or 'test_'}" in (ROOT / "tests" / file).read_text(), (file, test)
-
-
-def test_a_stranger_reads_readme_in_ten_minutes():
-    assert len(README.read_text().splitlines()) <= 230

@@ -28,14 +28,11 @@ def test_the_interval_is_students_whatever_the_number_of_values(S, t):
     assert mean == pytest.approx([m, -m]) and half == pytest.approx([expected] * 2, rel=1e-4)
 
 
-def test_one_value_has_no_interval():
+def test_one_value_has_no_interval_and_there_is_no_minus_zero():
     mean, half = report.mean_and_interval(torch.tensor([0.25]))
     assert mean == 0.25 and math.isnan(half)
     assert report.cells(torch.tensor([0.25])) == ["0.250"]
     assert report.cells(np.array([0.25]), np.array([0.5])) == ["0.250 -> 0.500", "+0.250"]
-
-
-def test_there_is_no_minus_zero():
     assert report.number(-0.0004) == "0.000" and report.number(torch.tensor(-0.0004), 0.0012, "+") == "+0.000 ± 0.001"
     assert report.number(-0.0006, 0.5, "+") == "-0.001 ± 0.500"
 
@@ -63,13 +60,9 @@ def test_the_last_table_has_paired_changes_with_intervals_over_problems():
         "10     bon@16  1.000 -> 1.000   +0.000",
     ]
     assert max(map(len, lines)) <= 80
-
-
-def test_the_last_table_of_an_evaluation_alone():
-    """pass@1 0, .5, .25: deviation .25, 4.303 x .25 / sqrt(3) = .621."""
     lines = report.final_table(BEFORE, None, {}, PROBLEMS[:1] * 3, ["pass@1"], "TRAINING").splitlines()
     assert lines[0].startswith("3 TRAINING problems; ")
-    assert lines[1:3] == ["level  metric  mean ± 95%", "all    pass@1  0.250 ± 0.621"]
+    assert lines[1:3] == ["level  metric  mean ± 95%", "all    pass@1  0.250 ± 0.621"]  # 4.303 x .25 / sqrt(3)
 
 
 # --- Figures ---
@@ -128,12 +121,9 @@ def test_curves_show_what_every_step_logged_with_the_evaluations_on_it(figures, 
     figures[0].canvas.draw()
     for axis in figures[0].axes:  # no legend lies on data
         assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
-
-
-def test_curves_of_an_evaluation_alone_have_no_after(figures, tmp_path):
-    save_figure(write_run(tmp_path / "run", {}, {0: {"pass@1": 0.5, "pass@2": 0.75}}, {}), {}, ["pass"], 1, "x")
-    assert lines_of(figures[0].axes[0]) == {"before": ([1, 2], [0.5, 0.75])}
-    assert [points.get_label() for points in figures[0].axes[1].containers] == ["pass@1, x"]  # with k = 1 once
+    save_figure(write_run(tmp_path / "alone", {}, {0: {"pass@1": 0.5, "pass@2": 0.75}}, {}), {}, ["pass"], 1, "x")
+    assert lines_of(figures[1].axes[0]) == {"before": ([1, 2], [0.5, 0.75])}  # an evaluation has no "after"
+    assert [points.get_label() for points in figures[1].axes[1].containers] == ["pass@1, x"]  # with k = 1 once
 
 
 # --- Runs compared ---
@@ -144,11 +134,8 @@ def runs(tmp_path, monkeypatch):
     """Runs of two settings, and what is beside them."""
     monkeypatch.chdir(tmp_path)
     steps = {t: {"kl": (t - 1) / 10} for t in range(1, 5)}
-    for estimator, seed, ends in (
-        ("unbiased", 0, (0.25, 0.5)),
-        ("unbiased", 1, (0.25, 0.7)),
-        ("mean", 0, (0.5, 0.4997)),
-    ):
+    of_both = [("unbiased", 0, (0.25, 0.5)), ("unbiased", 1, (0.25, 0.7)), ("mean", 0, (0.5, 0.4997))]
+    for estimator, seed, ends in of_both:
         args = {"estimator": estimator, "seed": seed, "steps": 4, "run_name": f"{seed}", "k": 2}
         log = {step: {"pass@2": mean} for step, mean in zip((0, 2, 4), (ends[0], 0.5, ends[1]))}
         write_run(Path("runs") / f"{estimator}{seed}", args, log, steps if estimator == "unbiased" else {})
@@ -203,10 +190,7 @@ def test_runs_that_only_evaluate_are_compared(runs, capsys):
     assert lines[1:4] == ["model=a (1 seed: runs/e0)", "  metric  mean ± 95%", "  pass@1  0.000"]
     assert lines[4:6] == ["model=b (2 seeds: runs/e1 runs/e2)", "  metric  mean ± 95%"]
     assert lines[6:] == ["  pass@1  0.150 ± 0.635"]  # 12.706 x .05
-
-
-def test_labels_and_lines_fit_80_columns(runs, capsys):
-    for lr in (1, 2):
+    for lr in (1, 2):  # long labels are wrapped
         args = {f"flag_{i}": "x" * 20 + str(lr) for i in range(5)} | {"steps": 0}
         write_run(Path(f"runs/long{lr}"), args, {0: {"metric@32": 1.0}}, {})
     runs.compare(("runs/long*",))
@@ -228,6 +212,10 @@ def test_runs_are_drawn_against_steps_and_kl(runs, figures, capsys):
     assert steps.lines[0].get_color() == kl.lines[0].get_color() != steps.lines[1].get_color()
     runs.compare(("runs/mean*",), Path("t.png"))  # where no step logs a KL, there is no panel for it
     assert [axis.get_xlabel() for axis in figures[1].axes] == ["step"]
+    args = {"estimator": "unbiased", "seed": 2, "steps": 4, "k": 2}  # a seed that was evaluated more often
+    write_run(Path("runs/unbiased2"), args, {step: {"pass@2": 0.5} for step in (0, 1, 2, 4)}, {1: {"kl": 0.0}})
+    runs.compare(("runs/unbiased*",), Path("t.png"))
+    assert lines_of(figures[-1].axes[0])["pass_at_k_pg"][0] == [0, 2, 4]  # is drawn where all were
 
 
 def test_a_figure_that_cannot_be_drawn_is_one_line(runs):
@@ -235,10 +223,3 @@ def test_a_figure_that_cannot_be_drawn_is_one_line(runs):
         runs.compare(("runs/*",), Path("t.png"), "maj@2")
     with pytest.raises(BadInput, match="cannot draw t.foo: Format 'foo' is not supported"):
         runs.compare(("runs/*",), Path("t.foo"), "pass@2")
-
-
-def test_a_seed_that_was_evaluated_more_often_is_drawn_where_all_were(runs, figures):
-    args = {"estimator": "unbiased", "seed": 2, "steps": 4, "k": 2}
-    write_run(Path("runs/unbiased2"), args, {step: {"pass@2": 0.5} for step in (0, 1, 2, 4)}, {1: {"kl": 0.0}})
-    runs.compare(("runs/unbiased*",), Path("t.png"))
-    assert lines_of(figures[0].axes[0])["pass_at_k_pg"][0] == [0, 2, 4]

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import time
@@ -26,25 +25,6 @@ PASS, RL = "pass_at_k_pg.py", "bon_rl.py"
 TASK = SimpleNamespace(name="none", warm_start=None)
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(number, action): call action() in the middle of the number-th step from here, once."""
-    step = common.policy_gradient_step
-
-    def install(number, action):
-        seen = []
-
-        def with_action(*args, **others):
-            seen.append(1)
-            if len(seen) == number:
-                action()
-            return step(*args, **others)
-
-        monkeypatch.setattr(common, "policy_gradient_step", with_action)
-
-    return install
-
-
 def wait(process, ready):
     """Until ready() or its end."""
     while process.is_alive() and not ready():
@@ -55,21 +35,88 @@ class Killed(BaseException):
     """The end of a script in the middle of a step, with nothing done after it."""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_cut_off_and_resumed_equals_uninterrupted_bit_for_bit(script, uninterrupted, run, at_step, tmp_path):
-    """Twice, ahead of a checkpoint: in steps 4 and 6, with checkpoints after steps 2 and 4."""
+@pytest.fixture
+def at_call(monkeypatch):
+    """at_call(number, action, where): the number-th call of a function begins with action(its arguments), once."""
+
+    def install(number, action, where=(common, "policy_gradient_step"), patch=monkeypatch):
+        function, calls = getattr(*where), []
+
+        def with_action(*args, **others):
+            calls.append(1)
+            if len(calls) == number:
+                action(*args)
+            return function(*args, **others)
+
+        patch.setattr(*where, with_action)
+
+    return install
+
+
+def raising(error):
+    def action(*args):
+        raise error
+
+    return action
+
+
+def half_of_it(error):
+    """torch.save that fails in the middle of a file."""
+
+    def action(value, file):
+        file.write(b"half of it")
+        raise error
+
+    return action
+
+
+def sending(number, times=1):
+    return lambda *_: [os.kill(os.getpid(), number) for _ in range(times)]
+
+
+STEP, SAVE, VERIFY = (common, "policy_gradient_step"), (torch, "save"), (arithmetic, "verify")
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+BROKEN = ImportError("no module named sympy")
+SAVED = "cannot write a checkpoint of step 4 to {0}: no space left on the disk of {0}".format("runs/cut/checkpoint.pt")
+STOPPED = "stopped after step 3; to go on:\npython"
+# name -> script; the function, its call, and what happens there; the exit code or what is raised, what is said, and
+# the step that is resumed. Checkpoints are after steps 2 and 4; where a verifier breaks, after step 5. It is called
+# as a trial, in each evaluation (before step 1, after 3 and 6) and in each step.
+INTERRUPTIONS = {
+    **{f"{script} killed twice": (script, STEP, 4, raising(Killed()), Killed, "", 4) for script in SCRIPTS},
+    "SIGINT": (PASS, STEP, 3, sending(signal.SIGINT), 130, STOPPED, 3),
+    "SIGTERM": (PASS, STEP, 3, sending(signal.SIGTERM), 143, STOPPED, 3),
+    "killed in a checkpoint": (PASS, SAVE, 2, half_of_it(Killed()), Killed, "", 2),
+    "a full disk": (PASS, SAVE, 2, half_of_it(FULL), 2, SAVED, 2),
+    "a verifier that breaks at first": (PASS, VERIFY, 2, raising(BROKEN), ImportError, "", 0),
+    "a verifier that breaks in step 4": (PASS, VERIFY, 7, raising(BROKEN), ImportError, "", 3),
+    "a verifier that breaks at last": (RL, VERIFY, 10, raising(BROKEN), ImportError, "", 6),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(name, uninterrupted, run, at_call, monkeypatch):
+    """A checkpoint is whole, or the one before it stays. A verifier that breaks must not look like a bad policy, with
+    rewards of 0: the run ends after a checkpoint, and goes on as if nothing had happened."""
+    script, where, number, action, end, said, step = INTERRUPTIONS[name]
     whole, flags, _ = uninterrupted(script)
-    for number, command in ((4, [*flags, "--run-name", "cut"]), (4, ["--resume", "runs/cut"])):
-        at_step(number, kill)
-        with pytest.raises(Killed):
-            run(script, *command)
+    flags = [*flags, "--run-name", "cut", *(["--save-every", "5"] if where is VERIFY else [])]
+    handlers = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+    for command in (flags, ["--resume", "runs/cut"])[: 2 if "twice" in name else 1]:
+        with monkeypatch.context() as patch, pytest.raises(end) if isinstance(end, type) else contextlib.nullcontext():
+            at_call(number, action, where, patch)
+            result = run(script, *command)
+            assert result.returncode == end and said in result.stdout + result.stderr, result.stderr
+    assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == handlers
     result = run(script, "--resume", "runs/cut")
-    assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
-    assert outcome(tmp_path / "runs/cut") == outcome(whole)
+    assert result.returncode == 0 and f"resuming at step {step}" in result.stdout, result.stderr
+    assert outcome(Path("runs/cut")) == outcome(whole)
 
 
-def kill():
-    raise Killed
+def test_a_second_signal_ends_the_run_at_once(run, skilled, at_call):
+    at_call(3, sending(signal.SIGINT, times=2))
+    result = run(PASS, *FLAGS, "--model", skilled)
+    assert result.returncode == 130 and result.stderr.endswith("--resume the folder that it was writing to\n")
 
 
 @pytest.mark.slow
@@ -92,53 +139,6 @@ def test_killed_again_and_again(script, uninterrupted, run, tmp_path):
     assert outcome(folder) == outcome(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_and_saves_it(number, uninterrupted, run, at_step, tmp_path):
-    whole, flags, _ = uninterrupted(PASS)
-    at_step(3, lambda: os.kill(os.getpid(), number))
-    handler = signal.getsignal(number)
-    result = run(PASS, *flags, "--run-name", "stopped")
-    assert result.returncode == 128 + number and "stopped after step 3; to go on:\npython" in result.stdout
-    assert [r["step"] for r in records(tmp_path / "runs/stopped") if "reward" in r] == [1, 2, 3]
-    assert signal.getsignal(number) == handler
-    result = run(PASS, "--resume", "runs/stopped")
-    assert result.returncode == 0 and "resuming at step 3" in result.stdout
-    assert outcome(tmp_path / "runs/stopped") == outcome(whole)
-
-
-def test_a_second_signal_ends_the_run_at_once(run, skilled, at_step):
-    at_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    result = run(PASS, *FLAGS, "--model", skilled)
-    assert result.returncode == 130 and result.stderr.endswith("--resume the folder that it was writing to\n")
-
-
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("end", [Killed(), FULL], ids=["killed", "a full disk"])
-def test_a_checkpoint_is_whole_or_the_one_before_it_stays(end, uninterrupted, run, monkeypatch, tmp_path):
-    """Cut off while it writes the second checkpoint: half a file under another name, which a resume passes over."""
-    whole, flags, _ = uninterrupted(PASS)
-    save, calls = torch.save, []
-
-    def half(value, file):
-        calls.append(1)
-        if len(calls) == 2:
-            file.write(b"half of it")
-            raise end
-        save(value, file)
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Killed) if end is not FULL else contextlib.nullcontext():
-        result = run(PASS, *flags, "--run-name", "cut")
-        assert result.returncode == 2 and "cannot write a checkpoint of step 4" in result.stderr
-        assert "no space left on the disk of runs/cut/checkpoint.pt" in result.stderr
-    assert len(calls) == 2
-    result = run(PASS, "--resume", "runs/cut")
-    assert "resuming at step 2" in result.stdout and result.returncode == 0
-    assert outcome(tmp_path / "runs/cut") == outcome(whole)
-
-
 def test_a_finished_run_can_be_resumed_for_what_is_missing(uninterrupted, run, tmp_path):
     """Such as a run that died after its last step."""
     whole, _, out = uninterrupted(RL)
@@ -152,18 +152,38 @@ def test_a_finished_run_can_be_resumed_for_what_is_missing(uninterrupted, run, t
     assert len(table) > 1 and [line for line in result.stdout.splitlines() if " -> " in line] == table
 
 
-def test_resuming_with_other_arguments_is_refused_by_name(run, skilled, tmp_path):
-    flags = [*SMALL, "--model", skilled, "--run-name", "a"]
+def test_what_cannot_be_resumed_says_why_in_a_line_and_stays_as_it_is(run, skilled, monkeypatch):
+    flags, folder = [*SMALL, "--model", skilled, "--run-name", "a"], Path("runs/a")
     assert run(PASS, *flags).returncode == 0
-    before = outcome(tmp_path / "runs/a")
+    before = outcome(folder)
     assert run(PASS, *flags, "--resume", "runs/a").returncode == 0  # the same arguments are welcome
-    result = run(PASS, "--resume", "runs/a", "--lr", "1", "--steps", "9", "--eval-n", "8", "--save-every", "1")
-    assert result.returncode == 2 and result.stderr.endswith("keeps its own arguments: leave out --lr, --eval-n\n")
-    result = run("majority_pg.py", "--resume", "runs/a")
-    assert result.returncode == 2 and "runs/a is a run of pass_at_k_pg.py" in result.stderr
-    result = run(PASS, "--resume", "runs/b")
-    assert result.returncode == 2 and "runs/b is not a run folder" in result.stderr
-    assert outcome(tmp_path / "runs/a") == before
+
+    def refused(*command) -> str:
+        ended = run(*command)
+        assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and outcome(folder) == before
+        return ended.stderr.strip()
+
+    other = "--lr 1 --steps 9 --eval-n 8 --save-every 1".split()
+    assert refused(PASS, "--resume", "runs/a", *other).endswith("keeps its own arguments: leave out --lr, --eval-n")
+    assert "runs/a is a run of pass_at_k_pg.py" in refused("majority_pg.py", "--resume", "runs/a")
+    assert "runs/b is not a run folder" in refused(PASS, "--resume", "runs/b")
+    saved = json.loads((folder / "args.json").read_text())
+    newer = "a run of another version, whose flags and metrics have other names: start anew"
+    without = {name: value for name, value in saved.items() if name != "files"}  # what came after the new names
+    for args, why in (
+        (without, newer), (saved | {"old_name": 1}, newer), ({"steps": 2}, "not a run folder: KeyError: 'script'"),
+        ([1], "not a run folder: TypeError: 'str' object cannot be interpreted as an integer"),
+    ):  # fmt: skip
+        (folder / "args.json").write_text(json.dumps(args))
+        assert refused(PASS, "--resume", "runs/a") == f"error: runs/a is {why}"
+    (folder / "args.json").write_text(json.dumps(saved))
+    path = folder / "checkpoint.pt"
+    for content in (path.read_bytes()[:5000], b"", b"no checkpoint"):
+        path.write_bytes(content)
+        line = refused(PASS, "--resume", "runs/a")
+        assert line.startswith("error: runs/a/checkpoint.pt cannot be read (") and "delete it to begin anew" in line
+    path.unlink()
+    assert run(PASS, "--resume", "runs/a").returncode == 0 and outcome(folder) == before
 
 
 def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(run, skilled, monkeypatch, tmp_path):
@@ -193,26 +213,20 @@ def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(
     assert outcome(tmp_path / "runs/a") == last and json.loads((tmp_path / "runs/a/args.json").read_text()) == args
 
 
-def test_without_schedules_a_longer_run_is_the_uninterrupted_one(run, skilled, tmp_path):
-    flags = [*SMALL, "--no-lr-decay", "--eval-every", "2", "--model", skilled]
-    assert run(PASS, *flags, "--steps", "4", "--run-name", "whole").returncode == 0
-    assert run(PASS, *flags, "--steps", "2", "--run-name", "longer").returncode == 0
+@pytest.mark.parametrize("first", ["without schedules", "cut off before its first checkpoint"])
+def test_a_longer_run_is_the_uninterrupted_one(first, run, skilled, at_call, monkeypatch):
+    """Where no schedule has begun, or nothing of it is left."""
+    flags = [*SMALL, "--eval-every", "2", "--model", skilled, *["--no-lr-decay"] * (first == "without schedules")]
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        at_call(2 if first.startswith("cut") else 99, raising(Killed()), STEP, patch)
+        run(PASS, *flags, "--steps", "2", "--run-name", "longer")
+    assert Path("runs/longer/checkpoint.pt").exists() == (first == "without schedules")
     result = run(PASS, "--resume", "runs/longer", "--steps", "4")
     assert result.returncode == 0 and "schedules" not in result.stdout
-    assert outcome(tmp_path / "runs/longer") == outcome(tmp_path / "runs/whole")
-
-
-def test_a_run_cut_off_before_its_first_checkpoint_may_have_another_number_of_steps(run, skilled, at_step, tmp_path):
-    """Nothing of it is left, so that it is the run of as many steps."""
-    flags = [*SMALL, "--model", skilled]
-    at_step(2, kill)
-    with pytest.raises(Killed):
-        run(PASS, *flags, "--steps", "2", "--run-name", "cut")
-    result = run(PASS, "--resume", "runs/cut", "--steps", "3")
-    assert result.returncode == 0 and "schedules" not in result.stdout
-    assert "extended_after" not in json.loads((tmp_path / "runs/cut/args.json").read_text())
-    assert run(PASS, *flags, "--steps", "3", "--run-name", "whole").returncode == 0
-    assert outcome(tmp_path / "runs/cut") == outcome(tmp_path / "runs/whole")
+    extended = json.loads(Path("runs/longer/args.json").read_text()).get("extended_after")
+    assert extended == ([2] if first == "without schedules" else None)
+    assert run(PASS, *flags, "--steps", "4", "--run-name", "whole").returncode == 0
+    assert outcome(Path("runs/longer")) == outcome(Path("runs/whole"))
 
 
 @pytest.mark.parametrize("flags, after", [([], [0.5, 0.4]), (["--kl-anneal-steps", "8"], [0.65, 0.6])])
@@ -274,37 +288,10 @@ def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, skille
     assert result.returncode == 2 and "Not a directory: 'runs/pass_at_k_pg" in result.stderr
 
 
-BREAKS = {
-    "at first": (PASS, 2, 0),  # the first call tries the verifier before the model is loaded
-    "in step 4": (PASS, 7, 3),  # two evaluations before it, one at the start and one after step 3
-    "in the last evaluation": (RL, 10, 6),
-}
-
-
-@pytest.mark.parametrize("when", BREAKS)
-def test_a_broken_verifier_ends_the_run_after_a_checkpoint(when, run, uninterrupted, monkeypatch, tmp_path):
-    """It must not look like a bad policy, with rewards of 0; mended, the run goes on as if nothing had happened."""
-    script, call, step = BREAKS[when]
-    whole, flags, _ = uninterrupted(script)
-    verify, calls = arithmetic.verify, iter(range(1, 99))
-
-    def broken(problems, responses):
-        if next(calls) == call:
-            raise ImportError("no module named sympy")
-        return verify(problems, responses)
-
-    with monkeypatch.context() as patch, pytest.raises(ImportError, match="sympy"):
-        patch.setattr(arithmetic, "verify", broken)
-        run(script, *flags, "--run-name", "broken", "--save-every", "5")
-    result = run(script, "--resume", "runs/broken")
-    assert result.returncode == 0 and f"resuming at step {step}" in result.stdout
-    assert outcome(tmp_path / "runs/broken") == outcome(whole)
-
-
 def test_killed_while_the_learned_verifier_is_saved(run, skilled, monkeypatch, tmp_path):
     """The next resume trains it again, and later ones read it."""
     flags = [*FLAGS, "--steps", "2", "--verifier", "learned", "--verifier-problems", "32", "--model", skilled]
-    flags += ["--run-name", "killed"]
+    flags += ["--verifier-lr", "0.02", "--run-name", "killed"]
     save = harness.run.save_policy
 
     def half(verifier, folder):
@@ -320,40 +307,11 @@ def test_killed_while_the_learned_verifier_is_saved(run, skilled, monkeypatch, t
             os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     trained, verifier = [], learned.trained_verifier
-    monkeypatch.setattr(learned, "trained_verifier", lambda *args, **kw: (trained.append(1), verifier(*args, **kw))[1])
+    noted = lambda *args, **others: trained.append(args[6]) or verifier(*args, **others)  # noqa: E731
+    monkeypatch.setattr(learned, "trained_verifier", noted)
     for _ in range(2):
         result = run(RL, "--resume", "runs/killed")
         assert result.returncode == 0 and "bon@2" in result.stdout, result.stderr
-        assert trained == [1]
+        assert trained == [0.02]
     run(RL, *flags[:-1], "whole")
-    assert trained == [1, 1] and outcome(tmp_path / "runs/killed") == outcome(tmp_path / "runs/whole")
-
-
-def test_samples_are_shown_escaped(run, skilled, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(harness.run, "decode", lambda policy, rollouts: [["\x1b[2J\u202e2\0", "5"] * 2] * 2)
-        result = run(PASS, *SMALL, "--model", skilled, "--show-samples", "1", "--steps", "0", "--run-name", "escaped")
-    (shown,) = [line for line in result.stdout.splitlines() if " -> " in line]
-    assert re.fullmatch(r"0  '\d\*\d=' -> '\\x1b\[2J\\u202e2\\x00'", shown)
-    text = Path("runs/escaped/samples.jsonl").read_text()
-    assert "\x1b" not in text and text.isascii() and len(text.splitlines()) == 2
-    for steps, evaluations in (("0", 1), ("2", 2)):
-        result = run(PASS, *SMALL, "--model", skilled, "--show-samples", "2", "--steps", steps)
-        shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
-        assert len(shown) == 2 * evaluations and shown[0] != shown[1]
-        assert f"responses at step {steps}:" in result.stdout.splitlines()
-
-
-def test_a_run_with_the_old_names_is_not_resumed_and_says_so_in_a_line(run, skilled, tmp_path):
-    assert run("pass_at_k_pg.py", *SMALL, "--model", skilled, "--run-name", "a").returncode == 0
-    path = tmp_path / "runs" / "a" / "args.json"
-    saved = json.loads(path.read_text())
-    other = "a run of another version, whose flags and metrics have other names: start anew"
-    without = {name: value for name, value in saved.items() if name != "files"}  # what came after the new names
-    for args, why in (
-        (without, other), (saved | {"old_name": 1}, other), ({"steps": 2}, "not a run folder: KeyError: 'script'"),
-        ([1], "not a run folder: TypeError: 'str' object cannot be interpreted as an integer"),
-    ):  # fmt: skip
-        path.write_text(json.dumps(args))
-        ended = run("pass_at_k_pg.py", "--resume", "runs/a")
-        assert ended.returncode == 2 and ended.stderr == f"error: runs/a is {why}\n"
+    assert trained == [0.02, 0.02] and outcome(tmp_path / "runs/killed") == outcome(tmp_path / "runs/whole")

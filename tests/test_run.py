@@ -1,6 +1,5 @@
 """harness/run.py: random numbers, which are functions of the arguments alone, what is kept in memory, and the logs."""
 
-import copy
 import itertools
 import json
 import re
@@ -16,13 +15,12 @@ from safetensors.torch import load_file
 import bon_rl
 import common
 import harness.run
-import majority_pg
 import pass_at_k_pg
 from harness.problems import evaluation_problems, training_batch
 from harness.run import learning_rate
 from verifiers import Problem, Task, Verdict, arithmetic, load_task
 
-MODULES = {"pass_at_k_pg": pass_at_k_pg, "majority_pg": majority_pg, "bon_rl": bon_rl}
+PASS = "pass_at_k_pg.py"
 
 
 class Lazy(UserList):
@@ -35,7 +33,7 @@ class Lazy(UserList):
         return self.data[i]
 
 
-@pytest.mark.parametrize("script", ["bon_sft.py", "pass_at_k_pg.py"])
+@pytest.mark.parametrize("script", ["bon_sft.py", PASS])
 def test_problems_that_are_made_on_demand_are_not_all_made(script, run, skilled, monkeypatch):
     """Two steps of four problems each ask for eight."""
     task = load_task("arithmetic")
@@ -93,63 +91,16 @@ def test_problems_are_a_function_of_seed_and_step(begun):
     assert sorted(map(id, whole)) == sorted(map(id, run.train))
 
 
-def test_training_batches_see_every_problem_once_a_pass():
+def test_problems_come_once_a_pass_and_those_of_an_evaluation_from_all_levels():
     batches = [training_batch(range(10), step, 4, seed=0) for step in range(5)]
     assert sorted(sum(batches, [])[:10]) == sorted(sum(batches, [])[10:]) == [*range(10)]
-    assert batches != [training_batch(range(10), step, 4, seed=1) for step in range(5)]
-
-
-def test_evaluation_problems_are_spread_over_levels():
     problems = [Problem(str(i), "", level=i % 3 or None) for i in range(30)]
     chosen = evaluation_problems(problems, 4)
     assert [sum(p.level == level for p in chosen) for level in (1, 2, None)] == [4, 4, 4]
     assert chosen == evaluation_problems(problems, 4)
 
 
-# --- The KL and its copy of the policy; its value: test_wiring.py, its coefficient: test_resume.py ---
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_copy_of_the_policy_is_kept_where_a_kl_is_asked_for_alone(name, skilled, monkeypatch, tmp_path):
-    """And to log it changes no advantage."""
-    monkeypatch.chdir(tmp_path)
-    small = {"task": "arithmetic", "n": 4, "steps": 3, "prompts_per_step": 4, "eval_n": 2, "eval_problems": 1,
-             "levels": (1,), "lr": 1e-2, "kl_coef": 0.0, "N" if name == "bon_rl" else "k": 2}  # fmt: skip
-    copies, trained, deepcopy, step = [], {}, copy.deepcopy, common.policy_gradient_step
-    policies = (common.Policy, torch.nn.Module)
-    monkeypatch.setattr(copy, "deepcopy", lambda x, *_: copies.extend([1] * isinstance(x, policies)) or deepcopy(x, *_))
-    for log_kl in (False, True):
-        seen = trained[log_kl] = []
-        monkeypatch.setattr(common, "policy_gradient_step", lambda *args: seen.append(args[3]) or step(*args))
-        args = MODULES[name].Args(**small, model=skilled, device="cpu", run_name=f"{log_kl}", log_kl=log_kl)
-        MODULES[name].main(args)
-        log = steps_of(Path("runs") / f"{log_kl}")
-        assert len(copies) == log_kl and [record.get("kl", 0) > 1e-4 for record in log][-1] == log_kl
-        assert any(record["nonzero_advantage"] > 0 for record in log) and ("kl" in log[0]) == log_kl
-    assert all(torch.equal(a, b) for a, b in zip(*trained.values(), strict=True))
-
-
 # --- Logs ---
-
-
-@pytest.mark.parametrize("N", [1, 2])
-def test_tokens_a_second_count_what_was_sampled_alone(N, run, skilled, monkeypatch, tmp_path):
-    """SFT reads the experts' tokens, too: they are given, not sampled."""
-    sampled, sample = [], common.sample
-
-    def spy(*args, **others):
-        rollouts = sample(*args, **others)
-        sampled.append(int(rollouts.mask.sum()))
-        return rollouts
-
-    monkeypatch.setattr(common, "sample", spy)  # training's; evaluation has its own name for it
-    small = " ".join(SMALL).replace("--n 4", "--n 4" if N > 1 else "").split()
-    flags = [*small, "--k", str(N), "--eval-N", "2", "--model", skilled, "--run-name", "a"]
-    assert run("bon_sft.py", *flags).returncode == 0
-    timings = [json.loads(line) for line in (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()]
-    assert len(sampled) == (2 if N > 1 else 0) and len(timings) == 2
-    for record, tokens in zip(timings, sampled or [0, 0], strict=True):
-        assert record["tokens_per_s"] * record["seconds"] == pytest.approx(tokens)
 
 
 def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, monkeypatch):
@@ -180,7 +131,7 @@ NO_REWARD = "--task arithmetic --levels 1 --n 4 --prompts-per-step 2 --eval-n 4 
 NO_REWARD = NO_REWARD.split()
 
 
-@pytest.mark.parametrize("script", ["pass_at_k_pg.py", "majority_pg.py", "bon_rl.py"])
+@pytest.mark.parametrize("script", [PASS, "majority_pg.py", "bon_rl.py"])
 def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp_path):
     """The policy is its own reference until a reward moves it: ratios, advantages and gradients are exactly 0."""
     flags = [*NO_REWARD, "--k", "2", "--steps", "3", "--kl-coef", "0.3", "--max-new-tokens", "3"]
@@ -196,10 +147,10 @@ def test_a_run_without_a_signal_says_so_after_20_steps_and_at_its_end(run, untra
     """Once each; at its end before the table."""
     warning, last = "none of the first 20 steps had a signal", "no step had a signal, and nothing was learnt: look at"
     flags = [*NO_REWARD, "--k", "2", "--steps", "21", "--max-new-tokens", "2"]
-    out = run("pass_at_k_pg.py", *flags, "--model", untrained).stdout
+    out = run(PASS, *flags, "--model", untrained).stdout
     assert out.count(warning) == out.count(last) == 1 and out.count("--show-samples 5") == 2
     assert out.partition(last)[2].splitlines()[1].startswith("1 held-out problems; ")
-    out = run("pass_at_k_pg.py", *flags, "--model", skilled).stdout
+    out = run(PASS, *flags, "--model", skilled).stdout
     assert warning not in out and last not in out and "held-out" in out
 
 
@@ -225,23 +176,19 @@ def test_an_evaluation_leaves_a_bounded_sample_of_its_responses(begun):
     assert found[53]["rewards"] == pytest.approx([x / 720 for x in (42, 43, 44, 45)])
 
 
-def test_the_progress_bar_shows_five_figures_in_80_columns(begun, capsys):
-    """Step, time left, and three of what the script names, in plain digits."""
+def test_the_progress_bar_fits_80_columns(begun, capsys):
+    """Step, time left, and the first three that are there of what the script names, in plain digits."""
     run = begun()
-    run.args.steps, run.args.save_every = 12345, 99999
-    run.evaluate, run.save = lambda: {}, lambda: None
+    run.args.steps, run.args.save_every, run.evaluate, run.save = 12345, 99999, lambda: {}, lambda: None
     steps = run.steps(run.metrics, "variational N=16")
     next(steps)
     record = {"reward": 0.123456, "pass@16": 0.98765, "kl": 12345.6, "nonzero_advantage": 1.0, "skipped": 0}
-    rollouts = None
-    for shown in (("reward", "pass@16", "kl", "tokens_per_s"), ("reward", "absent", "tokens_per_s")):
-        verdict = Verdict(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
-        run.log(1, rollouts, verdict, dict(record), shown)
-        run.bar.refresh()
-        line = capsys.readouterr().err.split("\r")[-1].rstrip()
-        expected = "reward=0.123, pass@16=0.988, kl=12346]" if "kl" in shown else "reward=0.123, tokens_per_s=0]"
-        assert re.fullmatch(r"variational N=16: 0/12345 \[(\?|[\d:]+) left, " + re.escape(expected), line)
-        assert len(line) <= 80
+    verdict = Verdict(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    run.log(1, None, verdict, record, ("reward", "absent", "pass@16", "kl", "tokens_per_s"))
+    run.bar.refresh()
+    line = capsys.readouterr().err.split("\r")[-1].rstrip()
+    assert re.fullmatch(r"variational N=16: 0/12345 \[(\?|[\d:]+) left, reward=0.123, pass@16=0.988, kl=12346\]", line)
+    assert len(line) <= 80
     steps.close()
 
 
@@ -254,3 +201,19 @@ def test_the_learning_rate_rises_before_it_falls():
     constant = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4, lr_decay=False)
     assert [learning_rate(step, constant) for step in (1, 4, 5, 12)] == [0.5, 2, 2, 2]
     assert bon_rl.PAPER["lr_decay"] is False  # Table 2
+
+
+def test_samples_are_shown_escaped(run, skilled, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.run, "decode", lambda policy, rollouts: [["\x1b[2J\u202e2\0", "5"] * 2] * 2)
+        flags = "--show-samples 1 --steps 0 --run-name escaped --model".split()
+        result = run(PASS, *SMALL, *flags, skilled)
+    (shown,) = [line for line in result.stdout.splitlines() if " -> " in line]
+    assert re.fullmatch(r"0  '\d\*\d=' -> '\\x1b\[2J\\u202e2\\x00'", shown)
+    text = Path("runs/escaped/samples.jsonl").read_text()
+    assert "\x1b" not in text and text.isascii() and len(text.splitlines()) == 2
+    for steps, evaluations in (("0", 1), ("2", 2)):
+        result = run(PASS, *SMALL, "--model", skilled, "--show-samples", "2", "--steps", steps)
+        shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
+        assert len(shown) == 2 * evaluations and shown[0] != shown[1]
+        assert f"responses at step {steps}:" in result.stdout.splitlines()

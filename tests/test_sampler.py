@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 import common
@@ -21,23 +22,24 @@ ARCHITECTURES = {
     "llama": lambda v: LlamaConfig(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64),
     "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    # Gemma 2 squeezes its logits into an interval, here of 1 about 0.
+    "gemma2": lambda v: Gemma2Config(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                                     final_logit_softcapping=0.5),
 }  # fmt: skip
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7]]  # ragged, and two equal ones that must not merge
 
 
-def random_policy(architecture: str, vocabulary: int = 24, scale: float = 1.0) -> common.Policy:
+def random_policy(architecture: str, vocabulary: int = 24) -> common.Policy:
     """Random weights, far from uniform, with four tokens that end a response, so that lengths differ."""
     torch.manual_seed(0)
     config = ARCHITECTURES[architecture](vocabulary)
     config.initializer_range *= 5
     model = AutoModelForCausalLM.from_config(config).eval()
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        head.weight.mul_(scale)
     return common.Policy(model, SimpleNamespace(eos_token_id=1), [1, 2, 3, 4])
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
 def policy(request):
     return random_policy(request.param)
 
@@ -60,44 +62,33 @@ def naive_log_probs(policy, rollouts, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_log_probs_equal_those_of_training_and_of_the_plain_model(policy, temperature):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sampled_log_probs_equal_those_of_training_and_of_the_plain_model(architecture, temperature):
+    policy = random_policy(architecture)
     rollouts = rollouts_of(policy, temperature=temperature)
-    prompts = [prompt for prompt in PROMPTS for _ in range(5)]
-    ids, mask = rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)
-    trained = common.response_log_probs(policy, prompts, ids, mask, temperature).view_as(rollouts.log_probs)
+    trained = common.response_log_probs(policy, *rollouts.flat()[:3], temperature).view_as(rollouts.log_probs)
     torch.testing.assert_close(trained, rollouts.log_probs, rtol=0, atol=1e-4)
     torch.testing.assert_close(naive_log_probs(policy, rollouts, temperature), rollouts.log_probs, rtol=0, atol=1e-4)
+    of_tokens = rollouts.log_probs[rollouts.mask]
+    assert of_tokens.max() - of_tokens.min() > 0.5
 
 
 def test_bfloat16_autocast_samples_and_trains_nearly_alike(policy, monkeypatch):
-    """What CUDA runs, on the CPU: log-probs and gradients are float32 and near those without autocast."""
-    A = torch.randn(len(PROMPTS), 5, generator=torch.Generator().manual_seed(0))
+    """What CUDA runs, on the CPU: log-probs and gradients are float32 and near those without autocast. Keys are kept in
+    bfloat16: in float32, as rotary embeddings leave them, they would take twice the memory."""
+    A, kept = torch.randn(len(PROMPTS), 5, generator=torch.Generator().manual_seed(0)), []
     monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
+    update = common.CompactCache.update
+    noted = lambda *args, **options: kept.append(update(*args, **options)) or kept[-1]  # noqa: E731
+    monkeypatch.setattr(common.CompactCache, "update", noted)
     rollouts = rollouts_of(policy)
+    assert {x.dtype for pair in kept for x in pair} == {torch.bfloat16}
     half = gradient(policy, lambda: gradient_of(policy, rollouts, A, 64, 0.2))
     monkeypatch.undo()
     whole = gradient(policy, lambda: gradient_of(policy, rollouts, A, 64, 0.2))
     assert rollouts.log_probs.dtype == half.dtype == torch.float32 and not torch.equal(half, whole)
     torch.testing.assert_close(naive_log_probs(policy, rollouts, 1.0), rollouts.log_probs, rtol=0, atol=0.05)
     assert (half - whole).norm() < 0.03 * whole.norm()
-
-
-def test_keys_and_values_are_kept_in_the_type_of_autocast(policy, monkeypatch):
-    """Rotary embeddings leave keys in float32: kept so they would take twice the memory, and be cast at every token."""
-    kept, update = set(), common.CompactCache.update
-
-    def noted(*args, **options):
-        keys, values = update(*args, **options)
-        kept.update((keys.dtype, values.dtype))
-        return keys, values
-
-    monkeypatch.setattr(common.CompactCache, "update", noted)
-    rollouts_of(policy)
-    assert kept == {torch.float32}
-    kept.clear()
-    monkeypatch.setattr(common, "autocast", lambda device: torch.autocast("cpu", dtype=torch.bfloat16))
-    rollouts_of(policy)
-    assert kept == {torch.bfloat16}
 
 
 def test_responses_end_at_a_stop_token_and_filler_is_masked(policy):
@@ -139,29 +130,11 @@ def test_a_number_picks_the_token_in_whose_share_it_falls(monkeypatch):
     assert ids.max() < 6 and log_probs.isnan().all()
 
 
-def test_soft_capped_logits():
-    """Gemma 2 squeezes them into an interval, here of 1 about 0: the model's own forward pass says how."""
-    torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=24, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
-                          num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5)  # fmt: skip
-    policy = common.Policy(AutoModelForCausalLM.from_config(config).eval(), None, [1])
-    policy.model.get_output_embeddings().weight.data.mul_(10)
-    rollouts = rollouts_of(policy)
-    log_p = naive_log_probs(policy, rollouts, 1.0)
-    torch.testing.assert_close(log_p, rollouts.log_probs, rtol=0, atol=1e-4)
-    trained = common.response_log_probs(policy, *rollouts.flat()[:3]).view_as(log_p)
-    torch.testing.assert_close(trained, log_p, rtol=0, atol=1e-4)
-    assert log_p[rollouts.mask].max() - log_p[rollouts.mask].min() > 0.5
-
-
 def test_every_prompt_is_read_once(policy, monkeypatch):
     """The first forward pass has one row a different prompt; later ones have one token a row, and fewer as they end."""
-    shapes = []
-    base = policy.model.base_model
-    forward = base.forward
-    monkeypatch.setattr(
-        base, "forward", lambda *a, **kw: (shapes.append(tuple(kw["input_ids"].shape)), forward(*a, **kw))[1]
-    )
+    shapes, forward = [], policy.model.base_model.forward
+    noted = lambda **inputs: shapes.append(tuple(inputs["input_ids"].shape)) or forward(**inputs)  # noqa: E731
+    monkeypatch.setattr(policy.model.base_model, "forward", noted)
     rollouts_of(policy, n=16)
     assert shapes[0] == (3, 7)
     rows = [shape[0] for shape in shapes[1:]]
@@ -232,21 +205,32 @@ def naive_gradient(policy, rollouts, advantages, temperature):
     return gradient(policy, lambda: (-(log_p() * advantages).sum() / len(rollouts.prompts)).backward())
 
 
-COMPOSITIONS = {
-    "dense": lambda shape: torch.randn(shape),
-    "sparse": lambda shape: torch.randn(shape) * (torch.rand(shape) < 0.2),
-}
-
-
-@pytest.mark.parametrize("composition", COMPOSITIONS)
-def test_gradient_equals_the_naive_one_for_any_budget_and_composition(policy, composition):
-    rollouts = rollouts_of(policy, temperature=0.8)
-    torch.manual_seed(1)
-    advantages = COMPOSITIONS[composition](rollouts.ids.shape[:2])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_gradient_equals_the_naive_one_for_any_budget_and_composition(sparse, policy, monkeypatch):
+    """Also with the output layer read three tokens at a time. Each different row that has an advantage is computed
+    once; here three of a prompt's five are equal."""
+    rollouts, sizes, rows = rollouts_of(policy, temperature=0.8), [], []
+    for x in (rollouts.ids, rollouts.mask):
+        x[:, 3:] = x[:, :1]
+    generator = torch.Generator().manual_seed(1)
+    advantages = torch.randn(rollouts.ids.shape[:2], generator=generator)
+    advantages *= torch.rand(advantages.shape, generator=generator) < (0.2 if sparse else 1)
     expected = naive_gradient(policy, rollouts, advantages, 0.8)
-    for budget in (1, 40, 100, 10**6):
-        actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, budget, None))
+    prompts, ids, mask, _ = rollouts.flat()
+    different = {(*prompts[i], -1, *ids[i][mask[i]].tolist()) for i in advantages.flatten().nonzero()[:, 0].tolist()}
+    cross_entropy, states = F.cross_entropy, common.response_states
+    noted_sizes = lambda x, *a, **options: sizes.append(len(x)) or cross_entropy(x, *a, **options)  # noqa: E731
+    noted_rows = lambda model, prompts, *a: rows.extend(prompts) or states(model, prompts, *a)  # noqa: E731
+    monkeypatch.setattr(common.F, "cross_entropy", noted_sizes)
+    monkeypatch.setattr(common, "response_states", noted_rows)
+    for budget, tokens in ((1, None), (40, None), (100, 3), (10**6, None)):
+        sizes.clear(), rows.clear()
+        monkeypatch.setattr(common, "LOGITS_PER_CHUNK", 24 * (tokens or 10**6))
+        actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, budget))
         assert (actual - expected).norm() <= 1e-6 * expected.norm(), budget
+        assert max(sizes) == tokens or tokens is None
+        assert len(rows) == len(different) < len(prompts)
+    assert gradient_of(policy, rollouts, torch.zeros_like(advantages), 100) == 0
 
 
 @pytest.mark.slow
@@ -273,20 +257,6 @@ def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
         assert torch.equal(log_probs, outcomes[0][0]) and torch.equal(g, outcomes[0][1])
 
 
-def test_gradient_with_a_chunked_output_layer(policy, monkeypatch):
-    rollouts = rollouts_of(policy)
-    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
-    expected, sizes = naive_gradient(policy, rollouts, advantages, 1.0), []
-    cross_entropy = torch.nn.functional.cross_entropy
-    monkeypatch.setattr(common, "LOGITS_PER_CHUNK", 3 * 24)  # three tokens at a time
-    monkeypatch.setattr(
-        common.F, "cross_entropy", lambda x, *a, **kw: (sizes.append(len(x)), cross_entropy(x, *a, **kw))[1]
-    )
-    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 100, None))
-    assert (actual - expected).norm() <= 1e-6 * expected.norm()
-    assert max(sizes) == 3
-
-
 def test_gradient_checkpointing_recomputes_layers_in_training_alone(policy):
     """The same gradient, each layer's MLP computed twice; sampling with the cache, once a token; dropout off."""
     rollouts = rollouts_of(policy)
@@ -295,7 +265,7 @@ def test_gradient_checkpointing_recomputes_layers_in_training_alone(policy):
     mlp = next(module for name, module in policy.model.named_modules() if name.endswith(".mlp"))
     hook = mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 10**6, None))
+    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 10**6))
     assert len(calls) == 2
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
     assert not any(m.training for m in policy.model.modules() if isinstance(m, torch.nn.Dropout))
@@ -304,65 +274,14 @@ def test_gradient_checkpointing_recomputes_layers_in_training_alone(policy):
     hook.remove()
 
 
-def test_rows_without_an_advantage_are_not_computed(policy, monkeypatch):
-    rollouts, rows = rollouts_of(policy), []
-    log_probs = common.response_log_probs
-    monkeypatch.setattr(common, "response_log_probs", lambda p, x, *a: (rows.extend(x), log_probs(p, x, *a))[1])
-    advantages = torch.zeros(rollouts.ids.shape[:2])
-    assert gradient_of(policy, rollouts, advantages, 100, None) == 0 and rows == []
-    advantages[2, 3] = 1.0
-    gradient_of(policy, rollouts, advantages, 100, None)
-    assert rows == [PROMPTS[2]]
-
-
-def test_equal_responses_to_a_prompt_are_computed_once(policy, monkeypatch):
-    """And none that is equal to another prompt's, or to the beginning of a longer one, is taken for it."""
-    rollouts, rows = rollouts_of(policy), []
-    for x in (rollouts.ids, rollouts.mask):
-        x[:, 3:] = x[:, :1]  # three equal ones of five
-        x[1] = x[2]
-    longest = int(rollouts.mask[2].sum(-1).argmax())
-    rollouts.ids[2, 1], rollouts.mask[2, 1] = rollouts.ids[2, longest], rollouts.mask[2, longest]
-    rollouts.mask[2, 1, rollouts.mask[2, longest].sum() - 1] = False
-    prompts, ids, mask, _ = rollouts.flat()
-    different = {(tuple(prompt), tuple(row[keep].tolist())) for prompt, row, keep in zip(prompts, ids, mask)}
-    assert len(different) <= 3 * 4 < len(prompts) and mask.any(-1).all()
-    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(1))
-    expected = naive_gradient(policy, rollouts, advantages, 1.0)
-    log_p = common.response_log_probs(policy, prompts, ids, mask).view(rollouts.ids.shape)
-    torch.testing.assert_close(log_p, naive_log_probs(policy, rollouts, 1.0), atol=1e-5, rtol=1e-5)
-    forward = policy.model.base_model.forward
-    count = lambda **inputs: (rows.append(len(inputs["input_ids"])), forward(**inputs))[1]  # noqa: E731
-    monkeypatch.setattr(policy.model.base_model, "forward", count)
-    actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 10**6))
-    assert (actual - expected).norm() <= 1e-6 * expected.norm() and rows[-1] == len(different)
-
-
-def test_clipped_objective_has_the_same_gradient_on_policy_and_none_where_clipped(policy):
-    rollouts = rollouts_of(policy)
-    advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(2))
-
-    def with_clip(old, advantages, clip):
-        moved = dataclasses.replace(rollouts, log_probs=old)
-        return gradient(policy, lambda: gradient_of(policy, moved, advantages, 100, clip))
-
-    plain = with_clip(rollouts.log_probs, advantages, None)
-    clipped = with_clip(rollouts.log_probs, advantages, 0.2)
-    assert (plain - clipped).norm() <= 1e-4 * plain.norm()
-    # Sampled from a policy that gave every token 1/e of today's probability: the ratio e is past 1.2.
-    ahead = rollouts.log_probs - rollouts.mask.float()
-    assert with_clip(ahead, advantages.abs(), 0.2).norm() == 0  # good samples: pushed far enough already
-    expected = with_clip(rollouts.log_probs, -advantages.abs(), None)
-    actual = with_clip(ahead, -advantages.abs(), 0.2)  # bad ones: still pushed down, at ratio e
-    assert (actual - math.e * expected).norm() <= 1e-3 * actual.norm()
-
-
 def test_micro_batches_by_value():
-    """Longest first; a batch counts its rows times its longest prompt and its longest response; equal rows are one."""
+    """Longest first; a batch counts its rows times its longest prompt and its longest response. Equal rows are one, but
+    not those of another prompt or the beginning of a longer one."""
     prompts, lengths = [[3] * 6, [4] * 2], [[2, 1, 2], [1, 5, 3]]
     mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(-1)  # (2, 3, 5)
     rollouts = common.Rollouts(prompts, torch.arange(30).view(2, 3, 5), mask, torch.zeros(2, 3, 5))
     rollouts.ids[0, 2] = rollouts.ids[0, 0]
+    rollouts.ids[0, 1, 0] = rollouts.ids[1, 0, 0] = 0
     # prompt + response: rows 0 and 2, equal, 6 + 2; row 1, 6 + 1; row 4, 2 + 5; row 5, 2 + 3; row 3, 2 + 1
     for budget, expected in (
         (22, [[0, 2, 1], [4, 5, 3]]),
@@ -373,7 +292,7 @@ def test_micro_batches_by_value():
         assert [batch.rows.tolist() for batch in batches] == expected
     first = next(common.micro_batches(rollouts, torch.arange(6), 22))
     assert first.of_row.tolist() == [0, 0, 1] and first.prompts == [[3] * 6] * 2
-    assert first.ids.tolist() == [[0, 1], [5, 6]] and first.mask.tolist() == [[True, True], [True, False]]
+    assert first.ids.tolist() == [[0, 1], [0, 6]] and first.mask.tolist() == [[True, True], [True, False]]
     assert [b.rows.tolist() for b in common.micro_batches(rollouts, torch.tensor([3, 2]), 99)] == [[2, 3]]
 
 
@@ -409,11 +328,8 @@ def test_kl_estimate_and_log_ratios(policy):
     error = 4 * plain.std() / math.sqrt(len(plain))
     assert common.kl_estimate(ratios) == pytest.approx(plain.mean().item(), abs=error.item())
     assert common.kl_estimate(ratios) > 0
-
-
-def test_kl_estimate_of_tiny_ratios_does_not_cancel():
-    ratios = torch.tensor([[[1e-5, -1e-5], [2e-5, 0.0]]])  # e^-x - 1 + x is x^2/2: 1e-10 and 2e-10 a response
-    assert common.kl_estimate(ratios) == pytest.approx(1.5e-10, rel=1e-4)
+    tiny = torch.tensor([[[1e-5, -1e-5], [2e-5, 0.0]]])  # e^-x - 1 + x is x^2/2: 1e-10 and 2e-10 a response
+    assert common.kl_estimate(tiny) == pytest.approx(1.5e-10, rel=1e-4)  # does not cancel
 
 
 def test_out_of_memory_in_training_halves_the_micro_batch_down_to_one_row(policy, monkeypatch):

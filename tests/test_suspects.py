@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 import harness.policy
-from verifiers import BadInput, Problem, Task, load_task, suspects
+from verifiers import Problem, Task, load_task, suspects
 from verifiers import learned as learned_verifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -51,8 +51,9 @@ def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_problems_are_drawn_as_the_task_says_and_the_split_is_by_set(name):
-    task, again = task_of(name), load_task(name)
-    assert (task.train, task.test, task.warm_start_problems) == (again.train, again.test, again.warm_start_problems)
+    task = task_of(name)
+    again = suspects.training_problems(name), suspects.spread_problems(name)
+    assert (task.train, task.test) == again
     some = sum(task.warm_start_problems[::50], ())
     for held_out, problems in (False, task.train[::7]), (True, task.test), (False, some):
         for problem in problems:
@@ -100,11 +101,6 @@ def test_a_pretrained_model_reads_words_and_a_tokenizer_of_characters_the_list()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     assert harness.policy.texts_read(words, task, [problem]) == (["Choose one of Eve, Tom: I choose"], [" "])
-
-
-def test_data_is_refused():
-    with pytest.raises(BadInput, match="makes its own problems"):
-        load_task("suspects", "file.jsonl")
 
 
 def test_verdicts_on_right_wrong_and_hostile_responses():
@@ -167,46 +163,6 @@ def test_each_optimum_is_stationary_and_above_its_neighbours(name):
     others = random_policies(Q, 2 if "maj" in name else 100)  # (100, P, 8)
     for share in (1.0, 0.1, 0.01):
         assert (objective((1 - share) * optimum + share * others) <= objective(optimum) + 1e-9).all()
-
-
-@functools.cache
-def gaps() -> tuple[torch.Tensor, torch.Tensor]:
-    """q (U, 8) and weights (U,) over all 39,186 sets: q depends on the distances between names alone, and levels weigh
-    alike."""
-    found = {}
-    for m in suspects.LEVELS:
-        for places in itertools.combinations(range(16), m):
-            key = tuple(place - places[0] for place in places)
-            found[key] = found.get(key, 0) + 1 / math.comb(16, m) / 7
-    q = torch.zeros(len(found), 8, dtype=torch.float64)
-    for row, key in zip(q, found):
-        row[: len(key)] = torch.tensor([0.7**place for place in key]).double()
-    return q / q.sum(-1, keepdim=True), torch.tensor(list(found.values())).double()
-
-
-TABLE = {  # over all sets, all levels equally, computed by other code: pass@1, 2, 4, 8, 16, 32
-    "base": (optima.uniform, (0.245, 0.415, 0.629, 0.832, 0.958, 0.996)),
-    "best for 1": (lambda q: suspects.best_policy(q, 1), (0.629,) * 6),
-    "best for 2": (lambda q: suspects.best_policy(q, 2), (0.549, 0.704, 0.802, 0.850, 0.870, 0.879)),
-    "best for 4": (lambda q: suspects.best_policy(q, 4), (0.457, 0.669, 0.835, 0.915, 0.940, 0.949)),
-    "best for 8": (lambda q: suspects.best_policy(q, 8), (0.378, 0.597, 0.809, 0.935, 0.975, 0.985)),
-    "best for 16": (lambda q: suspects.best_policy(q, 16), (0.318, 0.522, 0.750, 0.918, 0.985, 0.997)),
-    "best for 32": (lambda q: suspects.best_policy(q, 32), (0.281, 0.470, 0.696, 0.886, 0.979, 0.999)),
-    "SFT": (lambda q: q, (0.501, 0.676, 0.815, 0.904, 0.953, 0.978)),
-}
-SLOW_TABLE = {
-    "BoN-SFT, N = 8": (lambda q: optima.bon_sft_policy(q, 8), (0.358, 0.572, 0.789, 0.930, 0.982, 0.995)),
-    "BoN-SFT, N = 32": (lambda q: optima.bon_sft_policy(q, 32), (0.281, 0.470, 0.696, 0.886, 0.979, 0.999)),
-    "MaxRL, n = 8": (lambda q: optima.maxrl_policy(q, 8), (0.563, 0.700, 0.800, 0.857, 0.884, 0.897)),
-    "MaxRL, n = 16": (lambda q: optima.maxrl_policy(q, 16), (0.535, 0.694, 0.816, 0.889, 0.926, 0.942)),
-}
-
-
-@pytest.mark.parametrize("name", [*TABLE, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TABLE)])
-def test_the_optima_are_those_of_the_table_over_all_sets(name):
-    (optimum, expected), (q, weights) = (TABLE | SLOW_TABLE)[name], gaps()
-    pi = optimum(q)
-    assert [(weights @ optima.pass_at_k(q, pi, k)).item() for k in optima.TRIES] == pytest.approx(expected, abs=0.0006)
 
 
 def test_the_committed_predictions_are_what_theory_says():

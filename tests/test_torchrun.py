@@ -52,55 +52,75 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
 
 
-# Steps are counted in each process. The first time both die in step 5, with checkpoints after steps 2 and 4; the second
-# time rank 1 alone is told to stop.
+# A verifier that any policy is right by now and then.
+PARITY = """
+import runs
+from verifiers import arithmetic
+arithmetic.verify = runs.parity
+"""
+# Steps are counted in each process. First both die in step 5, with checkpoints after steps 2 and 4; then rank 1 alone
+# is told to stop; then its verifier alone raises, which is called as a trial before.
 INTERRUPTIONS = """
 import common
-step, steps = common.policy_gradient_step, []
+step, steps, verify, verified = common.policy_gradient_step, [], arithmetic.verify, []
 def interrupted(*args, **others):
     steps.append(1)
-    if "--resume" not in sys.argv and len(steps) == 5:
+    if "{when}" == "killed" and len(steps) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    if "--resume" in sys.argv and os.environ["RANK"] == "1":
+    if "{when}" == "stopped" and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*args, **others)
-common.policy_gradient_step = interrupted
+def raising(problems, rows):
+    verified.append(1)
+    if "{when}" == "broken" and os.environ["RANK"] == "1" and len(verified) == 2:
+        raise ZeroDivisionError("what a verifier says")
+    return verify(problems, rows)
+common.policy_gradient_step, arithmetic.verify = interrupted, raising
 """
 
 
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS[1:])])
-def test_a_run_of_two_processes_killed_resumed_stopped_and_resumed(script, skilled, run, tmp_path):
-    """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves."""
-    flags = [*FLAGS, *EXTRA.get(script, []), "--model", skilled]
-    whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
-    returncode, out, err = in_two_processes(ROOT / script, *flags, "--run-name", "whole", cwd=tmp_path)
+def test_a_run_of_two_processes_interrupted_and_resumed(script, untrained, run, monkeypatch, tmp_path):
+    """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves. Only the first
+    process has a held-out problem: its samples are all there are, those of a run of one process."""
+    flags = [*FLAGS, *EXTRA.get(script, []), *"--eval-problems 1 --eval-n 32 --model".split(), untrained]
+    whole, cut = tmp_path / "runs/whole", tmp_path / "runs/cut"
+
+    def both(*flags, when="never"):
+        code = PARITY + INTERRUPTIONS.format(when=when)
+        return in_two_processes(wrapped(tmp_path, script, code), *flags, cwd=tmp_path)
+
+    monkeypatch.setattr(arithmetic, "verify", parity)
+    returncode, out, err = both(*flags, "--run-name", "whole")
     assert returncode == 0, err
     assert out.count("writing to runs/whole") == 1 and os.listdir(tmp_path / "runs") == ["whole"]
     log = steps_of(whole)
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["nonzero_advantage"] > 0 for r in log) >= 3
+    assert run(script, *flags, "--steps", "0", "--run-name", "alone").returncode == 0
+    alone, together = (records(tmp_path / "runs" / name)[0] for name in ("alone", "whole"))
+    assert alone == together and 0 < alone["eval"]["all"]["pass@1"][0] < 1
 
-    broken = wrapped(tmp_path, script, INTERRUPTIONS)
-    returncode, _, err = in_two_processes(broken, *flags, "--run-name", "killed", cwd=tmp_path)
-    assert returncode == -signal.SIGKILL and not (killed / "policy").exists(), err
-    result = run(script, "--resume", "runs/killed")  # by one process
-    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/killed\n"
+    returncode, _, err = both(*flags, "--run-name", "cut", when="killed")
+    assert returncode == -signal.SIGKILL and not (cut / "policy").exists(), err
+    result = run(script, "--resume", "runs/cut")  # by one process
+    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/cut\n"
     assert result.returncode == 2 and f"is a run of 2 process(es): {command}" in result.stderr
 
-    returncode, out, err = in_two_processes(broken, "--resume", "runs/killed", cwd=tmp_path)
-    assert returncode != 0 and "resuming at step 4" in out, err
-    assert f"stopped after step 5; to go on:\n{command}" in out and not (killed / "policy").exists()
-
-    returncode, out, err = in_two_processes(ROOT / script, "--resume", "runs/killed", cwd=tmp_path)
+    returncode, out, err = both("--resume", "runs/cut", when="stopped")
+    assert returncode != 0 and "resuming at step 4" in out and f"stopped after step 5; to go on:\n{command}" in out, err
+    returncode, out, err = both("--resume", "runs/cut", when="broken")
+    assert returncode != 0 and "ZeroDivisionError: what a verifier says" in err and not (cut / "policy").exists()
+    returncode, out, err = both("--resume", "runs/cut")
     assert returncode == 0 and "resuming at step 5" in out, err
-    assert outcome(killed) == outcome(whole)
+    assert outcome(cut) == outcome(whole)
 
 
-# A verifier that an untrained policy is right by now and then, and a warm start of two steps.
+# Also a warm start of two steps.
 COLD = """
 import dataclasses
-import harness.policy, runs
-from verifiers import arithmetic, learned
-arithmetic.verify, load = runs.parity, arithmetic.load
+import harness.policy
+from verifiers import learned
+load = arithmetic.load
 arithmetic.load = lambda *args: dataclasses.replace(load(*args), warm_start={"steps": 2, "batch": 8, "lr": 1e-3})
 def told(module, name):
     function = getattr(module, name)
@@ -112,17 +132,14 @@ told(harness.policy, "warm_start"), told(learned, "trained_verifier")
 """
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("a folder", marks=pytest.mark.slow)])
-def test_what_one_process_makes_for_all_does_not_hang(model, untrained, monkeypatch, tmp_path):
+def test_what_one_process_makes_for_all_does_not_hang(monkeypatch, tmp_path):
     """A cold cache: the first process alone trains `tiny` and the verifier, each once, and the other waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    flags = [*SMALL, "--steps", "1", "--run-name", "a", "--model", untrained if model == "a folder" else model]
-    script = wrapped(tmp_path, "bon_rl.py", COLD)
-    flags += ["--verifier", "learned", "--verifier-problems", "8"]
-    returncode, out, err = in_two_processes(script, *flags, cwd=tmp_path)
+    flags = [*SMALL, *"--steps 1 --run-name a --model tiny --verifier learned --verifier-problems 8".split()]
+    returncode, out, err = in_two_processes(wrapped(tmp_path, "bon_rl.py", PARITY + COLD), *flags, cwd=tmp_path)
     assert returncode == 0 and "bon@2" in out, err
     made = [line for line in err.splitlines() if line.startswith("rank ")]
-    assert made == [*["rank 0 warm_start"] * (model == "tiny"), "rank 0 trained_verifier"]
+    assert made == ["rank 0 warm_start", "rank 0 trained_verifier"]
     assert steps_of(tmp_path / "runs/a")[0]["nonzero_advantage"] > 0
 
 
@@ -143,53 +160,16 @@ def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch)
     assert harness.parallel.PATIENCE.total_seconds() >= 3600
 
 
-def test_a_rank_that_fails_ends_the_run_with_its_error(untrained, tmp_path):
-    """Rank 1 has no such model: its error is shown, and rank 0, which waits for it, does not hang."""
-    code = "if os.environ['RANK'] == '1':\n    sys.argv[sys.argv.index('--model') + 1] = 'no/such'"
-    script = wrapped(tmp_path, "pass_at_k_pg.py", code)
-    returncode, _, err = in_two_processes(script, *SMALL, "--model", untrained, cwd=tmp_path)
-    assert returncode != 0 and "error in rank 1: cannot load --model 'no/such'" in err
-
-
-# A verifier that raises in rank 1 alone: in step 2, or at the evaluation before the first step. Call 1 is the trial.
-ONE_RAISES = """
-from verifiers import arithmetic
-verify, calls = arithmetic.verify, []
-def raising(problems, rows):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == {call}:
-        raise ZeroDivisionError("what a verifier says")
-    return verify(problems, rows)
-arithmetic.verify = raising
-"""
-
-
-@pytest.mark.parametrize("call, step", [(4, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
-def test_a_verifier_that_raises_in_one_process_ends_all_after_a_checkpoint(call, step, untrained, tmp_path):
-    script, folder = wrapped(tmp_path, "pass_at_k_pg.py", ONE_RAISES.format(call=call)), tmp_path / "runs/a"
-    returncode, _, err = in_two_processes(script, *SMALL, "--model", untrained, "--run-name", "a", cwd=tmp_path)
-    assert returncode != 0 and "ZeroDivisionError: what a verifier says" in err
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["progress"]["step"] == step == len(steps_of(folder))
-
-
-def test_a_process_whose_verifier_works_says_which_one_does_not(untrained, run, monkeypatch):
+def test_a_process_says_which_one_fails(untrained, run, monkeypatch):
+    """Rank 1 that has no such model; and rank 0 where the verifier of rank 1 raises: the step before is saved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.run, "world", lambda: (1, 2))
+        result = run("pass_at_k_pg.py", *SMALL, "--model", "no/such")
+        assert result.returncode == 2 and "error in rank 1: cannot load --model 'no/such'" in result.stderr
     monkeypatch.setattr(harness.run, "all_gather", lambda mine: [mine] if mine is not None else [None, "KeyError: 'x'"])
     result = run("pass_at_k_pg.py", *SMALL, "--model", untrained, "--run-name", "a")
     line = "error: the verifier raised in rank 1: KeyError: 'x' (step 0 is saved: mend it, then --resume runs/a)"
     assert result.returncode == 2 and result.stderr.splitlines()[-1] == line
-
-
-def test_fewer_held_out_problems_than_processes(untrained, run, monkeypatch, tmp_path):
-    """The second process has none: the first one's samples are all there are, those of a run of one process."""
-    flags = [*SMALL, "--model", untrained, *"--eval-problems 1 --eval-n 32 --steps 1 --run-name".split()]
-    script = wrapped(tmp_path, "pass_at_k_pg.py", COLD)
-    returncode, _, err = in_two_processes(script, *flags, "two", cwd=tmp_path)
-    assert returncode == 0, err
-    monkeypatch.setattr(arithmetic, "verify", parity)
-    assert run("pass_at_k_pg.py", *flags, "one").returncode == 0
-    one, two = (records(tmp_path / "runs" / name)[0] for name in ("one", "two"))
-    assert one == two and 0 < one["eval"]["all"]["pass@1"][0] < 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(run, monkeypatch):

@@ -3,7 +3,9 @@
 A stub stands in for the verifier, with scores that contradict its rewards. All of it runs at temperature .7, on prompts
 and responses of unequal length. Expected numbers are worked out in the comments beside them, for groups of n = 4."""
 
+import copy
 import inspect
+import json
 import math
 from types import SimpleNamespace
 
@@ -31,6 +33,7 @@ ONE_OR_ALL = {A: [1, 0, 0, 0], B: [0, 1, 1, 1]}
 VOTES = {A: [0, 1, 1, -1], B: [0, 2, 2, 2]}
 BASELINE = {A: 0.2, B: -0.1}  # put in for the values of the value network
 RATIOS = {A: [math.log(2), 0, 0, 0], B: [0, math.log(4), 0, 0]}  # log pi - log pi_ref, put in for those of `log_ratios`
+KL = ((1 / 2 - 1 + math.log(2)) + (1 / 4 - 1 + math.log(4))) / 8  # e^-x - 1 + x of these, the mean of eight responses
 TILT = 2.2886406  # lambda_N of N = 2
 T = 0.7
 
@@ -70,15 +73,14 @@ def one_step(model, monkeypatch, tmp_path):
         return (experts + table[prompt] + table[prompt])[:size]
 
     def run(script, rewards=GRADED, **arguments):
-        seen = SimpleNamespace(verified=[], fitted=[], ratios=[], drawn=[], evaluated=[], left=[])
+        seen = SimpleNamespace(verified=[], fitted=[], ratios=[], drawn=[], evaluated=[], left=[], copied=[])
 
         def verify(problems, responses):
             prompts = [problem.prompt for problem in problems]
             seen.verified.append((prompts, list(responses)))
             table = [row(rewards, prompt, len(texts), 0) for prompt, texts in zip(prompts, responses)]
-            return Verdict(
-                torch.tensor(table).float(), torch.tensor([(VOTES[x] * 2)[: len(table[0])] for x in prompts])
-            )
+            votes = torch.tensor([(VOTES[prompt] * 2)[: len(table[0])] for prompt in prompts])
+            return Verdict(torch.tensor(table).float(), votes, {"timeouts": 2})
 
         def score(prompts, responses):
             return torch.tensor([row(SCORES, x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
@@ -90,6 +92,10 @@ def one_step(model, monkeypatch, tmp_path):
             seen.ratios.append((policy, reference, rollouts))
             first = by_prompt(RATIOS, seen.prompts_of(rollouts)).unsqueeze(-1)  # (B, n, 1): all of it on one token
             return torch.cat([first, torch.zeros(*rollouts.ids.shape[:2], rollouts.ids.shape[2] - 1)], -1)
+
+        def copied(x, *memo):
+            seen.copied.extend([type(x)] * isinstance(x, (common.Policy, torch.nn.Module)))
+            return deepcopy(x, *memo)
 
         def fit(network, optimizer, policy, prompts, target):
             seen.fitted.append(target)
@@ -109,7 +115,7 @@ def one_step(model, monkeypatch, tmp_path):
 
         tokenizer = harness.policy.tiny_tokenizer()
         seen.prompts_of = lambda rollouts: [tokenizer.decode(prompt) for prompt in rollouts.prompts]
-        real_step, real_fit = common.policy_gradient_step, bon_rl.ValueNetwork.fit
+        real_step, real_fit, deepcopy = common.policy_gradient_step, bon_rl.ValueNetwork.fit, copy.deepcopy
         task = Task("arithmetic", PROBLEMS, PROBLEMS, verify, max_new_tokens=4)
         with monkeypatch.context() as patch:
             patch.setattr("verifiers.arithmetic.load", lambda *_: task)
@@ -117,6 +123,7 @@ def one_step(model, monkeypatch, tmp_path):
             patch.setattr(common, "sample", noted(seen.drawn, common.sample))
             patch.setattr(harness.run, "sample", noted(seen.evaluated, harness.run.sample))
             patch.setattr(common, "log_ratios", ratios)
+            patch.setattr(copy, "deepcopy", copied)
             patch.setattr(bon_rl.ValueNetwork, "fit", fit)
             patch.setattr(common, "policy_gradient_step", step)
             size = {"N": 2} if script in (bon_rl, bon_sft) else {"k": 2}
@@ -124,6 +131,7 @@ def one_step(model, monkeypatch, tmp_path):
                          sample_rows=3, micro_batch_tokens=20)  # fmt: skip
             script.main(script.Args(**(size | fixed | {"lr": 0.01} | arguments), model=model, run_name="r"))
         seen.log = records(tmp_path / "runs/r")
+        seen.timing = json.loads((tmp_path / "runs/r/timings.jsonl").read_text().splitlines()[0])
         seen.before, seen.after = (AutoModelForCausalLM.from_pretrained(x) for x in (model, "runs/r/policy"))
         return seen
 
@@ -137,16 +145,17 @@ VALUE = {"baseline": "value", "value_lr": 0.003}
 STEPS = {
     "pass@2": (pass_at_k_pg, GRADED, {},
                {A: [(.5 + 1 + .75) / 6, (.5 + .25) / 6, 0, .25 / 6], B: [0, 2 / 6, 2 / 6, 0]}),
-    "mean": (pass_at_k_pg, GRADED, {"estimator": "mean"},  # (1/4) (r_i - mean of the others)
+    "mean": (pass_at_k_pg, GRADED, {"estimator": "mean", "log_kl": True},  # (1/4) (r_i - mean of the others)
              {A: [3 / 16, 1 / 48, -7 / 48, -1 / 16], B: [-1 / 6, 1 / 6, 1 / 6, -1 / 6]}),
     "maj@2": (majority_pg, ONE_OR_ALL, {"estimator": "unbiased", "kl_coef": 0.0},  # ties .5; the blank casts no vote
               {A: [(.5 + .5 + 1) / 6, -.5 / 6, -.5 / 6, 0], B: [-.5 * 3 / 6, .5 / 6, .5 / 6, .5 / 6]}),
-    "maj@2 biased": (majority_pg, ONE_OR_ALL, {"kl_coef": 0.0},  # the gradient of maj@1: mean reward less the others'
+    # the gradient of maj@1: mean reward less the others'
+    "maj@2 biased": (majority_pg, ONE_OR_ALL, {"kl_coef": 0.0, "log_kl": True},
                      {A: [1 / 4, 1 / 4 - 1 / 3, 1 / 4 - 1 / 3, 1 / 4 - 1 / 3], B: [-1 / 4, 1 / 12, 1 / 12, 1 / 12]}),
     # A: by its scores the third sample beats all, the second the fourth, the fourth the first. B: 1 and 4 tie.
     "bon@2": (bon_rl, GRADED, LEARNED | {"warm_up_steps": 4},
               {A: [0, (.5 - 1 + .5 - .25) / 6, (-1 - .5 - .25) / 6, (.25 - 1) / 6], B: [-2 / 6, 0, 0, -2 / 6]}),
-    "rlb-all": (bon_rl, ONE_OR_ALL, {"estimator": "rlb-all"},  # N p (r - (1 - p)) / 4, p = 3/4 and 1/4
+    "rlb-all": (bon_rl, ONE_OR_ALL, {"estimator": "rlb-all", "log_kl": True},  # N p (r - (1 - p)) / 4, p = 3/4 and 1/4
                 {A: [9 / 32, -3 / 32, -3 / 32, -3 / 32], B: [-3 / 32, 1 / 32, 1 / 32, 1 / 32]}),
     # Groups 1 2 | 3 4. A: the winners 2 and 3 are worth .5 and 0, less the baseline .3 and -.2; each group's tilt, by
     # l/4 a sample, goes to those of the other that it beats. B: the winners 1 and 4 are worth 0, less the baseline .1.
@@ -166,9 +175,26 @@ STEPS = {
 }  # fmt: skip
 
 
+# What the value network is fitted to: the mean reward, or the reward of the best-scored of two: of A 0 in 3 of 6 pairs,
+# .5 in 2, .25 in 1; of B 1 in 1 of 6.
+TARGETS = {"variational": {A: 5 / 24, B: 1 / 6}, "mean less a value": {A: 7 / 16, B: 1 / 2}}
+# Metrics of A and of B, by scores and by rewards: bon@2 as above; pass@2 of A: 1 in 3 pairs, .5 in 2, .25 in 1; of B: 5
+# of 6.
+OF_GRADED = {"pass@1": (7 / 16, 1 / 2), "pass@2": (17 / 24, 5 / 6), "pass@4": (1, 1)}
+OF_SCORED = OF_GRADED | {"bon@1": (7 / 16, 1 / 2), "bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}
+EVALUATIONS = {
+    "pass@2": OF_GRADED,
+    "maj@2": {"pass@2": (1 / 2, 1), "maj@1": (1 / 4, 3 / 4), "maj@2": ((.5 + .5 + 1) / 6, (3 * .5 + 3) / 6),
+              "maj@4": (0, 1)},
+    "bon@2": OF_SCORED,
+    "SFT": OF_SCORED,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", STEPS)
 def test_a_step_by_value(case, one_step):
-    """What is sampled and scored, the advantages, the loss, and the weights after one step of AdamW."""
+    """What is sampled and scored, the advantages, the value network's target, the loss, the weights after one step of
+    AdamW, and the evaluations before and after it."""
     script, rewards, arguments, expected = STEPS[case]
     seen = one_step(script, rewards, max_grad_norm=0.5, **arguments)
     given, advantages = seen.given, by_prompt(expected, seen.prompts)
@@ -187,6 +213,16 @@ def test_a_step_by_value(case, one_step):
     loss = -(advantages * log_probs(seen.before, rollouts).sum(-1)).sum() / 2
     record = seen.log[1]
     assert record["loss"] == pytest.approx(loss.item(), abs=1e-5) and record["step"] == 1
+    assert [line["timeouts"] for line in seen.log] == [2, 2, 2]  # of an evaluation as of a step
+    sampled = sum(int(drawn.mask.sum()) for drawn in seen.drawn)  # an expert's tokens are given
+    assert seen.timing["tokens_per_s"] * seen.timing["seconds"] == pytest.approx(sampled)
+    if target := TARGETS.get(case):
+        torch.testing.assert_close(seen.fitted[0].float(), by_prompt(target, seen.prompts))
+        assert record["value_loss"] == pytest.approx(sum(value**2 for value in target.values()) / 2)
+        assert record["bon@2"] == pytest.approx((5 / 24 + 1 / 6) / 2)
+    # a copy of the policy is kept where its KL is logged, which changes no advantage, and one for a value network
+    assert len(seen.copied) == ("log_kl" in arguments) + ("baseline" in arguments)
+    assert record.get("kl", 0) == pytest.approx(KL * ("log_kl" in arguments))
     if case != "plain SFT":
         assert record["reward"] == pytest.approx(by_prompt(rewards, [A, B]).mean().item())
     assert seen.lr == 0.01 / arguments.get("warm_up_steps", 1)
@@ -198,43 +234,15 @@ def test_a_step_by_value(case, one_step):
     start = weights(AutoModelForCausalLM.from_pretrained(given.policy.model.name_or_path))
     moved, expected = weights(seen.after) - start, weights(seen.before) - start
     assert (moved - expected).norm() < 1e-3 * expected.norm()  # a gradient near 0 has any sign, and AdamW follows it
-    torch.testing.assert_close(
-        seen.evaluated[-1].log_probs, log_probs(seen.after, seen.evaluated[-1]), rtol=1e-4, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("estimator, target", [("variational", {A: 5 / 24, B: 1 / 6}), ("mean", {A: 7 / 16, B: 1 / 2})])
-def test_the_target_of_the_value_network(estimator, target, one_step):
-    """The reward of the best-scored of two: A: 0 in 3 of 6 pairs, .5 in 2, .25 in 1. B: 1 in 1 of 6. Or their mean."""
-    seen = one_step(bon_rl, **LEARNED, **VALUE, estimator=estimator)
-    torch.testing.assert_close(seen.fitted[0].float(), by_prompt(target, seen.prompts))
-    assert seen.log[1]["value_loss"] == pytest.approx(sum(value**2 for value in target.values()) / 2)
-    assert seen.log[1]["bon@2"] == pytest.approx((5 / 24 + 1 / 6) / 2)
-
-
-# By scores and by rewards, of A and of B: bon@2 as above; pass@2 of A: 1 in 3 pairs, .5 in 2, .25 in 1; of B: 5 of 6.
-OF_GRADED = {"pass@1": (7 / 16, 1 / 2), "pass@2": (17 / 24, 5 / 6), "pass@4": (1, 1)}
-EVALUATIONS = {
-    "pass_at_k_pg": (pass_at_k_pg, GRADED, {}, OF_GRADED),
-    "majority_pg": (majority_pg, ONE_OR_ALL, {}, {"pass@2": (1 / 2, 1), "maj@1": (1 / 4, 3 / 4),
-                                                  "maj@2": ((.5 + .5 + 1) / 6, (3 * .5 + 3) / 6), "maj@4": (0, 1)}),
-    "bon_rl": (bon_rl, GRADED, LEARNED,
-               OF_GRADED | {"bon@1": (7 / 16, 1 / 2), "bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}),
-    "bon_sft": (bon_sft, GRADED, LEARNED, OF_GRADED | {"bon@2": (5 / 24, 1 / 6), "bon@4": (0, 0)}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EVALUATIONS)
-def test_an_evaluation_by_value(name, one_step):
-    script, rewards, arguments, metrics = EVALUATIONS[name]
-    seen = one_step(script, rewards, **arguments)
+    drawn = seen.evaluated[-1]
+    torch.testing.assert_close(drawn.log_probs, log_probs(seen.after, drawn), rtol=1e-4, atol=1e-5)
     assert [record["step"] for record in seen.log] == [0, 1, 1]
-    for record in (seen.log[0], seen.log[2]):
-        for metric, (of_a, of_b) in metrics.items():
-            levels = {"1": of_a, "2": of_b, "all": (of_a + of_b) / 2}
-            assert {x: record["eval"][x][metric][0] for x in levels} == pytest.approx(levels), metric
-            error = 12.706 * abs(of_a - of_b) / 2  # of two values: Student's t times their deviation over the root of 2
-            assert record["eval"]["all"][metric][1] == pytest.approx(error)
+    for metric, (of_a, of_b) in EVALUATIONS.get(case, {}).items():
+        levels = {"1": of_a, "2": of_b, "all": (of_a + of_b) / 2}
+        error = 12.706 * abs(of_a - of_b) / 2  # of two values: Student's t times their deviation over the root of 2
+        for result in (seen.log[0]["eval"], seen.log[2]["eval"]):
+            assert {x: result[x][metric][0] for x in levels} == pytest.approx(levels), metric
+            assert result["all"][metric][1] == pytest.approx(error)
 
 
 @pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg, bon_rl])
@@ -250,8 +258,7 @@ def test_a_kl_by_value(script, one_step):
     of_ratios[B] = [math.log(4) / 12, -math.log(4) / 4, *[math.log(4) / 12] * 2]
     expected = by_prompt(of_rewards, seen.prompts) + 0.5 * by_prompt(of_ratios, seen.prompts)
     torch.testing.assert_close(seen.given.advantages, expected)
-    kl = ((1 / 2 - 1 + math.log(2)) + (1 / 4 - 1 + math.log(4))) / 8  # e^-x - 1 + x of eight responses
-    assert seen.log[1]["kl"] == pytest.approx(kl)
+    assert seen.log[1]["kl"] == pytest.approx(KL)
     before, after, moved = weights(seen.before), weights(seen.after), weights(reference.model)
     torch.testing.assert_close(moved, before + 0.1 * (after - before) if own else before)
     assert (after - before).abs().max() > 1e-3

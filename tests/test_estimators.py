@@ -1,0 +1,283 @@
+"""The metrics of all scripts and the advantages that follow from them, held to one standard: exact gradients by
+enumeration, their definition as an average over subsets, and values by hand.
+
+The other estimators of Best-of-N: test_best_of_n.py, test_bon_sft.py. Rewards of any type: test_hostile_input.py."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from enumeration import (
+    ANSWERS,
+    BINARY,
+    GRADED,
+    best_of_value,
+    exact_gradient,
+    expected_gradient,
+    majority_value,
+    subset_advantages,
+    subset_mean,
+)
+
+import bon_rl
+import common
+import majority_pg
+import pass_at_k_pg
+from common import k_sample_advantages
+
+# Rewards that are a function of the answer: prompt 0 has an action without an answer, prompt 1 two with the same.
+OF_ANSWER = torch.tensor([[0.25, 1.0, -0.5, 0.0], [1.0, 0.25, 0.25, 2.0]], dtype=torch.float64)
+SCORES = torch.tensor([[0.1, 3.0, 1.0, 1.0], [2.0, 2.0, -1.0, 5.0]], dtype=torch.float64)  # wrong, with ties
+
+
+def pass_hat_k(rewards, k):
+    """pass^k, all of k right: the example of an objective of one's own in docs/own.md; min for graded rewards."""
+    return -common.pass_at_k(-rewards, k)
+
+
+def best_value(pairs):
+    return max((reward for _, reward in pairs), default=0.0)
+
+
+OBJECTIVES = {  # name -> metric, what it takes of each action beside the reward, the value of (that, reward) pairs
+    "pass@k": (lambda _, rewards, k: common.pass_at_k(rewards, k), SCORES, best_value),
+    "maj@k": (majority_pg.majority_at_k, ANSWERS, majority_value),
+    "bon@k": (common.best_of_k, SCORES, best_of_value),
+    "pass^k": (lambda _, rewards, k: pass_hat_k(rewards, k), SCORES, lambda pairs: min(r for _, r in pairs)),
+}
+
+
+def lemma_1(metric):
+    return lambda first, rewards, k, estimator: k_sample_advantages(metric, first, rewards, k=k, estimator=estimator)
+
+
+def of_pass_at_k(_, rewards, k, estimator):
+    return pass_at_k_pg.advantages(rewards, k, estimator)
+
+
+def of_best_of_n(scores, rewards, k, _):
+    return bon_rl.advantages(rewards, scores, k, "exact")
+
+
+ESTIMATORS = {  # name -> (what the objective takes, rewards, k, estimator) -> advantages; rewards; the objective
+    "pass_at_k_pg, graded": (of_pass_at_k, GRADED, "pass@k"),
+    "pass_at_k_pg, 0/1": (of_pass_at_k, BINARY, "pass@k"),
+    "majority_pg": (majority_pg.advantages, OF_ANSWER, "maj@k"),
+    "bon_rl, graded": (of_best_of_n, GRADED, "bon@k"),
+    "bon_rl, 0/1": (of_best_of_n, BINARY, "bon@k"),
+    **{f"Lemma 1, {name}": (lemma_1(metric), GRADED, name) for name, (metric, *_) in OBJECTIVES.items()},
+}
+SIZES = [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 4), (2, 5), (3, 5), (4, 5)]
+
+
+@pytest.mark.parametrize("k, n", SIZES)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_expected_gradient_is_exact(name, k, n):
+    """Of `unbiased` for k, of `biased` for k - 1: magnitude included, with ties and graded rewards."""
+    advantages, rewards, objective = ESTIMATORS[name]
+    _, first, value = OBJECTIVES[objective]
+    for estimator, size in [("unbiased", k)] + [("biased", k - 1)] * (k > 1 and advantages is not of_best_of_n):
+        exact = exact_gradient(lambda b, y: value([(first[b, a].item(), rewards[b, a].item()) for a in y]), size)
+        estimate = expected_gradient(lambda b, y: advantages(first[b][y], rewards[b][y], k, estimator), n)
+        torch.testing.assert_close(estimate, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 4), (2, 2), (2, 3), (2, 7), (3, 7), (5, 7), (6, 7), (7, 7), (4, 8)])
+@pytest.mark.parametrize("name", ["pass_at_k_pg, graded", "majority_pg", "bon_rl, graded"])
+def test_metrics_and_advantages_are_averages_over_all_subsets(name, k, n):
+    """(k/n) mean over k-subsets T containing i of A_i(T), by enumeration. Scores have ties, answers blanks. In the last
+    ten rows the reward is not a function of the answer, and an answer is worth the mean reward of its samples in T."""
+    advantages, _, objective = ESTIMATORS[name]
+    metric, _, value = OBJECTIVES[objective]
+    generator = torch.Generator().manual_seed(k * n)
+    first = torch.randint(-1, 4, (30, n), generator=generator)
+    rewards = torch.randint(-2, 3, (30, 5), generator=generator).double().gather(1, first + 1) / 2
+    rewards[20:] = torch.randint(-2, 3, (10, n), generator=generator).double()
+    rewards = rewards.masked_fill(first < 0, 0) if objective == "maj@k" else rewards
+    rows = [list(zip(*row)) for row in zip(first.tolist(), rewards.tolist())]
+    expected = torch.tensor([subset_mean(value, row, k) for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(metric(first, rewards, k), expected, rtol=1e-11, atol=1e-13)
+    for estimator in ["unbiased", "biased"] * (k > 1 and objective != "bon@k"):
+        centred = estimator == "biased"
+        expected = torch.tensor([subset_advantages(value, row, k, centred) for row in rows], dtype=torch.float64)
+        torch.testing.assert_close(advantages(first, rewards, k, estimator), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_maxrl_is_the_gradient_of_the_truncated_log_likelihood(n):
+    """sum_{j<n} pass@j / j (max@j for these graded rewards, with ties); by value: test_papers.py."""
+    of = lambda j: exact_gradient(lambda b, y: max(GRADED[b, a].item() for a in y), j)  # noqa: E731
+    estimate = expected_gradient(lambda b, y: pass_at_k_pg.advantages(GRADED[b][y], 1, "maxrl"), n)
+    torch.testing.assert_close(estimate, sum(of(j) / j for j in range(1, n)), rtol=1e-10, atol=1e-12)
+    assert pass_at_k_pg.advantages(GRADED[:, :1], 1, "maxrl").tolist() == [[0], [0]]  # of a single sample
+
+
+def test_the_mean_of_all_scripts_is_rloo():
+    """A_i = (1/n) (r_i - mean of the others), whatever k; the gradient of the mean reward."""
+    rewards, votes = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64), torch.tensor([[0, 1, 2]])
+    mean = common.mean_advantages(rewards)
+    torch.testing.assert_close(mean, (rewards - (9 - rewards) / 2) / 3)
+    for k in (1, 2, 3):
+        assert torch.equal(pass_at_k_pg.advantages(rewards, k, "mean"), mean)
+        assert torch.equal(majority_pg.advantages(votes, rewards, k, "mean"), mean)
+        assert torch.equal(bon_rl.advantages(rewards, -rewards, k, "mean"), mean)
+    exact = exact_gradient(lambda b, y: GRADED[b, y[0]].item(), 1)
+    for n in (1, 2, 4):
+        estimate = expected_gradient(lambda b, y: common.mean_advantages(GRADED[b][y]), n)
+        torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
+
+
+# --- by hand ---
+
+
+def test_only_a_sample_that_changes_the_outcome_has_an_advantage():
+    A = pass_at_k_pg.advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), 4)
+    assert A.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert pass_at_k_pg.advantages(torch.tensor([[1.0, 1, 0, 0]]), 2)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0, 0])
+    votes = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0], [-1, -1, -1, -1]])
+    A = majority_pg.advantages(votes, (votes == 0).float(), 4)
+    # row 1: a tie is worth 1/2; taking a right vote away loses it, taking a wrong one away wins
+    assert A.tolist() == [[0, 0, 0, 0], [0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    A = majority_pg.advantages(torch.tensor([[0, 1, 2, 2]]), torch.tensor([[1.0, 0, 0, 0]]), 4)
+    assert A[0].tolist() == pytest.approx([0, 0, -1 / 3, -1 / 3])
+
+
+@pytest.mark.parametrize(
+    "n, c, k, expected",
+    [
+        (8, 8, 4, 1.0),  # all right
+        (8, 0, 4, 0.0),  # all wrong
+        (4, 1, 4, 1.0),  # n = k
+        (5, 2, 4, 1.0),  # n - c < k: no subset without a success
+        (10, 3, 5, 1 - math.comb(7, 5) / math.comb(10, 5)),
+        (256, 3, 64, 1 - math.comb(253, 64) / math.comb(256, 64)),
+    ],
+)
+def test_pass_at_k_of_binary_rewards(n, c, k, expected):
+    rewards = (torch.arange(n) < c).float().unsqueeze(0)
+    assert common.pass_at_k(rewards, k).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "n, k, c", [(256, 64, 100), (256, 64, 128), (256, 63, 150), (1000, 64, 300), (1000, 1000, 500)]
+)
+def test_majority_of_two_answers_is_a_hypergeometric_tail(n, k, c):
+    """c of n samples are right, and all others agree: a tie counts half. No digit is lost where it is rare."""
+    votes = (torch.arange(n) >= c).long().unsqueeze(0)
+    ways = [math.comb(c, t) * math.comb(n - c, k - t) for t in range(k + 1)]
+    tie = ways[k // 2] if k % 2 == 0 else 0
+    expected = Fraction(2 * sum(ways[k // 2 + 1 :]) + tie, 2 * math.comb(n, k))
+    actual = majority_pg.majority_at_k(votes, (votes == 0).double(), k).item()
+    assert actual == pytest.approx(float(expected), rel=1e-13, abs=0)
+
+
+def test_majorities_by_hand():
+    """Blank responses do not vote together, an answer with several rewards is worth their mean, and where all answers
+    differ each of k wins alike."""
+    votes, rewards = torch.tensor([[-1, -1, -1, 3], [-1, -1, -1, -1]]), torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0]])
+    assert majority_pg.majority_at_k(votes, rewards, 4).tolist() == pytest.approx([1, 0], abs=1e-14)
+    votes, rewards = torch.tensor([[0, 0, 0, 1]]), torch.tensor([[1.0, 0.0, 0.5, 1.0]])
+    assert majority_pg.majority_at_k(votes, rewards, 3).item() == pytest.approx(0.5)
+    rewards = torch.rand(1, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    actual = majority_pg.majority_at_k(torch.arange(256).unsqueeze(0), rewards, 64).item()
+    assert actual == pytest.approx(rewards.mean().item(), rel=1e-11)
+
+
+def test_agreeing_with_the_vote_is_another_objective():
+    """The example of docs/majority.md: probabilities .5 (wrong), .3 (right), .2 (wrong), k = 3. Agreement as a reward
+    pushes towards the most likely answer, here the wrong one; maj@k pushes towards the right one."""
+    theta = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
+    log_pi = theta.log_softmax(-1)
+    y = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
+    p = log_pi[y].sum(-1).exp().detach()
+
+    def gradient(A):
+        return torch.autograd.grad((p * (A * log_pi[y]).sum(-1)).sum(), theta, retain_graph=True)[0]
+
+    maj = gradient(majority_pg.advantages(y, (y == 1).double(), 3))
+    share = torch.nn.functional.one_hot(y, 3).sum(1)  # (27, 3) votes of each answer
+    winners = (share == share.amax(-1, keepdim=True)).double()
+    agree = (winners / winners.sum(-1, keepdim=True)).gather(1, y)  # reward: agreement with the (split) vote
+    ttrl = gradient((agree - agree.mean(-1, keepdim=True)) / 2)
+    assert maj[1] > 0 > maj[0] and ttrl[0] > 0 > ttrl[1]
+
+
+# --- numbers: large groups, exact zeros ---
+
+
+def test_large_groups_stay_finite_and_exact_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.rand(2, 4096, generator=generator)
+    for k in (2, 64, 2048, 4096):
+        A = pass_at_k_pg.advantages(rewards, k)
+        assert A.dtype == torch.float32 and A.isfinite().all() and (A >= 0).all() and A.max() > 0
+        torch.testing.assert_close(A.double(), pass_at_k_pg.advantages(rewards.double(), k), rtol=1e-6, atol=1e-12)
+    votes = torch.randint(-1, 12, (8, 64), generator=generator)
+    A = majority_pg.advantages(votes, (votes == 3).float(), 16)
+    assert A.dtype == torch.float32 and A.isfinite().all() and (A <= 1).all()
+    assert (A[votes == 3] >= 0).all() and (A[votes == 3] > 0).any()
+    rewards, scores = torch.randn(2, 3, 512, generator=generator)
+    assert bon_rl.advantages(rewards, scores, 256).isfinite().all()
+    assert bon_rl.advantages(rewards, scores, 128, "variational").isfinite().all()
+    assert (bon_rl.advantages(torch.ones(3, 512), scores, 256) == 0).all()
+    A = bon_rl.advantages(rewards[:, :8], scores[:, :8], 8)  # n = N: only the winner matters
+    assert torch.equal(A != 0, scores[:, :8] == scores[:, :8].amax(-1, keepdim=True)) and A.dtype == torch.float32
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+def test_what_rounding_leaves_of_a_zero_is_zero_at_any_scale(estimator):
+    """Also of a metric in float32, whose three terms leave 6e-8: AdamW would make full steps of it."""
+    scale = torch.tensor([[1e-200], [0.1], [1e200]], dtype=torch.float64)
+    A = k_sample_advantages(pass_hat_k, (scale * 0.7).expand(-1, 9), k=4, estimator=estimator)
+    assert (A == 0).all()
+    tiny = scale * torch.tensor([[1.0, 1.0, 1.0, 1.0, 1.0 + 1e-9]], dtype=torch.float64)  # small, but not rounding's
+    assert (k_sample_advantages(common.pass_at_k, tiny, k=2, estimator=estimator)[:, -1] > 0).all()
+    for k, n in ((4, 6), (3, 7)):
+        A = k_sample_advantages(lambda rewards, k: rewards.amax(-1), torch.ones(1, n), k=k, estimator=estimator)
+        assert A.tolist() == [[0] * n] and A.dtype == torch.float64
+
+
+# --- k_sample_advantages: any objective from its metric ---
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "biased"])
+@pytest.mark.parametrize("k, n", [(1, 1), (1, 2), (2, 2), (2, 3), (5, 5)])
+def test_the_metric_is_asked_for_nothing_that_it_does_not_have(k, n, estimator):
+    def metric(a, b, j):
+        assert a.shape == b.shape == (len(a), a.shape[-1]) and 1 <= j <= a.shape[-1]
+        return common.best_of_k(a, b, j)
+
+    samples = torch.rand(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = k_sample_advantages(metric, *samples, k=k, estimator=estimator)
+    assert A.shape == (3, n) and A.dtype == torch.float64
+
+
+# --- bad input ---
+
+VOTES = torch.zeros(2, 4, dtype=torch.int64)
+OF_K = {  # name -> (rewards, k, *estimator), and an estimator that it does not have
+    "pass@k": (common.pass_at_k, None),
+    "best of k": (lambda r, k: common.best_of_k(r, r, k), None),
+    "maj@k": (lambda r, k: majority_pg.majority_at_k(VOTES, r, k), None),
+    "pass_at_k_pg": (pass_at_k_pg.advantages, "max"),
+    "majority_pg": (lambda r, k, *e: majority_pg.advantages(VOTES, r, k, *e), "vote"),
+    "bon_rl": (lambda r, k, *e: bon_rl.advantages(r, r, k, *e), "rlbp"),
+    "k-sample": (lambda r, k, e="biased": k_sample_advantages(pass_hat_k, r, k=k, estimator=e), "mean"),
+}
+
+
+@pytest.mark.parametrize("name", OF_K)
+def test_bad_arguments_are_refused(name):
+    function, estimator = OF_K[name]
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k={k} with n=4"):
+            function(torch.zeros(2, 4), k)
+    if estimator:
+        with pytest.raises(ValueError, match=f"unknown estimator '{estimator}'"):
+            function(torch.zeros(2, 4), 2, estimator)
+    if name.endswith(("_pg", "_rl")):
+        rewards = torch.zeros(2, 4)
+        rewards[1, 2] = torch.nan
+        with pytest.raises(ValueError, match=r"finite.*\[1, 2\]"):
+            function(rewards, 2)

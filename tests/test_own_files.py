@@ -1,0 +1,304 @@
+"""Files of one's own, --estimator FILE:NAME and --task FILE:load: docs/own.md, run, and every way to get a file
+wrong."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import FLAGS, ROOT, outcome, records, steps_of
+
+import common
+import harness.run
+from harness.load_file import load_estimator, load_file
+from pass_at_k_pg import advantages
+from verifiers import BadInput, Problem, Task, Verdict, with_checked_verdicts
+
+PASS = "pass_at_k_pg.py"
+PAGE = (ROOT / "docs" / "own.md").read_text()
+TASK = re.search(r"^```python\n(.*?)^```", PAGE.partition("## Your own verifier")[2], re.M | re.S)[1]
+VERIFY = "def verify(problems, responses):\n"
+SMALL = "--steps 2 --k 2 --n 4 --prompts-per-step 4 --eval-n 4 --eval-problems 5 --max-new-tokens 3".split()
+ESTIMATOR = """
+import torch
+from dataclasses import dataclass
+from pass_at_k_pg import advantages
+@dataclass
+class Options:
+    k: "int" = 1
+def mine(rewards, k):
+    return advantages(rewards, Options(k).k)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """mine(code) -> the path of a file of that code."""
+
+    def written(code=TASK, name="mine.py"):
+        (tmp_path / name).write_text(code)
+        return str(tmp_path / name)
+
+    return written
+
+
+def refusal(function, *args) -> str:
+    """The line in which a function refuses its arguments."""
+    with pytest.raises(BadInput) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_function_its_module_and_the_hash_of_what_ran(mine):
+    path = mine("from os.path import join\nX = 3\ndef f(): return X\n")
+    function, module, digest = load_file(f"{path}:f")
+    assert function() == 3 and module.X == 3
+    # printf 'from os.path import join\nX = 3\ndef f(): return X\n' | sha256sum
+    assert digest == "2903354d033cd5d99818982fc3ef7a7cafba69fefe921e09cf73e9d856f317cc"
+    assert load_file(f"{mine('def f(): return 4')}:f")[2] != digest
+
+
+def test_a_file_may_have_a_name_that_modules_have(mine):
+    """Neither takes the place of the other."""
+    function, *_ = load_file(f"{mine(ESTIMATOR, 'common.py')}:mine")
+    assert function(torch.eye(2), 2).tolist() == advantages(torch.eye(2), 2).tolist()
+    assert sys.modules["common"] is common
+
+
+FILE = "from math import sqrt\nX = 3\ndef f(rewards, k): return rewards\n"
+FAILED = "running the file failed at {path}, line "
+UNUSABLE = {  # name -> code, what is given, message
+    "no colon": (FILE, "mine.py", "is not FILE:NAME"),
+    "no name": (FILE, "{path}:", "is not FILE:NAME"),
+    "no file": (FILE, "nowhere.py:f", "cannot read 'nowhere.py' of 'nowhere.py:f': [Errno 2]"),
+    "a folder": (FILE, "{folder}:f", "[Errno 21] Is a directory"),
+    "a null character": (FILE, "a\0b:f", "cannot read"),
+    "another name": (FILE, "{path}:g", "has no function 'g'; its functions: f"),
+    "no function": (FILE, "{path}:X", "has no function 'X'"),
+    "syntax": ("def f(\n", "{path}:f", FAILED + "1: SyntaxError: '(' was never closed"),
+    "import": ("x = 1\nimport nothing_of_this_name\n", "{path}:f", FAILED + "2: ModuleNotFoundError: No module named"),
+    "exit": ("import sys\nsys.exit('bye')\n", "{path}:f", FAILED + "2: SystemExit: bye"),
+    "not text": ("\0", "{path}:f", "source code string cannot contain null bytes"),
+    "lines": ("raise ValueError('one\\ntwo')", "{path}:f", FAILED + "1: ValueError: one two"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_file_that_cannot_be_used(name, mine, tmp_path):
+    code, where, message = UNUSABLE[name]
+    places = {"path": mine(code), "folder": tmp_path}
+    assert message.format(**places) in refusal(load_file, where.format(**places))
+
+
+RETURNS = {
+    "rewards.sum(-1)": "must return shape (2, 3), not (2,), for rewards (2, 3)",
+    "rewards.int()": "must return floating point, not torch.int32",
+    "rewards / 0": "is not finite with k = 2 for rewards [1.0, 0.0, 0.0]",
+    "rewards.tolist()": "must return a tensor (2, 3), not list",
+    "rewards + torch.ones(5)": "f(rewards, 2) failed at",
+    "missing": "line 3: NameError: name 'missing' is not defined",
+}
+
+
+@pytest.mark.parametrize("value", RETURNS)
+def test_what_an_estimator_may_not_return(value, mine):
+    path = mine(f"import torch\ndef f(rewards, k):\n    return {value}")
+    estimate, metric, _ = load_estimator(f"{path}:f")
+    assert metric is None
+    assert RETURNS[value] in refusal(estimate, torch.tensor([[1.0, 0, 0], [1, 1, 1]]), 2)
+
+
+def test_a_metric_is_checked_and_rewards_stay_as_they_are(mine):
+    code = "def f(rewards, k):\n    rewards += 1\n    return rewards\ndef metric(rewards, k):\n    return rewards\n"
+    estimate, metric, _ = load_estimator(f"{mine(code)}:f")
+    rewards = torch.zeros(2, 3)
+    assert estimate(rewards, 1).tolist() == torch.ones(2, 3).tolist() and rewards.sum() == 0
+    assert "metric must return shape (2,), not (2, 3)" in refusal(metric, rewards, 1)
+
+
+ONE = torch.ones(2, 3)
+AS_FLOAT = "rewards as a tensor of float32 (2, 3), not "
+VERDICTS = {
+    "a list": ([[1.0] * 3] * 2, "must return a verifiers.Verdict, not list"),
+    "None": (None, "must return a verifiers.Verdict, not NoneType"),
+    "rewards in a list": (Verdict([[1.0] * 3] * 2, ONE.long()), AS_FLOAT + "list"),
+    "(B, 2)": (Verdict(ONE[:, :2], ONE.long()), AS_FLOAT + "float32 (2, 2)"),
+    "(B,)": (Verdict(ONE[:, 0], ONE.long()), AS_FLOAT + "float32 (2,)"),
+    "booleans": (Verdict(ONE.bool(), ONE.long()), AS_FLOAT + "bool (2, 3)"),
+    "float64": (Verdict(ONE.double(), ONE.long()), AS_FLOAT + "float64 (2, 3)"),
+    "votes": (Verdict(ONE, ONE), "votes as a tensor of int64 (2, 3), not float32 (2, 3)"),
+    "scores": (Verdict(ONE, ONE.long(), scores=ONE.T), "scores as a tensor of float32 (2, 3), not float32 (3, 2)"),
+    "NaN": (Verdict(ONE.where(ONE.cumsum(-1) < 3, torch.nan), ONE.long()), "rewards that are not finite numbers, one "
+            "of them to 'c': every response needs a number"),
+    "infinite scores": (Verdict(ONE, ONE.long(), scores=ONE / 0), "gave scores that are not finite numbers"),
+}  # fmt: skip
+
+
+def checked(value):
+    """The verify of a task that returns this value, as the harness calls it."""
+    return with_checked_verdicts(Task("mine", [], [], lambda problems, responses: value)).verify
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_what_a_verifier_may_not_return(name):
+    value, message = VERDICTS[name]
+    line = refusal(checked(value), [Problem("1", "1")] * 2, [["a", "b", "c"], ["d", "e", "f"]])
+    assert line.startswith("the verifier of mine") and message in line
+
+
+def test_what_is_right_passes_as_it_is_and_without_the_graph_of_a_model():
+    verdict = Verdict(ONE, ONE.long(), {"timeouts": 2})
+    assert checked(verdict)([Problem("1", "1")] * 2, [["a"] * 3] * 2) is verdict and verdict.scores is verdict.rewards
+    rewards = torch.ones(1, 2, requires_grad=True)
+    verdict = checked(Verdict(rewards * 2, rewards.long()))([Problem("1", "1")], [["a", "b"]])
+    assert not (verdict.rewards.requires_grad or verdict.scores.requires_grad) and verdict.rewards.tolist() == [[2, 2]]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["all_right.py", "baselines.py"])
+def test_the_code_on_the_page_is_that_of_the_recipes(name):
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.partition("## Your own verifier")[0], re.M | re.S)
+    code = (ROOT / "recipes" / name).read_text()
+    assert len(blocks) == 2 and [code.endswith(block) for block in blocks].count(True) == 1
+
+
+def test_the_page_has_a_whole_verifier_of_few_lines(mine):
+    assert len([line for line in TASK.splitlines() if line.strip()]) <= 15
+    load, *_ = load_file(f"{mine()}:load")
+    task = load("mine", None)
+    verdict = task.verify([Problem("7+5=", "12")], [["12", " 12 apples", "13", "none", ""]])
+    assert verdict.rewards.tolist() == [[1, 1, 0, 0, 0]] and verdict.rewards.dtype == torch.float32
+    assert verdict.votes.tolist() == [[0, 0, 2, -1, -1]]
+    assert {problem.prompt for problem in task.train}.isdisjoint(problem.prompt for problem in task.test)
+    for problem in task.train:
+        assert task.verify([problem], [[problem.answer]]).rewards.tolist() == [[1]]
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_estimator_trains_as_the_same_one_by_name(run, skilled, mine):
+    where = f"{mine(ESTIMATOR)}:mine"
+    assert run(PASS, *FLAGS, "--model", skilled, "--run-name", "name").returncode == 0
+    result = run(PASS, *FLAGS, "--model", skilled, "--run-name", "file", "--estimator", where)
+    assert result.returncode == 0, result.stderr
+    assert outcome(Path("runs/name")) == outcome(Path("runs/file"))
+    assert any(step["grad_norm"] > 0 for step in steps_of(Path("runs/file")))
+    args = json.loads(Path("runs/file/args.json").read_text())
+    assert args["estimator"] == where and args["files"] == {where: load_file(where)[2]}
+
+
+def test_pass_hat_k_and_its_metric_stand_in_the_tables(run, skilled):
+    result = run(PASS, *FLAGS, "--model", skilled, "--estimator", f"{ROOT / 'recipes/all_right.py'}:all_right")
+    assert result.returncode == 0, result.stderr
+    folder = next(Path("runs").iterdir())
+    assert folder.name.startswith("pass_at_k_pg-arithmetic-") and "all_right-k2" in folder.name
+    for name in ("pass@1", "pass@2", "metric@1", "metric@2", "metric@4"):
+        assert name in result.stdout
+    assert "metric@4" in records(folder)[0]["eval"]["all"]
+    steps = steps_of(folder)
+    assert all(step["metric@2"] <= step["reward"] <= step["pass@2"] for step in steps)
+    assert any(step["metric@2"] < step["reward"] for step in steps)
+
+
+def test_an_error_in_step_3_is_one_line_and_keeps_the_steps_before(run, skilled, mine):
+    code = (
+        ESTIMATOR + "calls = []\ndef third(rewards, k):\n    calls.append(k)\n    assert len(calls) < 4, 'too many'\n"
+    )
+    path = mine(code + "    return mine(rewards, k)\n")
+    flags = [*FLAGS, "--model", skilled, "--run-name", "one", "--save-every", "50", "--estimator", f"{path}:third"]
+    result = run(PASS, *flags)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    failed = f"error: third(rewards, 2) failed at {path}, line 13: AssertionError: too many"
+    saved = "(step 2 is saved: mend it, then --resume runs/one --changed-files)"
+    assert result.stderr.splitlines()[-1] == f"{failed} {saved}"
+    progress = torch.load("runs/one/checkpoint.pt", weights_only=True)["progress"]
+    assert progress["step"] == 2  # the first call was before the run began
+
+
+def test_a_run_on_a_task_is_resumed_with_the_same_file_alone(run, skilled, mine):
+    where, script, folder = f"{mine()}:load", "majority_pg.py", Path("runs/one")
+    result = run(script, *SMALL, "--task", where, "--model", skilled, "--run-name", "one")
+    assert result.returncode == 0, result.stderr
+    assert len(steps_of(folder)) == 2 and "pass@4" in records(folder)[0]["eval"]["all"]
+    args, before = json.loads((folder / "args.json").read_text()), outcome(folder)
+    assert args["task"] == where and args["files"] == {where: load_file(where)[2]}
+    assert run(script, "--resume", "runs/one").returncode == 0
+    mine(TASK + "# changed\n")
+    result = run(script, "--resume", "runs/one")
+    assert result.returncode == 2 and f"{where} has changed since runs/one began" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and outcome(folder) == before
+    result = run(script, "--resume", "runs/one", "--changed-files", "--steps", "3")
+    assert result.returncode == 0 and len(steps_of(folder)) == 3, result.stderr
+    assert "the result is neither file's alone" in result.stdout
+    assert json.loads((folder / "args.json").read_text())["files"] == {where: load_file(where)[2]} != args["files"]
+
+
+def test_a_verifier_that_raises_is_one_line_and_its_step_is_saved(run, skilled, mine):
+    path = mine(TASK.replace(VERIFY, f"{VERIFY}    len(problems) > 1 and 1 / 0\n"))
+    result = run(PASS, *SMALL, "--task", f"{path}:load", "--model", skilled)
+    (folder,) = Path("runs").iterdir()
+    assert "mine.py_load" in folder.name and ":" not in folder.name
+    assert result.returncode == 2 and f"failed at {path}, line " in result.stderr and "Traceback" not in result.stderr
+    mend = f"(step 0 is saved: mend it, then --resume {folder} --changed-files)"
+    assert result.stderr.splitlines()[-1].endswith(mend)
+    mine()
+    assert run(PASS, "--resume", str(folder), "--changed-files").returncode == 0
+
+
+def test_a_learned_verifier_is_cached_for_one_version_of_the_file(run, skilled, mine, monkeypatch):
+    """Its labels are those of the file's verify."""
+
+    def named(name, write):
+        raise BadInput(name)
+
+    monkeypatch.setattr(harness.run, "tiny_seed", lambda name: 0)
+    monkeypatch.setattr(harness.run, "cached_folder", named)
+    for code in (TASK, TASK + "# changed\n"):
+        where = f"{mine(code)}:load"
+        flags = [flag.replace("--k", "--N") for flag in SMALL]
+        ended = run("bon_rl.py", *flags, "--task", where, "--model", skilled, "--verifier", "learned")
+        assert ended.stderr.strip().endswith(f"-t3-lall-{load_file(where)[2][:12]}")
+
+
+def test_best_of_n_by_scores_of_ones_own_is_not_called_pass_at_n(run, skilled, mine):
+    """Of four responses the first is right, and the verifier prefers the others: pass@4 is 1, bon@4 is 0."""
+    tensors = "torch.eye(1, n).repeat(B, 1), torch.zeros(B, n).long(), scores=torch.arange(n * 1.0).repeat(B, 1)"
+    code = f"{VERIFY}    B, n = len(problems), len(responses[0])\n    return Verdict({tensors})\n"
+    where = f"{mine(TASK.replace(VERIFY, code))}:load"
+    for script, flags in ("bon_rl.py", [*SMALL, "--steps", "0"]), ("bon_sft.py", [*SMALL, "--steps", "0", "--n", "8"]):
+        result = run(script, *flags, "--task", where, "--model", skilled, "--run-name", script[:-3])
+        assert result.returncode == 0, result.stderr
+        values = records(Path("runs") / script[:-3])[0]["eval"]["all"]
+        assert {name: values[name][0] for name in ("pass@1", "pass@2", "pass@4", "bon@1", "bon@2", "bon@4")} == {
+            "pass@1": 0.25, "pass@2": 0.5, "pass@4": 1, "bon@1": 0.25, "bon@2": 0, "bon@4": 0
+        }  # fmt: skip
+    result = run("bon_rl.py", *SMALL, "--task", where, "--model", "nowhere", "--estimator", "rlb")
+    assert result.returncode == 2 and "a closed form for scores that are the rewards: use exact" in result.stderr
+
+
+BROKEN = {
+    "verify raises": (TASK.replace(VERIFY, f"{VERIFY}    1 / 0\n"), "line 12: ZeroDivisionError: division by zero"),
+    "no task": ("def load(name, data): return 1", "load(name, data) must return a verifiers.Task, not int"),
+    "raises": ("def load(name, data):\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+    "own words": ("from verifiers import BadInput\ndef load(name, data):\n    raise BadInput('no grid.txt here')",
+                  "error: no grid.txt here"),
+    "a list": (re.sub(r"return Verdict\((.*)\)$", r"return [\1]", TASK, flags=re.M),
+               "must return a verifiers.Verdict, not list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_task_is_one_line(name, run, mine):
+    code, message = BROKEN[name]
+    result = run(PASS, *SMALL, "--task", f"{mine(code)}:load", "--model", "nowhere")
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
+    assert "Traceback" not in result.stderr and not Path("runs").exists()  # told before the model is looked for
