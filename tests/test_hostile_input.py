@@ -167,6 +167,17 @@ def test_majority_rows_do_not_depend_on_the_magnitude_of_others():
     assert torch.equal(together[1:], alone) and alone.abs().min() == 0.5
 
 
+@scripts
+@examples(40)
+@given(groups())
+def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script, group):
+    votes, rewards, _ = group
+    counted = rewards if script == "pass_at_k_pg" else rewards.masked_fill(votes < 0, 0)
+    mean = advantages(script, votes, counted, 1, "mean")
+    torch.testing.assert_close(advantages(script, votes, rewards, 1, "unbiased"), mean, rtol=1e-12, atol=1e-12)
+    assert (advantages(script, votes, rewards, 1, "biased") == 0).all()
+
+
 # --- Metrics and votes ---
 
 
