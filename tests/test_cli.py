@@ -1,6 +1,5 @@
 """The scripts as their users run them: what a run leaves, what each flag changes, and what is refused."""
 
-import dataclasses
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bandit
 import harness.report
-from verifiers import arithmetic
+from verifiers import Verdict, arithmetic
 
 PASS, MAJ, RL, SFT = SCRIPTS
 
@@ -213,10 +212,12 @@ def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, first, 
     def higher(*args):
         calls.append(args)
         verdict = verify(*args)
-        return dataclasses.replace(verdict, rewards=verdict.rewards + 0.5) if len(calls) >= first else verdict
+        return Verdict(verdict.rewards + 0.5, verdict.votes) if len(calls) >= first else verdict
 
     monkeypatch.setattr(arithmetic, "verify", higher)
     result = run(script, *SMALL, *flags, "--model", untrained)
     line = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and "is for rewards 0 and 1, 'arithmetic' has others" in line, result.stderr
+    assert result.returncode == 2 and "is for rewards and scores 0 and 1, 'arithmetic' has others" in line, (
+        result.stderr
+    )
     assert "(step 0 is saved: mend it, then --resume runs/" in line and "Traceback" not in result.stderr
