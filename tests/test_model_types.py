@@ -13,7 +13,7 @@ import harness.policy
 from verifiers import BadInput, load_task
 
 VERDICTS = {}  # of the sweep
-FAST = ["gemma3", "gpt2", "lfm2", "mamba", "opt", "qwen3", "qwen3_5_text", "zamba2"]
+FAST = ["gemma3", "gpt2", "jamba", "lfm2", "mamba", "opt", "qwen3", "qwen3_5_text"]
 
 
 @pytest.fixture
