@@ -210,14 +210,13 @@ def test_pass_hat_k_and_its_metric_stand_in_the_tables(run, skilled):
 
 
 def test_an_error_in_step_3_is_one_line_and_keeps_the_steps_before(run, skilled, mine):
-    code = (
-        ESTIMATOR + "calls = []\ndef third(rewards, k):\n    calls.append(k)\n    assert len(calls) < 4, 'too many'\n"
-    )
-    path = mine(code + "    return mine(rewards, k)\n")
+    code = "calls = []\ndef check():\n    assert len(calls) < 4, 'too many'\n"
+    code += "def third(rewards, k):\n    calls.append(k)\n    check()\n    return mine(rewards, k)\n"
+    path = mine(ESTIMATOR + code)
     flags = [*FLAGS, "--model", skilled, "--run-name", "one", "--save-every", "50", "--estimator", f"{path}:third"]
     result = run(PASS, *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    failed = f"error: third(rewards, 2) failed at {path}, line 13: AssertionError: too many"
+    failed = f"error: third(rewards, 2) failed at {path}, line 12: AssertionError: too many"
     saved = "(step 2 is saved: mend it, then --resume runs/one --changed-files)"
     assert result.stderr.splitlines()[-1] == f"{failed} {saved}"
     progress = torch.load("runs/one/checkpoint.pt", weights_only=True)["progress"]
