@@ -366,7 +366,7 @@ def test_memory_that_really_runs_out_on_the_cpu_halves_the_rows():
             import resource
 
             used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + 120 * 2**20, -1))
+            resource.setrlimit(resource.RLIMIT_AS, (used + 80 * 2**20, -1))
             rollouts = common.sample(policy, PROMPTS[:1] * 8, 8, 4, generator=torch.Generator().manual_seed(0))
             rows = policy.sample_rows * (rollouts.ids.shape[:2] == (8, 8))
         os._exit(rows)
