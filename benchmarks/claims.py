@@ -49,7 +49,8 @@ class Source(ABC):
 
 def claims() -> list[tuple[str, str, Callable[[Source], float]]]:
     """(claim, comparison, its value by a source): positive where it is as the claim says. A claim's first comparison
-    decides it. All were fixed before the runs, with predictions.json, which names each by the same words."""
+    decides it. All were fixed before the runs, with predictions.json, which names each by the same words; E4 was added
+    after a smaller measurement of it, which docs/own.md has."""
     hard, after = (6, 7, 8), "after less before"
 
     def gain(*args, **kwargs):
