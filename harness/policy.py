@@ -21,7 +21,7 @@ from tqdm import tqdm
 import common
 from common import Policy, Rollouts, padded, sample
 from verifiers import BadInput, Problem, Task
-from verifiers.hub import load_pretrained
+from verifiers.hub import load_pretrained, undated_template
 
 from .parallel import rank0_only
 
@@ -120,8 +120,9 @@ def chat(tokenizer) -> tuple[str, str, str]:
     Raises BadInput if the template fails, or does not write the user's words."""
     turns = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{response}"}]
     try:
-        read = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).partition("{response}")
+        options = {"chat_template": undated_template(tokenizer), "tokenize": False}
+        read = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
+        before, _, after = tokenizer.apply_chat_template(turns, **options).partition("{response}")
     except Exception as error:  # a template is a program of the model's, which may raise anything
         why = str(error).partition("\n")[0]
         raise BadInput(f"the chat template cannot be rendered ({why}): mend it, or ignore it by --no-chat") from error

@@ -206,6 +206,18 @@ def check_args(args) -> None:
         raise BadInput("--device cuda: torch finds no CUDA device here; leave it out")
 
 
+def check_folder(args) -> None:
+    """Raise BadInput if the run cannot write to its folder, or has done more than args.steps already."""
+    folder = Path(args.resume or "runs")
+    there = folder if os.path.lexists(folder) else Path()  # where it will be made
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise BadInput(f"cannot write to {there.resolve()}: runs are kept in runs/ of the current folder")
+    if args.resume and (path := folder / "checkpoint.pt").exists():
+        done = read_checkpoint(path, mmap=True)["progress"]["step"]  # the weights are not read yet
+        if args.steps < done:
+            raise BadInput(f"{folder} has done {done} steps: --steps must be {done} or more, not {args.steps}")
+
+
 def seeded_generator(device: torch.device, *what) -> torch.Generator:
     """A generator seeded by a hash of `what`, such as purpose, seed, step and rank. On the CPU torch reads only the low
     32 bits of a seed: the hash spreads `what` over them."""
@@ -236,6 +248,7 @@ class Run:
     def __init__(self, args, *parts):
         """args: RunArgs and the script's own. parts: what the folder's name begins with. Raises BadInput."""
         check_args(args)
+        check_folder(args)
         self.args, self.parts, self.stopping, self.writer = args, parts, 0, None
         if ":" in args.task:
             self.task, digest = load_own_task(args.task, args.data)
@@ -505,15 +518,13 @@ class Run:
 
     def restore(self) -> None:
         """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, print what that
-        means and note it in args.json. Raises BadInput for fewer steps than are done."""
+        means and note it in args.json."""
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
             for name, x in self.state.items():
                 x.load_state_dict(checkpoint["state"][name])
         done, steps, path = self.progress["step"], self.args.steps, self.folder / "args.json"
-        if steps < done:
-            raise BadInput(f"{self.folder} has done {done} steps: --steps must be {done} or more, not {steps}")
         if world()[0] > 0:
             return
         for name in LOGS:
@@ -566,10 +577,10 @@ def new_run_folder(args, parts: Sequence) -> Path:
     return folder
 
 
-def read_checkpoint(path: Path) -> dict:
-    """What `Run.save` wrote, on the CPU. Raises BadInput if the file is torn."""
+def read_checkpoint(path: Path, mmap: bool = False) -> dict:
+    """What `Run.save` wrote, on the CPU. mmap: tensors stay on the disk until used. Raises BadInput if it is torn."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # pickle, zip and torch raise many types
         why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise BadInput(f"{path} cannot be read ({why}): put a copy in its place, or delete it to begin anew") from error

@@ -16,6 +16,7 @@ import common
 import harness.policy
 from harness.policy import encode_prompts, ends_of_response, expert_rollouts, texts_read
 from verifiers import BadInput, Problem, Task
+from verifiers.learned import LearnedVerifier
 
 TASK = Task("toy", [], [], None, template="Question: {prompt}\nAnswer:", instruction="Be brief.")
 PROBLEMS = [Problem("1+1?", "2", "2"), Problem(" 6+6?\n", "12", "12")]
@@ -119,6 +120,16 @@ def test_a_chats_turns_are_those_of_its_template(style, behind):
     assert texts_read(policy.tokenizer, TASK, PROBLEMS)[1] == [expert[: expert.index("2")]] * 2
     experts = expert_rollouts(policy, TASK, prompts, [[replace(problem, solution="2")] for problem in PROBLEMS])
     assert [policy.tokenizer.decode(ids) for ids in experts.ids[:, 0]] == [expert] * 2
+
+
+def test_a_template_that_prints_the_date_prints_the_same_on_every_day():
+    """As Llama 3's does, for a policy and for a reward model: a run may be resumed on another day."""
+    today = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    policy = policy_of(tokenizer_of(today + "{{ date_string }}\n" + PHI, PHIS))
+    assert texts_read(policy.tokenizer, TASK, PROBLEMS)[0][0].startswith("26 Jul 2024\n<|user|>\n1+1?")
+    verifier = LearnedVerifier(policy.model, policy.tokenizer, TASK)
+    read = policy.tokenizer.decode(verifier.tokens(["1+1?"], ["2"]).input_ids[0])
+    assert read.startswith("26 Jul 2024\n<|user|>\n1+1?")
 
 
 @pytest.mark.parametrize("front", [False, True])

@@ -180,10 +180,25 @@ def test_what_cannot_be_resumed_says_why_in_a_line_and_stays_as_it_is(run, skill
     path = folder / "checkpoint.pt"
     for content in (path.read_bytes()[:5000], b"", b"no checkpoint"):
         path.write_bytes(content)
-        line = refused(PASS, "--resume", "runs/a")
+        with monkeypatch.context() as patch:
+            patch.setattr(harness.run, "load_policy", lambda *_: pytest.fail("told after the model is loaded"))
+            line = refused(PASS, "--resume", "runs/a")
         assert line.startswith("error: runs/a/checkpoint.pt cannot be read (") and "delete it to begin anew" in line
     path.unlink()
     assert run(PASS, "--resume", "runs/a").returncode == 0 and outcome(folder) == before
+
+
+def test_runs_that_cannot_be_written_are_told_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    """A link to a disk that is not there, a file, and a folder of another user's."""
+    monkeypatch.setattr(harness.run, "load_policy", lambda *_: pytest.fail("told after the model is loaded"))
+    folder = tmp_path / "runs"
+    for make in (lambda: folder.symlink_to("no_disk"), folder.touch, folder.mkdir):
+        make()
+        if folder.is_dir():
+            monkeypatch.setattr(harness.run.os, "access", lambda path, mode: path != Path("runs"))
+        line = run(PASS, *SMALL).stderr
+        assert line.startswith(f"error: cannot write to {folder.resolve()}: ") and len(line.splitlines()) == 1
+        folder.rmdir() if folder.is_dir() else folder.unlink()
 
 
 def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(run, skilled, monkeypatch, tmp_path):
@@ -275,17 +290,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
     assert len([r for r in records(tmp_path / "runs/ten") if "reward" in r]) == 13
 
 
-def test_a_full_log_and_a_folder_that_cannot_be_made_are_clear_lines(run, skilled, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        write = harness.run.append_json
-        patch.setattr(harness.run, "append_json", lambda _, record: write(Path("/dev/full"), record))
-        result = run(PASS, *SMALL, "--model", skilled)
-        full = "error: no space left on the disk of /dev/full"
-        assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(full), result.stderr
-    os.rename(tmp_path / "runs", tmp_path / "old")
-    (tmp_path / "runs").write_text("")
+def test_a_full_log_is_a_clear_line(run, skilled, monkeypatch):
+    write = harness.run.append_json
+    monkeypatch.setattr(harness.run, "append_json", lambda _, record: write(Path("/dev/full"), record))
     result = run(PASS, *SMALL, "--model", skilled)
-    assert result.returncode == 2 and "Not a directory: 'runs/pass_at_k_pg" in result.stderr
+    full = "error: no space left on the disk of /dev/full"
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(full), result.stderr
 
 
 def test_killed_while_the_learned_verifier_is_saved(run, skilled, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Models and tokenizers of a folder or of the Hugging Face hub. What is wrong with them is told in one line."""
 
+import datetime
 import re
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import transformers
 
 from . import BadInput
 from .rows import first_line, unreachable
+
+
+def undated_template(tokenizer) -> str:
+    """The tokenizer's chat template, with a fixed date where it prints today's: a run that is resumed on another day
+    must read the same prompts. Llama's templates print the same date where they know none."""
+    calls = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"  # strftime_now('%d %b %Y')
+    date = datetime.datetime(2024, 7, 26)
+    return re.sub(calls, lambda call: repr(date.strftime(call[2])), tokenizer.get_chat_template())
 
 
 def load_pretrained(what: str, name: str, auto: str, device: torch.device | str, new_head: bool = False, **options):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import BadInput, Problem, Task, Verdict, with_checked_verdicts
-from .hub import load_pretrained
+from .hub import load_pretrained, undated_template
 
 
 @dataclasses.dataclass
@@ -32,7 +32,8 @@ class LearnedVerifier:
         if self.tokenizer.chat_template:
             asked, roles = [f"{prompt}\n\n{self.task.instruction}".strip() for prompt in prompts], ("user", "assistant")
             turns = [[dict(role=r, content=text) for r, text in zip(roles, pair)] for pair in zip(asked, responses)]
-            texts = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            template = undated_template(self.tokenizer)
+            texts = self.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
         else:
             end = self.tokenizer.eos_token or ""
             texts = [self.task.template.replace("{prompt}", p) + r + end for p, r in zip(prompts, responses)]
