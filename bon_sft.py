@@ -165,12 +165,14 @@ def main(args: Args) -> None:
 
     def groups_of(problems) -> list[list[Problem]]:
         """The experts of each problem's prompt: the file's, or the problem with its own solution."""
-        return [experts.get(problem.prompt, [problem]) for problem in problems]
+        groups = [experts.get(problem.prompt, [problem]) for problem in problems]
+        if not all(problem.solution for group in groups for problem in group):
+            raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
+        return groups
 
     run.train = [group[0] for group in experts.values()] or run.train
     at_once = args.steps and isinstance(run.train, list)  # what is missing or too long is found now, not at step 300
-    if at_once and not all(problem.solution for problem in run.train):
-        raise BadInput(f"task {args.task!r} has problems without a solution: give responses by --experts")
+    groups_of(run.train if at_once else run.train[: min(args.steps, 1)])
     policy = run.policy
     if at_once:
         parts = (run.train[i : i + 256] for i in range(0, len(run.train), 256))  # all at once can fill the memory

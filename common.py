@@ -156,7 +156,7 @@ class Policy:
     """A causal language model, its tokenizer, and the tokens that end a response.
 
     sample_rows: responses sampled at once. micro_batch_tokens: tokens in one forward and backward pass. Both are halved
-    when memory runs out. Neither changes a token; the gradient changes by rounding alone."""
+    when memory runs out. Both change samples and gradient by rounding alone."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -253,8 +253,8 @@ def sample(
 ) -> Rollouts:  # fmt: skip
     """n responses to each prompt by pure temperature sampling, each up to and including its end token.
 
-    Each response and position has its own random number, so the tokens do not depend on `policy.sample_rows`. Computes
-    and returns on the policy's device. Raises BadInput when memory runs out with a single response."""
+    Each response and position has its own random number: `policy.sample_rows` changes tokens by rounding alone.
+    Computes and returns on the policy's device. Raises BadInput when memory runs out with a single response."""
     recompute_activations(policy.model, False)
     rows = [prompt for prompt in prompts for _ in range(n)]
     uniform = torch.rand(len(rows), max_new_tokens, generator=generator, device=policy.device)  # (R, max_new_tokens)
@@ -322,14 +322,16 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
 
 
 def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
-    """The responses as text, special tokens left out: B lists of n strings.
+    """The responses as text, special tokens and end tokens left out: B lists of n strings.
 
-    Each is decoded behind the last token of its prompt, which is then cut off. Llama's tokenizers drop the space that
-    begins a text: decoded alone, an indented program would lose one column."""
-    texts = []
+    Each is decoded behind the last token of its prompt that is text, which is then cut off. Llama's tokenizers drop the
+    space that begins a text: decoded alone, an indented program would lose one column."""
+    added = policy.tokenizer.added_tokens_decoder.items()
+    silent, texts = {*policy.stop_ids, *(i for i, token in added if token.special)}, []
     for prompt, *group in zip(rollouts.prompts, rollouts.ids.cpu(), rollouts.mask.cpu()):
-        rows = [prompt[-1:], *(prompt[-1:] + ids[keep].tolist() for ids, keep in zip(*group))]
-        last, *row = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        before = [i for i in prompt if i not in silent][-1:]
+        rows = [before + [i for i in ids[keep].tolist() if i not in silent] for ids, keep in zip(*group)]
+        last, *row = policy.tokenizer.batch_decode([before, *rows], skip_special_tokens=True)
         texts.append([text.removeprefix(last) for text in row])
     return texts
 

@@ -18,7 +18,6 @@ split; (2) the advantages below; (3) nothing is divided by a standard deviation 
     python pass_at_k_pg.py --k 4 --estimator recipes/all_right.py:all_right    # your own file, see docs/own.md
 """
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -106,7 +105,7 @@ def main(args: Args) -> None:
     estimate(torch.ones(args.n + 1, args.n).tril(-1), args.k)  # a file that fails on 0/1 rewards does so at once
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)
     measured = {"pass": common.pass_at_k} | ({"metric": metric} if metric else {})
-    initial = copy.deepcopy(policy) if args.kl_coef or args.log_kl else None
+    initial = run.initial_policy() if args.kl_coef or args.log_kl else None
 
     def metrics(verdict):
         return {f"{x}@{j}": m(verdict.rewards, j) for x, m in measured.items() for j in ks}  # each (P,)

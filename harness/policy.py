@@ -183,7 +183,8 @@ def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
     """Raise BadInput if `length` tokens exceed the model's context, or the length beyond which its rotary embeddings
     depend on the length of the whole: samples and training would then differ."""
     config = policy.model.config.get_text_config()
-    limits, why = [getattr(config, "max_position_embeddings", None) or math.inf], ""
+    names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+    limits, why = [next((x for name in names if (x := getattr(config, name, None))), math.inf)], ""
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))):  # one, or one a kind of layer
         if rope.get("rope_type") in ("longrope", "dynamic"):
@@ -231,7 +232,7 @@ TINY = {
 
 def tiny_seed(name: str) -> int | None:
     """S where the name of a model is tiny-S, 0 where it is tiny; None for other models."""
-    match = re.fullmatch(r"tiny(?:-(\d+))?", name)
+    match = re.fullmatch(r"tiny(?:-(\d{1,9}))?", name)
     return match and int(match[1] or 0)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -54,7 +55,7 @@ class RunArgs:
     max_new_tokens: int | None = None  # longest response in tokens (default: the task's)
     lr_decay: bool = True  # the learning rate falls linearly to 0; --no-lr-decay: it stays
     max_grad_norm: float = 1.0  # clip the gradient norm at this value
-    sample_rows: int = 1024  # responses sampled at once; halved when memory runs out; the samples stay the same
+    sample_rows: int = 1024  # responses sampled at once; halved when memory runs out; changes rounding only
     micro_batch_tokens: int = 16384  # tokens in a training pass; halved when memory runs out; changes rounding only
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     device: str = "auto"  # auto, cpu or cuda
@@ -186,8 +187,9 @@ def check_args(args) -> None:
     least |= dict.fromkeys(("n", "eval_n"), getattr(args, k))
     for name, bound in least.items():
         value = getattr(args, name, None)
-        if value is not None and not value >= bound:  # nan is not
+        if value is not None and not bound <= value < math.inf:  # nan is not
             why = f" (--{k} {bound} takes that many samples)" if name in ("n", "eval_n") else ""
+            why += " and finite" * (value == math.inf)
             raise BadInput(f"--{name.replace('_', '-')} must be at least {bound}{why}, not {value}")
     for name in ("lr", "temperature", "max_grad_norm", "clip", "value_lr", "verifier_lr"):
         if not 0 < getattr(args, name, 1) < math.inf:
@@ -198,8 +200,9 @@ def check_args(args) -> None:
         raise BadInput(f"--run-name must be a plain folder name, not {args.run_name!r}")
     if (getattr(args, "kl_coef", 0) or getattr(args, "kl_coef_end", None)) and args.n < 2:
         raise BadInput("--kl-coef needs --n 2 or more: the KL's baseline is the other samples")
-    if getattr(args, "estimator", "") == "biased" and args.k == 1:
-        raise BadInput("--estimator biased with --k 1 is zero by definition: it is the gradient of 0 samples")
+    for name, size in (("biased", "k"), ("maxrl", "n")):
+        if getattr(args, "estimator", "") == name and getattr(args, size) == 1:
+            raise BadInput(f"--estimator {name} with --{size} 1 is zero by definition: it is the gradient of 0 samples")
     if args.device not in ("auto", "cpu", "cuda"):
         raise BadInput(f"--device must be auto, cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -311,6 +314,13 @@ class Run:
             return Path(self.args.resume)
         return all_gather(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
 
+    def initial_policy(self) -> Policy:
+        """A copy of the policy before training, the reference of a KL. A checkpoint keeps the sum of its weights' bits,
+        and `restore` refuses other weights."""
+        bits = (p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.policy.model.parameters())
+        self.progress["initial"] = sum(map(int, bits))
+        return copy.deepcopy(self.policy)
+
     def use_learned_verifier(self) -> None:
         """Select by a reward model: --verifier-model, or one trained here on labelled samples of the initial policy
         (cached for `tiny`, else kept with the run). Prints its quality on samples for held-out problems."""
@@ -325,7 +335,8 @@ class Run:
         def train(folder: Path) -> None:
             chosen = training_batch(self.train, 0, min(args.verifier_problems, len(self.train)), seed=0)
             samples, lr, size = labelled_samples(chosen), args.verifier_lr, policy.micro_batch_tokens
-            save_policy(learned.trained_verifier(base, task, chosen, *samples, policy.device, lr, budget=size), folder)
+            options = {"lr": lr, "budget": size, "chat": args.chat}
+            save_policy(learned.trained_verifier(base, task, chosen, *samples, policy.device, **options), folder)
 
         if args.verifier_model:
             folder = args.verifier_model
@@ -444,7 +455,10 @@ class Run:
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
             mend = f"raise --temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
-            raise BadInput(f"ten steps in a row had a gradient that is not finite and were skipped: lower --lr, {mend}")
+            self.progress |= {"step": step, "skipped_in_a_row": 0}
+            rank0_only(self.save)
+            why = f"ten steps in a row had a gradient that is not finite and were skipped (step {step} is saved)"
+            raise BadInput(f"{why}: lower --lr, {mend}")
 
     def write(self, name: str, record: dict) -> None:
         """Append a record to a log of the first process, and its numbers to TensorBoard's if it is on."""
@@ -518,12 +532,18 @@ class Run:
 
     def restore(self) -> None:
         """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, print what that
-        means and note it in args.json."""
+        means and note it in args.json. Raises BadInput if another model lies where --model was."""
         if (self.folder / "checkpoint.pt").exists():
-            checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
+            checkpoint, initial = read_checkpoint(self.folder / "checkpoint.pt"), self.progress.get("initial")
             self.progress |= checkpoint["progress"]
-            for name, x in self.state.items():
-                x.load_state_dict(checkpoint["state"][name])
+            changed = f"--model {self.args.model!r} has changed since {self.folder} began: put it back, or start anew"
+            if self.progress.get("initial") != initial:
+                raise BadInput(changed)
+            try:
+                for name, x in self.state.items():
+                    x.load_state_dict(checkpoint["state"][name])
+            except (RuntimeError, ValueError) as error:  # of another size
+                raise BadInput(changed) from error
         done, steps, path = self.progress["step"], self.args.steps, self.folder / "args.json"
         if world()[0] > 0:
             return

@@ -1,6 +1,7 @@
 """The coefficients of bon_sft.py against the exact gradient of log pi_bon(y*), and N = 1 against plain SFT."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaConfig
 import bon_sft
 import common
 import harness.policy
+import harness.run
 from bon_sft import Args, coefficients, experts_of
 from harness.problems import training_batch
 from verifiers import BadInput, Problem, Task, Verdict, arithmetic, load_task
@@ -160,6 +162,17 @@ def test_a_step_on_several_experts_of_a_prompt_by_value(N, untrained, tmp_path, 
     expected = torch.cat([torch.tensor([[0.5, 0.5], [1, 0]]), of_samples[:, : 4 * (N > 1)]], -1)
     torch.testing.assert_close(seen["A"], expected if where == 0 else expected.flip(0))
     assert seen["rollouts"].ids.shape[:2] == seen["A"].shape
+
+
+@pytest.mark.parametrize("made", [list, tuple], ids=["in a list", "made on demand"])
+def test_problems_without_a_solution_are_told_before_the_model_is_loaded(made, run, monkeypatch):
+    """Else the policy would learn to say nothing."""
+    task = replace(load_task("arithmetic"), train=made([Problem("1+1=", "2")]))
+    flags = [flag for flag in SMALL if flag not in ("--levels", "1")]
+    monkeypatch.setattr(harness.run, "load_task", lambda *_: task)
+    monkeypatch.setattr(harness.run, "load_policy", lambda *_: pytest.fail("told after the model is loaded"))
+    line = run("bon_sft.py", *flags).stderr
+    assert line == "error: task 'arithmetic' has problems without a solution: give responses by --experts\n"
 
 
 def test_expert_rollouts_and_samples_are_joined():

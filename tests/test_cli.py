@@ -72,6 +72,8 @@ OF_ALL = [
     (["--levels", "9"], "no training problems at --levels 9"),
     (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
     (["--kl-coef", "nan"], "--kl-coef must be at least 0, not nan"),
+    (["--kl-coef", "inf"], "--kl-coef must be at least 0 and finite, not inf"),
+    (["--model", f"tiny-{10**20}"], f"cannot load --model 'tiny-{10**20}'"),
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
     (["--sample-rows", "0"], "--sample-rows must be at least 1, not 0"),
     (["--device", "tpu"], "--device must be auto, cpu or cuda, not 'tpu'"),
@@ -97,6 +99,7 @@ OF_ALL = [
 ]  # fmt: skip
 
 OF_SOME = [
+    (PASS, ["--k", "1", "--n", "1", "--estimator", "maxrl"], "--estimator maxrl with --n 1 is zero by definition"),
     *((x, ["--k", "1", "--estimator", "biased"], "--estimator biased with --k 1 is zero by") for x in (PASS, MAJ)),
     (RL, ["--estimator", "recipes/all_right.py:all_right"], "recipes/all_right.py:all_right"),  # a file: pass@k's alone
     (RL, ["--estimator", "variational"], "--estimator variational needs --n 6 or a larger multiple of --N, not 4"),

@@ -263,21 +263,22 @@ def test_only_the_start_of_a_long_response_is_read():
 class Llama:
     """A tokenizer whose tokens are words, "_" for the space before them, and which drops the first space it decodes."""
 
-    words = ["_def_f(x):", "\n", "_", "_return", "_x", "<end>"]
+    words = ["_def_f(x):", "\n", "_", "_return", "_x", "<end>", "<turn>"]
+    added_tokens_decoder = {5: SimpleNamespace(special=True), 6: SimpleNamespace(special=False)}
 
     def batch_decode(self, rows, skip_special_tokens):
         words = [[self.words[token] for token in row if token != 5 or not skip_special_tokens] for row in rows]
         return ["".join(row).replace("_", " ").removeprefix(" ") for row in words]
 
 
-@pytest.mark.parametrize("last", [1, 0, 2, 5])
-def test_a_response_keeps_its_first_space(last):
-    ids = torch.tensor([[[2, 2, 2, 3, 4, 5], [4, 5, 0, 0, 0, 0]]])
+@pytest.mark.parametrize("last", [1, 0, 2, 5, 6])
+def test_a_response_keeps_its_first_space_and_loses_its_end(last):
+    """Also behind a special token, and an end that the tokenizer does not call special."""
+    ids = torch.tensor([[[2, 2, 2, 3, 4, 5], [4, 6, 0, 0, 0, 0]]])
     mask = torch.tensor([[[True] * 6, [True, True, False, False, False, False]]])
     rollouts = common.Rollouts([[0, last]], ids, mask, torch.zeros(1, 2, 6), 1.0)
-    policy = SimpleNamespace(tokenizer=Llama())
-    first = "" if last == 5 else " "  # behind a special token nothing can keep it
-    assert common.decode(policy, rollouts) == [[first + "   return x", first + "x"]]
+    policy = SimpleNamespace(tokenizer=Llama(), stop_ids=[6])
+    assert common.decode(policy, rollouts) == [["    return x", " x"]]
 
 
 def test_troubles_are_counted(tmp_path):

@@ -1,15 +1,16 @@
 """The learned verifier: scores, training, quality, and the scripts that select by it."""
 
 import json
+import shutil
 
 import pytest
 import runs
 import torch
 from model_zoo import save_tiny
 from runs import SMALL, save_untrained
-from transformers import LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from harness.policy import tiny_tokenizer
+from harness.policy import save_policy, tiny_tokenizer
 from verifiers import Problem, Task, Verdict, arithmetic, learned, load_task
 
 LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]
@@ -47,6 +48,20 @@ def test_what_a_verifier_reads(parity):
     read = [verifier.tokenizer.decode(ids[keep > 0]) for ids, keep in zip(tokens.input_ids, tokens.attention_mask)]
     assert read == ["7=12<eos>", "8" * 59 + "=345<eos>"]
     assert tokens.attention_mask[0].tolist() == [1] * 5 + [0] * 59
+
+
+@pytest.mark.parametrize("chat, read", [(True, "u7a3"), (False, "7=3<eos>")])
+def test_a_verifier_trained_here_reads_as_the_policy_does(chat, read, untrained, tmp_path):
+    """By the chat template of the base, or by the task's words under --no-chat; also when it is loaded again."""
+    tokenizer = AutoTokenizer.from_pretrained(untrained)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(shutil.copytree(untrained, tmp_path / "base", dirs_exist_ok=True))
+    problems, rewards = [Problem("7", "")], torch.tensor([[1.0, 0.0]])
+    verifier = learned.trained_verifier(str(tmp_path / "base"), task_of(problems), problems, [["3", "4"]], rewards,
+                                        epochs=1, chat=chat)  # fmt: skip
+    save_policy(verifier, tmp_path / "verifier")
+    for x in (verifier, learned.load_verifier(str(tmp_path / "verifier"), task_of(problems))):
+        assert x.tokenizer.decode(x.tokens(["7"], ["3"]).input_ids[0]) == read
 
 
 def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):

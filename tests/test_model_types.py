@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_embeddings_that_depend_on_the_length_of_the_whole_stop_at_the_original_
     harness.policy.encode_prompts(policy, task, [problem], 32 - len(problem.prompt))
     with pytest.raises(BadInput, match=f"context of 32, beyond which {rope_type} embeddings make samples"):
         harness.policy.encode_prompts(policy, task, [problem], 33 - len(problem.prompt))
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len"])  # the second is MPT's
+def test_a_prompt_and_its_response_fit_the_context(name):
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**{name: 32}))
+    policy = common.Policy(SimpleNamespace(config=config), None, [])
+    harness.policy.refuse_too_long(policy, 32, "they", "1+1=")
+    with pytest.raises(BadInput, match="they exceed the model's context of 32: '1\\+1='"):
+        harness.policy.refuse_too_long(policy, 33, "they", "1+1=")
 
 
 @pytest.mark.slow

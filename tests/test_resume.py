@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import FLAGS, ROOT, SCRIPTS, SMALL, ended, outcome, records, started
+from model_zoo import save_tiny
+from runs import FLAGS, ROOT, SCRIPTS, SMALL, ended, outcome, records, save_untrained, started
+from transformers import LlamaForCausalLM
 
 import common
 import harness.policy
@@ -188,6 +190,24 @@ def test_what_cannot_be_resumed_says_why_in_a_line_and_stays_as_it_is(run, skill
     assert run(PASS, "--resume", "runs/a").returncode == 0 and outcome(folder) == before
 
 
+def move_a_weight(folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    next(model.parameters()).data[0, 0] += 1
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("change, flags", [(move_a_weight, ["--log-kl"]), (lambda x: save_tiny("llama", x), [])],
+                         ids=["other weights", "another size"])  # fmt: skip
+def test_a_model_that_has_changed_is_told(change, flags, run, tmp_path):
+    """The KL would be to other weights; without a KL other weights are no matter."""
+    model = save_untrained(tmp_path / "model")
+    assert run(PASS, *SMALL, *flags, "--model", model, "--run-name", "a").returncode == 0
+    assert run(PASS, "--resume", "runs/a").returncode == 0
+    change(model)
+    line = run(PASS, "--resume", "runs/a", "--steps", "3").stderr
+    assert line == f"error: --model {model!r} has changed since runs/a began: put it back, or start anew\n"
+
+
 def test_runs_that_cannot_be_written_are_told_before_the_model_is_loaded(run, tmp_path, monkeypatch):
     """A link to a disk that is not there, a file, and a folder of another user's."""
     monkeypatch.setattr(harness.run, "load_policy", lambda *_: pytest.fail("told after the model is loaded"))
@@ -288,6 +308,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
     result = run(PASS, *FLAGS, "--steps", "20", "--model", skilled, "--run-name", "ten")
     assert result.returncode == 2 and "ten steps in a row" in result.stderr and "lower --lr" in result.stderr
     assert len([r for r in records(tmp_path / "runs/ten") if "reward" in r]) == 13
+    assert "(step 13 is saved)" in result.stderr
+    bad = set()
+    assert run(PASS, "--resume", "runs/ten").returncode == 0
+    assert [r["step"] for r in records(tmp_path / "runs/ten") if "reward" in r] == [*range(1, 21)]
 
 
 def test_a_full_log_is_a_clear_line(run, skilled, monkeypatch):

@@ -85,11 +85,12 @@ def load_verifier(
 def trained_verifier(
     base: str, task: Task, problems: Sequence[Problem], responses: Sequence[Sequence[str]], rewards: torch.Tensor,
     device: torch.device | str = "cpu", lr: float = 1e-3, batch: int = 128, epochs: int = 2, seed: int = 0,
-    budget: int = 16384,
+    budget: int = 16384, chat: bool = True,
 ) -> LearnedVerifier:  # fmt: skip
     """A verifier fitted to `rewards` (B, n) in [0, 1] of `responses` (B lists of n) by cross-entropy.
 
-    base: hub id or folder of the model whose weights it starts from; its classification head is new. It learns only
+    base: hub id or folder of the model whose weights it starts from; its classification head is new. chat: it reads by
+    the chat template of base, if there is one. It learns only
     from problems with both right and wrong samples: selecting is telling samples of one problem apart. Raises BadInput
     for rewards outside [0, 1], and where no problem has both."""
     if not ((rewards >= 0) & (rewards <= 1)).all():
@@ -101,6 +102,7 @@ def trained_verifier(
     with torch.random.fork_rng(devices=[]):  # the new head's initial weights
         torch.manual_seed(seed)
         verifier = load_verifier(base, task, device, new_head=True, budget=budget)
+    verifier.tokenizer.chat_template = verifier.tokenizer.chat_template if chat else None
     prompts = [problem.prompt for problem, row in zip(problems, responses) for _ in row]
     texts, labels = [response for row in responses for response in row], rewards.flatten().to(device)
     generator = torch.Generator().manual_seed(seed)
