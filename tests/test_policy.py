@@ -225,7 +225,7 @@ def test_a_template_that_fails_is_refused_in_one_line(template):
     assert "\n" not in str(refusal.value)
 
 
-def test_no_chat_ignores_the_template(run, tmp_path):
+def test_no_chat_ignores_the_template(run, tmp_path, monkeypatch):
     """Of a base model that ships one: the policy that is trained without a template is saved without one."""
     model = save_untrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -241,3 +241,11 @@ def test_no_chat_ignores_the_template(run, tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads(open("runs/a/args.json").read())["chat"] is False
     assert run("pass_at_k_pg.py", *SMALL, "--model", "runs/a/policy", "--show-prompt").stdout == plain
+
+    def told(*_, chat, **others):
+        raise BadInput(f"chat is {chat}")
+
+    monkeypatch.setattr("verifiers.learned.trained_verifier", told)
+    flags = [*SMALL, "--verifier", "learned", "--model", model]
+    assert run("bon_rl.py", *flags, "--no-chat").stderr.endswith("error: chat is False\n")
+    assert run("bon_rl.py", *flags).stderr.endswith("error: chat is True\n")

@@ -305,13 +305,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
     assert weights.isfinite().all()
     calls.clear()
     bad = set(range(4, 99))
-    result = run(PASS, *FLAGS, "--steps", "20", "--model", skilled, "--run-name", "ten")
-    assert result.returncode == 2 and "ten steps in a row" in result.stderr and "lower --lr" in result.stderr
-    assert len([r for r in records(tmp_path / "runs/ten") if "reward" in r]) == 13
-    assert "(step 13 is saved)" in result.stderr
+    flags = [*FLAGS, "--save-every", "20", "--steps", "30", "--model", skilled, "--run-name", "ten"]
+    for command, step in ((flags, 13), (["--resume", "runs/ten"], 23)):
+        result = run(PASS, *command)
+        assert result.returncode == 2 and f"(step {step} is saved): lower --lr" in result.stderr
     bad = set()
     assert run(PASS, "--resume", "runs/ten").returncode == 0
-    assert [r["step"] for r in records(tmp_path / "runs/ten") if "reward" in r] == [*range(1, 21)]
+    assert [r["step"] for r in records(tmp_path / "runs/ten") if "reward" in r] == [*range(1, 31)]
 
 
 def test_a_full_log_is_a_clear_line(run, skilled, monkeypatch):
