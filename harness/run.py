@@ -88,7 +88,7 @@ IDLE_WITHOUT = {
     "likelihood": ("--N 2 or more", lambda args: args.N != 1),
     "n": ("--N 2 or more", lambda args: not hasattr(args, "likelihood") or args.N != 1),
     "changed_files": ("--resume", lambda args: args.resume),
-    "sandbox": ("a task that runs programs", lambda args: TASKS.get(args.task) == "code"),
+    "sandbox": ("a task that runs programs", lambda args: TASKS.get(args.task) == "code_tasks"),
 }
 
 

@@ -96,6 +96,7 @@ OF_ALL = [
     (["--estimator", "nowhere.py:f"], "cannot read 'nowhere.py'"),
     (["--estimator", "mine.py:sums"], "sums must return shape (5, 4), not (5,)"),
     (["--sandbox", "landlock"], "--sandbox does nothing without a task that runs programs"),
+    (["--sandbox", "rlimits", "--task", "programs", "--model", "/tmp/nope"], "/tmp/nope does not exist"),
 ]  # fmt: skip
 
 OF_SOME = [
