@@ -69,7 +69,7 @@ def test_verdicts_of_programs_that_print(pool, source, status):
     assert run(pool, source, "", cases=(("", "3\n"),), wall=wall).status == status
 
 
-@pytest.mark.parametrize("source", [
+PRINTS = [  # 3, and end
     "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--n', type=int, default=3)\n"
     "print(parser.parse_args().n)", "import sys\nassert len(sys.argv) == 1\nprint(3)",
     "import os\nout = os.fdopen(1, 'w')\ndef main():\n    out.write('3')\nmain()",
@@ -81,10 +81,7 @@ def test_verdicts_of_programs_that_print(pool, source, status):
     "from __future__ import annotations\ndef f(x: Undefined): return 3\nprint(f(1))",
     "open('/dev/stdout', 'w').write('3')",
     "import os\nnull = os.open(os.devnull, os.O_WRONLY)\nos.write(null, b'4')\nprint(3)",
-])  # fmt: skip
-def test_ways_to_print(pool, source):
-    assert run(pool, source, "", cases=(("", "3"),)).passed
-    assert run(pool, source.replace("3", "5"), "", cases=(("", "3"),)).status == "failed"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", [
@@ -102,17 +99,6 @@ def test_ways_to_print(pool, source):
 def test_ways_to_read(pool, source):
     assert run(pool, source, "", cases=(("3\n", "6"), ("4\n", "8"))).passed
     assert run(pool, source, "", cases=(("3\n", "6"), ("4\n", "6"))).status == "failed"
-
-
-@pytest.mark.parametrize("source", [
-    "from multiprocessing.dummy import Pool\ndef f(x):\n    with Pool(3) as pool: return pool.map(abs, [-3, x])",
-    "import multiprocessing\nlock = multiprocessing.Lock()\ndef f(x):\n    with lock: return [3, x]",
-    "import multiprocessing as m\ncontext = m.get_context('fork')\nqueue, lock = m.Queue(), context.RLock()\n"
-    "def f(x):\n    queue.put(3)\n    with lock: return [queue.get(), x]",
-])  # fmt: skip
-def test_threads_that_look_like_processes(pool, source):
-    assert run(pool, source, "assert f(2) == [3, 2]").passed
-    assert run(pool, source.replace("3", "6"), "assert f(2) == [3, 2]").status == "failed"
 
 
 @pytest.mark.slow
@@ -147,7 +133,13 @@ def f(x): return [Point(3, Point(x))]
 """
 
 
-@pytest.mark.parametrize("source, tests", [
+KINDS = [  # of results, and tests of them
+    *((source, "assert f(2) == [3, 2]") for source in (  # threads that look like processes
+        "from multiprocessing.dummy import Pool\ndef f(x):\n    with Pool(3) as pool: return pool.map(abs, [-3, x])",
+        "import multiprocessing\nlock = multiprocessing.Lock()\ndef f(x):\n    with lock: return [3, x]",
+        "import multiprocessing as m\ncontext = m.get_context('fork')\nqueue, lock = m.Queue(), context.RLock()\n"
+        "def f(x):\n    queue.put(3)\n    with lock: return [queue.get(), x]",
+    )),
     ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return P(3, y=x)",
      "p = f(2)\nassert p == (3, 2) and p.x == 3 and p.y == 2 and p._replace(y=5) == P(3, 5)"),
     ("class P:\n    def __init__(s, a, b): s.a, s.b = a, b\n    def swap(s): return P(s.b, s.a)\n"
@@ -169,11 +161,15 @@ def f(x): return [Point(3, Point(x))]
     ("import numbers\nclass I:\n    def __int__(s): return 5\nclass R:\n    def __float__(s): return 0.3\n"
      "numbers.Integral.register(I)\nnumbers.Real.register(R)\ndef f(x): return [I(), R()]",
      "assert f(2) == [5, 0.3] and [type(x).__name__ for x in f(2)] == ['int', 'float']"),
-])  # fmt: skip
-def test_kinds_of_results(pool, source, tests):
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source, tests", [*((source, "") for source in PRINTS), *KINDS])
+def test_right_programs_pass_and_fail_with_another_number(pool, source, tests):
     names = [name for name in ("f", "P", "Point", "V", "W") if re.search(rf"(def|class) {name}\b|\b{name} =", source)]
-    assert run(pool, source, tests, tuple(names)).passed
-    assert run(pool, source.replace("3", "6"), tests, tuple(names)).status == "failed"
+    cases = () if tests else (("", "3"),)
+    assert run(pool, source, tests, tuple(names), cases=cases).passed
+    assert run(pool, source.replace("3", "6"), tests, tuple(names), cases=cases).status == "failed"
 
 
 # ----------------------------------------------------------------------------------------------------------- the pool

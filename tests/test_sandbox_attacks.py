@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_sandbox import LEVEL, LIMITS, RIGHT, SECRET, descendants, linux, run
@@ -95,7 +96,21 @@ def test_forgery_does_not_pass(pool, name):
 EQUAL_ITEMS = FORGERIES["equal to everything"].replace("return E()", "return iter([E()])")
 
 
-@pytest.mark.parametrize("name, source, tests", [
+OPERATORS = """
+class E:
+    def __eq__(s, *o): return True
+    __lt__ = __le__ = __gt__ = __ge__ = __exit__ = __instancecheck__ = __eq__
+    def __sub__(s, o): return 0
+    def __enter__(s): return s
+    __add__ = __radd__ = __rsub__ = __abs__ = __sub__
+def f(x): return E()
+"""
+DATACLASSES = [
+    "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 4\n    def __eq__(s, o): return True\n"
+    "def f(x): return P()",
+    "class P:\n    __dataclass_fields__ = {}\n    class __dataclass_params__: eq = True\ndef f(x): return P()",
+]
+SPECIAL = [  # forgeries for tests of one form
     ("StopIteration ends a test's loop", "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x, [2]))"),
     ("items equal to everything", EQUAL_ITEMS, f"assert list(f(2)) == [{SECRET!r}]"),
     ("a dict with keys equal to everything", "class E:\n    def __eq__(s, o): return True\n"
@@ -104,7 +119,16 @@ EQUAL_ITEMS = FORGERIES["equal to everything"].replace("return E()", "return ite
     ("an object that contains everything", "class E:\n    def __contains__(s, o): return True\n"
      "    def __iter__(s): return iter(E)\ndef f(x): return E()", f"assert {SECRET!r} in f(2)"),
     ("a test that forgives everything", "import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept BaseException: pass"),
-])  # fmt: skip
+    *(("an operator that could tell what is expected", OPERATORS, tests) for tests in (
+        f"assert abs(f(2) - {SECRET!r}) < 1e-6", f"assert f(2) + {SECRET!r} == 'x'", f"assert f(2) <= {SECRET!r}",
+        f"assert {SECRET!r} - f(2) == 0", f"with f(2) as x:\n    assert x == {SECRET!r}",
+        f"assert isinstance({SECRET!r}, f(2))")),
+    *(("an object equal to plain data", source, f"assert f(2) == {data}")
+      for source in DATACLASSES for data in ("4", "['P', [4]]", "None")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, source, tests", SPECIAL)
 def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
     assert run(pool, source, tests).status == "failed"
 
@@ -131,34 +155,6 @@ def test_a_verdict_does_not_depend_on_what_was_judged_before(alone):
     assert first == again != other and program == program_again != first and first is not None
     with Sandbox(LEVEL, workers=1, limits=LIMITS) as fresh:
         assert fresh.run(of_tests[:1])[0].value == first
-
-
-@pytest.mark.parametrize("source", [
-    "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 4\n    def __eq__(s, o): return True\n"
-    "def f(x): return P()",
-    "class P:\n    __dataclass_fields__ = {}\n    class __dataclass_params__: eq = True\ndef f(x): return P()",
-])  # fmt: skip
-@pytest.mark.parametrize("expected", ["4", "['P', [4]]", "None"])
-def test_an_object_is_never_equal_to_plain_data(pool, source, expected):
-    assert run(pool, source, f"assert f(2) == {expected}").status == "failed"
-
-
-@pytest.mark.parametrize("tests", [
-    f"assert abs(f(2) - {SECRET!r}) < 1e-6", f"assert f(2) + {SECRET!r} == 'x'", f"assert f(2) <= {SECRET!r}",
-    f"assert {SECRET!r} - f(2) == 0", f"with f(2) as x:\n    assert x == {SECRET!r}",
-    f"assert isinstance({SECRET!r}, f(2))",
-])  # fmt: skip
-def test_no_operator_tells_the_program_what_is_expected(pool, tests):
-    source = """
-class E:
-    def __eq__(s, *o): return True
-    __lt__ = __le__ = __gt__ = __ge__ = __exit__ = __instancecheck__ = __eq__
-    def __sub__(s, o): return 0
-    def __enter__(s): return s
-    __add__ = __radd__ = __rsub__ = __abs__ = __sub__
-def f(x): return E()
-"""
-    assert run(pool, source, tests).status == "failed"
 
 
 # --------------------------------------------------------------------------------------- attacks on time and memory
@@ -243,7 +239,7 @@ def f(path, pid, port, outside):
     return "done"
 """
 OUTSIDE = "socket.socketpair(1, socket.SOCK_{})[0].send{}"
-REFUSED = {
+ATTACKS = {
     "the network": [
         "socket.create_connection(('127.0.0.1', port), 1)", "socket.create_server(('127.0.0.1', 0))",
         "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', port))",
@@ -261,8 +257,6 @@ REFUSED = {
     "locks on shared files": ["fcntl.flock(2, 2)", "fcntl.lockf(0, 1)", "os.lockf(2, 1, 0)"],
     "calls that nobody needs": ["os.sched_setaffinity(0, range(64))",
                                 "call(222, 0, None, ctypes.create_string_buffer(8))"],  # timer_create
-}  # fmt: skip
-REFUSED_OR_WITHOUT_AN_OBJECT = {  # under bubblewrap the file and the process do not even exist
     "files": [
         "open(path).read()", "os.listdir(os.path.dirname(path))", "open(path, 'a').write('x')",
         "os.open(path, os.O_RDONLY | os.O_TRUNC)", "os.truncate(path, 0)", "os.remove(path)",
@@ -285,7 +279,8 @@ REFUSED_OR_WITHOUT_AN_OBJECT = {  # under bubblewrap the file and the process do
         "resource.setrlimit(9, (1 << 40, 1 << 40))",
     ],
 }  # fmt: skip
-ATTACKS = REFUSED | REFUSED_OR_WITHOUT_AN_OBJECT
+# for under bubblewrap the file and the process do not even exist
+NOT_THERE = "FileNotFoundError ProcessLookupError KeyError AssertionError ValueError".split()
 
 
 @pytest.mark.parametrize("what, attack", [(what, attack) for what, attacks in ATTACKS.items() for attack in attacks])
@@ -293,7 +288,8 @@ def test_what_is_not_the_programs_is_out_of_its_reach(pool, others, what, attack
     if "call(" in attack and os.uname().machine != "x86_64":
         pytest.skip("system calls by their x86-64 numbers")
     result = run(pool, ATTACK.replace("{attack}", attack), f"assert f(*{others!r}) == 'done'")
-    assert result.status == "refused" or what in REFUSED_OR_WITHOUT_AN_OBJECT and result.status == "failed", result
+    error = result.detail.partition(":")[0]
+    assert result.status == "refused" or result.status == "failed" and error in NOT_THERE, result
 
 
 @pytest.mark.parametrize("code", [
@@ -395,11 +391,10 @@ def test_a_program_that_hangs_up_has_one_status(pool, no_worker_ends, source, st
 @pytest.mark.parametrize("source, status", [
     ("import os\nprint(3, flush=True)\nos.close(1)\nos.close(3)\nos._exit(0)", "passed"),
     ("import os, time\nprint(3, flush=True)\nos.close(3)\nos.close(1)\ntime.sleep(0.01)\nos._exit(1)", "failed"),
-    (RAW + "print(3, flush=True)\nf(1)".replace("{}", "None"), "failed"),
+    (RAW.replace("{}", "None") + "print(3, flush=True)\nf(1)", "failed"),
 ])  # fmt: skip
 def test_a_program_that_prints_and_hangs_up_has_one_status(pool, no_worker_ends, source, status):
-    results = pool.run([Program(source.replace("{}", "None"), cases=(("", "3"),))] * 10)
-    assert {result.status for result in results} == {status}
+    assert {result.status for result in pool.run([Program(source, cases=(("", "3"),))] * 10)} == {status}
 
 
 @pytest.mark.parametrize("program, detail", [
@@ -492,35 +487,29 @@ def test_a_program_that_starved_runs_again_alone(pool, no_worker_ends):
 
 
 def test_what_runs_again(pool, monkeypatch):
-    """What timed out with less than half its wall time of CPU time, if others ran: for a sixteenth, a quarter, all."""
-    late, passed, runs = Result("timed out", wall=2, cpu=0.9), Result("passed"), []
+    """What timed out with less than half its wall time of CPU time, if others ran: for a sixteenth, a quarter, all. All
+    this takes no longer than the first runs did."""
+    late, passed, runs, now, seconds = Result("timed out", wall=2, cpu=0.9), Result("passed"), [], [0.0], [0.01]
     first = [late, Result("timed out", wall=2, cpu=1.1), passed, late, Result("failed"), Result("timed out")]
 
     def results(programs):
         runs.append([(int(program.source), program.wall) for program in programs])
-        if len(runs[-1]) > 1 or len(runs) == 1:
-            time.sleep(0.5)
+        now[0] += 0.5 if len(runs) == 1 else seconds[0]
+        if len(runs) == 1:
             return first[: len(programs)]
         return [passed if runs[-1] in ([(3, 1.0)], [(5, 1 / 16)]) else late]
 
     monkeypatch.setattr(pool, "_results", results)
+    monkeypatch.setattr(pools, "time", SimpleNamespace(monotonic=lambda: now[0]))
     programs = [Program(str(i), wall=1.0) for i in range(6)]
     assert pool.run(programs) == [late, first[1], passed, passed, first[4], passed]
     again = [(0, 1 / 16), (3, 1 / 16), (5, 1 / 16), (0, 1 / 4), (3, 1 / 4), (0, 1.0), (3, 1.0)]
     assert runs[1:] == [[pair] for pair in again]
     runs.clear()
     assert pool.run(programs[:1]) == [late] and len(runs) == 1
-
-
-def test_programs_that_sleep_cost_twice_their_time_at_most(monkeypatch):
-    with Sandbox(LEVEL, workers=4, limits=LIMITS) as pool:
-        runs = []
-        once = pool._results
-        monkeypatch.setattr(pool, "_results", lambda programs: runs.append(programs) or once(programs))
-        results = pool.run([Program("import time\ntime.sleep(60)", "f(1)", ("f",), wall=0.5)] * 12)
-        assert {result.status for result in results} == {"timed out"} and len(results) == 12
-        assert max(result.wall for result in results) < LIMITS.wall  # a program's own wall time is shorter
-        assert len(runs[0]) == 12 and sum(again.wall for (again,) in runs[1:]) < 3.5  # of 12 * 0.5 * 21 / 16
+    runs.clear()
+    seconds[0] = 0.3
+    assert pool.run(programs)[5] == first[5] and runs[1:] == [[pair] for pair in again[:2]]
 
 
 def test_threads_that_the_trainer_starts_later_take_none_from_programs(pool):
