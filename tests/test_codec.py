@@ -57,7 +57,7 @@ def test_subclasses_come_back_as_what_they_are_built_on():
     ["fractions.Fraction", ["1e999999999", 1]], ["fractions.Fraction", [["list", []], 1]],
     ["fractions.Fraction", [1, 0]], ["decimal.Decimal", "1e999999999"], ["decimal.Decimal", [0, [1], 999999999]],
     ["decimal.Decimal", "9" * (DIGITS + 1)], ["int", "f" * (DIGITS + 1)], ["int", [7]],
-    ["builtins.complex", [10**400, 1]],
+    ["builtins.complex", [10**400, 1]], ["builtins.complex", ["1j"]], ["fractions.Fraction", ["1e999999999"]],
     ["builtins.eval", ["1"]], ["builtins.bytes", [1 << 40]], ["datetime.date", [10**30, 1, 1]], ["list", "abc"],
     ["namedtuple", ["P", ["x" * 2000], [1]]], ["namedtuple", ["P", ["a"] * 999, [1]]],
     ["namedtuple", ["P", ["__class__"], [1]]], ["namedtuple", ["P", ["x=exit()"], [1]]], ["set", [["list", []]]],
