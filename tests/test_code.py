@@ -83,21 +83,6 @@ def statuses(problems: list[Problem], solutions: list[str]) -> list[str]:
     return [r.status for r in shared().run([code.program_of(*pair) for pair in zip(problems, solutions)])]
 
 
-# A wrapper around each function that the tests call: true becomes None, false becomes a word
-BROKEN = """
-
-def broken(function):
-    return lambda *args, **kwargs: None if function(*args, **kwargs) else "broken"
-for name in {names!r}:
-    if not isinstance(globals()[name], type):
-        globals()[name] = broken(globals()[name])
-"""
-
-
-def with_broken_returns(problem: Problem) -> str:
-    return problem.solution + BROKEN.format(names=json.loads(problem.answer)["names"])
-
-
 # ---------------------------------------------------------------------------------------------------------- schemas
 
 
@@ -116,8 +101,8 @@ def test_the_solution_of_each_schema_passes_and_a_wrong_one_fails(tmp_path, name
 
 
 def test_the_hidden_tests_stay_hidden(tmp_path):
-    assert "q" not in task_of(tmp_path, "mbpp", MBPP).test[0].prompt.split()  # only the first assert is shown
-    assert "assert sum(Pair(1, 2)) == 3" in task_of(tmp_path, "mbpp", MBPP).test[0].prompt
+    prompt = task_of(tmp_path, "mbpp", MBPP).test[0].prompt
+    assert "assert sum(Pair(1, 2)) == 3" in prompt and "sum(q)" not in prompt  # only the first assert is shown
 
 
 def test_taco_reads_lists_of_lines_and_levels(tmp_path):
@@ -150,23 +135,16 @@ def test_outputs_are_compared_token_by_token(output, expected, same):
 # ------------------------------------------------------------------------------------------------------- extraction
 
 FULL = "def double(x):\n    return 2 * x\n"
-
-
-@pytest.mark.parametrize("response", [
+RIGHT = [  # where twice x is asked for
     "    return 2 * x\n", "return 2 * x\n", "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).", FULL,
-    HUMANEVAL["prompt"] + "    return 2 * x", f"Here it is:\n```python\n{FULL}```\nand so on.",
-    f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
+    HUMANEVAL["prompt"] + "    return 2 * x", f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
     f"```python\ndef double(x): return x\n```\nNo, wait:\n```py\n{FULL}```", f"The code:\n```\n{FULL}",
-    "```python\n    return 2 * x\n```", "import math\n\n" + FULL, f"from __future__ import annotations\n\n{FULL}",
+    "```python\n    return 2 * x\n```", f"~~~\n{FULL}a = '\\\n```\n'\n~~~",
     f"```python\nfrom __future__ import annotations\nfrom __future__ import division\n{FULL}```",
-    f"~~~python\n{FULL}~~~\nand\n~~~\nprint(double(2))\n~~~", f"~~~\n{FULL}a = '\\\n```\n'\n~~~",
-    "1. So:\n\n   ```python\n" + textwrap.indent(FULL, "   ") + "   ```\n\n2. Done.",
-    "- So:\n\n\t~~~\n" + textwrap.indent(FULL, "\t") + "\t~~~", "double = lambda x: 2 * x",
-    "```python\ndouble = lambda x: 2 * x\n```\nFor example:\n```python\nprint(double(2))\n```",
+    "1. So:\n\n   ```python\n" + textwrap.indent(FULL, "   ") + "   ```\n\n2. Done.", "double = lambda x: 2 * x",
     "```python\ndouble: object = lambda x: 2 * x\n```\nso that\n```python\ndouble == 3\ndoubled = 4\n```",
     f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
     # continuations that a closing fence, an example or a main guard ends
-    "    return 2 * x\n```\n\nThe function doubles.",
     "    return 2 * x\n\n```python\nx = int(input())\nprint(double(x))\n```",
     "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
     # the first space lost in decoding, or another indentation
@@ -187,31 +165,26 @@ FULL = "def double(x):\n    return 2 * x\n"
     "```python\ndef double(x):\n    return twice(x)\n```\n```python\ndef twice(x):\n    return 2 * x\n```",
     f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
     f"```python\n{FULL}```\nIn JavaScript:\n```js\nfunction f(x) {{}}\ndef double(x):\n```",
-])  # fmt: skip
-def test_forms_of_a_right_response(tmp_path, response):
-    task = task_of(tmp_path, "humaneval", HUMANEVAL)
-    assert rewards(task, task.test[0], response) == [1.0]
-
-
-@pytest.mark.parametrize("response", [
+]  # fmt: skip
+WRONG = [
     "", "   ", "```", "def double(x):", "Two times x.", "    return x", "\0", "\ud800", "return 2 * x" * 2, "(" * 5000,
     "-" * 5000 + "1", "```\n" * 5000, FULL.replace("double", "triple"), "double == lambda x: 2 * x",
     "from __future__ import braces\n" + FULL,
-])  # fmt: skip
-def test_forms_of_a_wrong_response(tmp_path, response):
+]  # fmt: skip
+
+
+def test_which_part_of_a_response_is_the_function(tmp_path):
     task = task_of(tmp_path, "humaneval", HUMANEVAL)
-    assert rewards(task, task.test[0], response) == [0.0]
+    found = dict(zip([*RIGHT, *WRONG], rewards(task, task.test[0], *RIGHT, *WRONG), strict=True))
+    assert [response for response, reward in found.items() if reward != (response in RIGHT)] == []
 
 
 SUM = "input()\nprint(sum(map(int, input().split())))\n"
 SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
-
-
-@pytest.mark.parametrize("response", [
+PROGRAMS = [  # that print the sum of the second line
     f"```python\n{SUM}```\nSample input:\n```\n2\n1 2\n```\nSample output:\n```\n3\n```",
     f"```python\n{SUM}```\nTry it:\n```bash\necho '2 1 2' | python sum.py\n```", f"```\n{SUM}```\n```text\n3\n```",
-    f"```python\n{SUM}```\n```markdown\nThis prints the sum.\n```",
-    f"```python\n{SUM}```\n```cpp\nint main() {{ return 0; }}\n```", f"```python\n{SUM}```\n```js\nconsole.log(3)\n```",
+    f"```python\n{SUM}```\n```cpp\nint main() {{ return 0; }}\n```",
     f"```python\n{SUM}```\nA test:\n```python\nassert sum([1, 2]) == 3\nprint('right')\n```",
     f"```python\ninput = lambda: 7\nprint(7)\n```\nNo:\n```python\n{SUM}```",
     f"```python\n{SOLVE}```\nand\n```python\nprint(solve())\n```",
@@ -223,11 +196,14 @@ SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
     f"The program:\n\nif True:\n{textwrap.indent(SUM, '    ')}That is all.",
     f"```python\n{SUM}```\nIn steps:\n```python\nprint(sum(map(int, input().split())))\n```",
     f"```python\n{SUM}```\nWhat reads a line:\n```python\nline = input()\n```",
-])  # fmt: skip
-def test_forms_of_a_right_program(tmp_path, response):
+]  # fmt: skip
+
+
+def test_which_part_of_a_response_is_the_program(tmp_path):
     tests = {"input": ["2\n1 2\n", "3\n5 5 7\n"], "output": ["3\n", "17\n"]}
     task = task_of(tmp_path, "code_contests", {**CONTEST, "public_tests": tests, "private_tests": None})
-    assert rewards(task, task.test[0], response) == [1.0]
+    found = rewards(task, task.test[0], *PROGRAMS, "print(3)")
+    assert [response for response, reward in zip(PROGRAMS, found) if not reward] == [] and found[-1] == 0
 
 
 def test_taco_functions_have_the_imports_of_the_data_set_and_its_comparison(tmp_path):
@@ -291,23 +267,29 @@ def test_troubles_are_counted(tmp_path):
 # -------------------------------------------------------------------------------------------------------- real data
 
 
-def check_solutions(problems: list[Problem], count: int) -> None:
+# A wrapper around each function that the tests call: true becomes None, false becomes a word
+BROKEN = """
+
+def broken(function):
+    return lambda *args, **kwargs: None if function(*args, **kwargs) else "broken"
+for name in {names!r}:
+    if not isinstance(globals()[name], type):
+        globals()[name] = broken(globals()[name])
+"""
+
+
+@real_data
+@pytest.mark.parametrize("name, split, count", [
+    ("humaneval", "test", 82), ("mbpp", "train", 200), ("mbpp", "test", 150),
+])  # fmt: skip
+def test_every_solution_passes_and_fails_when_broken(name, split, count):
+    problems = getattr(load_task(name, f"{REAL_DATA}/{name}"), split)
     assert len(problems) >= count
     right = statuses(problems, [problem.solution for problem in problems])
     assert [problem.solution for problem, status in zip(problems, right) if status != "passed"] == []
-    broken = statuses(problems, [with_broken_returns(problem) for problem in problems])
+    names = [json.loads(problem.answer)["names"] for problem in problems]
+    broken = statuses(problems, [problem.solution + BROKEN.format(names=x) for problem, x in zip(problems, names)])
     assert [problem.solution for problem, status in zip(problems, broken) if status == "passed"] == []
-
-
-@real_data
-def test_every_humaneval_solution_passes_and_fails_when_broken():
-    check_solutions(load_task("humaneval", f"{REAL_DATA}/humaneval").test, 82)
-
-
-@real_data
-@pytest.mark.parametrize("split, count", [("train", 200), ("test", 150)])
-def test_every_mbpp_solution_passes_and_fails_when_broken(split, count):
-    check_solutions(getattr(load_task("mbpp", f"{REAL_DATA}/mbpp"), split), count)
 
 
 # --------------------------------------------------------------------------------------------------------- programs
@@ -316,12 +298,6 @@ def test_every_mbpp_solution_passes_and_fails_when_broken(split, count):
 @pytest.fixture(scope="module")
 def programs():
     return load_task("programs")
-
-
-def test_programs_solutions_pass(programs):
-    problems = programs.test[::5] + programs.train[::100]
-    verdict = programs.verify(problems, [[p.solution, " " + p.solution, ""] for p in problems])
-    assert verdict.rewards.mean(0).tolist() == [1, 1, 0]
 
 
 def test_programs_are_small_and_disjoint_by_meaning(programs):
@@ -348,25 +324,14 @@ def test_programs_prompts_show_true_points_and_some_fit_several_functions(progra
 
 def test_programs_votes_are_equal_behaviour(programs):
     problem = next(p for p in [*programs.train, *programs.test] if p.solution == "3*x+7")
-    row = ["3*x+7", "7+x*3", "x+x+x+7", "3*x+8", "8+3*x", "1/0", "3*x+7.0", "no", "", "x" * 99, "(x,)", "x==x"]
+    row = ["3*x+7", "7+x*3", " x+x+x+7", "3*x+8", "8+3*x", f"{2**63 - 1}", "1/0", "3*x+7.0", "no", "", "x" * 99, "(x,)"]
+    row += ["x==x", "9**99999*x", f"-{2**63}", "x**19", "x if 1else'''", "((" * 10, "__import__('os')._exit(0)"]
+    row += ["[0]*10**10", "9**9**9", "exec('while 1:0')"]
     verdict = programs.verify([problem], [row])
-    assert verdict.votes.tolist() == [[0, 0, 0, 3, 3, -1, -1, -1, -1, -1, -1, -1]]
-    assert verdict.rewards.tolist() == [[1, 1, 1] + [0] * 9]
-
-
-def test_programs_hostile_expressions_are_contained(programs):
-    row = ["9**9**9", "9**9**8", "'a'*10**10", "__import__('os')._exit(0)", "exec('while 1:0')", "[0]*10**10"]
-    row += ["x if 1else'''", "2*x+1", "((" * 10]
-    problem = next(p for p in [*programs.train, *programs.test] if p.solution == "2*x+1")
-    verdict = programs.verify([problem], [row])
-    assert verdict.rewards.tolist() == [[0] * 7 + [1, 0]] and verdict.counts["timed out"] == 3
-
-
-def test_programs_keeps_no_huge_integers(programs):
-    row = ["9**99999*x", f"{2**63 - 1}", f"-{2**63}", "x**19", "2**62"]
-    verdict = programs.verify(programs.test[:1], [row])
-    assert verdict.votes.tolist() == [[-1, 1, -1, -1, 4]] and verdict.rewards.sum() == 0
-    assert [code._values[expression][1] is None for expression in row] == [True, False, True, True, False]
+    assert verdict.votes.tolist() == [[0, 0, 0, 3, 3, 5] + [-1] * 16]
+    assert verdict.rewards.tolist() == [[1, 1, 1] + [0] * 19]
+    assert {code._values[endless][0] for endless in row[-2:]} == {"timed out"} and verdict.counts["timed out"] >= 2
+    assert code._values[f"{2**63 - 1}"][1] and code._values["x**19"][1] is None  # no huge integers are kept
 
 
 def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypatch):

@@ -81,15 +81,6 @@ def test_a_new_head_is_no_news_to_the_user_and_a_missing_one_is_refused(untraine
 # --- Data ---
 
 
-def test_experts_are_no_data_and_tell_of_no_splits(run, skilled):
-    task = load_task("arithmetic")
-    problems = [problem for problem in task.train if problem.level == 1][:8]
-    rows = [{"problem": problem.prompt, "response": problem.answer} for problem in problems]
-    Path("experts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run(SFT, *SMALL, "--model", skilled, "--experts", "experts.jsonl")
-    assert result.returncode == 0 and "split" not in result.stdout + result.stderr
-
-
 def test_levels_that_are_no_number_are_told(tmp_path, capsys):
     levels = ["hard", 3, None, "Level ?"]
     rows = [{"problem": f"{i}?", "answer": str(i), "level": level} for i, level in enumerate(levels)]

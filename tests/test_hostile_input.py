@@ -4,11 +4,12 @@ estimator gives a result of the right form, or one clear line of refusal; none c
 Hand-picked cases are in each module's own tests; here hypothesis picks, always the same examples."""
 
 import dataclasses
-import importlib.util
+import io
+import itertools
 import json
 import math
 import signal
-from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import pyarrow
@@ -27,9 +28,8 @@ from verifiers import BadInput, Problem, arithmetic, load_task, reasoning_gym, r
 from verifiers import code_tasks as code
 from verifiers import math_tasks as math_task
 from verifiers.sandbox.pool import STATUSES, Program
-from verifiers.workers import number_key
 
-HANG_S = 30  # far more than any test here needs, also on a machine that is busy
+HANG_S = 120  # far more than any test here needs, also on a machine that is busy
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,6 @@ LONG = st.builds(  # up to a million characters and a little more
     TEXTS, st.lists(PIECES, min_size=1, max_size=3).map("".join), st.floats(0, 1), TEXTS,
 )  # fmt: skip
 RESPONSES = st.one_of(TEXTS, TEXTS, LONG)
-ROWS = st.lists(st.lists(RESPONSES, min_size=3, max_size=3), min_size=1, max_size=2)
 
 
 def check_form(verdict, responses):
@@ -87,117 +86,67 @@ def check_form(verdict, responses):
     assert all(isinstance(name, str) and count > 0 for name, count in verdict.counts.items())
 
 
-# --- Advantages ---
+# --- Rewards of any type and size ---
 
-FLOATS = {torch.float16: 100.0, torch.bfloat16: 1e30, torch.float32: 1e30, torch.float64: 1e300}
-SMALLEST = {torch.float16: 1e-3, torch.bfloat16: 1e-30, torch.float32: 1e-30, torch.float64: 1e-300}
+REWARDS = torch.tensor([[8, 0, 4, 8, 1, 0, 2], [-3, 2, -3, 2, 0, 5, 2], [0, 0, 0, 1, 0, 0, 0]]).double() / 8
+VOTES = torch.tensor([[0, 1, 2, 0, 4, 1, 6], [0, 1, 0, 1, -1, 5, 1], [0, 0, 2, 3, -1, 0, 0]])
+DTYPES = {  # factors of these rewards, and how far advantages may be from those in float64
+    torch.float64: (1e-300, 1e300, 1e-12), torch.float32: (1e-30, 1e30, 1e-6), torch.bfloat16: (1e-30, 1e30, 2e-2),
+    torch.float16: (1e-3, 100.0, 2e-3), torch.int64: (8, 800, 1e-6), torch.uint8: (8, 80, 1e-6), torch.bool: (8, 1e-6),
+}  # fmt: skip
 estimators = pytest.mark.parametrize("estimator", ["mean", "unbiased", "biased"])
 scripts = pytest.mark.parametrize("script", ["pass_at_k_pg", "majority_pg"])
 
 
-def advantages(script, votes, rewards, k, estimator):
+def advantages(script, rewards, k, estimator):
     if script == "pass_at_k_pg":
         return pass_at_k_pg.advantages(rewards, k, estimator)
-    return majority_pg.advantages(votes, rewards, k, estimator)
-
-
-@st.composite
-def groups(draw, lowest_vote=-1):
-    """(votes, rewards in [-1, 1], k), B = 1..3, n = 1..6; float64, exact in eighths."""
-    B, n = draw(st.integers(1, 3)), draw(st.integers(1, 6))
-
-    def table(values):
-        return torch.tensor(draw(st.lists(st.lists(values, min_size=n, max_size=n), min_size=B, max_size=B)))
-
-    k = draw(st.one_of(st.integers(1, n), st.just(1), st.just(n)))
-    return table(st.integers(lowest_vote, 3)), table(st.integers(-8, 8)).double() / 8, k
+    return majority_pg.advantages(VOTES[: len(rewards), : rewards.shape[1]], rewards, k, estimator)
 
 
 @scripts
 @estimators
-@examples(40)
-@given(groups(), st.sampled_from([*FLOATS, torch.int64, torch.uint8, torch.bool]), st.booleans())
-def test_advantages_are_finite_and_bounded_whatever_the_dtype_and_magnitude(script, estimator, group, dtype, large):
-    votes, rewards, k = group
-    scale = (FLOATS if large else SMALLEST).get(dtype)
-    rewards = (rewards * scale).to(dtype) if scale else (rewards * 8).abs().to(dtype)
-    A = advantages(script, votes, rewards, k, estimator)
-    assert A.shape == rewards.shape and A.dtype == (dtype if dtype.is_floating_point else torch.float32)
-    assert A.isfinite().all() and A.double().abs().max() <= 2.02 * rewards.double().abs().max()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_advantages_of_any_dtype_and_magnitude_are_those_in_float64(script, estimator, dtype):
+    *factors, rtol = DTYPES[dtype]
+    for factor, k in itertools.product(factors, range(1, 7)):
+        rewards = (REWARDS.abs() * factor).to(dtype)
+        A, expected = (advantages(script, r, k, estimator) for r in (rewards, rewards.double()))
+        assert A.dtype == (dtype if dtype.is_floating_point else torch.float32)
+        torch.testing.assert_close(A.double(), expected, rtol=rtol, atol=rtol * rewards.double().max().item())
 
 
 @scripts
 @estimators
-@examples(40)
-@given(groups(lowest_vote=0), st.floats(-1e6, 1e6))
-@example((torch.zeros(1, 7, dtype=torch.int64), torch.zeros(1, 7), 1), 0.1)
-def test_equal_rewards_have_no_advantage(script, estimator, group, reward):
-    votes, rewards, k = group
-    A = advantages(script, votes, torch.full_like(rewards, reward), k, estimator)
-    if rewards.shape[1] == 1 and estimator != "biased":
-        assert (A == reward).all()  # no other sample, so no baseline
-    else:
-        assert (A == 0).all()
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_equal_rewards_have_no_advantage(script, estimator, n):
+    """Rounded, the mean of seven times .1 is not .1."""
+    for reward, k in itertools.product((0.1, 1 / 3, -1e6, 0.0), range(1, n + 1)):
+        A = advantages(script, torch.full((1, n), reward), k, estimator)
+        assert (A == (0 if n > 1 or estimator == "biased" else torch.tensor(reward))).all()  # alone: no baseline
 
 
 @scripts
-@estimators
-@examples(25)
-@given(groups(), st.randoms(use_true_random=False), st.sampled_from([-60, 60]), st.sampled_from([3, 2**63 - 1]))
-def test_advantages_follow_order_rows_and_scale_and_ignore_the_names_of_answers(
-    script, estimator, group, random, power, name
-):
-    votes, rewards, k = group
-    expected = advantages(script, votes, rewards, k, estimator)
-    order = random.sample(range(rewards.shape[1]), rewards.shape[1])
-    permuted = advantages(script, votes[:, order], rewards[:, order], k, estimator)
-    torch.testing.assert_close(permuted, expected[:, order], rtol=1e-12, atol=1e-12)
-    for b in range(len(rewards)):
-        alone = advantages(script, votes[b : b + 1], rewards[b : b + 1], k, estimator)
-        torch.testing.assert_close(alone, expected[b : b + 1], rtol=1e-12, atol=1e-12)
-    scaled = advantages(script, votes, rewards * 2.0**power, k, estimator)
-    torch.testing.assert_close(scaled, expected * 2.0**power, rtol=1e-12, atol=1e-12 * 2.0**power)
-    renamed = torch.where(votes < 0, votes, name - votes)
-    torch.testing.assert_close(advantages(script, renamed, rewards, k, estimator), expected, rtol=1e-12, atol=1e-12)
+def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script):
+    counted = REWARDS if script == "pass_at_k_pg" else REWARDS.masked_fill(VOTES < 0, 0)
+    mean = advantages(script, counted, 1, "mean")
+    torch.testing.assert_close(advantages(script, REWARDS, 1, "unbiased"), mean, rtol=1e-12, atol=1e-12)
+    assert (advantages(script, REWARDS, 1, "biased") == 0).all()
 
 
-def test_majority_rows_do_not_depend_on_the_magnitude_of_others():
-    votes, rewards = torch.tensor([[0, 0, 1, 1]] * 2), torch.tensor([[1e20, 1e20, 0, 0], [1, 1, 0, 0]])
-    together, alone = (majority_pg.advantages(votes[b:], rewards[b:], 4) for b in (0, 1))
-    assert torch.equal(together[1:], alone) and alone.abs().min() == 0.5
-
-
-@scripts
-@examples(40)
-@given(groups())
-def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script, group):
-    votes, rewards, _ = group
-    counted = rewards if script == "pass_at_k_pg" else rewards.masked_fill(votes < 0, 0)
-    mean = advantages(script, votes, counted, 1, "mean")
-    torch.testing.assert_close(advantages(script, votes, rewards, 1, "unbiased"), mean, rtol=1e-12, atol=1e-12)
-    assert (advantages(script, votes, rewards, 1, "biased") == 0).all()
-
-
-# --- Metrics and votes ---
-
-
-@examples(60)
-@given(groups(), st.sampled_from([torch.float64, torch.float32, torch.int64, torch.uint8]))
-def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(group, dtype):
-    votes, rewards, k = group
-    rewards = (rewards * 8).abs().to(dtype)
-    for metric in (
-        lambda r: common.pass_at_k(r, k), lambda r: common.best_of_k(r, r, k),
-        lambda r: majority_pg.majority_at_k(votes, r, k),
-    ):  # fmt: skip
-        assert metric(rewards).dtype == torch.float64 and torch.equal(metric(rewards), metric(rewards.double()))
-        assert (metric(rewards) >= -1e-12).all() and (metric(rewards) <= rewards.double().amax(-1) + 1e-12).all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.uint8])
+def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(dtype):
+    rewards = (REWARDS * 8).abs().to(dtype)
+    for metric in (common.pass_at_k, lambda r, k: common.best_of_k(r, r, k), partial(majority_pg.majority_at_k, VOTES)):
+        for k in (1, 3, 6):
+            found = metric(rewards, k)
+            assert found.dtype == torch.float64 and torch.equal(found, metric(rewards.double(), k))
 
 
 @examples(60)
 @given(st.integers(0, 6).flatmap(lambda n: st.lists(st.lists(st.none() | TEXTS, min_size=n, max_size=n), max_size=3)))
 @example([["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
-def test_votes_from_answers(answers):
+def test_equal_answers_vote_for_the_place_of_the_first(answers):
     votes = votes_from_answers(answers)
     assert votes.dtype == torch.int64 and votes.shape[0] == len(answers)
     for row, answer_row in zip(votes.tolist(), answers):
@@ -217,7 +166,7 @@ def test_number_is_plain_digits_or_none(response):
     number = arithmetic.number(response)
     parts = response.strip().split(",")
     if all(part.isascii() and part.isdigit() for part in parts):
-        assert number == ("0" * len(parts[-1]) + parts[-1]).lstrip("0") or number == "0" and not parts[-1].strip("0")
+        assert number == (parts[-1].lstrip("0") or "0")
     else:
         assert number is None
     verdict = arithmetic.verify([Problem("?", "24")], [[response, "024"]])
@@ -244,13 +193,6 @@ def test_an_extracted_answer_is_short_clean_text_of_the_response(response):
             assert (extract(response + "\n\nQuestion: 2+2?\nAnswer: \\boxed{4}\n#### 4") or "") == answer
         if not set(response) & set("kKM"):  # 3k is read as 3 thousand
             assert set(answer) <= {*math_task.in_plain_digits(response), *", "}  # boxes are joined by commas
-
-
-@examples(120)
-@given(TEXTS, st.integers(), TEXTS)
-def test_the_last_box_wins(before, number, after):
-    text = before + f"; \\boxed{{{number}}}" + after.replace("boxed", "")
-    assert (math_task.boxed(text) or "").split(", ")[-1] == str(number)
 
 
 @pytest.mark.parametrize("start, piece, end", [
@@ -282,14 +224,8 @@ def test_any_two_answers_are_compared(answer):
     assert not right and form in ("", math_task.plain_key(answer), f"text {math_task.text_key(answer)}")
 
 
-@examples(60)
-@given(st.decimals(-999, 999, places=2), st.integers(1, 99))
-def test_a_decimal_over_an_integer_is_a_number(top, bottom):
-    assert math_task.plain_key(f"{top}/{bottom}") == number_key(Fraction(top) / bottom)
-
-
 @examples(5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
-@given(ROWS)
+@given(st.lists(st.lists(RESPONSES, min_size=3, max_size=3), min_size=1, max_size=2))
 @example([[r"\boxed{1" + "a" * 900 + "!}", r"\boxed{1.5/3}", r"\boxed{2" + "a" * 900 + "!}"]])
 @example([["", "\0" * 10**6, "{" * 10**6]])
 @example([[r"\boxed{" + "9" * 1000 + "}", r"\boxed{" + "9" * 10**6 + "}", "#### " + "9" * 5000]])
@@ -304,32 +240,6 @@ def test_math_verdicts_on_any_responses(responses):
 
 
 # --- Programs ---
-
-
-@examples(50)
-@given(RESPONSES)
-@example("```\n" + "\n" * 10**6)
-@example("```\n" * 250_000)
-@example("```\n" + "x\n" * 500_000 + "```\n" + "y\n" * 500_000)
-def test_blocks_are_pieces_of_the_response_in_order(response):
-    start = 0
-    for _, block in code.blocks_of(response):
-        start = response.find(block.rstrip(), start)
-        assert start >= 0
-
-
-UNFENCED = TEXTS.map(lambda text: text.replace("`", "").replace("~", "").replace("'''", "").replace('"""', "") + "\n")
-
-
-@examples(100)
-@given(UNFENCED, UNFENCED, UNFENCED)
-def test_the_last_block_that_defines_the_function_is_taken(before, between, after):
-    wanted, other = "def wanted(): return 1\n", "```\ndef wanted(): return 2\n```\n"
-    for response in (
-        f"{before}{other}{after}```\n{wanted}```\n{between}```py\n{after}```\n",
-        f"{before}{other}{after}```python\n{wanted}",
-    ):
-        assert code.source_in(response, ["wanted"], "").endswith(wanted)
 
 
 @pytest.mark.parametrize("piece", [
@@ -390,6 +300,8 @@ CHILD = """
 import sys, time
 print('{"result": null, "failure": null}', flush=True)
 for line in sys.stdin:
+    if "die" in line:
+        sys.exit(1)
     ANSWER
 """
 SAY = "sys.stdout.write(%s); sys.stdout.flush()"
@@ -401,7 +313,7 @@ WHOLE = repr('{"result": 7, "failure": null}\n')
     ("time.sleep(.5); " + SAY % WHOLE, 7, None),  # of wall time, of which a crowded machine takes more
     (SAY % repr("{") + "; time.sleep(600)", None, "late"), ("time.sleep(600)", None, "late"),
     ("while True: " + SAY % repr("{") + "; time.sleep(.001)", None, "late"),
-    ("while True: " + SAY % "'{' * 9999", None, "dead workers"), ("sys.exit(1)", None, "dead workers"),
+    ("while True: " + SAY % "'{' * 9999", None, "dead workers"),
     (SAY % r"'{\n'", None, "dead workers"), (SAY % r"'[' * 10**6 + '\n'", None, "dead workers"),
 ])  # fmt: skip
 def test_no_answer_of_a_worker_hangs_its_parent_or_fills_it(tmp_path, monkeypatch, answer, result, failure):
@@ -410,25 +322,8 @@ def test_no_answer_of_a_worker_hangs_its_parent_or_fills_it(tmp_path, monkeypatc
     child.write_text(CHILD.replace("ANSWER", answer))
     monkeypatch.setattr(workers, "__file__", str(child))
     pool = workers.Workers("stand-in", limit_s=0.2, count=2)
-    assert pool.map([[]] * 2) == [(result, failure)] * 2
+    assert pool.map([["x"], ["die"], ["x"]]) == [(result, failure), (None, "dead workers"), (result, failure)]
     pool.close()
-
-
-# --- reasoning-gym ---
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="the reasoning-gym library is not installed")
-@examples(10)
-@given(st.lists(st.one_of(RESPONSES, TEXTS.map("<answer>{}</answer>".format)), min_size=3, max_size=3))
-def test_reasoning_gym_verdicts_on_any_responses(responses):
-    problem = reasoning_gym.problems_at("leg_counting", 0, [0])[0]
-    responses = [[*responses, f"<answer>{problem.answer}</answer>"]]
-    verdict = reasoning_gym.verify([problem], responses)
-    check_form(verdict, responses)
-    assert verdict.rewards[0, -1] == 1 and verdict.votes[0, -1] >= 0
-    for response, reward, vote in zip(responses[0], verdict.rewards[0].tolist(), verdict.votes[0].tolist()):
-        if reasoning_gym.answer_in(response) is None:
-            assert reward == 0 and vote == -1
 
 
 # --- Files ---
@@ -436,6 +331,13 @@ def test_reasoning_gym_verdicts_on_any_responses(responses):
 GOOD = [{"problem": "1+1?", "answer": "2", "level": "Level 5"}, {"problem": "שלום \u2028 2*3?", "answer": "6"},
         {"question": "3?", "answer": "#### 3", "solution": None}]  # fmt: skip
 LINES = [json.dumps(row, ensure_ascii=False) for row in GOOD]
+PARQUET = io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": None, **row} for row in GOOD]), PARQUET)
+FILES = {  # suffix -> ways to write these rows
+    ".jsonl": [(bom + end.join(LINES) + end).encode() for bom in ("", "\ufeff") for end in ("\n", "\r\n", "\n\n \n")],
+    ".json": [f"[{','.join(LINES)}]".encode()],
+    ".parquet": [PARQUET.getvalue()],
+}
 
 
 @pytest.fixture(scope="module")
@@ -458,13 +360,17 @@ def problems_or_refusal(task, path, contents):
     return problems
 
 
+def problems_of_table(folder, table, task="math"):
+    """`problems_or_refusal` of a Parquet file."""
+    pyarrow.parquet.write_table(table, folder / "table.parquet")
+    return problems_or_refusal(task, folder / "table.parquet", (folder / "table.parquet").read_bytes())
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 @examples(60)
 @given(contents=st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
                           TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
                           st.text("[]{}:,\"\\\n 019.eE-nul", max_size=60).map(str.encode)))  # fmt: skip
-@example(contents=b"")
-@example(contents=b"[1]")
 @example(contents=b'"problem, question, answer"')
 @example(contents=b"[" * 100_000)
 @example(contents=b'{"problem": ' * 100_000)
@@ -474,34 +380,22 @@ def test_files_of_any_bytes_are_refused(folder, suffix, contents):
     assert problems_or_refusal("math", folder / f"bytes{suffix}", contents) is None
 
 
-@examples(80)
-@given(st.data(), st.sampled_from(["\n", "\r\n", "\n\n \n"]), st.booleans())
-def test_a_torn_file_gives_whole_rows_or_a_refusal(folder, data, line_end, bom):
-    text = ("\ufeff" if bom else "") + line_end.join(LINES) + line_end
-    whole = problems_or_refusal("math", folder / "torn.jsonl", text.encode())
-    assert [problem.answer for problem in whole] == ["2", "6", "3"] and whole[0].level == 5
-    torn = text.encode()[: data.draw(st.integers(0, len(text.encode())))]
-    problems = problems_or_refusal("math", folder / "torn.jsonl", torn)
-    assert problems is None or problems == whole[: len(problems)]
-    last_line = torn.decode("utf-8-sig", "replace").rpartition("\n")[2].strip()
-    assert problems is None or last_line in ["", *LINES]
-    as_list = f"[{','.join(LINES)}]".encode()
-    assert problems_or_refusal("math", folder / "torn.json", as_list) == whole
-    assert problems_or_refusal("math", folder / "torn.json", as_list[: len(torn)][: len(as_list) - 1]) is None
-
-
+@pytest.mark.parametrize("suffix", FILES)
 @examples(60)
 @given(st.data())
-def test_a_torn_or_altered_parquet_file_gives_problems_or_a_refusal(folder, data):
-    table = pyarrow.Table.from_pylist([{"question": None, **row} for row in GOOD])
-    pyarrow.parquet.write_table(table, folder / "good.parquet")
-    contents = (folder / "good.parquet").read_bytes()
-    size = data.draw(st.integers(0, len(contents) - 1))
-    assert problems_or_refusal("math", folder / "torn.parquet", contents[:size]) is None
+def test_a_torn_or_altered_file_gives_whole_rows_or_a_refusal(folder, suffix, data):
+    contents = data.draw(st.sampled_from(FILES[suffix]))
+    whole = problems_or_refusal("math", folder / f"whole{suffix}", contents)
+    assert [problem.answer for problem in whole] == ["2", "6", "3"] and whole[0].level == 5
+    torn = contents[: data.draw(st.integers(0, len(contents) - 1))]
+    problems = problems_or_refusal("math", folder / f"torn{suffix}", torn)
+    if problems is not None:  # it was torn between lines
+        assert problems == whole[: len(problems)] and suffix == ".jsonl"
+        assert torn.decode("utf-8-sig").rpartition("\n")[2].strip() in ["", *LINES]
     altered = bytearray(contents)
     for place in data.draw(st.lists(st.integers(0, len(contents) - 1), min_size=1, max_size=3)):
         altered[place] ^= 1 << data.draw(st.integers(0, 7))
-    problems_or_refusal("math", folder / "altered.parquet", bytes(altered))
+    problems_or_refusal("math", folder / f"altered{suffix}", bytes(altered))
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS, st.just("9" * 5000))
@@ -512,15 +406,11 @@ COLUMNS = st.sampled_from(["problem", "question", "answer", "solution", "level"]
 @pytest.mark.parametrize("task", ["math", "gsm8k"])
 @examples(50)
 @given(changes=st.lists(st.dictionaries(COLUMNS | TEXTS, VALUES, max_size=4), max_size=3), whole=st.booleans())
-@example(changes=[{"problem": None}], whole=True)
-@example(changes=[{"problem": "\ud800"}], whole=True)
 @example(changes=[{"level": "9" * 5000}], whole=True)
 @example(changes=[{"answer": "1.5/3"}], whole=True)
-@example(changes=[{"answer": "9" * 5000}], whole=True)
 @example(changes=[{"answer": "1" + "a" * 900 + "!"}], whole=True)
 @example(changes=[{"answer": "<" * 10**6 + "#### 1"}], whole=True)
 @example(changes=[{"solution": r"\boxed{" * 10_000 + "}" * 10_000, "answer": None}], whole=True)
-@example(changes=[{"a\nb": 1}], whole=False)
 @example(changes=[{"x" * 10**5: 1}], whole=False)
 def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, changes, whole):
     """`whole`: changes to good rows, else rows with nothing but the changes."""
@@ -533,32 +423,25 @@ def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, change
         assert all(len(problem.answer) <= math_task.MAX_ANSWER_CHARS for problem in problems)
 
 
-TABLES = {
+TABLES = {  # what a JSON file cannot hold
     "no columns": pyarrow.table({}),
     "no rows": pyarrow.table({"problem": pyarrow.array([], pyarrow.string())}),
-    "nulls": pyarrow.table({"problem": pyarrow.nulls(2), "answer": pyarrow.nulls(2)}),
-    "a missing column": pyarrow.table({"problem": ["a"], "result": ["1"]}),
     "bytes": pyarrow.table({"problem": [b"\xff"], "answer": [b"1"]}),
-    "nested values": pyarrow.table({"problem": [{"a": [1]}], "answer": [[1]]}),
     "not UTF-8": pyarrow.table({"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]}),
     "the year 148000": pyarrow.table({"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]}),
-    "a line break in a name": pyarrow.table({"prob\nlem": ["a"], "answer": ["1"]}),
 }
 
 
 @pytest.mark.parametrize("what", TABLES)
 def test_parquet_tables_of_the_wrong_form_are_refused(folder, what):
-    pyarrow.parquet.write_table(TABLES[what], folder / "table.parquet")
-    assert problems_or_refusal("math", folder / "table.parquet", (folder / "table.parquet").read_bytes()) is None
+    assert problems_of_table(folder, TABLES[what]) is None
 
 
 def test_parquet_numbers_and_duplicate_columns_are_read_and_huge_texts_are_whole(folder):
     columns = [pyarrow.array(["a" * 10**6]), pyarrow.array([2.5]), pyarrow.array(["b"])]
-    pyarrow.parquet.write_table(pyarrow.table(columns, ["problem", "answer", "extra"]), folder / "numbers.parquet")
-    contents = (folder / "numbers.parquet").read_bytes()
-    assert problems_or_refusal("gsm8k", folder / "numbers.parquet", contents) == [Problem("a" * 10**6, "2.5")]
-    pyarrow.parquet.write_table(pyarrow.table(columns, ["problem", "answer", "problem"]), folder / "twice.parquet")
-    assert len(problems_or_refusal("math", folder / "twice.parquet", (folder / "twice.parquet").read_bytes())) == 1
+    table = pyarrow.table(columns, ["problem", "answer", "extra"])
+    assert problems_of_table(folder, table, "gsm8k") == [Problem("a" * 10**6, "2.5")]
+    assert len(problems_of_table(folder, pyarrow.table(columns, ["problem", "answer", "problem"]))) == 1
 
 
 JSON_TEXTS = st.sampled_from(["[]", "{}", "null", "[1]", '{"inputs": 5}', '{"inputs": [1], "outputs": [null]}',
@@ -580,12 +463,10 @@ def test_code_rows_with_a_field_of_any_value_give_problems_or_a_refusal(folder, 
 
 
 @pytest.mark.parametrize("name, changes", [
-    *(("mbpp", change) for change in ({"code": None}, {"text": None}, {"test_list": []})),
-    *(("humaneval", change) for change in ({"prompt": ""}, {"prompt": "\ud800"}, {"canonical_solution": None})),
-    *(("code_contests", change) for change in ({"description": None}, {"public_tests": "x"})),
-    ("code_contests", {"public_tests": {"input": [1], "output": [2]}}),
-    *(("taco", change) for change in ({"input_output": "[1]"}, {"question": None}, {"solutions": [1]})),
-    *((name, None) for name in ("humaneval", "mbpp", "code_contests", "taco")),  # a row of another schema
+    ("mbpp", {"code": None}), ("mbpp", {"test_list": []}), ("humaneval", {"prompt": ""}),
+    ("humaneval", {"prompt": "\ud800"}), ("code_contests", {"public_tests": "x"}),
+    ("code_contests", {"public_tests": {"input": [1], "output": [2]}}), ("taco", {"input_output": "[1]"}),
+    ("humaneval", None), ("mbpp", None), ("code_contests", None), ("taco", None),  # a row of another schema
 ])  # fmt: skip
 def test_code_rows_that_cannot_be_problems_are_refused(folder, name, changes):
     row = {**dict(CODE_ROWS[:5])[name], **changes} if changes else {"question": 7, "answer": "7"}

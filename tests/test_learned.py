@@ -73,6 +73,7 @@ def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
     torch.testing.assert_close(small.score(["7", "8888"], [digits, digits]), scores, rtol=1e-4, atol=1e-5)
     twice = verifier.score(["7"], [["3", "12", "3"]])
     assert twice[0, 0] == twice[0, 2] != twice[0, 1]  # equal responses tie to the bit
+    assert verifier.score(["7"], [["", "\0\u202e", "9" * 10_000, "é" * 50]]).isfinite().all()
 
 
 def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, monkeypatch):
@@ -119,12 +120,6 @@ def test_a_composite_verifier_without_a_filler_token_does_not_read_filler(tmp_pa
     torch.testing.assert_close(both[:, :1], verifier.score(["7"], [["4"]]), rtol=1e-4, atol=1e-5)
 
 
-def test_hostile_responses_are_scored(parity):
-    verifier, _ = parity
-    scores = verifier.score(["7"], [["", "\0\u202e", "9" * 10_000, "é" * 50]])
-    assert scores.isfinite().all()
-
-
 def test_with_scores_fills_the_verdicts(parity):
     verifier, digits = parity
     rewards = torch.zeros(1, 10)
@@ -141,7 +136,7 @@ def test_training_needs_problems_with_both_outcomes():
             learned.trained_verifier("unused", task_of([]), [Problem("1", "")], [["1", "2"]], rewards)
 
 
-def test_auc():
+def test_auc_counts_ties_one_half():
     assert learned.auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0.0, 0, 1, 1])) == 0.75
     assert learned.auc(torch.tensor([1.0, 1, 1, 0]), torch.tensor([1.0, 0, 0, 1])) == 0.25  # ties count one half
     assert learned.auc(torch.ones(2), torch.ones(2)) != learned.auc(torch.ones(2), torch.ones(2))  # nan

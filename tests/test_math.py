@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sandbox import gone, linux
 
 from verifiers import BadInput, Problem, load_task
 from verifiers import math_tasks as math_task
@@ -29,45 +30,11 @@ def rewards_and_votes(gold, answers):
     return verdict.rewards[0].tolist(), verdict.votes[0].tolist()
 
 
-def is_right(gold, answer):
-    return rewards_and_votes(gold, [answer])[0] == [1.0]
-
-
-# --- Extraction ---
-
-
-@pytest.mark.parametrize("response, answer", [
-    (r"so \boxed{12}.", "12"), (r"\boxed{1}, no: \boxed{2}", "2"),
-    (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\boxed{5}}", "5"), (r"\fbox{6}", "6"), (r"\boxed 7$", "7"),
-    (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "-2, 1"), (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$", "1, 2, 3"),
-    (r"\boxed{4} then cut off \boxed{5", "4"), (r"\boxed{} and the answer is 8", "8"), (r"}}}{ \boxed{9}", "9"),
-    ("#### 10\nThe answer is 11", "10"), (r"The answer is $\frac12$. I hope it is correct.", r"\frac12"),
-    ("The answer is 3.5. Then 7.", "3.5"), ("**Answer:** 4", "4"), ("The answer is 5 which is odd.", "5 which is odd"),
-    ("Final Answer: The volume of $ABCD$ is 120. I hope it is correct.", "120"), ("Answer:\n$$\n9\n$$", "9"),
-    (r"Thus \(x = 2\) and \[y = 3\]", "y = 3"), (r"Thus the value of $x$ is 5.", "5"),
-    (r"This makes \frac{10}{9}", r"\frac{10}{9}"), ("\\boxed{1}\n\nQuestion: 1+1?\nAnswer: \\boxed{2}", "1"),
-    (r"\boxed{1}" + " hm" * 5000, None), ("no idea", None), ("", None), ("\\boxed{" + "9" * 1001 + "}", None),
-])  # fmt: skip
-def test_math_answer(response, answer):
-    assert math_answer(response) == answer
-
-
-@pytest.mark.parametrize("response, answer", [
-    ("6 * 7 = 42\n#### 42", "42"), ("#### 42 apples, not 43", "42"), ("#### $1,234.50", "1,234.50"),
-    ("#### 3 + 4 = 7", "7"), ("#### none. The answer is 5.", "5"), (r"\boxed{18\text{ dollars}} of 20", "18"),
-    (r"\boxed{\frac{1}{2}} of 20", r"\frac{1}{2}"), ("The answer is -$18 now", "-18"),
-    ("The answer is 5, which is 3 more.", "5"), ("The answer is \N{MINUS SIGN}3", "-3"), ("It takes 10-3 days", "3"),
-    ("x2 and y3", None), ("#### 5\n\nQuestion: 1+1?\nAnswer:\n#### 2", "5"), ("no idea", None), ("9" * 10**6, None),
-])  # fmt: skip
-def test_gsm8k_answer(response, answer):
-    assert gsm8k_answer(response) == answer
-
-
 # --- Comparison ---
 
 EQUAL = [
     ["1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", ".5", "50/100", r"\frac{2}{4}"],
+    ["5", "x = 5", "y = 5"],
     ["18", r"\$18", "18 dollars", r"18\text{ dollars}", "18.0", "x = 18", r"18\%", "18 percent", r"18^\circ"],
     ["C", "(C)", r"\text{(C)}", r"\textbf{C}"],
     ["1000", "1,000", "1{,}000", "1000.0", "10^3"],
@@ -78,22 +45,29 @@ EQUAL = [
     [r"\{1,2\}", "2, 1"],
     ["(1, 2)", r"(1, \frac42)"],
     ["x < 3", "3 > x"],
-    ["12:00"],
-    ["12:30"],
-    ["0"],
-    ["0.0000001"],
-    ["0.0000002"],
-    ["(2, 1)"],
-    [r"\infty"],
-    [r"-\infty"],
-    ["0.333"],
     [r"\text{no solution}", "no solution"],
+    *([other] for other in ("12:00", "12:30", "0", "0.0000001", "0.0000002", "(2, 1)", r"\infty", r"-\infty", "0.333")),
 ]
+ANSWERS = [form for forms in EQUAL for form in forms]
 
 
-def test_equal_answers_are_right():
+def test_equal_answers_are_right_and_vote_together_where_they_are_wrong():
     for forms in EQUAL:
         assert rewards_and_votes(forms[0], forms)[0] == [1.0] * len(forms)
+    assert rewards_and_votes("777", ANSWERS)[1] == [ANSWERS.index(forms[0]) for forms in EQUAL for _ in forms]
+
+
+@pytest.mark.parametrize("gold", ["1/2", "x = 5", "5", r"\{1,2\}", "777"])
+def test_votes_do_not_depend_on_order_or_company_and_decide_the_reward(gold):
+    answers = [*ANSWERS, ""]
+    rewards, votes = rewards_and_votes(gold, answers)
+    assert all(x == y for x, v in zip(rewards, votes) for y, w in zip(rewards, votes) if v == w)
+    for count in (8, 8, len(answers), len(answers)):
+        some = random.Random(count).sample(range(len(answers)), count)
+        found = rewards_and_votes(gold, [answers[i] for i in some])
+        assert found[0] == [rewards[i] for i in some]
+        together = [[v == w >= 0 for v in found[1]] for w in found[1]]
+        assert together == [[votes[i] == votes[j] >= 0 for i in some] for j in some]
 
 
 # gold answer, right responses, wrong ones, the prompt where it matters
@@ -105,35 +79,33 @@ BOXED = [
      [r"x<-2 \text{ and } x>3", "x<-2, y>2"]),
     (r"864 \mbox{ inches}^2", [], [r"864 \mbox{ inches}^3"]), (r"12\frac{3}{5}", ["12 3/5"], []),
     ("5", ["5m", "5 cm", "5cm", r"5\text{ cm}^2", "5 cm^2", "x=5", "5=x", "5 km/h"],
-     ["5abc", "5 ab", "5t", "5 t", "18 dollars", "x^2+y^2=5", "5 million"]),
+     ["5abc", "5t", "18 dollars", "x^2+y^2=5", "5 million"]),
     ("3pqr", [], ["3"]), (r"0.\bar{3}", [], [r"0.\bar{4}"]),
     ("5", [], ["5m"], "Let $m$ be an integer. How large is it?"),
     ("1", [], [r"\dbinom{n}{n}"], r"What is $\dbinom{n}{n}$ for any positive integer $n$?"),
-    ("5", ["a^2+b^2=5"], [], "What is $a^2 + b^2$?"), ("5t", [], ["5"]), ("5ab", [], ["5"]),
-    ("18", ["18 dollars", "18dollars"], ["180", "-18"]), (r"2\pi r h", [r"2\pi r h"], [r"2\pi r"]),
-    (r"12.5\%", ["12.5", "0.125"], [r"0.125\%", "1.25"]), ("12.5", [r"12.5\%"], []), ("0.125", [r"12.5\%"], []),
-    (r"0.\overline{27}", [r"\frac{3}{11}", r"\frac{27}{99}"], ["0"]),
+    ("5", ["a^2+b^2=5"], [], "What is $a^2 + b^2$?"), ("18", ["18 dollars"], ["180", "-18"]),
+    (r"2\pi r h", [r"2\pi r h"], [r"2\pi r"]), (r"12.5\%", ["12.5", "0.125"], [r"0.125\%", "1.25"]),
+    ("12.5", [r"12.5\%"], []), ("0.125", [r"12.5\%"], []), (r"0.\overline{27}", [r"\frac{3}{11}"], ["0"]),
     (r"\frac16", ["0.1666...", r"0.1\overline{6}", r"0.1\bar6"], []), (r"\frac13", ["0.(3)"], []),
     (r"0.\overline{3}", [], ["0.3"]), (r"\frac{1}{7}", [r"0.\overline{142857}", r"0.\dot{1}4285\dot{7}"], []),
     (r"x+\frac13", [r"x+0.\overline{3}"], []), ("1", ["0.999...", r"0.\dot{9}"], ["2 1/2"]),
     ("2516_8", ["2516", "2516_{8}", "(2516)_8"], ["2516_9", r"2516_{\text{9}}"]), ("2516", ["2516_8"], []),
-    ("A_1", [], ["A_2"]), ("11", [], ["5 6"]), ("56", [], ["5 6"]), ("19", [], [r"10\;9"]), ("5 6", ["5 6"], []),
-    ("1.6e-19", [], ["0.0"]), (r"1.6\times10^{-19}", ["1.6e-19"], ["0", r"3.2\times10^{-19}"]),
+    ("A_1", [], ["A_2"]), ("11", [], ["5 6"]), ("19", [], [r"10\;9"]), ("5 6", ["5 6"], []), ("1.6e-19", [], ["0.0"]),
+    (r"1.6\times10^{-19}", ["1.6e-19"], ["0", r"3.2\times10^{-19}"]),
     ("2^{-30}", [r"\frac{1}{1073741824}", r"\frac{1}{2^{30}}"], ["0.0", "0"]), ("0", ["0.0"], ["2^{-30}"]),
-    ("10^{-8}", [], [r"2\cdot 10^{-8}"]), ("1000", ["1e3"], []), ("1024", ["2^{10}=1024"], []), ("7", ["x+y=7"], []),
+    ("10^{-8}", [], [r"2\cdot 10^{-8}"]), ("1000", ["1e3"], []), ("1024", ["2^{10}=1024"], []),
     (r"(-\infty,3)", ["x<3"], [r"x\le 3"]), (r"(-\infty,3]", [r"x\le 3"], []), ("x<3", [r"(-\infty,3)"], []),
     ("3", [], ["x<3", r"\ge 3", "3pqr"]), (r"\le 3", [r"\leq 3"], []),
     ("[2,5)", [r"2\le x<5", r"x\ge2 \text{ and } x<5"], [r"2\le x\le5", r"x\ge2 \text{ or } x<5"]),
-    (r"1\pm\sqrt2", [r"\frac{2\pm\sqrt8}{2}", r"1+\sqrt2, 1-\sqrt2"], [r"1+\sqrt2"]),
-    ("x^2", ["x²"], ["2x"]), ("-2", ["\N{EN DASH}2"], []), (r"\infty", ["∞"], []), ("0.001", ["10^-3", "10⁻³"], []),
+    (r"1\pm\sqrt2", [r"\frac{2\pm\sqrt8}{2}", r"1+\sqrt2, 1-\sqrt2"], [r"1+\sqrt2"]), ("x^2", ["x²"], ["2x"]),
+    ("-2", ["\N{EN DASH}2"], []), (r"\infty", ["∞"], []), ("0.001", ["10^-3", "10⁻³"], []),
     (r"\ln 2", [r"\log_e 2"], []), ("2", [], [r"\log_e 2"]), (r"\emptyset", [r"\varnothing"], []),
-    ("3", [r"\log_2 8", "3rd"], [r"\log_2 9", "3 8"]),
-    ("10901", [r"10\,901", "10~901", "10 901"], []), ("911", [], [r"10\,901"]), ("(100,200)", [r"(100,\,200)"], []),
-    ("1,2", [r"1,\,2"], []), ("100200", [], [r"(100,\,200)"]), ("12345.5", [r"12\,345.5"], []),
-    ("12345", [r"\$12{,}345"], []), ("2.5", ["2 1/2", r"2\frac12"], []), (r"\frac{5}{2}", ["2\xbd"], []),
-    ("-2.5", [r"-2\frac12"], []), ("-1.5", [], [r"-2\frac12"]), (r"\frac12", ["\xbd"], []),
-    ("C", [], ["(B) 12", "(D)"]), ("12", [r"\textbf{(B)}\ 12", r"(\text{B})\ 12"], []),
-    ("B", [r"\textbf{(B)}\ 12", "B. 12", "B)", r"\text{Option B}"], ["(B) or (C)"]), ("13", [], [r"\textbf{(B)}\ 12"]),
+    ("3", [r"\log_2 8", "3rd"], [r"\log_2 9", "3 8"]), ("10901", [r"10\,901", "10~901", "10 901"], []),
+    ("(100,200)", [r"(100,\,200)"], []), ("1,2", [r"1,\,2"], []), ("100200", [], [r"(100,\,200)"]),
+    ("12345.5", [r"12\,345.5"], []), ("12345", [r"\$12{,}345"], []), ("2.5", ["2 1/2", r"2\frac12"], []),
+    (r"\frac{5}{2}", ["2\xbd"], []), ("-2.5", [r"-2\frac12"], []), ("-1.5", [], [r"-2\frac12"]),
+    (r"\frac12", ["\xbd"], []), ("C", [], ["(B) 12", "(D)"]), ("12", [r"\textbf{(B)}\ 12", r"(\text{B})\ 12"], []),
+    ("B", [r"\textbf{(B)}\ 12", "B. 12", "B)", r"\text{Option B}"], ["(B) or (C)"]),
     ("5000", ["5000", r"500 \cdot 10"], ["255^2 - 245^2", "255^{2}-245^{2}", "(255^2-245^2)"],
      "What is the value of $255^2 - 245^2$?"),
     ("10", [], [r"\binom{5}{2}"], r"Compute $\dbinom{5}{2}$."), ("12", [], [r"3\cdot4"], r"Compute $3 \times 4$."),
@@ -148,118 +120,97 @@ BOXED = [
      r"\begin{pmatrix}1\\[0.5em]2\end{pmatrix}", r"\begin{pmatrix}1\\*[4pt]2\end{pmatrix}",
      r"\begin{pmatrix}1\\[\smallskipamount]2\end{pmatrix}", r"\begin{pmatrix}1\cr 2\end{pmatrix}"],
      [r"\begin{pmatrix}1\\ [4pt] 3\end{pmatrix}"]),
-    (r"144\mbox{ m}^3", [r"144\text{ m}^3", "144", "144 m^3"], ["144 cm^2"]),
-    ("5 cm^2", ["5 cm^{2}"], ["5 cm^3"]), ("20", ["20 mph"], []),
+    (r"144\mbox{ m}^3", [r"144\text{ m}^3", "144", "144 m^3"], ["144 cm^2"]), ("5 cm^2", ["5 cm^{2}"], ["5 cm^3"]),
     ("4 + 2i", ["4+2i"], []), ("2i", ["2i"], ["2"]), (r"3 \text{ or } 4", ["4,3"], []),
     ("5n", ["5n", r"n\cdot 5"], ["5"]), ("5 million", ["5000000"], []), ("5{,}000{,}000", ["5 million"], []),
-    ("1/3", [], ["0.333"]), ("(1,2)", [], ["(2,1)"]), ("2", [], [""]), ("32349", [], ["32, 349"]),
-    ("12:00", [], ["12:30"]),
+    ("2", [], [""]), ("32349", [], ["32, 349"]), ("11", ["2x + z = 11"], []), ("2x + z = 11", [], ["11"]),
+    ("0.5", ["1.5/3"], []),
 ]  # fmt: skip
-STATED = [
+
+
+def misjudged(cases, answer_in):
+    """Those of some cases (gold answer, response, expected reward, the prompt where it matters) judged otherwise."""
+    problems = [Problem(*prompt or ["How much is it?"], gold) for gold, _, _, *prompt in cases]
+    verdict = verify(problems, [[response] for _, response, *_ in cases], answer_in)
+    assert verdict.counts == {}
+    return [case for case, reward in zip(cases, verdict.rewards) if reward != case[2]]
+
+
+def test_verdicts_of_reported_kinds():
+    cases = [
+        (gold, rf"\boxed{{{answer}}}", expected, *prompt)
+        for gold, right, wrong, *prompt in BOXED
+        for answers, expected in ((right, 1), (wrong, 0))
+        for answer in answers
+    ]
+    assert misjudged(cases, math_answer) == [] and len(cases) > 100
+    of_gsm8k = [("2", "#### 2 dozen", 1, "How many dozen eggs?"), ("6", r"\boxed{5 \to 6}", 0)]
+    assert misjudged(of_gsm8k, gsm8k_answer) == []
+
+
+# --- The answer in a response ---
+
+MATH = [  # the answer, and responses that give it
+    ("12", [
+        r"so \boxed{12}.", r"\boxed{1}, no: \boxed{12}", r"\boxed{\boxed{12}}", r"\fbox{12}", r"\boxed 12$",
+        r"\boxed{12} then cut off \boxed{5", r"\boxed{} and the answer is 12", r"}}}{ \boxed{12}",
+        r"\boxed{12}. I used \boxed as asked.", r"\boxed{12} is put in \boxed form",
+        "\\boxed{12}\n\nQuestion: 1+1?\nAnswer: \\boxed{2}", "#### 12\nThe answer is 11", "The answer is 12. Then 7.",
+        "**Answer:** 12", "Answer:\n$$\n12\n$$", "The answer is 12, which is even.", "Thus the value of $x$ is 12.",
+        "Final Answer: The volume of $ABCD$ is 12. I hope it is correct.", "Final Answer: There are 12 ways.",
+        "The answer is that there are 12 ways.", "The final answer is: It takes 12 minutes.",
+        "The answer is 12, since 3 * 4 = 12.", "The answer is therefore 12.",
+    ]),
+    (r"\frac12", [r"The answer is $\frac12$. I hope it is correct.", r"This makes \frac{1}{2}"]),
+    (r"\frac{1}{\sqrt{2}}", [r"\boxed{\frac{1}{\sqrt{2}}}"]), (r"\{1, 2\}", [r"\boxed{\{1, 2\}}"]),
+    ("y = 3", [r"Thus \(x = 2\) and \[y = 3\]", r"$x=\boxed{1}$ so $y=\boxed{3}$"]),
     ("1,2", ["The answers are 1 and 2.", "The solutions are $x=1$ and $x=2$.", r"$x=\boxed{1}$ and $x=\boxed{2}$",
              r"\boxed{1} or \boxed{2}", r"\boxed{1},\ \boxed{2}", r"\boxed{1}; \boxed{2}",
-             "The solutions are $1$ or $2$.", "The answers are $x=1$, $x=2$."], []),
-    ("1,2,3", ["The answer is $1$, $2$, and $3$."], []),
-    ("B", ["The answer is (B).", "The answer is (B) 12", "The answer is option B."], []),
-    ("12", ["Final Answer: There are 12 ways.", "The answer is that there are 12 ways.",
-            "The final answer is: It takes 12 minutes.", "The answer is 12, since 3 * 4 = 12.",
-            "The answer is therefore 12.", r"\boxed{12}. I used \boxed as asked.",
-            r"\boxed{12} is put in \boxed form"],
-     ["The answer: There are 12 million ways."]),
-    ("13", [], ["Final Answer: There are 12 ways."]), ("3", [], ["The answer: There are 3 boxes of 4 apples."]),
-    ("2", [r"$x=\boxed{1}$ so $y=\boxed{2}$"], [r"\boxed{1} or \boxed{2}"]), ("7", [r"\boxed 7"], []),
-    ("4", ["We have $a=3$ and $b=4$."], []), ("5", ["The roots are $2$ and $3$, so the sum is $5$."], []),
+             "The solutions are $1$ or $2$.", "The answers are $x=1$, $x=2$.",
+             r"\boxed{1} \quad \text{and} \quad \boxed{2}"]),
+    ("1,2,3", ["The answer is $1$, $2$, and $3$.", r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$"]),
+    ("B", ["The answer is (B).", "The answer is (B) 12", "The answer is option B."]),
+    ("12000000", ["The answer: There are 12 million ways."]),
+    ("4", ["We have $a=3$ and $b=4$."]), ("5", ["The roots are $2$ and $3$, so the sum is $5$."]),
 ]  # fmt: skip
 GSM8K = [
-    ("42", ["#### 6 * 7 = 42 (checked: 42 / 7 = 6)", "#### She has 3 boxes of 14, that is 42", "#### 42 = 6 * 7",
-            "#### 42 apples, not 43", "#### She has 42.", "#### 42 [6 x 7]"], [r"\boxed{42 or 43}"]),
-    ("5", ["#### 5, which is 3 more"], ["#### 5, 6, 7", "#### 5-6", "#### between 5 and 6", "#### 5\xbd",
-                                        "#### 5 or 6", "#### 5 to 6", "#### 5 + 6", "#### 5 apples and 6 pears",
-                                        "#### 5 (or 6)", "#### x > 5"]),
-    ("2", [], ["#### 2 hours 30 minutes", "#### 2 dozen", "#### 2^3", "#### 2 and a half", "#### 2 and a quarter"]),
-    ("1.5", [], [r"\boxed{1.5\text{ million}}"]),
-    ("1500000", [r"\boxed{1.5\text{ million}}", "#### $1.5 million dollars"], []),
-    ("1000000", ["#### 1 000 000", "#### $1M"], []),
-    ("1234", [r"\[ 1000 + 234 = 1\,234 \]", "The total is 1{,}234 dollars"], []),
-    ("4200", [r"\boxed{4\,200}", "#### 4\u202f200"], []), ("0.5", ["#### \xbd", "#### 1/2"], []),
-    ("1000", ["#### 1e3", "#### 1 × 10³"], []), ("1", [], ["#### 1e3", "#### 1 M"]),
-    ("2.5", ["#### 2 1/2", "#### 2\xbd cups", "#### 2 and 1/2"], []),
-    ("24", ["#### 2 dozen", "#### 24, i.e. 2 dozen"], []), ("2", ["#### 2 dozen"], [], "How many dozen eggs?"),
-    ("6", [], ["#### 42 = 6 * 7", "#### 5 or 6", r"\boxed{5 \to 6}"]), ("10", ["#### 10:00 AM"], ["#### 10 - 3"]),
-    ("7", [], ["#### 10 - 3"]), ("3", ["#### 3/1"], ["#### 10 - 3", "#### 4 * 3"]),
-    ("18", ["#### 18 m^2", "#### $18.00 per day", "The answer is 18 dollars for 2 days."], []),
-    ("1500", ["#### 1.5k"], []), ("300", ["#### 3 hundred"], []),
-    ("12", ["#### 12 is the sum", "#### 4 * 3 = $12"], []), ("9500", [r"\$9{,}500"], []),
-    ("8", ["#### 2^3"], []), ("0.001", ["#### 10^{-3}"], []), ("9", ["#### 3 x 3 = 9"], []), ("50", ["#### 50%"], []),
-    ("25", ["#### 10 * 2 = 20 + 5 = 25"], []), ("-3", ["#### -3", "#### - 3"], []), ("1234567", ["#### 1,234,567"], []),
-    ("11", [], ["The answer is obtained by adding 5 and 6. So 11"]),
+    ("42", ["6 * 7 = 42\n#### 42", "#### 6 * 7 = 42 (checked: 42 / 7 = 6)", "#### She has 3 boxes of 14, that is 42",
+            "#### 42 = 6 * 7", "#### 42 apples, not 43", "#### She has 42.", "#### 42 [6 x 7]",
+            "#### 42\n\nQuestion: 1+1?\nAnswer:\n#### 2"]),
+    ("5", ["#### 5, which is 3 more", "#### none. The answer is 5."]), ("5.5", ["#### 5\xbd"]),
+    ("2.5", ["#### 2 1/2", "#### 2\xbd cups", "#### 2 and 1/2", "#### 2 and a half"]),
+    ("1500000", [r"\boxed{1.5\text{ million}}", "#### $1.5 million dollars"]),
+    ("1000000", ["#### 1 000 000", "#### $1M"]), ("1234567", ["#### 1,234,567"]),
+    ("1234", [r"\[ 1000 + 234 = 1\,234 \]", "The total is 1{,}234 dollars"]), ("1234.5", ["#### $1,234.50"]),
+    ("4200", [r"\boxed{4\,200}", "#### 4\u202f200"]),
+    ("0.5", ["#### \xbd", "#### 1/2", r"\boxed{\frac{1}{2}} of 20"]),
+    ("1000", ["#### 1e3", "#### 1 × 10³"]), ("24", ["#### 2 dozen", "#### 24, i.e. 2 dozen"]),
+    ("18", ["#### 18 m^2", "#### $18.00 per day", "The answer is 18 dollars for 2 days.",
+            r"\boxed{18\text{ dollars}} of 20"]), ("10", ["#### 10:00 AM"]),
+    ("1500", ["#### 1.5k"]), ("300", ["#### 3 hundred"]), ("12", ["#### 12 is the sum", "#### 4 * 3 = $12"]),
+    ("9500", [r"\$9{,}500"]), ("8", ["#### 2^3"]), ("0.001", ["#### 10^{-3}"]), ("9", ["#### 3 x 3 = 9"]),
+    ("50", ["#### 50%"]), ("25", ["#### 10 * 2 = 20 + 5 = 25"]), ("3", ["#### 3/1", "It takes 10-3 days"]),
+    ("-3", ["#### -3", "#### - 3", "The answer is -$3 now", "The answer is \N{MINUS SIGN}3"]),
 ]  # fmt: skip
+NO_ANSWER = {
+    math_answer: ["no idea", "", r"\boxed{1}" + " hm" * 5000, r"\boxed{" + "9" * 1001 + "}"],
+    gsm8k_answer: ["no idea", "x2 and y3", "9" * 10**6, "#### 5, 6, 7", "#### 5-6", "#### between 5 and 6",
+                   "#### 5 or 6", "#### 5 to 6", "#### 5 + 6", "#### 5 apples and 6 pears", "#### 5 (or 6)",
+                   "#### x > 5", "#### 10 - 3", "#### 4 * 3", "#### 2 hours 30 minutes", r"\boxed{42 or 43}",
+                   "The answer is obtained by adding 5 and 6. So 11"],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("answer_in, rows, form", [
-    (math_answer, BOXED, r"\boxed{%s}"), (math_answer, STATED, "%s"), (gsm8k_answer, GSM8K, "%s"),
-], ids=["boxed", "stated", "gsm8k"])  # fmt: skip
-def test_verdicts_of_reported_kinds(answer_in, rows, form):
-    cases = [
-        (Problem(prompt[0] if prompt else "How much is it?", gold), form % response, expected)
-        for gold, right, wrong, *prompt in rows
-        for responses, expected in ((right, 1), (wrong, 0))
-        for response in responses
-    ]
-    verdict = verify([problem for problem, *_ in cases], [[response] for _, response, _ in cases], answer_in)
-    misjudged = [case for case, reward in zip(cases, verdict.rewards) if reward != case[2]]
-    assert misjudged == [] and verdict.counts == {} and len(cases) > 20
+@pytest.mark.parametrize("answer_in, rows", [(math_answer, MATH), (gsm8k_answer, GSM8K)], ids=["math", "gsm8k"])
+def test_the_answer_of_a_response(answer_in, rows):
+    assert misjudged([(gold, response, 1) for gold, responses in rows for response in responses], answer_in) == []
+    assert [answer for answer in map(answer_in, NO_ANSWER[answer_in]) if answer is not None] == []
 
 
 def test_an_echo_and_other_formulas_of_equal_value_vote_apart_from_the_gold_answer():
     problem, answers = Problem("What is $14.6+2.15$?", "16.75"), ["16.75", "14.6+2.15", "14.6 + 2.15", "67/4", "17"]
     verdict = verify([problem], [[rf"\boxed{{{answer}}}" for answer in answers]], math_answer)
     assert verdict.rewards.tolist() == [[1, 0, 0, 1, 0]] and verdict.votes[0, [0, 1, 3, 4]].tolist() == [0, 1, 0, 4]
-
-
-def test_gold_comes_first():
-    """math-verify unwraps the prediction's equation to what the gold answer is, not the other way round."""
-    assert is_right("11", "2x + z = 11") and not is_right("2x + z = 11", "11")
-
-
-def test_equal_wrong_answers_vote_together_and_unequal_ones_do_not():
-    answers = [form for forms in EQUAL for form in forms]
-    votes = rewards_and_votes("777", answers)[1]
-    classes = [votes[answers.index(forms[0])] for forms in EQUAL]
-    assert votes == [vote for vote, forms in zip(classes, EQUAL) for _ in forms]
-    assert len(set(classes)) == len(EQUAL) and min(classes) >= 0
-
-
-def partition(votes, order):
-    """The sets of original positions that vote alike; those without a vote are left out."""
-    classes = {}
-    for place, vote in zip(order, votes):
-        classes.setdefault(vote, set()).add(place)
-    return sorted(map(sorted, (members for vote, members in classes.items() if vote >= 0)))
-
-
-@pytest.mark.parametrize("gold", ["1/2", "x = 5", "5", r"\{1,2\}", "777"])
-def test_votes_do_not_depend_on_order_or_company_and_decide_the_reward(gold):
-    answers = [form for forms in EQUAL for form in forms] + ["x = 5", "y = 5", "5", "", "1/2"]
-    order = list(range(len(answers)))
-    rewards, votes = rewards_and_votes(gold, answers)
-    expected = partition(votes, order)
-    for members in expected:
-        assert len({rewards[i] for i in members}) == 1
-    for seed in range(5):
-        random.Random(seed).shuffle(order)
-        shuffled = rewards_and_votes(gold, [answers[i] for i in order])
-        assert partition(shuffled[1], order) == expected and shuffled[0] == [rewards[i] for i in order]
-        some = order[:8]
-        of_some = rewards_and_votes(gold, [answers[i] for i in some])
-        kept = [[i for i in members if i in some] for members in expected]
-        assert partition(of_some[1], some) == sorted(members for members in kept if members)
-
-
-def test_no_answer_has_no_vote():
-    verdict = verify([Problem("?", "5")], [["none", r"\boxed{5}", "", r"\boxed{6}", "none"]], math_answer)
-    assert verdict.votes.tolist() == [[-1, 1, -1, 3, -1]] and verdict.rewards.tolist() == [[0, 1, 0, 0, 0]]
-    assert verdict.counts == {}
 
 
 NUMBERS = st.one_of(
@@ -269,7 +220,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(derandomize=True, database=None, deadline=None, max_examples=100)
 @given(NUMBERS, NUMBERS)
 def test_plain_numbers_are_judged_as_math_verify_judges_them(gold, answer):
     for pair in [(gold, answer), (gold, gold)]:
@@ -321,24 +272,6 @@ def test_what_the_machine_had_no_time_for_is_asked_again(impatient):
     assert verdict.counts == {} and verdict.rewards.tolist() == [[1]]
 
 
-def test_dead_workers_are_counted_and_replaced(impatient):
-    impatient.limit_s, impatient.count = 60.0, 1
-    impatient.map([["1", r"\sqrt{2}"]])
-    (victim,) = impatient.children
-
-    def shoot():
-        while impatient.idle:
-            time.sleep(0.01)
-        victim.kill()
-
-    thread = threading.Thread(target=shoot)
-    thread.start()
-    results = impatient.map([["1", r"\int_0^1 x^x \sin(x^3) dx"], ["3", r"\sqrt{9}"], ["3", r"\sqrt{9}"]])
-    thread.join()
-    assert [failure for _, failure in results] == ["dead workers", None, None]
-    assert results[1] == results[2] and results[1][0][0] is True
-
-
 def test_an_interrupted_call_ends_its_workers_at_once(impatient):
     impatient.limit_s = 60.0
     impatient.map([["3", r"\sqrt{9}"]])
@@ -352,14 +285,8 @@ def test_an_interrupted_call_ends_its_workers_at_once(impatient):
     assert impatient.map([["3", r"\sqrt{9}"]])[0][1] is None
 
 
-def test_a_worker_that_died_idle_costs_nothing(impatient):
-    impatient.map([["3", r"\sqrt{9}"]])
-    impatient.children[0].kill(), impatient.children[0].wait()
-    assert impatient.map([["3", r"\sqrt{9}"]])[0][1] is None
-
-
 def test_results_do_not_depend_on_the_number_of_workers_or_the_thread():
-    pairs = [["777", math_task.clean(form)] for forms in EQUAL for form in forms]
+    pairs = [["777", math_task.clean(form)] for form in ANSWERS]
     found = {}
     for count in (1, 3):
         workers = Workers("math", count=count)
@@ -371,12 +298,15 @@ def test_results_do_not_depend_on_the_number_of_workers_or_the_thread():
     assert found[1] == found[3] and not any(failure for _, failure in found[1])
 
 
-def test_no_process_outlives_close(impatient):
+def test_no_process_outlives_close_and_idle_ones_that_ended_are_replaced(impatient):
     impatient.map([["1", "x"]] * 2)
     processes = [*impatient.children]
     impatient.close()
     assert len(processes) == 2 and all(process.returncode is not None for process in processes)
-    assert impatient.map([["x", "x"]])[0][0][0] is True  # and it starts again
+    for _ in range(2):
+        (((right, _), failure),) = impatient.map([["x", "x"]])
+        assert right and failure is None
+        impatient.children[0].kill(), impatient.children[0].wait()
 
 
 def test_a_child_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path):
@@ -398,35 +328,19 @@ print(*[child.pid for child in workers.children], flush=True)
 """
 
 
-def is_running(pid):
-    """Whether a process is there and is not a zombie that awaits its parent."""
-    try:
-        os.kill(pid, 0)
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@linux
 @pytest.mark.parametrize("then", ["pass", f"workers.map([['1', {SLOW!r}]] * 2)", "raise KeyboardInterrupt", "input()"])
 def test_workers_die_with_the_parent(then):
     """It ends by itself, is killed amid a stuck check, is interrupted, is killed while the workers are idle."""
     code = PARENT.format(root=str(Path(__file__).parents[1]), then=then)
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    parent = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=null)
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
-    if "map" in then or "input" in then:
-        time.sleep(0.3)
-        parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    for _ in range(600):
-        if not any(map(is_running, pids)):
-            break
-        time.sleep(0.1)
-    assert not any(map(is_running, pids))
-    parent.stdin.close()
-    parent.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=null) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        if "map" in then or "input" in then:
+            time.sleep(0.3)
+            parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert len(pids) == 2 and gone(pids)
 
 
 ODD = ["x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400, "^" * 99,
@@ -448,25 +362,21 @@ def problems(tmp_path, rows, task="math", split="test"):
     return getattr(load_task(task, str(tmp_path)), split)
 
 
-def test_schemas(tmp_path):
-    rows = [
-        {"problem": "a", "answer": "1"},
-        {"question": "b", "answer": 2, "level": "Level 5"},
-        {"problem": "c", "solution": r"so \boxed{\frac12}", "level": "Level ?"},
-        {"question": "d", "answer": "2*2=<<2*2=4>>4\n#### 1,004", "level": 3},
-        {"problem": "e", "answer": "$x$", "solution": "s", "level": None},
-        {"problem": None, "question": "f", "answer": "6"},
-        *({"problem": "g", "answer": "7", "level": level} for level in ("5", 5.0, "")),
-    ]
-    assert problems(tmp_path, rows) == [
-        Problem("a", "1"),
-        Problem("b", "2", "", 5),
-        Problem("c", r"\frac12", r"so \boxed{\frac12}", None),
-        Problem("d", "1,004", "2*2=4\n#### 1,004", 3),
-        Problem("e", "x", "s"),
-        Problem("f", "6"),
-        *(Problem("g", "7", "", level) for level in (5, 5, None)),
-    ]
+WORKED = "2*2=<<2*2=4>>4\n#### 1,004"
+ROWS = [  # a row, and its problem
+    ({"problem": "a", "answer": "1"}, ["a", "1"]),
+    ({"question": "b", "answer": 2, "level": "Level 5"}, ["b", "2", "", 5]),
+    ({"problem": "c", "solution": r"so \boxed{\frac12}", "level": "Level ?"}, ["c", r"\frac12", r"so \boxed{\frac12}"]),
+    ({"question": "d", "answer": WORKED, "level": 3}, ["d", "1,004", "2*2=4\n#### 1,004", 3]),
+    ({"problem": "e", "answer": "$x$", "solution": "s", "level": None}, ["e", "x", "s"]),
+    ({"problem": None, "question": "f", "answer": "6"}, ["f", "6"]),
+    *(({"problem": "g", "answer": "7", "level": x}, ["g", "7", "", y]) for x, y in (("5", 5), (5.0, 5), ("", None))),
+]  # fmt: skip
+
+
+def test_each_schema_gives_its_problem(tmp_path):
+    rows, expected = zip(*ROWS)
+    assert problems(tmp_path, rows) == [Problem(*fields) for fields in expected]
     assert problems(tmp_path, rows[3:4], "gsm8k") == [Problem("d", "1004", "2*2=4\n#### 1,004", 3)]
     mine = [{"problem": "a", "answer": answer} for answer in ("$18", "18 dollars", "25\\%", "-1/2")]
     assert [problem.answer for problem in problems(tmp_path, mine, "gsm8k")] == ["18", "18", "25", "-1/2"]
@@ -474,7 +384,6 @@ def test_schemas(tmp_path):
 
 @pytest.mark.parametrize("row, task, message", [
     ({"problem": "a", "answer": ""}, "math", "test row 2: empty answer"),
-    ({"problem": "a", "answer": None}, "math", "test row 2: empty answer"),
     ({"problem": "a", "solution": "no box"}, "math", "test row 2: empty answer"),
     ({"problem": " ", "answer": "1"}, "math", "test row 2: empty problem"),
     ({"prompt": "a", "answer": "1"}, "math", "row 2: no column problem or question; found prompt, answer"),
@@ -482,19 +391,17 @@ def test_schemas(tmp_path):
     ({"problem": "a", "answer": "x + 1"}, "gsm8k", "row 2: the answer 'x .* is not a number; --task math"),
     ({"problem": "a", "answer": "(C)"}, "gsm8k", "row 2: the answer '.C.' is not a number"),
     ({"problem": "a", "answer": "1" * 2000}, "math", "row 2: an answer of 2000 characters"),
-    ({"problem": None, "answer": "1"}, "math", "test row 2: empty problem"),
     ({"problem": {"text": "a"}, "answer": "1"}, "math", "test row 2: problem is a dict"),
-    ({"problem": "a", "answer": ["1"]}, "math", "test row 2: answer is a list"),
     ({"problem": "\ud800", "answer": "1"}, "math", "test row 2: half a character"),
     ({"a\nb": 1}, "math", "row 2: no column problem or question, answer or solution; found a b"),
 ])  # fmt: skip
-def test_bad_rows(tmp_path, row, task, message):
+def test_a_bad_row_is_told_in_one_line(tmp_path, row, task, message):
     with pytest.raises(BadInput, match=message) as error:
         problems(tmp_path, [{"problem": "a", "answer": "1"}, row], task)
     assert "\n" not in str(error.value)
 
 
-def test_splits(tmp_path):
+def test_splits_that_are_missing(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"problem": "a", "answer": "1"}\n')
     task = load_task("math", str(tmp_path))
     assert len(task.train) == 1 and task.test == []
@@ -505,7 +412,7 @@ def test_splits(tmp_path):
         load_task("math", str(tmp_path))
 
 
-def test_without_the_library(monkeypatch):
+def test_without_the_library_the_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(math_task.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install math-verify=="):
         load_task("gsm8k", "anywhere")

@@ -77,7 +77,6 @@ UNUSABLE = {  # name -> code, what is given, message
     "no colon": (FILE, "mine.py", "is not FILE:NAME"),
     "no name": (FILE, "{path}:", "is not FILE:NAME"),
     "no file": (FILE, "nowhere.py:f", "cannot read 'nowhere.py' of 'nowhere.py:f': [Errno 2]"),
-    "a folder": (FILE, "{folder}:f", "[Errno 21] Is a directory"),
     "a null character": (FILE, "a\0b:f", "cannot read"),
     "another name": (FILE, "{path}:g", "has no function 'g'; its functions: f"),
     "no function": (FILE, "{path}:X", "has no function 'X'"),
@@ -90,10 +89,10 @@ UNUSABLE = {  # name -> code, what is given, message
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_a_file_that_cannot_be_used(name, mine, tmp_path):
+def test_a_file_that_cannot_be_used(name, mine):
     code, where, message = UNUSABLE[name]
-    places = {"path": mine(code), "folder": tmp_path}
-    assert message.format(**places) in refusal(load_file, where.format(**places))
+    path = mine(code)
+    assert message.format(path=path) in refusal(load_file, where.format(path=path))
 
 
 RETURNS = {
@@ -126,12 +125,9 @@ ONE = torch.ones(2, 3)
 AS_FLOAT = "rewards as a tensor of float32 (2, 3), not "
 VERDICTS = {
     "a list": ([[1.0] * 3] * 2, "must return a verifiers.Verdict, not list"),
-    "None": (None, "must return a verifiers.Verdict, not NoneType"),
     "rewards in a list": (Verdict([[1.0] * 3] * 2, ONE.long()), AS_FLOAT + "list"),
     "(B, 2)": (Verdict(ONE[:, :2], ONE.long()), AS_FLOAT + "float32 (2, 2)"),
-    "(B,)": (Verdict(ONE[:, 0], ONE.long()), AS_FLOAT + "float32 (2,)"),
     "booleans": (Verdict(ONE.bool(), ONE.long()), AS_FLOAT + "bool (2, 3)"),
-    "float64": (Verdict(ONE.double(), ONE.long()), AS_FLOAT + "float64 (2, 3)"),
     "votes": (Verdict(ONE, ONE), "votes as a tensor of int64 (2, 3), not float32 (2, 3)"),
     "scores": (Verdict(ONE, ONE.long(), scores=ONE.T), "scores as a tensor of float32 (2, 3), not float32 (3, 2)"),
     "NaN": (Verdict(ONE.where(ONE.cumsum(-1) < 3, torch.nan), ONE.long()), "rewards that are not finite numbers, one "
@@ -221,36 +217,28 @@ def test_an_error_in_step_3_is_one_line_and_keeps_the_steps_before(run, skilled,
     assert result.stderr.splitlines()[-1] == f"{failed} {saved}"
     progress = torch.load("runs/one/checkpoint.pt", weights_only=True)["progress"]
     assert progress["step"] == 2  # the first call was before the run began
+    mine(ESTIMATOR + code.replace("< 4", "< 40"))
+    assert run(PASS, "--resume", "runs/one", "--changed-files").returncode == 0
 
 
 def test_a_run_on_a_task_is_resumed_with_the_same_file_alone(run, skilled, mine):
-    where, script, folder = f"{mine()}:load", "majority_pg.py", Path("runs/one")
-    result = run(script, *SMALL, "--task", where, "--model", skilled, "--run-name", "one")
+    where, script = f"{mine()}:load", "majority_pg.py"
+    result = run(script, *SMALL, "--task", where, "--model", skilled)
     assert result.returncode == 0, result.stderr
+    (folder,) = Path("runs").iterdir()
+    assert "mine.py_load" in folder.name and ":" not in folder.name
     assert len(steps_of(folder)) == 2 and "pass@4" in records(folder)[0]["eval"]["all"]
     args, before = json.loads((folder / "args.json").read_text()), outcome(folder)
     assert args["task"] == where and args["files"] == {where: load_file(where)[2]}
-    assert run(script, "--resume", "runs/one").returncode == 0
+    assert run(script, "--resume", str(folder)).returncode == 0
     mine(TASK + "# changed\n")
-    result = run(script, "--resume", "runs/one")
-    assert result.returncode == 2 and f"{where} has changed since runs/one began" in result.stderr
+    result = run(script, "--resume", str(folder))
+    assert result.returncode == 2 and f"{where} has changed since {folder} began" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and outcome(folder) == before
-    result = run(script, "--resume", "runs/one", "--changed-files", "--steps", "3")
+    result = run(script, "--resume", str(folder), "--changed-files", "--steps", "3")
     assert result.returncode == 0 and len(steps_of(folder)) == 3, result.stderr
     assert "the result is neither file's alone" in result.stdout
     assert json.loads((folder / "args.json").read_text())["files"] == {where: load_file(where)[2]} != args["files"]
-
-
-def test_a_verifier_that_raises_is_one_line_and_its_step_is_saved(run, skilled, mine):
-    path = mine(TASK.replace(VERIFY, f"{VERIFY}    len(problems) > 1 and 1 / 0\n"))
-    result = run(PASS, *SMALL, "--task", f"{path}:load", "--model", skilled)
-    (folder,) = Path("runs").iterdir()
-    assert "mine.py_load" in folder.name and ":" not in folder.name
-    assert result.returncode == 2 and f"failed at {path}, line " in result.stderr and "Traceback" not in result.stderr
-    mend = f"(step 0 is saved: mend it, then --resume {folder} --changed-files)"
-    assert result.stderr.splitlines()[-1].endswith(mend)
-    mine()
-    assert run(PASS, "--resume", str(folder), "--changed-files").returncode == 0
 
 
 def test_a_learned_verifier_is_cached_for_one_version_of_the_file(run, skilled, mine, monkeypatch):
@@ -290,8 +278,6 @@ BROKEN = {
     "raises": ("def load(name, data):\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
     "own words": ("from verifiers import BadInput\ndef load(name, data):\n    raise BadInput('no grid.txt here')",
                   "error: no grid.txt here"),
-    "a list": (re.sub(r"return Verdict\((.*)\)$", r"return [\1]", TASK, flags=re.M),
-               "must return a verifiers.Verdict, not list"),
 }  # fmt: skip
 
 

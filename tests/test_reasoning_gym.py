@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 
 import pytest
+import torch
 
 from verifiers import BadInput, load_task
 from verifiers import reasoning_gym as gym
@@ -12,25 +13,24 @@ from verifiers.workers import Workers
 
 installed = importlib.util.find_spec("reasoning_gym") is not None
 needs_library = pytest.mark.skipif(not installed, reason="the optional reasoning-gym library is not installed")
-NAMES = ["leg_counting", "dice", "string_splitting", "propositional_logic"]
-
-
-def responses(problem):
-    """Right in the end, right with a remark of its own after it, wrong, without an answer."""
-    right = f"<answer>zz</answer>? No: <answer>{problem.answer}</answer>"
-    return [right, right + "\n\nQuestion: 1+1?\nAnswer: <answer>2</answer>", "<answer>zz</answer>", "no tags 12"]
 
 
 @needs_library
-@pytest.mark.parametrize("name", NAMES)
-def test_reference_answers_and_wrong_ones(name):
+@pytest.mark.parametrize("name", ["leg_counting", "dice", "string_splitting"])
+def test_right_and_wrong_answers(name):
+    """Right in the end, right with a problem of its own after it, wrong, without an answer."""
     task = load_task(f"reasoning_gym/{name}")
-    problems = [problem for problem in [*task.train[:5], *task.test[:20]] if problem.answer]
-    verdict = task.verify(problems, [responses(problem) for problem in problems])
-    if name != "propositional_logic":  # it keeps no reference answers
-        assert problems
-        assert verdict.rewards[:, :2].eq(1).all() and verdict.rewards[:, 2:].lt(0.5).all()
-        assert verdict.votes[:, 0].eq(0).all() and verdict.votes[:, 1].eq(0).all() and verdict.votes[:, 3].eq(-1).all()
+    problems = [*task.train[:5], *task.test[:20]]
+    right = [f"<answer>zz</answer>? No: <answer>{problem.answer}</answer>" for problem in problems]
+    run_on = "\n\nQuestion: 1+1?\nAnswer: <answer>2</answer>"
+    verdict = task.verify(problems, [[text, text + run_on, "<answer>zz</answer>", "no tags 12"] for text in right])
+    assert verdict.rewards[:, :2].eq(1).all() and verdict.rewards[:, 2:].lt(0.5).all()
+    assert verdict.votes[:, [0, 1, 3]].eq(torch.tensor([0, 0, -1])).all()
+
+
+@needs_library
+def test_a_data_set_may_keep_no_reference_answers():
+    assert {problem.answer for problem in load_task("reasoning_gym/propositional_logic").test} == {""}
 
 
 @needs_library
@@ -65,9 +65,8 @@ def test_hostile_answers_cost_only_themselves(monkeypatch):
     assert verdict.votes[0, 0] == -1 and sum(verdict.counts.values()) == 1
     task = load_task("reasoning_gym/prime_factorization")
     verdict = task.verify([task.test[0]], [["<answer>x</answer>", f"<answer>{task.test[0].answer}</answer>"]])
-    assert (
-        verdict.rewards.tolist() == [[0, 1]] and verdict.votes.tolist() == [[-1, 1]] and verdict.counts == {"errors": 1}
-    )
+    assert verdict.rewards.tolist() == [[0, 1]] and verdict.votes.tolist() == [[-1, 1]]
+    assert verdict.counts == {"errors": 1}
     gym.GYM.close()
 
 
@@ -94,11 +93,17 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
     assert len(names) > 100 and not set(names) - scored - {"prime_factorization"}  # its scorer raises: no numbers
 
 
+RUNS_IT = "is refused: its scorer runs the answer as code .eval or sympy"
+
+
 @needs_library
-@pytest.mark.parametrize("name", ["n_queens", "countdown"])
-def test_a_data_set_whose_scorer_runs_the_answer_is_refused(name):
-    with pytest.raises(BadInput, match=f"'{name}' is refused: its scorer runs the answer as code .eval or sympy"):
-        load_task(f"reasoning_gym/{name}")
+@pytest.mark.parametrize("name, data, why", [
+    ("n_queens", None, f"'n_queens' {RUNS_IT}"), ("countdown", None, f"'countdown' {RUNS_IT}"),
+    ("leg_counts", None, "no data set 'leg_counts'; try leg_counting"), ("leg_counting", "folder", "leave --data out"),
+])  # fmt: skip
+def test_what_is_refused(name, data, why):
+    with pytest.raises(BadInput, match=why):
+        load_task(f"reasoning_gym/{name}", data)
 
 
 @needs_library
@@ -106,14 +111,6 @@ def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.26")
     with pytest.raises(BadInput, match="reasoning-gym 0.1.26 were not checked.*pip install reasoning-gym==0.1.25"):
         load_task("reasoning_gym/dice")
-
-
-@needs_library
-def test_unknown_name_and_data():
-    with pytest.raises(BadInput, match="no data set 'leg_counts'; try leg_counting"):
-        load_task("reasoning_gym/leg_counts")
-    with pytest.raises(BadInput, match="leave --data out"):
-        load_task("reasoning_gym/leg_counting", "folder")
 
 
 def test_missing_library_says_how_to_install_it(monkeypatch):

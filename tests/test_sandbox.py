@@ -1,14 +1,13 @@
-"""The sandbox against hostile programs, one property each, and the pool against its own accidents.
-
-An attack "passes" only if it got what it was after, so every verdict here is anything but passed. Attacks are bounded
-and aim at nothing but what a test made for them. SANDBOX=<level> runs the suite at a level other than the strongest.
+"""The sandbox: right programs of kinds that models write pass, and each fails when one thing is wrong in it; the pool
+survives its own accidents. Attacks: test_sandbox_attacks.py. SANDBOX=<level> runs both at a level other than the
+strongest.
 """
 
 import contextlib
 import math
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,10 +28,11 @@ pytestmark = [linux]
 
 @pytest.fixture(scope="module")
 def pool():
-    os.environ["USERS_TOKEN"] = SECRET
     with Sandbox(LEVEL, workers=2, limits=LIMITS) as pool:
         yield pool
-    del os.environ["USERS_TOKEN"]
+
+
+RIGHT = Program("def f(x): return x", "assert f(1) == 1", ("f",))
 
 
 def run(pool: Sandbox, source: str, tests: str = f"assert f(2) == {SECRET!r}", names=("f",), **fields) -> Result:
@@ -51,37 +51,12 @@ def test_a_right_program_passes_and_its_value_comes_back(pool):
         assert run(pool, f"def f(x): return {huge}", "value = f(2)").status in ("failed", "output truncated")
 
 
-@pytest.mark.parametrize("tests", [
-    "assert list(f(3)) == [0, 1, 4]", "it = iter(f(2)); assert next(it) == 0 and next(it) == 1",
-    "import math\nassert math.isclose(sum(f(3)), 5.0)", "assert 4 in f(3) and 5 not in f(3)",
-])  # fmt: skip
-def test_values_that_are_not_plain_data_stay_usable(pool, tests):
-    assert run(pool, "def f(n): return (i * i for i in range(n))", tests).passed
-
-
 def test_neither_the_pool_nor_a_worker_needs_torch(pool):
     code = "import sys, verifiers.rows, verifiers.sandbox.pool, verifiers.workers\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent).returncode == 0
     source = "import sys\ndef f(): return [*sys.modules], sys.path"
     tests = f"modules, path = f()\nassert 'sandbox.worker' in modules and {str(FOLDER)!r} not in path"
     assert run(pool, source, tests + "\nassert not {'verifiers', 'torch', 'dataclasses'} & {*modules}").passed
-
-
-def test_text_after_the_program_is_dropped(pool):
-    assert run(pool, "def f(x):\n    return 2 * x\n\nThis function doubles (it's easy", "assert f(2) == 4").passed
-
-
-@pytest.mark.parametrize("source", [
-    "a, b = map(int, input().split())\nprint(a + b)",
-    "import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))",
-    "import sys, atexit, io\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\n"
-    "out.write(str(sum(map(int, sys.stdin.read().split()))))",
-    "import sys, threading\ndef main(): print(sum(map(int, sys.stdin.read().split())))\n"
-    "threading.stack_size(2**26)\nthreading.Thread(target=main).start()",
-])  # fmt: skip
-def test_ways_to_read_and_print(pool, source):
-    assert run(pool, source, "", cases=(("1 2\n", "3\n"), ("3 4\n", "7.0000001"))).passed
-    assert run(pool, source, "", cases=(("1 2\n", "3\n"), ("3 4\n", "8\n"))).status == "failed"
 
 
 @pytest.mark.parametrize("source, status", [
@@ -94,308 +69,107 @@ def test_verdicts_of_programs_that_print(pool, source, status):
     assert run(pool, source, "", cases=(("", "3\n"),), wall=wall).status == status
 
 
-# ------------------------------------------------------------------------------------------- attacks on the verdict
-
-FORGERIES = {
-    "exit while loading": "raise SystemExit(0)",
-    "exit in the call": "def f(x): raise SystemExit(0)",
-    "os._exit while loading": "import os; os._exit(0)",
-    "os._exit in the call": "import os\ndef f(x): os._exit(0)",
-    "printed verdict": "print('passed'); print({'status': 'passed'})\ndef f(x): return 'passed'",
-    "equal to everything": "class E:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n"
-    "def f(x): return E()",
-    "a str equal to everything": "class E(str):\n    def __eq__(s, o): return True\n    __hash__ = None\n"
-    "def f(x): return E('no')",
-    "a metaclass equal to everything": "class M(type):\n    def __eq__(s, o): return True\nclass E(metaclass=M): pass\n"
-    "def f(x): return E",
-    "patched builtins": "import builtins\nbuiltins.AssertionError = Warning\n"
-    "builtins.isinstance = builtins.all = lambda *a: True\nbuiltins.str.__eq__\ndef f(x): return 1",
-    "patched exits and unittest": "import sys, os, unittest\nsys.exit = os._exit = lambda *a: None\n"
-    "unittest.TestCase.assertEqual = lambda *a: None\ndef f(x): return 1",
-    "patched worker": "import sys\nw = sys.modules['sandbox.worker']\nw.error_of = lambda e: ['value', None]\n"
-    "w.encode = lambda *a: {'status': 'passed'}\ndef f(x): raise ValueError",
-    "patched json": """
-import json
-json.dumps = lambda *a, **k: '{"status": "passed", "nonce": ""}'
-def f(x): return 1
-""",
-    "a verdict on every descriptor": """
-import os, json
-m = json.dumps({'status': 'passed', 'detail': '', 'value': None, 'seconds': 0, 'cpu': 0, 'nonce': ''}).encode()
-for fd in range(64):
-    try: os.write(fd, len(m).to_bytes(4, 'big') + m)
-    except OSError: pass
-def f(x): return 1
-""",
-    "the test in living objects": """
-import gc
-def f(x):
-    for o in gc.get_objects():
-        for i in list(vars(o).values() if hasattr(o, '__dict__') else [o]):
-            if isinstance(i, str) and i.startswith('c0ff'): return i
-""",
-    "the test in the frames": """
-import sys
-def f(x):
-    g = sys._getframe()
-    while g:
-        for v in g.f_locals.values():
-            if 'c0' + 'ffee' in str(v): return str(v)[str(v).index('c0' + 'ffee'):][:10]
-        g = g.f_back
-""",
-    "the test in own memory": """
-import re
-def f(x):
-    with open('/proc/self/maps') as m, open('/proc/self/mem', 'rb', 0) as b:
-        for l in m:
-            a, z = (int(v, 16) for v in l.split()[0].split('-'))
-            if 'rw' in l:
-                b.seek(a); hit = re.search(rb'c0f' + rb'fee....', b.read(z - a))
-                if hit: return hit[0].decode()
-""",
-    "the test in the judge's memory": "import os\ndef f(x): return open(f'/proc/{os.getppid() + 1}/mem', 'rb').read()",
-    "the test on the command line": "import os\ndef f(x):\n    return open(f'/proc/{os.getppid()}/cmdline').read()",
-    "the test on disk": f"""
-import os
-def f(x):
-    for folder, _, names in os.walk({os.path.dirname(os.path.abspath(__file__))!r}):
-        for name in names:
-            if "c0ff" in open(os.path.join(folder, name)).read():
-                return "c0ff" + "ee5eed"
-""",
-    "garbage for an answer": r"""
-import os
-def f(x): os.write(3, b'\0\0\0\5hello')
-""",
-    "two answers at once": r"""
-import os
-def f(x): os.write(3, b'\0\0\0\2[]' * 2)
-""",
-    "a bottomless answer": "def f(x):\n    a = []\n    for _ in range(400): a = [a]\n    return a",
-    "an exception that is no exception": "def f(x):\n    class KeyboardInterrupt(BaseException): pass\n"
-    "    raise KeyboardInterrupt",
-    "closed channel": "import os\ndef f(x):\n    os.close(3)\n    os._exit(0)",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FORGERIES)
-def test_forgery_does_not_pass(pool, name):
-    result = run(pool, FORGERIES[name])
-    assert result.status in ("failed", "refused", "killed"), result
-
-
-EQUAL_ITEMS = FORGERIES["equal to everything"].replace("return E()", "return iter([E()])")
-
-
-@pytest.mark.parametrize("name, source, tests", [
-    ("StopIteration ends a test's loop", "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x, [2]))"),
-    ("items equal to everything", EQUAL_ITEMS, f"assert list(f(2)) == [{SECRET!r}]"),
-    ("items equal to everything, searched", EQUAL_ITEMS, f"assert {SECRET!r} in f(2)"),
-    ("a dict with keys equal to everything", "class E:\n    def __eq__(s, o): return True\n"
-     "    def __hash__(s): return hash('a')\ndef f(x): return {E(): 1}", "assert f(2) == {'a': 1}"),
-    ("a shadowed builtin of the tests", "sorted = lambda *a: 0\ndef f(x): return [3]", "assert sorted(f(2)) == [1]"),
-    ("an object that contains everything", "class E:\n    def __contains__(s, o): return True\n"
-     "    def __iter__(s): return iter(E)\ndef f(x): return E()", f"assert {SECRET!r} in f(2)"),
-    ("a length that lies", "class L:\n    def __len__(s): return -1\ndef f(x): return L()", "assert len(f(2)) == 3"),
-    ("a float near everything", "def f(x): return float('nan')", "assert not abs(f(2) - 4) > 1e-6 and f(2) == 4"),
-    ("a test that forgives exceptions", "import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept Exception: pass"),
-    ("a test that forgives everything", "import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept BaseException: pass"),
-])  # fmt: skip
-def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
-    assert run(pool, source, tests).status == "failed"
-
-
-# --------------------------------------------------------------------------------------- attacks on time and memory
-
-
-@pytest.mark.parametrize("source, status", [
-    ("while True: pass", ["timed out"]), ("import time\ndef f(x): time.sleep(600)", ["timed out"]),
-    ("def f(x): return 9**9**9", ["timed out"]),
-    ("import re\ndef f(x): return re.match('(a+)+$', 'a' * 40 + 'b')", ["timed out"]),
-    ("import signal as s\ns.signal(s.SIGXCPU, s.SIG_IGN)\ndef f(x):\n    while True: pass", ["timed out"]),
-    ("import signal\ndef f(x): signal.pause()", ["timed out"]),
-    ("import threading\nl = threading.Lock(); l.acquire()\ndef f(x): l.acquire()", ["timed out"]),
-    ("import os, time\ndef f(x): os.write(3, b'\\0\\0\\0\\50['); time.sleep(600)", ["timed out"]),
-    ("class E:\n    def __iter__(s): return s\n    def __next__(s): return 1\ndef f(x): return E()", ["timed out"]),
-    ("def f(x): return [0] * 10**9", ["out of memory"]),
-    # bytes, whose pages are not touched: to fill the memory takes a slow machine longer than the CPU limit
-    ("def f(x):\n    a = []\n    while True: a.append(bytes(1 << 20))", ["out of memory"]),
-    ("import mmap\ndef f(x): return mmap.mmap(-1, 1 << 40)", ["failed", "out of memory"]),
-    ("def f(x): return f(x)", ["failed"]), ("import ctypes\ndef f(x): return ctypes.string_at(0)", ["killed"]),
-    ("import os, signal\ndef f(x): os.abort()", ["killed"]),
-    ("def f(x): return 'x' * (20 << 20)", ["output truncated"]),
-    ("import os\ndef f(x): os.write(3, b'\\x7f\\xff\\xff\\xff')", ["output truncated"]),
-    ("import sys\nwhile True: sys.stderr.write('x' * 10000); sys.stdout.write('x' * 10000)", ["timed out"]),
-])  # fmt: skip
-def test_time_and_memory_are_bounded(pool, source, status):
-    start = time.monotonic()
-    tests = f"assert list(f(2)) == {SECRET!r}" if "__next__" in source else f"assert f(2) == {SECRET!r}"
-    waits = any(word in source for word in ("sleep(600)", "pause()", "l.acquire()", "__next__"))
-    assert run(pool, source, tests, wall=0.7 if waits else math.inf).status in status
-    assert time.monotonic() - start < 60
-    assert run(pool, "def f(x): return x", "assert f(2) == 2").passed  # and the next one is served
-
-
-@pytest.mark.parametrize("make, most", [("threading.Thread(target=wait, daemon=True).start()", 700),
-                                        ("os.open('/dev/null', os.O_RDONLY)", 64)])  # fmt: skip
-def test_threads_and_open_files_are_bounded(pool, make, most):
-    """An ordinary user's own threads count, and may end meanwhile."""
-    source = f"""
-import os, threading
-wait = threading.Event().wait
-def f(most):
-    for made in range(most):
-        try: {make}
-        except (OSError, RuntimeError): return made
-    return most
-"""
-    result = run(pool, source, "value = f(1000)")
-    assert result.passed and 1 <= result.value < most
-
-
-# --------------------------------------------------------------------------------------------- attacks on the machine
-
-
-@pytest.fixture
-def victim():
-    process = subprocess.Popen(["sleep", "60"])
-    yield process
-    process.kill()
-    process.wait()
-
-
-SYSCALL = """
-import ctypes, os
-libc = ctypes.CDLL(None, use_errno=True)
-def call(*args):
-    result = libc.syscall(*args)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), "")
-    return result
-"""
-NEW_PROCESSES = {  # each at most a handful: what a fork bomb starts with
-    "fork": "import os\ndef f(x):\n    for _ in range(4):\n        if os.fork() == 0: os._exit(0)\n    return 'made'",
-    "vfork": SYSCALL + "def f(x):\n    if call(58) == 0: os._exit(0)\n    return 'made'",
-    "clone3": SYSCALL + "def f(x):\n    call(435, ctypes.create_string_buffer(88), 88)\n    return 'made'",
-    "subprocess": "import subprocess\ndef f(x): return subprocess.run(['true']).returncode or 'made'",
-    "os.system": "import os\ndef f(x): return 'made' if os.system('true') == 0 else 'not'",
-    "posix_spawn": "import os\ndef f(x): return 'made' if os.posix_spawn('/bin/true', ['true'], {}) else 1",
-    "multiprocessing": "import multiprocessing as m\ndef f(x):\n"
-    "    m.get_context('fork').Process(target=print).start()\n    return 'made'",
-    "exec": "import os, sys\ndef f(x): os.execv(sys.executable, ['python', '-c', ''])",
-}
-
-
-@pytest.mark.parametrize("name", NEW_PROCESSES)
-def test_no_new_processes(pool, name):
-    result = run(pool, NEW_PROCESSES[name], "assert f(2) == 'made'")
-    assert result.status == ("failed" if name == "os.system" else "refused"), result
-
-
-@pytest.mark.parametrize("attack", [
-    "open(path).read()", "os.listdir(os.path.dirname(path))", "open(path, 'a').write('x')",
-    "os.open(path, os.O_RDONLY | os.O_TRUNC)", "os.truncate(path, 0)", "os.remove(path)", "os.rename(path, path + '2')",
-    "os.chmod(path, 0)", "os.utime(path)", "os.link(path, path + '2')", "os.symlink(path, path + '2')",
-    "open(path + '2', 'w')", "os.mkdir(path + '2')", "os.mkfifo(path + '2')", "__import__('tempfile').TemporaryFile()",
-    "open('/dev/shm/sandbox-attack', 'w')", "os.memfd_create('a')", "os.chroot('/tmp')",
-])  # fmt: skip
-def test_no_files_of_the_user(pool, tmp_path, attack):
-    file = tmp_path / "private"
-    file.write_text(SECRET)
-    before = file.stat()
-    source = f"import os\ndef f(path):\n    {attack}\n    return 'done'"
-    result = run(pool, source, f"assert f({str(file)!r}) == 'done'")
-    assert result.status in ("refused", "failed"), result  # under bubblewrap the file does not even exist
-    assert [p.name for p in tmp_path.iterdir()] == ["private"] and file.read_text() == SECRET
-    assert (file.stat().st_mode, file.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+PRINTS = [  # 3, and end
+    "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--n', type=int, default=3)\n"
+    "print(parser.parse_args().n)", "import sys\nassert len(sys.argv) == 1\nprint(3)",
+    "import os\nout = os.fdopen(1, 'w')\ndef main():\n    out.write('3')\nmain()",
+    "import sys, io\nsys.stdout = io.TextIOWrapper(open(1, 'wb'))\nprint(3)",
+    "class Last:\n    def __del__(self): print(3)\nlast = Last()",
+    "class Ring:\n    def __del__(self): print(3)\nring = Ring()\nring.ring = ring",
+    "import sys\nprint(3)\nsys.stdout.close()",
+    "import contextlib, os\nwith open(os.devnull, 'w') as null, contextlib.redirect_stdout(null): print(4)\nprint(3)",
+    "from __future__ import annotations\ndef f(x: Undefined): return 3\nprint(f(1))",
+    "open('/dev/stdout', 'w').write('3')",
+    "import os\nnull = os.open(os.devnull, os.O_WRONLY)\nos.write(null, b'4')\nprint(3)",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", [
-    "import os\ndef f(x): return os.environ['USERS_TOKEN']",
-    "import ctypes\ng = ctypes.CDLL(None).getenv\ng.restype = ctypes.c_char_p\n"
-    "def f(x): return g(b'USERS_TOKEN').decode()",
-    "def f(x): return open('/proc/self/environ').read().split('USERS_TOKEN=')[1][:10]",
-    "import os\ndef f(x): return open(f'/proc/{os.getppid()}/environ').read().split('USERS_TOKEN=')[1][:10]",
+    "import sys\nx = sys.stdin.read()\nsys.stdin.seek(0)\nprint(int(input()) + int(x))",
+    "print(2 * int(open('/dev/stdin').readline()))", "import io\nprint(2 * int(io.open('/dev/stdin').readline()))",
+    "x = int(input())\nprint(x + int(open('/dev/stdin').read()))",
+    "import os\nprint(2 * int(os.read(os.open('/dev/stdin', os.O_RDONLY), 9)))",
+    "import sys\nsys.stdin = open(0)\nprint(2 * int(input()))",
+    "import os\nprint(2 * int(os.read(0, os.fstat(0).st_size)))",
+    "import sys, threading\ndef main(): print(2 * int(sys.stdin.read()))\n"
+    "threading.stack_size(2**26)\nthreading.Thread(target=main).start()",
+    "import sys, atexit, io\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\n"
+    "out.write(str(2 * int(sys.stdin.read())))",
 ])  # fmt: skip
-def test_no_environment_of_the_user(pool, source):
-    assert run(pool, source).status in ("failed", "refused")
+def test_ways_to_read(pool, source):
+    assert run(pool, source, "", cases=(("3\n", "6"), ("4\n", "8"))).passed
+    assert run(pool, source, "", cases=(("3\n", "6"), ("4\n", "6"))).status == "failed"
 
 
-def test_no_network(pool):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        for attack in (
-            f"socket.create_connection(('127.0.0.1', {port}), 1)",
-            "socket.create_server(('127.0.0.1', 0))",
-            f"socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port}))",
-            "socket.socket(socket.AF_INET6)",
-            "socket.socket(socket.AF_UNIX)",
-            "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
-        ):
-            result = run(pool, f"import socket\ndef f(x):\n    {attack}\n    return 'done'", "assert f(2) == 'done'")
-            assert result.status == "refused", (attack, result)
-        server.settimeout(0.1)
-        with pytest.raises(TimeoutError):
-            server.accept()
+@pytest.mark.slow
+def test_large_libraries_can_be_used():
+    with Sandbox(LEVEL, workers=1) as pool:
+        source = "from sympy import Integer, Float\ndef f(x): return [Integer(x) + 3, Float(0.5)]"
+        assert run(pool, source, "assert f(2) == [5, 0.5]").passed
+        source = "import torch\ndef f(x): return torch.tensor([3, x]).tolist()"
+        assert run(pool, source, "assert f(2) == [3, 2]").passed
 
 
-@pytest.mark.parametrize("attack", [
-    "os.kill(pid, 9)", "os.killpg(os.getpgid(pid), 0)", "signal.pidfd_send_signal(os.pidfd_open(pid), 9)",
-    "call(234, pid, pid, 9)", "call(101, 16, pid, 0, 0)", "call(310, pid, None, 0, None, 0, 0)",
-    "__import__('resource').prlimit(pid, 7, (3, 3))", "os.sched_setaffinity(pid, {0})", "os.setpriority(0, pid, 19)",
-    "__import__('fcntl').fcntl(0, 8, pid)",
-])  # fmt: skip
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by their x86-64 numbers")
-def test_no_signals_to_other_processes(pool, victim, attack):
-    source = SYSCALL + f"import signal\ndef f(pid):\n    {attack}\n    return 'done'"
-    assert run(pool, source, f"assert f({victim.pid}) == 'done'").status in ("refused", "failed")
-    assert victim.poll() is None
-
-
-@pytest.mark.parametrize("attack", [
-    "os.setuid(0)", "os.setgroups([0])", "call(272, 0x10000000)", "call(425, 4, None)", "call(321, 0, None, 0)",
-    "call(317, 1, 0, None)", "call(157, 38, 0, 0, 0, 0)", "call(250, 0, 0, 0, 0, 0)", "call(29, 0, 4096, 0o1600)",
-    "call(304, 0, None, 0)", "__import__('resource').setrlimit(0, (60, 60))",
-    "__import__('resource').setrlimit(9, (1 << 40, 1 << 40))",
-])  # fmt: skip
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by their x86-64 numbers")
-def test_no_privileges(pool, attack):
-    """setuid, setgroups, unshare, io_uring, bpf, seccomp, prctl, keyctl, shmget, open_by_handle_at, rlimits."""
-    result = run(pool, SYSCALL + f"def f(x):\n    {attack}\n    return 'done'", "assert f(2) == 'done'")
-    assert result.status in ("refused", "failed"), result
-
-
-@pytest.mark.parametrize("code", [
-    "b802000000cd80c3",  # mov eax, 2 (i386's fork); int 0x80; ret
-    "b8390000400f05c3",  # mov eax, 0x40000039 (x32's fork); syscall; ret
-])  # fmt: skip
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code of x86-64")
-def test_no_other_way_into_the_kernel(pool, code):
-    source = f"""
-import ctypes, mmap, os
-def f(x):
-    page = mmap.mmap(-1, 4096, prot=7)
-    page.write(bytes.fromhex("{code}"))
-    if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))() == 0:
-        os._exit(0)
-    return "done"
+VECTOR = """
+class V:
+    def __init__(self, *x): self.x = list(x)
+    def __add__(self, other): return V(*(a + b for a, b in zip(self.x, other.x)))
+    def __lt__(self, other): return self.x < other.x
+    def __neg__(self): return V(*(-a for a in self.x))
+    def __abs__(self): return sum(self.x)
+    def __enter__(self): return self
+    def __exit__(self, *error): self.x.append(3)
+class W(V): pass
 """
-    assert run(pool, source, "assert f(2) == 'done'").status == "killed"
 
 
-def test_a_program_leaves_nothing_to_the_next(pool):
-    patch = """
-import builtins, math, json
-builtins.sum = math.sqrt = json.dumps = lambda *args, **kwargs: 0
-builtins.mark = 1
+DATACLASS = """
+from dataclasses import dataclass
+@dataclass
+class Point:
+    x: int
+    y: object = None
+def f(x): return [Point(3, Point(x))]
 """
-    honest = """
-import builtins, math, json
-def f(x): return [sum(x), math.sqrt(4), json.dumps(1), hasattr(builtins, "mark")]
-"""
-    pool.run([Program(patch)] * 4)
-    results = pool.run([Program(honest, "assert f([1, 2]) == [3, 2.0, '1', False]", ("f",))] * 4)
-    assert all(result.passed for result in results)
+
+
+KINDS = [  # of results, and tests of them
+    *((source, "assert f(2) == [3, 2]") for source in (  # threads that look like processes
+        "from multiprocessing.dummy import Pool\ndef f(x):\n    with Pool(3) as pool: return pool.map(abs, [-3, x])",
+        "import multiprocessing\nlock = multiprocessing.Lock()\ndef f(x):\n    with lock: return [3, x]",
+        "import multiprocessing as m\ncontext = m.get_context('fork')\nqueue, lock = m.Queue(), context.RLock()\n"
+        "def f(x):\n    queue.put(3)\n    with lock: return [queue.get(), x]",
+    )),
+    ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return P(3, y=x)",
+     "p = f(2)\nassert p == (3, 2) and p.x == 3 and p.y == 2 and p._replace(y=5) == P(3, 5)"),
+    ("class P:\n    def __init__(s, a, b): s.a, s.b = a, b\n    def swap(s): return P(s.b, s.a)\n"
+     "def f(pairs): return [p.a + 3 for p in pairs]", "p = P(1, 2)\np.a = 7\nassert f([p, P(3, 4)]) == [10, 6]\n"
+     "assert p.swap().a == 2 and p == p and p != P(7, 2)"),
+    (DATACLASS, "assert f(2) == [Point(3, Point(2))] and f(2)[0] != Point(2)"),
+    ("import json\ndef f(x): return json.loads(x) + 3",
+     "try:\n    f('{')\nexcept ValueError:\n    assert f('1') == 4\nelse:\n    assert False"),
+    ("def f(x): return b'\\xff'.decode() if x == 3 else x",
+     "try:\n    f(3)\nexcept ValueError:\n    pass\nelse:\n    assert False"),
+    ("f = lambda x: x + 3", "assert f(1) == 4"),
+    ("def f(x): return (i * i for i in range(3))", "it = iter(f(2))\nassert next(it) == 0 and next(it) == 1\n"
+     "import math\nassert list(f(2)) == [0, 1, 4] and math.isclose(sum(f(2)), 5.0) and 4 in f(2) and 5 not in f(2)"),
+    (VECTOR, "v = V(1, 2) + V(3, 4)\nassert v.x == [4, 6] and abs(-v) == -10 and not v < V(4, 5) and v > V(4, 5)\n"
+     "with v as w:\n    assert w.x == [4, 6]\nassert v.x == [4, 6, 3]"),
+    (VECTOR, "assert isinstance(W(3), V) and not isinstance(V(3), W) and isinstance(W(), (int, V)) and V(3).x == [3]\n"
+     "assert not isinstance(3, V)\ntry:\n    V(1) - V(2)\n    assert False\nexcept TypeError:\n    pass\n"
+     "v = V()\ntry:\n    with v: raise ValueError\nexcept ValueError:\n    assert v.x == [3]\nelse:\n    assert False"),
+    ("import numbers\nclass I:\n    def __int__(s): return 5\nclass R:\n    def __float__(s): return 0.3\n"
+     "numbers.Integral.register(I)\nnumbers.Real.register(R)\ndef f(x): return [I(), R()]",
+     "assert f(2) == [5, 0.3] and [type(x).__name__ for x in f(2)] == ['int', 'float']"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source, tests", [*((source, "") for source in PRINTS), *KINDS])
+def test_right_programs_pass_and_fail_with_another_number(pool, source, tests):
+    names = [name for name in ("f", "P", "Point", "V", "W") if re.search(rf"(def|class) {name}\b|\b{name} =", source)]
+    cases = () if tests else (("", "3"),)
+    assert run(pool, source, tests, tuple(names), cases=cases).passed
+    assert run(pool, source.replace("3", "6"), tests, tuple(names), cases=cases).status == "failed"
 
 
 # ----------------------------------------------------------------------------------------------------------- the pool
@@ -414,20 +188,16 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_verdict_depends_on_its_program_alone(count):
+def test_a_verdict_depends_on_its_program_alone():
     """Whatever the number of workers and the order of programs, and a second time."""
     expected, found = {program: status for program, status in MIXED}, {}
-    with Sandbox(LEVEL, workers=count, limits=LIMITS) as pool:
-        for programs in ([*expected], [*reversed(expected)]):
-            for program, result in zip(programs, pool.run(programs)):
-                assert result.status == expected[program]
-                assert found.setdefault(program, result.value) == result.value
-    drawn = {found[program] for program in expected if "random" in program.source + program.tests}
-    assert drawn == DRAWN.setdefault(0, drawn) and len(drawn) == 3
-
-
-DRAWN = {}
+    for count in (1, 3):
+        with Sandbox(LEVEL, workers=count, limits=LIMITS) as pool:
+            for programs in ([*expected], [*reversed(expected)]):
+                for program, result in zip(programs, pool.run(programs)):
+                    assert result.status == expected[program]
+                    assert found.setdefault(program, result.value) == result.value
+    assert len({found[program] for program in expected if "random" in program.source + program.tests}) == 3
 
 
 def descendants(pid: int) -> list[int]:
@@ -463,14 +233,6 @@ def test_nothing_is_left_behind():
     assert not [name for name in set(os.listdir("/tmp")) - temporary if "sandbox" in name or "stdin" in name]
 
 
-def test_a_hung_judge_is_replaced():
-    with Sandbox(LEVEL, workers=2, limits=Limits(wall=0.2, cpu=1)) as pool:
-        hung = Program("def f(x): return x", "while True: pass", ("f",))
-        right = Program("def f(x): return x", "assert f(1) == 1", ("f",))
-        assert [r.status for r in pool.run([hung, right, right, right])] == ["timed out"] + ["passed"] * 3
-        assert len(pool._workers) == 2 and all(r.passed for r in pool.run([right] * 4))
-
-
 @pytest.mark.parametrize("count", [0, 4])
 def test_a_dead_worker_is_replaced_and_its_program_run_again(count):
     with Sandbox(LEVEL, workers=2, limits=LIMITS) as pool:
@@ -479,8 +241,7 @@ def test_a_dead_worker_is_replaced_and_its_program_run_again(count):
             orphans += descendants(worker.process.pid)
             os.kill(worker.process.pid, signal.SIGKILL)
             worker.process.wait()
-        right = Program("def f(x): return x", "assert f(1) == 1", ("f",))
-        assert [r.status for r in pool.run([right] * count)] == ["passed"] * count
+        assert [result.status for result in pool.run([RIGHT] * count)] == ["passed"] * count
     assert orphans and gone(orphans)
 
 
@@ -517,12 +278,3 @@ def test_a_lock_that_does_not_hold_is_refused(monkeypatch):
     monkeypatch.setattr(lock, "readable", lambda: ["/"])
     with pytest.raises(BadInput, match="the lock does not hold"):
         Sandbox("landlock", workers=1)
-
-
-def test_the_weakest_level_still_judges_and_bounds():
-    with Sandbox("rlimits", workers=1, limits=LIMITS) as pool:
-        assert pool.level == "rlimits"
-        assert run(pool, "def f(x): return 2 * x", "assert f(2) == 4").passed
-        for name in ("os._exit in the call", "equal to everything", "patched builtins"):
-            assert run(pool, FORGERIES[name]).status == "failed"
-        assert run(pool, "def f(x):\n    while True: pass").status == "timed out"

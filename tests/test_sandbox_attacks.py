@@ -1,31 +1,37 @@
-"""Attacks of a red team on the sandbox that once succeeded, each in the form in which it did, and what they did to the
-pool. `test_sandbox.py` has the others. SANDBOX=<level> runs the suite at a level other than the strongest.
+"""Attacks on the sandbox, one property each, those of a red team in the form in which they once succeeded; and what the
+pool does about its own trouble and where others crowd it.
+
+An attack "passes" only if it got what it was after, so every verdict here is anything but passed. Attacks are bounded
+and aim at nothing but what a test made for them.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
-from test_sandbox import LEVEL, LIMITS, SECRET, SYSCALL, descendants, linux, run
+from test_sandbox import LEVEL, LIMITS, RIGHT, SECRET, descendants, linux, run
 
 from verifiers import BadInput
 from verifiers.sandbox import pool as pools
 from verifiers.sandbox.pool import Limits, Program, Result, Sandbox
 
 pytestmark = [linux]
-x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by their x86-64 numbers")
-RIGHT = Program("def f(x): return x", "assert f(1) == 1", ("f",))
 
 
 @pytest.fixture(scope="module")
 def pool():
+    os.environ["USERS_TOKEN"] = SECRET
     with Sandbox(LEVEL, workers=2, limits=LIMITS) as pool:
         yield pool
+    del os.environ["USERS_TOKEN"]
 
 
 @pytest.fixture
@@ -44,7 +50,88 @@ def no_worker_ends(pool):
     assert sorted(worker.process.pid for worker in pool._workers) == sorted(before)
 
 
-# ------------------------------------------------------------------------------------------------------ false passes
+# ------------------------------------------------------------------------------------------- attacks on the verdict
+
+FORGERIES = {
+    "exit in the call": "def f(x): raise SystemExit(0)",
+    "os._exit in the call": "import os\ndef f(x): os._exit(0)",
+    "printed verdict": "print('passed'); print({'status': 'passed'})\ndef f(x): return 'passed'",
+    "equal to everything": "class E:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n"
+    "def f(x): return E()",
+    "patched builtins": "import builtins\nbuiltins.AssertionError = Warning\n"
+    "builtins.isinstance = builtins.all = lambda *a: True\nbuiltins.str.__eq__\ndef f(x): return 1",
+    "patched worker": "import sys\nw = sys.modules['sandbox.worker']\nw.error_of = lambda e: ['value', None]\n"
+    "w.encode = lambda *a: {'status': 'passed'}\ndef f(x): raise ValueError",
+    "a verdict on every descriptor": """
+import os, json
+m = json.dumps({'status': 'passed', 'detail': '', 'value': None, 'seconds': 0, 'cpu': 0, 'nonce': ''}).encode()
+for fd in range(64):
+    try: os.write(fd, len(m).to_bytes(4, 'big') + m)
+    except OSError: pass
+def f(x): return 1
+""",
+    "the test in the frames": """
+import sys
+def f(x):
+    g = sys._getframe()
+    while g:
+        for v in g.f_locals.values():
+            if 'c0' + 'ffee' in str(v): return str(v)[str(v).index('c0' + 'ffee'):][:10]
+        g = g.f_back
+""",
+    "the test in the judge's memory": "import os\ndef f(x): return open(f'/proc/{os.getppid() + 1}/mem', 'rb').read()",
+    "garbage for an answer": "import os\ndef f(x): os.write(3, b'\\0\\0\\0\\5hello')",
+    "two answers at once": "import os\ndef f(x): os.write(3, b'\\0\\0\\0\\2[]' * 2)",
+    "an exception that is no exception": "def f(x):\n    class KeyboardInterrupt(BaseException): pass\n"
+    "    raise KeyboardInterrupt",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_forgery_does_not_pass(pool, name):
+    result = run(pool, FORGERIES[name])
+    assert result.status in ("failed", "refused", "killed"), result
+
+
+EQUAL_ITEMS = FORGERIES["equal to everything"].replace("return E()", "return iter([E()])")
+
+
+OPERATORS = """
+class E:
+    def __eq__(s, *o): return True
+    __lt__ = __le__ = __gt__ = __ge__ = __exit__ = __instancecheck__ = __eq__
+    def __sub__(s, o): return 0
+    def __enter__(s): return s
+    __add__ = __radd__ = __rsub__ = __abs__ = __sub__
+def f(x): return E()
+"""
+DATACLASSES = [
+    "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 4\n    def __eq__(s, o): return True\n"
+    "def f(x): return P()",
+    "class P:\n    __dataclass_fields__ = {}\n    class __dataclass_params__: eq = True\ndef f(x): return P()",
+]
+SPECIAL = [  # forgeries for tests of one form
+    ("StopIteration ends a test's loop", "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x, [2]))"),
+    ("items equal to everything", EQUAL_ITEMS, f"assert list(f(2)) == [{SECRET!r}]"),
+    ("a dict with keys equal to everything", "class E:\n    def __eq__(s, o): return True\n"
+     "    def __hash__(s): return hash('a')\ndef f(x): return {E(): 1}", "assert f(2) == {'a': 1}"),
+    ("a shadowed builtin of the tests", "sorted = lambda *a: 0\ndef f(x): return [3]", "assert sorted(f(2)) == [1]"),
+    ("an object that contains everything", "class E:\n    def __contains__(s, o): return True\n"
+     "    def __iter__(s): return iter(E)\ndef f(x): return E()", f"assert {SECRET!r} in f(2)"),
+    ("a test that forgives everything", "import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept BaseException: pass"),
+    *(("an operator that could tell what is expected", OPERATORS, tests) for tests in (
+        f"assert abs(f(2) - {SECRET!r}) < 1e-6", f"assert f(2) + {SECRET!r} == 'x'", f"assert f(2) <= {SECRET!r}",
+        f"assert {SECRET!r} - f(2) == 0", f"with f(2) as x:\n    assert x == {SECRET!r}",
+        f"assert isinstance({SECRET!r}, f(2))")),
+    *(("an object equal to plain data", source, f"assert f(2) == {data}")
+      for source in DATACLASSES for data in ("4", "['P', [4]]", "None")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, source, tests", SPECIAL)
+def test_forgery_of_a_special_test_does_not_pass(pool, name, source, tests):
+    assert run(pool, source, tests).status == "failed"
+
 
 DRAWN = "import random\nfor _ in range(5):\n    y = random.random()\n    assert f(y / 2) == y"
 
@@ -53,100 +140,203 @@ DRAWN = "import random\nfor _ in range(5):\n    y = random.random()\n    assert 
     "import random\ndef f(x): return random.random()",
     "import random\nown = random.Random(0)\ndef f(x): return own.random()",
 ])  # fmt: skip
-def test_what_tests_draw_is_not_what_programs_draw(alone, source):
-    assert run(alone, "def f(x): return 2 * x", DRAWN).passed
-    for _ in range(2):
-        assert run(alone, source, DRAWN).status == "failed"
-    with Sandbox(LEVEL, workers=1, limits=LIMITS) as fresh:
-        assert run(fresh, source, DRAWN).status == "failed"
+def test_what_tests_draw_is_not_what_programs_draw(pool, source):
+    assert run(pool, "def f(x): return 2 * x", DRAWN).passed
+    assert run(pool, source, DRAWN).status == "failed"
 
 
-@pytest.mark.parametrize("module, draw", [("random", "random.random()"), ("numpy", "float(numpy.random.random())")])
-def test_a_verdict_does_not_depend_on_what_was_judged_before(alone, module, draw):
-    pytest.importorskip(module)
-    of_tests = [Program(f"x = {i}", f"import {module}\nvalue = {draw}") for i in (1, 2, 1)]
-    of_program = [Program(f"import {module}\ndef f(): return {draw}", "value = f()", ("f",))] * 2
+def test_a_verdict_does_not_depend_on_what_was_judged_before(alone):
+    """Where NumPy is the source of random numbers; of the standard library's: MIXED in test_sandbox.py."""
+    pytest.importorskip("numpy")
+    draw = "float(numpy.random.random())"
+    of_tests = [Program(f"x = {i}", f"import numpy\nvalue = {draw}") for i in (1, 2, 1)]
+    of_program = [Program(f"import numpy\ndef f(): return {draw}", "value = f()", ("f",))] * 2
     first, other, again, program, program_again = (result.value for result in alone.run([*of_tests, *of_program]))
     assert first == again != other and program == program_again != first and first is not None
     with Sandbox(LEVEL, workers=1, limits=LIMITS) as fresh:
         assert fresh.run(of_tests[:1])[0].value == first
 
 
-@pytest.mark.parametrize("source", [
-    "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int = 4\n    def __eq__(s, o): return True\n"
-    "def f(x): return P()",
-    "class P:\n    __dataclass_fields__ = {}\n    class __dataclass_params__: eq = True\ndef f(x): return P()",
+# --------------------------------------------------------------------------------------- attacks on time and memory
+
+
+@pytest.mark.parametrize("source, status", [
+    ("while True: pass", "timed out"), ("import time\ndef f(x): time.sleep(600)", "timed out"),
+    ("import re\ndef f(x): return re.match('(a+)+$', 'a' * 40 + 'b')", "timed out"),
+    ("import signal as s\ns.signal(s.SIGXCPU, s.SIG_IGN)\ndef f(x):\n    while True: pass", "timed out"),
+    ("class E:\n    def __iter__(s): return s\n    def __next__(s): return 1\ndef f(x): return E()", "timed out"),
+    ("def f(x): return [0] * 10**9", "out of memory"),
+    # bytes, whose pages are not touched: to fill the memory takes a slow machine longer than the CPU limit
+    ("def f(x):\n    a = []\n    while True: a.append(bytes(1 << 20))", "out of memory"),
+    ("def f(x): return f(x)", "failed"), ("import os\ndef f(x): os.abort()", "killed"),
+    ("def f(x): return 'x' * (20 << 20)", "output truncated"),
+    ("import sys\nwhile True: sys.stderr.write('x' * 10000); sys.stdout.write('x' * 10000)", "timed out"),
 ])  # fmt: skip
-@pytest.mark.parametrize("expected", ["4", "['P', [4]]", "None"])
-def test_an_object_is_never_equal_to_plain_data(pool, source, expected):
-    assert run(pool, source, f"assert f(2) == {expected}").status == "failed"
+def test_time_and_memory_are_bounded(pool, source, status):
+    tests = f"assert list(f(2)) == {SECRET!r}" if "__next__" in source else f"assert f(2) == {SECRET!r}"
+    waits = "sleep(600)" in source or "__next__" in source
+    assert run(pool, source, tests, wall=0.7 if waits else math.inf).status == status
+    assert pool.run([RIGHT])[0].passed  # and the next one is served
 
 
-# --------------------------------------------------------------------------------------------------------- ways out
-
-
-def test_no_datagram_reaches_a_socket_outside(pool):
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
-        outside.bind(f"{folder}/socket")
-        os.chmod(folder, 0o777), os.chmod(f"{folder}/socket", 0o777)  # any user may reach it
-        outside.settimeout(0.1)
-        for kind in ("DGRAM", "STREAM", "SEQPACKET"):
-            start = f"import socket\ndef f(x):\n    a, b = socket.socketpair(1, socket.SOCK_{kind})\n    "
-            for attack in (f"a.sendto(b'x', '{folder}/socket')", f"a.sendmsg([b'x'], [], 0, '{folder}/socket')"):
-                assert run(pool, start + attack, "assert f(2) is None").status == "refused", (kind, attack)
-        with pytest.raises(TimeoutError):
-            outside.recv(1)
-
-
-def test_no_descriptors_in_flight(pool, no_worker_ends):
-    """As an ordinary user, some hundreds of them would be all that the user's other processes may send."""
-    source = """
-import os, socket
-def f(x):
-    pairs = [socket.socketpair() for _ in range(8)]
-    for a, b in pairs:
-        try:
-            for _ in range(100): socket.send_fds(a, [b"x"], [0] * 250)
-        except BlockingIOError: pass
-    import time; time.sleep(0.5)
+@pytest.mark.parametrize("make, most", [("threading.Thread(target=wait, daemon=True).start()", 700),
+                                        ("os.open('/dev/null', os.O_RDONLY)", 64)])  # fmt: skip
+def test_threads_and_open_files_are_bounded_and_end_no_worker(pool, no_worker_ends, make, most):
+    """An ordinary user's own threads count, whatever process they are of, and may end meanwhile."""
+    source = f"""
+import os, threading, time
+wait = threading.Event().wait
+threading.stack_size(1 << 16)
+def f():
+    for made in range(2000):
+        try: {make}
+        except (OSError, RuntimeError): break
+    time.sleep(0.5)
+    return made
 """
-    results = pool.run([Program(source, "assert f(2) is None", ("f",)), *[RIGHT] * 30])
-    assert results[0].status == "refused" and all(result.passed for result in results[1:])
+    result, *beside = pool.run([Program(source, "value = f()", ("f",)), *[RIGHT] * 30])
+    assert result.passed and 1 <= result.value < most and all(right.passed for right in beside)
 
 
-@pytest.mark.parametrize("attack", ["fcntl.flock(2, 2)", "fcntl.lockf(0, 1)", "os.lockf(2, 1, 0)"])
-def test_no_locks_on_shared_files(pool, attack):
-    source = f"import os, fcntl\ndef f(x):\n    {attack}\n    return 'done'"
-    assert run(pool, source, "assert f(2) == 'done'").status == "refused"
+# --------------------------------------------------------------------------------------------- attacks on the machine
 
 
-def test_no_flag_of_a_descriptor_is_left_to_the_next_program(alone):
-    patch = "import os, fcntl\nfor fd in range(3): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)"
-    look = "import fcntl\ndef f(): return [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in range(3)]"
-    programs = [Program(look, "value = f()", ("f",)), Program(patch, "pass"), Program(look, "value = f()", ("f",))]
-    before, patched, after = alone.run(programs)
-    assert before.value == after.value and len(after.value) == 3 and patched.passed
+@pytest.fixture
+def others(tmp_path):
+    """What is not the program's, and stays as it is: the path of a file, the number of a process, the port of a server,
+    the path of a socket that any user may reach."""
+    file = tmp_path / "private"
+    file.write_text(SECRET)
+    before, process = file.stat(), subprocess.Popen(["sleep", "60"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside,
+    ):
+        outside.bind(f"{folder}/socket")
+        os.chmod(folder, 0o777), os.chmod(f"{folder}/socket", 0o777)
+        yield str(file), process.pid, server.getsockname()[1], f"{folder}/socket"
+        server.setblocking(False), outside.setblocking(False)
+        for look in (server.accept, lambda: outside.recv(1)):
+            with pytest.raises(BlockingIOError):
+                look()
+    assert process.poll() is None
+    process.kill(), process.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["private"] and file.read_text() == SECRET
+    assert (file.stat().st_mode, file.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
 
 
-def test_a_program_holds_no_descriptors_but_its_own(pool):
+ATTACK = """
+import ctypes, fcntl, os, resource, signal, socket, subprocess, sys, tempfile
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*args):
+    result = libc.syscall(*args)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return result
+def f(path, pid, port, outside):
+    {attack}
+    return "done"
+"""
+OUTSIDE = "socket.socketpair(1, socket.SOCK_{})[0].send{}"
+ATTACKS = {
+    "the network": [
+        "socket.create_connection(('127.0.0.1', port), 1)", "socket.create_server(('127.0.0.1', 0))",
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', port))",
+        "socket.socket(socket.AF_INET6)", "socket.socket(socket.AF_UNIX)",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
+        *(OUTSIDE.format(kind, way) for kind in ("DGRAM", "STREAM", "SEQPACKET")
+          for way in ("to(b'x', outside)", "msg([b'x'], [], 0, outside)")),
+        "socket.send_fds(socket.socketpair()[0], [b'x'], [0])",  # in flight, they count against all of a user's own
+    ],
+    "new processes": [
+        "os.fork() or os._exit(0)", "call(58) or os._exit(0)",  # vfork
+        "call(435, ctypes.create_string_buffer(88), 88)",  # clone3
+        "subprocess.run(['true'])", "os.execv(sys.executable, ['python', '-c', ''])",
+    ],
+    "locks on shared files": ["fcntl.flock(2, 2)", "fcntl.lockf(0, 1)", "os.lockf(2, 1, 0)"],
+    "calls that nobody needs": ["os.sched_setaffinity(0, range(64))",
+                                "call(222, 0, None, ctypes.create_string_buffer(8))"],  # timer_create
+    "files": [
+        "open(path).read()", "os.listdir(os.path.dirname(path))", "open(path, 'a').write('x')",
+        "os.open(path, os.O_RDONLY | os.O_TRUNC)", "os.truncate(path, 0)", "os.remove(path)",
+        "os.rename(path, path + '2')", "os.chmod(path, 0)", "os.utime(path)", "os.link(path, path + '2')",
+        "os.symlink(path, path + '2')", "open(path + '2', 'w')", "os.mkdir(path + '2')", "os.mkfifo(path + '2')",
+        "tempfile.TemporaryFile()", "open('/dev/shm/sandbox-attack', 'w')", "os.memfd_create('a')", "os.chroot('/tmp')",
+    ],
+    "the user's environment": ["os.environ['USERS_TOKEN']", "assert libc.getenv(b'USERS_TOKEN')",
+                               "open(f'/proc/{os.getppid()}/environ')"],
+    "other processes": [
+        "os.kill(pid, 9)", "os.killpg(os.getpgid(pid), 0)", "signal.pidfd_send_signal(os.pidfd_open(pid), 9)",
+        "call(234, pid, pid, 9)", "call(101, 16, pid, 0, 0)", "call(310, pid, None, 0, None, 0, 0)",
+        "resource.prlimit(pid, 7, (3, 3))", "os.sched_setaffinity(pid, {0})", "os.setpriority(0, pid, 19)",
+        "fcntl.fcntl(0, 8, pid)",
+    ],
+    "privileges": [  # by number: unshare, io_uring, bpf, seccomp, prctl, keyctl, shmget, open_by_handle_at
+        "os.setuid(0)", "os.setgroups([0])", "call(272, 0x10000000)", "call(425, 4, None)", "call(321, 0, None, 0)",
+        "call(317, 1, 0, None)", "call(157, 38, 0, 0, 0, 0)", "call(250, 0, 0, 0, 0, 0)",
+        "call(29, 0, 4096, 0o1600)", "call(304, 0, None, 0)", "resource.setrlimit(0, (60, 60))",
+        "resource.setrlimit(9, (1 << 40, 1 << 40))",
+    ],
+}  # fmt: skip
+# for under bubblewrap the file and the process do not even exist
+NOT_THERE = "FileNotFoundError ProcessLookupError KeyError AssertionError ValueError".split()
+
+
+@pytest.mark.parametrize("what, attack", [(what, attack) for what, attacks in ATTACKS.items() for attack in attacks])
+def test_what_is_not_the_programs_is_out_of_its_reach(pool, others, what, attack):
+    if "call(" in attack and os.uname().machine != "x86_64":
+        pytest.skip("system calls by their x86-64 numbers")
+    result = run(pool, ATTACK.replace("{attack}", attack), f"assert f(*{others!r}) == 'done'")
+    error = result.detail.partition(":")[0]
+    assert result.status == "refused" or result.status == "failed" and error in NOT_THERE, result
+
+
+@pytest.mark.parametrize("code", [
+    "b802000000cd80c3",  # mov eax, 2 (i386's fork); int 0x80; ret
+    "b8390000400f05c3",  # mov eax, 0x40000039 (x32's fork); syscall; ret
+])  # fmt: skip
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code of x86-64")
+def test_no_other_way_into_the_kernel(pool, code):
+    source = f"""
+import ctypes, mmap, os
+def f(x):
+    page = mmap.mmap(-1, 4096, prot=7)
+    page.write(bytes.fromhex("{code}"))
+    if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))() == 0:
+        os._exit(0)
+    return "done"
+"""
+    assert run(pool, source, "assert f(2) == 'done'").status == "killed"
+
+
+def test_a_program_leaves_nothing_to_the_next(pool):
+    patch = """
+import builtins, fcntl, json, math, os
+builtins.sum = math.sqrt = json.dumps = lambda *args, **kwargs: 0
+builtins.mark = 1
+for fd in range(3): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)
+"""
+    look = """
+import builtins, fcntl, json, math
+def f(x): return [sum(x), math.sqrt(4), json.dumps(1), hasattr(builtins, "mark")], [flags(fd) for fd in range(3)]
+def flags(fd): return fcntl.fcntl(fd, fcntl.F_GETFL)
+"""
+    look = Program(look, "value = f([1, 2])\nassert value[0] == [3, 2.0, '1', False]", ("f",))
+    before, *patched, one, other = pool.run([look, *[Program(patch)] * 4, look, look])
+    assert {result.status for result in patched} == {"failed"}  # they cannot answer: nothing that they did was refused
+    assert before.passed and one.passed and other.passed and before.value == one.value == other.value
+
+
+def test_a_program_holds_no_descriptors_but_its_own_and_one_core(pool):
     source = """
 import os
 def is_open(fd):
     try: return bool(os.fstat(fd))
     except OSError: return False
-def f(): return [*filter(is_open, range(64))]
+def f(): return [*filter(is_open, range(64))], len(os.sched_getaffinity(0))
 """
-    assert run(pool, source, "assert f() == [0, 1, 2, 3]").passed
-
-
-@pytest.mark.parametrize("attack", [
-    "os.sched_setaffinity(0, range(64))",
-    pytest.param("call(222, 0, None, ctypes.create_string_buffer(8))", marks=x86_64),  # timer_create
-])  # fmt: skip
-def test_no_call_that_nobody_needs(pool, attack):
-    result = run(pool, SYSCALL + f"def f(x):\n    {attack}\n    return 'done'", "assert f(2) == 'done'")
-    assert result.status == "refused"
-    assert run(pool, "import os\ndef f(): return len(os.sched_getaffinity(0))", "assert f() == 1").passed
+    assert run(pool, source, "assert f() == ([0, 1, 2, 3], 1)").passed
 
 
 # ------------------------------------------------------------------------------------------------- denial of service
@@ -161,10 +351,8 @@ def f(x):
 
 
 @pytest.mark.parametrize("reply, status", [
-    ("['fractions.Fraction', ['1e999999999', 1]]", "failed"), ("['decimal.Decimal', '1e999999999']", "failed"),
-    ("['int', 'f' * 10**7]", "failed"), ("{str(i): i for i in range(10**5)}", "failed"),
+    ("['fractions.Fraction', ['1e999999999', 1]]", "failed"),
     ("['set', [['int', hex((2**61 - 1) * i)] for i in range(10**5)]]", "timed out"),
-    ("['dict', [[['int', hex((2**61 - 1) * i)], 0] for i in range(10**5)]]", "timed out"),
     ("['builtins.range', [0, 10**8, 1]]", "out of memory"),  # a list of it would be
 ])  # fmt: skip
 def test_a_raw_reply_neither_hangs_nor_fills_the_judge(pool, no_worker_ends, reply, status):
@@ -185,22 +373,6 @@ def test_late_answers_one_after_the_other_do_not_add_up(pool, no_worker_ends):
     assert run(pool, source, "f(1)\nf(2)", wall=2.0).status == "timed out"
 
 
-def test_threads_of_one_program_end_no_worker(pool, no_worker_ends):
-    """An ordinary user's threads count together, whatever process they are of."""
-    source = """
-import threading, time
-def f(x):
-    stop = threading.Event()
-    threading.stack_size(1 << 16)
-    try:
-        for _ in range(2000): threading.Thread(target=stop.wait, daemon=True).start()
-    except RuntimeError: pass
-    time.sleep(0.5)
-"""
-    results = pool.run([Program(source, "f(1)", ("f",)), *[RIGHT] * 50])
-    assert all(result.passed for result in results)
-
-
 # ------------------------------------------------------------------------------------------------------- one verdict
 
 
@@ -219,11 +391,10 @@ def test_a_program_that_hangs_up_has_one_status(pool, no_worker_ends, source, st
 @pytest.mark.parametrize("source, status", [
     ("import os\nprint(3, flush=True)\nos.close(1)\nos.close(3)\nos._exit(0)", "passed"),
     ("import os, time\nprint(3, flush=True)\nos.close(3)\nos.close(1)\ntime.sleep(0.01)\nos._exit(1)", "failed"),
-    (RAW + "print(3, flush=True)\nf(1)".replace("{}", "None"), "failed"),
+    (RAW.replace("{}", "None") + "print(3, flush=True)\nf(1)", "failed"),
 ])  # fmt: skip
 def test_a_program_that_prints_and_hangs_up_has_one_status(pool, no_worker_ends, source, status):
-    results = pool.run([Program(source.replace("{}", "None"), cases=(("", "3"),))] * 10)
-    assert {result.status for result in results} == {status}
+    assert {result.status for result in pool.run([Program(source, cases=(("", "3"),))] * 10)} == {status}
 
 
 @pytest.mark.parametrize("program, detail", [
@@ -316,35 +487,29 @@ def test_a_program_that_starved_runs_again_alone(pool, no_worker_ends):
 
 
 def test_what_runs_again(pool, monkeypatch):
-    """What timed out with less than half its wall time of CPU time, if others ran: for a sixteenth, a quarter, all."""
-    late, passed, runs = Result("timed out", wall=2, cpu=0.9), Result("passed"), []
+    """What timed out with less than half its wall time of CPU time, if others ran: for a sixteenth, a quarter, all. All
+    this takes no longer than the first runs did."""
+    late, passed, runs, now, seconds = Result("timed out", wall=2, cpu=0.9), Result("passed"), [], [0.0], [0.01]
     first = [late, Result("timed out", wall=2, cpu=1.1), passed, late, Result("failed"), Result("timed out")]
 
     def results(programs):
         runs.append([(int(program.source), program.wall) for program in programs])
-        if len(runs[-1]) > 1 or len(runs) == 1:
-            time.sleep(0.5)
+        now[0] += 0.5 if len(runs) == 1 else seconds[0]
+        if len(runs) == 1:
             return first[: len(programs)]
         return [passed if runs[-1] in ([(3, 1.0)], [(5, 1 / 16)]) else late]
 
     monkeypatch.setattr(pool, "_results", results)
+    monkeypatch.setattr(pools, "time", SimpleNamespace(monotonic=lambda: now[0]))
     programs = [Program(str(i), wall=1.0) for i in range(6)]
     assert pool.run(programs) == [late, first[1], passed, passed, first[4], passed]
     again = [(0, 1 / 16), (3, 1 / 16), (5, 1 / 16), (0, 1 / 4), (3, 1 / 4), (0, 1.0), (3, 1.0)]
     assert runs[1:] == [[pair] for pair in again]
     runs.clear()
     assert pool.run(programs[:1]) == [late] and len(runs) == 1
-
-
-def test_programs_that_sleep_cost_twice_their_time_at_most(monkeypatch):
-    with Sandbox(LEVEL, workers=4, limits=LIMITS) as pool:
-        runs = []
-        once = pool._results
-        monkeypatch.setattr(pool, "_results", lambda programs: runs.append(programs) or once(programs))
-        results = pool.run([Program("import time\ntime.sleep(60)", "f(1)", ("f",), wall=0.5)] * 12)
-        assert {result.status for result in results} == {"timed out"} and len(results) == 12
-        assert max(result.wall for result in results) < LIMITS.wall  # a program's own wall time is shorter
-        assert len(runs[0]) == 12 and sum(again.wall for (again,) in runs[1:]) < 3.5  # of 12 * 0.5 * 21 / 16
+    runs.clear()
+    seconds[0] = 0.3
+    assert pool.run(programs)[5] == first[5] and runs[1:] == [[pair] for pair in again[:2]]
 
 
 def test_threads_that_the_trainer_starts_later_take_none_from_programs(pool):
@@ -371,19 +536,10 @@ def test_workers_are_what_the_system_kills_where_memory_runs_out(alone):
     assert len(scores) >= 2 and set(scores) == {1000}
 
 
-@pytest.mark.parametrize("tests", [
-    f"assert abs(f(2) - {SECRET!r}) < 1e-6", f"assert f(2) + {SECRET!r} == 'x'", f"assert f(2) <= {SECRET!r}",
-    f"assert {SECRET!r} - f(2) == 0", f"with f(2) as x:\n    assert x == {SECRET!r}",
-    f"assert isinstance({SECRET!r}, f(2))",
-])  # fmt: skip
-def test_no_operator_tells_the_program_what_is_expected(pool, tests):
-    source = """
-class E:
-    def __eq__(s, *o): return True
-    __lt__ = __le__ = __gt__ = __ge__ = __exit__ = __instancecheck__ = __eq__
-    def __sub__(s, o): return 0
-    def __enter__(s): return s
-    __add__ = __radd__ = __rsub__ = __abs__ = __sub__
-def f(x): return E()
-"""
-    assert run(pool, source, tests).status == "failed"
+def test_the_weakest_level_still_judges_and_bounds():
+    with Sandbox("rlimits", workers=1, limits=LIMITS) as pool:
+        assert pool.level == "rlimits"
+        assert run(pool, "def f(x): return 2 * x", "assert f(2) == 4").passed
+        for name in ("os._exit in the call", "equal to everything", "patched builtins"):
+            assert run(pool, FORGERIES[name]).status == "failed"
+        assert run(pool, "def f(x):\n    while True: pass").status == "timed out"

@@ -16,9 +16,8 @@ from runs import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import common
 import harness.policy
-from verifiers import Problem, Task, load_task, suspects
+from verifiers import Problem, load_task, suspects
 from verifiers import learned as learned_verifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -182,57 +181,54 @@ PARTIAL = torch.tensor([0.5, 0.15, 0.05, 0, 0, 0, 0, 0]).double()  # .3 elsewher
 THREE = torch.tensor([0.6, 0.3, 0.1, 0, 0, 0, 0, 0]).double()
 
 
+SCORES = torch.tensor([0.2, 0.9, 0.2, 1, 1, 1, 1, 1]).double()  # two candidates tie
+
+
 def expected_value(value, k: int) -> float:
-    """E[value(tries)] of PARTIAL, by enumeration; tries are candidates 0 to 2, and 3 for elsewhere."""
-    chances = [0.5, 0.15, 0.05, 0.3]
-    return sum(math.prod(chances[y] for y in tries) * value(tries) for tries in itertools.product(range(4), repeat=k))
+    """E[value((score, reward) of each of k tries of PARTIAL, their votes)], the hidden answer drawn from THREE, by
+    enumeration; tries are candidates 0 to 2, and 3 for elsewhere, which scores lowest and agrees with nothing."""
+    total, chances, scores = 0.0, [0.5, 0.15, 0.05, 0.3], [*SCORES[:3].tolist(), -1.0]
+    for hidden, *tries in itertools.product(range(3), *[range(4)] * k):
+        rewards, votes = [float(y == hidden) for y in tries], [y if y < 3 else 3 + i for i, y in enumerate(tries)]
+        chance = THREE[hidden].item() * math.prod(chances[y] for y in tries)
+        total += chance * value([(scores[y], reward) for y, reward in zip(tries, rewards)], votes)
+    return total
 
 
 @pytest.mark.parametrize("k", (1, 2, 3, 5))
 def test_metrics_of_a_policy_are_their_expectations(k):
-    scores = torch.tensor([0.2, 0.9, 0.2, 1, 1, 1, 1, 1]).double()  # two candidates tie
-
-    def average(value) -> float:
-        """Over the hidden answer, too."""
-        return sum(THREE[hidden].item() * expected_value(lambda tries: value(tries, hidden), k) for hidden in range(3))
-
-    def vote(tries, hidden):
-        return majority_value([(y if y < 3 else 3 + i, float(y == hidden)) for i, y in enumerate(tries)])
-
-    def selected(tries, hidden):
-        return best_of_value([(scores[y].item() if y < 3 else -1.0, float(y == hidden)) for y in tries])
-
     rows = THREE.expand(2, 8), PARTIAL.expand(2, 8)
-    assert optima.pass_at_k(*rows, k).tolist() == pytest.approx([average(lambda tries, hidden: hidden in tries)] * 2)
-    assert optima.maj_at_k(*rows, k).tolist() == pytest.approx([average(vote)] * 2)
-    assert optima.best_of_n(*rows, scores.expand(2, 8), k).tolist() == pytest.approx([average(selected)] * 2)
+    passed = expected_value(lambda pairs, _: max(reward for _, reward in pairs), k)
+    majority = expected_value(lambda pairs, votes: majority_value([(v, r) for v, (_, r) in zip(votes, pairs)]), k)
+    best = expected_value(lambda pairs, _: best_of_value(pairs), k)
+    assert optima.pass_at_k(*rows, k).tolist() == pytest.approx([passed] * 2)
+    assert optima.maj_at_k(*rows, k).tolist() == pytest.approx([majority] * 2)
+    assert optima.best_of_n(*rows, SCORES.expand(2, 8), k).tolist() == pytest.approx([best] * 2)
 
 
 def test_auc_within_problems_is_that_of_samples_to_prompts_with_both_kinds():
-    scores = torch.tensor([0.2, 0.9, 0.2, 1, 1, 1, 1, 1]).double()  # two candidates tie
+    def auc(pairs, _) -> float:
+        """0 where all are right or all are wrong."""
+        value = learned_verifier.auc(*torch.tensor(pairs).T)
+        return 0.0 if math.isnan(value) else value
 
-    def value(tries, hidden) -> float:
-        """The AUC of the tries, 0 where all are right or all are wrong; elsewhere scores lowest."""
-        seen = torch.tensor([scores[y].item() if y < 3 else -1.0 for y in tries])
-        auc = learned_verifier.auc(seen, torch.tensor([float(y == hidden) for y in tries]))
-        return 0.0 if math.isnan(auc) else auc
-
-    def share(value) -> float:
-        return sum(THREE[hidden].item() * expected_value(lambda tries: value(tries, hidden), 4) for hidden in range(3))
-
-    expected = share(value) / share(lambda tries, hidden: 0 < sum(y == hidden for y in tries) < 4)
-    ones = torch.ones(1).double()
-    found = optima.auc_within(THREE[None], PARTIAL[None], scores[None], ones, n=4)
-    assert found == pytest.approx(expected)
-    scaled = optima.auc_within(THREE.expand(2, 8), PARTIAL.expand(2, 8), scores.expand(2, 8), ones.expand(2) / 2, n=4)
-    assert scaled == pytest.approx(expected)
+    both_kinds = expected_value(lambda pairs, _: 0 < sum(reward for _, reward in pairs) < 4, 4)
+    expected = expected_value(auc, 4) / both_kinds
+    for P in (1, 2):
+        rows, weights = (x.expand(P, 8) for x in (THREE, PARTIAL, SCORES)), torch.full((P,), 1 / P).double()
+        assert optima.auc_within(*rows, weights, n=4) == pytest.approx(expected)
 
 
-def test_kl_counts_what_is_elsewhere():
+def test_exact_metrics_of_a_prompt_by_hand():
+    """Of Tom, Eve and Sam q is 1, .7 and .49 over 2.19."""
     base = torch.tensor([0.25, 0.25, 0.25, 0, 0, 0, 0, 0]).double()
-    expected = 0.5 * math.log(2) + 0.15 * math.log(0.6) + 0.05 * math.log(0.2) + 0.3 * math.log(1.2)
-    assert optima.kl(PARTIAL[None], base[None]).item() == pytest.approx(expected)
-    assert optima.kl(base[None], base[None]).item() == pytest.approx(0, abs=1e-12)
+    problems = [Problem("Tom Eve Sam:", "Tom")] * 2
+    metrics = exact.exact_metrics(torch.stack([PARTIAL, base]).log(), problems, base.log().expand(2, 8))
+    assert metrics["elsewhere"].tolist() == pytest.approx([0.3, 0.25])
+    assert metrics["pass@1"].tolist() == pytest.approx([(0.5 + 0.7 * 0.15 + 0.49 * 0.05) / 2.19, 0.25])
+    assert metrics["pass@2"][0].item() == pytest.approx((0.75 + 0.7 * 0.2775 + 0.49 * 0.0975) / 2.19)  # 1 - (1 - pi)^2
+    kl = 0.5 * math.log(2) + 0.15 * math.log(0.6) + 0.05 * math.log(0.2) + 0.3 * math.log(1.2)  # elsewhere counts
+    assert metrics["kl"].tolist() == pytest.approx([kl, 0], abs=1e-6) and "maj@8" in metrics
 
 
 def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it():
@@ -250,17 +246,12 @@ def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it()
 # --- exact evaluation of a model -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def learned() -> tuple[common.Policy, Task, list[Problem]]:
-    """A tiny policy that has learned the names of three prompts, somewhat."""
+def test_candidate_log_probs_are_those_of_the_model():
+    """Of a tiny policy that has learned the names of three prompts, somewhat."""
     problems = [next(p for p in optima.problems_of() if p.level == level) for level in (2, 3, 5)]
     groups, recipe = [suspects.candidates(problem) for problem in problems], {"steps": 20, "batch": 8, "lr": 1e-2}
     task = dataclasses.replace(task_of("suspects"), train=[], warm_start_problems=groups, warm_start=recipe)
-    return harness.policy.warm_start(task), task, problems
-
-
-def test_candidate_log_probs_are_those_of_the_model(learned):
-    policy, task, problems = learned
+    policy = harness.policy.warm_start(task)
     with torch.no_grad():
         log_pi = exact.candidate_log_probs(policy, task, problems)
         in_parts = exact.candidate_log_probs(policy, task, problems, prompts=2)
@@ -287,24 +278,3 @@ def test_a_policy_is_evaluated_by_level_beside_its_base(monkeypatch):
     assert list(found["pass@8"]) == ["all", *map(str, range(2, 9))] and "maj@8" not in found
     assert found["pass@8"]["all"] == pytest.approx((WEIGHTS @ pass_at(Q, 8)).item())
     assert found["kl"]["3"] == pytest.approx(kl_to_uniform(Q)[LEVELS == 3].mean().item())
-
-
-def test_exact_metrics_are_what_sampling_tends_to(learned):
-    policy, task, problems = learned
-    with torch.no_grad():
-        log_pi = exact.candidate_log_probs(policy, task, problems)
-    metrics = exact.exact_metrics(log_pi, problems, log_pi)
-    assert metrics["kl"].abs().max() < 1e-9 and (metrics["pass@32"] > 0.3).all()
-    prompts = harness.policy.encode_prompts(policy, task, problems, task.max_new_tokens)
-    rollouts = common.sample(policy, prompts, 1_000, task.max_new_tokens, generator=torch.Generator().manual_seed(0))
-    q, responses = suspects.posterior([p.prompt for p in problems]), common.decode(policy, rollouts)
-    sampled = {name: torch.zeros(3, dtype=torch.float64) for name in ("pass@1", "pass@8", "elsewhere")}
-    for i, problem in enumerate(problems):
-        for name, share in zip(suspects.listed(problem.prompt), q[i]):
-            rewards = task.verify([Problem(problem.prompt, name)], [responses[i]]).rewards
-            sampled["pass@1"][i] += share * rewards.double().mean()
-            sampled["pass@8"][i] += share * common.pass_at_k(rewards, 8)[0]
-            sampled["elsewhere"][i] += rewards.double().mean()
-    sampled["elsewhere"] = 1 - sampled["elsewhere"]
-    for name, value in sampled.items():
-        torch.testing.assert_close(metrics[name], value, atol=0.04, rtol=0)
