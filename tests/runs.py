@@ -45,8 +45,9 @@ def idle_flags(args) -> list[str]:
     return [name for name, used in changed if not used(args)]
 
 
-def in_process(script: str, *flags: str) -> SimpleNamespace:
-    """The script run as __main__ in this process, which saves importing torch: returncode, stdout, stderr."""
+def in_process(script: str, *flags: str, code: int | None = None) -> SimpleNamespace:
+    """The script run as __main__ in this process, which saves importing torch: returncode, stdout, stderr. code: the
+    exit code that it must have, if one is given."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *(of_script(script, flag) for flag in flags)])
@@ -55,26 +56,15 @@ def in_process(script: str, *flags: str) -> SimpleNamespace:
             returncode = 0
         except SystemExit as stop:
             returncode = stop.code
+    assert code in (None, returncode), err.getvalue()
     return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-# Other processes are forked from this one, which has imported everything: a script's own imports take six seconds.
-FORKS = multiprocessing.get_context("fork")
-
-
-def started(script: Path, *flags: str, cwd: Path, rank: int = 0, size: int = 1, port: int = 0):
-    """A process that runs the script as __main__, one of `size`. It writes to `cwd`/out-RANK and err-RANK."""
-    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    environment = os.environ | ({name: str(value) for name, value in place.items()} if size > 1 else {})
-    command = [str(script), *(of_script(Path(script).name, flag) for flag in flags)]
-    process = FORKS.Process(target=_run_as_main, args=(command, str(cwd), rank, environment))
-    process.start()
-    return process
-
-
-def _run_as_main(command: list[str], cwd: str, rank: int, environment: dict[str, str]) -> None:
+def run_as_rank(command: list[str], cwd: Path, rank: int, port: int) -> None:
+    """Run the command as __main__ in one of two processes. It writes to `cwd`/out-RANK and err-RANK."""
     os.chdir(cwd)
-    os.environ.update(environment)
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in place.items()})
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), command
@@ -88,10 +78,18 @@ def no_figure(folder: Path, *_) -> None:
     (folder / "curves.png").touch()
 
 
-def ended(*processes, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the processes of a run, once all have ended. As torchrun has it, one that fails
-    takes the others with it; the code is its own."""
-    failed, until = 0, time.time() + patience
+def in_two_processes(script: Path, *flags: str, cwd: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the script in two processes. As under torchrun, a process that fails takes the
+    other with it; the code is its own.
+
+    They are forked from this process, which has imported everything: a script's own imports take six seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command, fork = [str(script), *(of_script(script.name, x) for x in flags)], multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_as_rank, args=(command, cwd, rank, port)) for rank in (0, 1)]
+    [process.start() for process in processes]
+    failed, until = 0, time.time() + 120
     while any(process.is_alive() for process in processes) and time.time() < until:
         codes = [process.exitcode for process in processes if process.exitcode]
         if codes and not failed:
@@ -102,18 +100,9 @@ def ended(*processes, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
     for process in processes:
         process.kill()
         process.join()
-    out, err = ("".join((Path(cwd) / f"{x}-{i}").read_text() for i in range(len(processes))) for x in ("out", "err"))
+    out, err = ("".join((cwd / f"{name}-{rank}").read_text() for rank in (0, 1)) for name in ("out", "err"))
     assert failed or not hung, f"it hung: {out}\n{err}"
     return failed or max((process.exitcode for process in processes), key=abs), out, err
-
-
-def in_two_processes(script: Path, *flags: str, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
-    """What `ended` says of the script in two processes, as torchrun starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [started(script, *flags, cwd=cwd, rank=rank, size=2, port=port) for rank in (0, 1)]
-    return ended(*both, cwd=cwd, patience=patience)
 
 
 def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
@@ -151,23 +140,6 @@ def save_untrained(folder: Path, eos: bool = True, pad: bool = True, context: in
                          pad_token_id=0 if pad else None, eos_token_id=1 if eos else None)  # fmt: skip
     harness.policy.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
     return str(folder)
-
-
-def taught(folder: str, steps: int, *lessons: tuple) -> str:
-    """The folder, with its policy trained on each lesson: a task, problems with solutions, and the weight of each."""
-    policy, experts = harness.policy.load_policy(folder, lessons[0][0], "cpu"), []
-    for task, problems, weight in lessons:
-        prompts = harness.policy.encode_prompts(policy, task, problems, 8)
-        rollouts = harness.policy.expert_rollouts(policy, task, prompts, [[problem] for problem in problems])
-        experts.append((rollouts, torch.full((len(problems), 1), weight)))
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        for rollouts, weights in experts:
-            common.accumulate_gradient(policy, rollouts, weights)
-        optimizer.step()
-    harness.policy.save_policy(policy, folder)
-    return folder
 
 
 def records(folder: Path) -> list[dict]:

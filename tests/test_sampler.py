@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from enumeration import GRADED, THETA, expected_gradient, log_policy
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
 import common
@@ -297,16 +298,11 @@ def test_micro_batches_by_value():
 
 
 def test_kl_advantages_are_the_gradient_of_minus_kl():
-    """By enumeration of all pairs of a 4-action policy: E[sum_i A_i grad log pi] = -grad KL(pi || pi_ref)."""
-    torch.manual_seed(3)
-    theta = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    reference = torch.randn(4, dtype=torch.float64).log_softmax(-1)
-    log_pi = theta.log_softmax(-1)
-    (exact,) = torch.autograd.grad(-(log_pi.exp() * (log_pi - reference)).sum(), theta, retain_graph=True)
-    y = torch.cartesian_prod(torch.arange(4), torch.arange(4))  # (16, n=2)
-    A = common.kl_advantages((log_pi - reference)[y].detach().unsqueeze(-1))  # responses of one token
-    surrogate = (log_pi[y].sum(-1).exp().detach() * (A * log_pi[y]).sum(-1)).sum()
-    torch.testing.assert_close(torch.autograd.grad(surrogate, theta)[0], exact, rtol=1e-10, atol=1e-12)
+    """E[sum_i A_i grad log pi(y_i)] = -grad KL(pi || pi_ref), by enumeration of all pairs of responses of one token."""
+    ratios = log_policy() - GRADED.log_softmax(-1)  # (PROMPTS, K): to a policy that is far away
+    (exact,) = torch.autograd.grad(-(log_policy().exp() * ratios).sum(-1).mean(), THETA, retain_graph=True)
+    estimate = expected_gradient(lambda b, y: common.kl_advantages(ratios[b][y].detach().unsqueeze(-1)), 2)
+    torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
 
 
 def test_kl_estimate_and_log_ratios(policy):

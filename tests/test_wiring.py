@@ -68,9 +68,9 @@ def one_step(model, monkeypatch, tmp_path):
     """one_step(script, rewards, **arguments) -> a step of the script's `main`, and what its functions were given."""
     monkeypatch.chdir(tmp_path)
 
-    def row(table: dict, prompt: str, size: int, expert: int) -> list[float]:
+    def row(values: list, prompt: str, size: int, expert: int) -> list[float]:
         experts = [EXPERT[prompt][expert]] * (size == 5)  # bon_sft.py's own comes first
-        return (experts + table[prompt] + table[prompt])[:size]
+        return (experts + values + values)[:size]
 
     def run(script, rewards=GRADED, **arguments):
         seen = SimpleNamespace(verified=[], fitted=[], ratios=[], drawn=[], evaluated=[], left=[], copied=[])
@@ -78,12 +78,13 @@ def one_step(model, monkeypatch, tmp_path):
         def verify(problems, responses):
             prompts = [problem.prompt for problem in problems]
             seen.verified.append((prompts, list(responses)))
-            table = [row(rewards, prompt, len(texts), 0) for prompt, texts in zip(prompts, responses)]
+            values = [rewards.get(problem.answer, rewards.get(problem.prompt)) for problem in problems]
+            table = [row(x, prompt, len(texts), 0) for x, prompt, texts in zip(values, prompts, responses)]
             votes = torch.tensor([(VOTES[prompt] * 2)[: len(table[0])] for prompt in prompts])
             return Verdict(torch.tensor(table).float(), votes, {"timeouts": 2})
 
         def score(prompts, responses):
-            return torch.tensor([row(SCORES, x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
+            return torch.tensor([row(SCORES[x], x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
 
         def noted(kind, function):
             return lambda *args: kind.append(function(*args)) or kind[-1]
@@ -243,6 +244,25 @@ def test_a_step_by_value(case, one_step):
         for result in (seen.log[0]["eval"], seen.log[2]["eval"]):
             assert {x: result[x][metric][0] for x in levels} == pytest.approx(levels), metric
             assert result["all"][metric][1] == pytest.approx(error)
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_step_on_several_experts_of_a_prompt_by_value(N, one_step, tmp_path):
+    """A file has two experts of A and one of B. The m experts of a prompt have the weight 1/m each. Its samples are
+    drawn once and scored by the answer of each expert; their coefficients are averaged over the experts."""
+    rows = [{"problem": x, "response": y, "answer": y} for x, y in ((A, "6"), (A, "7"), (B, "3995"))]
+    (tmp_path / "experts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = {"6": [1, 0, 0, 0], "7": [0, 1, 1, 0], "3995": [0, 1, 1, 0]}  # by the expert's answer
+    seen = one_step(bon_sft, rewards, N=N, experts="experts.jsonl")
+    # as the coefficients of "SFT" above; the experts of A have the score 1, the expert of B has 0
+    six = [1 / 4 - 1 / 2 + TILT / 4, *[1 / 4 - 1 / 6] * 3]
+    seven = [1 / 6, *[1 / 4 - 5 / 12 + TILT / 12] * 2, 1 / 6]
+    of_b = [1 / 6, *[1 / 4 - 5 / 12 + TILT / 4 * (1 / 3 - 1)] * 2, 1 / 6]
+    expected = {A: [0.5, 0.5, *((x + y) / 2 for x, y in zip(six, seven))], B: [1, 0, *of_b]}
+    expected = by_prompt(expected, seen.prompts)[:, : 2 + 4 * (N > 1)]
+    torch.testing.assert_close(seen.given.advantages.float(), expected, rtol=1e-5, atol=1e-6)
+    texts = dict(zip(seen.prompts, common.decode(seen.given.policy, seen.given.rollouts)))
+    assert texts[A][:2] == ["6", "7"] and texts[B][:2] == ["3995", ""]
 
 
 @pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg, bon_rl])
