@@ -8,8 +8,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # policies as small as those here gain nothing from more
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for the network, and fail at once where a user's run would ask
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = map(str, (ROOT / "tests", ROOT, ROOT / "benchmarks"))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -110,7 +110,7 @@ def test_schedules():
 
 
 def test_value_network_learns_the_reward_of_each_prompt(monkeypatch):
-    """It reads the last token of the prompt, a micro-batch at a time, and averages its gradients over processes."""
+    """It reads the prompt's last token, a micro-batch at a time, and averages its gradients over processes."""
     torch.manual_seed(0)
     small = dict(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = LlamaConfig(intermediate_size=16, **small)
