@@ -1,22 +1,20 @@
 """The coefficients of bon_sft.py against the exact gradient of log pi_bon(y*), and N = 1 against plain SFT."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from enumeration import BINARY, PROMPTS, THETA, K, expected_gradient, log_policy
+from enumeration import BINARY, PROMPTS, THETA, expected_gradient, log_policy
 from runs import SMALL
 from test_best_of_n import EXACT, best_of_n_policy, failure_rates, tilted
 from test_estimators import SCORES
-from transformers import LlamaConfig
 
 import bon_sft
 import common
 import harness.policy
 from bon_sft import Args, coefficients, experts_of
 from harness.problems import training_batch
-from verifiers import BadInput, Problem, Task, arithmetic, load_task
+from verifiers import BadInput, Problem, arithmetic, load_task
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
 
@@ -115,22 +113,6 @@ def test_experts_from_a_file(tmp_path):
         path.write_text(row + "\n")
         with pytest.raises(BadInput, match=complaint):
             experts_of(str(path), task, problems)
-
-
-def test_expert_rollouts_and_samples_are_joined():
-    config = LlamaConfig()
-    policy = common.Policy(SimpleNamespace(config=config, device="cpu"), harness.policy.tiny_tokenizer(), [1])
-    task = Task("toy", [], [], None)
-    ids = policy.tokenizer(["12", "7", "3"]).input_ids
-    groups = [[Problem("?", "", "12")], [Problem("?", "", "7"), Problem("?", "", "3")]]
-    experts = harness.policy.expert_rollouts(policy, task, [[5], [6]], groups)
-    assert experts.ids.tolist() == [[[*ids[0], 1], [0] * 3], [[*ids[1], 1, 0], [*ids[2], 1, 0]]]
-    assert experts.mask.tolist() == [[[True] * 3, [False] * 3], [[True, True, False]] * 2]
-    samples = common.Rollouts([[5], [6]], torch.ones(2, K, 5).long(), torch.ones(2, K, 5).bool(), torch.ones(2, K, 5))
-    both = bon_sft.joined(experts, samples)
-    assert both.ids.shape == (2, 2 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
-    assert both.mask.sum(-1).tolist() == [[3, 0, 5, 5, 5, 5], [2, 2, 5, 5, 5, 5]]
-    assert both.log_probs[:, :2].abs().sum() == 0
 
 
 def test_experts_are_not_all_padded_at_once(run, untrained, monkeypatch):

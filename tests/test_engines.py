@@ -15,10 +15,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # what conftest.py does el
 engines = importlib.import_module("engines")
 
 
-def in_document(engine: str) -> str:
-    return engines.measure.published(engine, engines.PAGE)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", engines.ENGINES)
 def test_the_tables_of_the_page_are_measured_again(engine):
@@ -31,7 +27,7 @@ def test_the_tables_of_the_page_are_measured_again(engine):
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().endswith(in_document(engine)), result.stdout
+    assert result.stdout.strip().endswith(engines.measure.published(engine, engines.PAGE)), result.stdout
 
 
 def test_the_rules_of_a_registry_are_read_off():

@@ -267,7 +267,7 @@ def test_a_step_on_several_experts_of_a_prompt_by_value(N, one_step, tmp_path):
 
 @pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg, bon_rl])
 def test_a_kl_by_value(script, one_step):
-    """It is that to the policy of the beginning, of bon_rl.py to an average that moves behind it, here by a tenth."""
+    """The KL is to the initial policy, in bon_rl.py to an average that follows the policy, here by a tenth."""
     own = {"anchor_rate": 0.1} if script is bon_rl else {}
     seen = one_step(script, ONE_OR_ALL, kl_coef=0.5, estimator="mean", epochs=2, clip=0.3, **own)
     assert (seen.given.epochs, seen.given.clip) == (2, 0.3)
@@ -285,7 +285,7 @@ def test_a_kl_by_value(script, one_step):
 
 
 def test_the_anchor_is_an_average_of_what_each_step_left(one_step):
-    """A tenth of the policy after the first step, then a tenth of it after the second; it moves at no other time."""
+    """It moves by a tenth to the policy after the first step, then after the second, and at no other time."""
     seen = one_step(bon_rl, ONE_OR_ALL, kl_coef=0.5, estimator="mean", steps=2, eval_every=0, anchor_rate=0.1)
     first, second = seen.left
     expected = 0.9 * (0.9 * weights(seen.before) + 0.1 * first) + 0.1 * second
@@ -340,7 +340,7 @@ def test_two_epochs_are_clipped_by_value(max_grad_norm, rate):
 
 
 def test_an_epoch_that_is_not_finite_is_skipped():
-    """The first of two; the step says so, and the second moves the policy alone."""
+    """The first of two epochs is skipped, the step says so, and only the second moves the policy."""
     policy, ends = random_policy("llama"), iter([torch.nan, 1.0])
     rollouts, before = rollouts_of(policy), weights(policy.model)
     advantages, optimizer = torch.ones(rollouts.ids.shape[:2]), torch.optim.SGD(policy.model.parameters(), lr=1.0)
