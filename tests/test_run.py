@@ -100,7 +100,7 @@ def test_problems_come_once_a_pass_and_those_of_an_evaluation_from_all_levels():
 
 
 def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, monkeypatch):
-    """Of two processes rank r has the problems r, r + 2, ..."""
+    """One process has all problems; of two, rank r has the problems r, r + 2, ..."""
     run, whole = begun(), []
     assert [problem.level for problem in run.test] == [1] * 5  # --levels 1 holds for the evaluation as well
     run.metrics = lambda verdict: whole.append(verdict.rewards[:, 0].tolist()) or {"pass@1": verdict.rewards.mean(-1)}
@@ -110,12 +110,13 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
         return Verdict(torch.tensor(rows), torch.zeros(len(rows), len(rows[0]), dtype=torch.int64))
 
     run.task.verify = verify
+    run.evaluate()
     shares = [verify(run.test[rank::2], [["1"] * 4] * 3) for rank in (0, 1)]
     monkeypatch.setattr(harness.run, "shard", lambda problems: problems[::2])
     monkeypatch.setattr(harness.run, "world", lambda: (0, 2))
     monkeypatch.setattr(harness.run, "all_gather", lambda value: shares if value else [value])  # a failure is None
     run.evaluate()
-    assert whole == [[0, 1, 2, 3, 4]]
+    assert whole == [[0, 1, 2, 3, 4]] * 2
 
 
 NO_REWARD = "--task arithmetic --levels 1 --n 4 --prompts-per-step 2 --eval-n 4 --eval-problems 1 --eval-every 0"
