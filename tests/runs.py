@@ -1,21 +1,25 @@
 """Scripts run in this process, a small policy for them to train, and what their runs leave."""
 
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
 import os
 import re
 import runpy
+import shlex
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import tyro
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
@@ -37,50 +41,65 @@ def of_script(script: str, text: str) -> str:
     return re.sub("--k\\b", "--N", text) if script.startswith("bon") else text
 
 
-def idle_flags(args) -> list[str]:
-    """The flags among a script's arguments that do nothing there, for which it would stop at once."""
-    default = type(args)()
-    rules = harness.run.IDLE_WITHOUT.items()
-    changed = [(name, used) for name, (_, used) in rules if getattr(args, name, None) != getattr(default, name, None)]
-    return [name for name, used in changed if not used(args)]
+def parsed(command: str):
+    """The arguments that a command's script reads in its flags, none of which is idle: the script would stop."""
+    script, *flags = shlex.split(command)
+    Args = importlib.import_module(script.removesuffix(".py")).Args
+    args, default = tyro.cli(Args, args=flags), Args()
+    for name, (_, used) in harness.run.IDLE_WITHOUT.items():
+        assert getattr(args, name, None) == getattr(default, name, None) or used(args), name
+    return args
 
 
-def in_process(script: str, *flags: str) -> SimpleNamespace:
-    """The script run as __main__ in this process, which saves importing torch: returncode, stdout, stderr."""
+def as_main(script: str, *flags: str) -> Callable[[], None]:
+    """A function that runs the script as __main__ with these flags."""
+
+    def main():
+        sys.argv = [script, *(of_script(script, flag) for flag in flags)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return main
+
+
+def in_process(script: str, *flags: str, code: int | None = None) -> SimpleNamespace:
+    """The script run as __main__ in this process, which saves importing torch: returncode, stdout, stderr. code: the
+    exit code that it must have, if one is given."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [script, *(of_script(script, flag) for flag in flags)])
+        patch.setattr(sys, "argv", [])  # put back at the end
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            as_main(script, *flags)()
             returncode = 0
         except SystemExit as stop:
             returncode = stop.code
+    assert code in (None, returncode), err.getvalue()
     return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
 
 
-# Other processes are forked from this one, which has imported everything: a script's own imports take six seconds.
-FORKS = multiprocessing.get_context("fork")
-
-
-def started(script: Path, *flags: str, cwd: Path, rank: int = 0, size: int = 1, port: int = 0):
-    """A process that runs the script as __main__, one of `size`. It writes to `cwd`/out-RANK and err-RANK."""
-    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    environment = os.environ | ({name: str(value) for name, value in place.items()} if size > 1 else {})
-    command = [str(script), *(of_script(Path(script).name, flag) for flag in flags)]
-    process = FORKS.Process(target=_run_as_main, args=(command, str(cwd), rank, environment))
-    process.start()
-    return process
-
-
-def _run_as_main(command: list[str], cwd: str, rank: int, environment: dict[str, str]) -> None:
+def run_as_rank(main: Callable[[], None], cwd: Path, rank: int, port: int) -> None:
+    """main() in one of two processes. It writes to `cwd`/out-RANK and err-RANK."""
     os.chdir(cwd)
-    os.environ.update(environment)
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in place.items()})
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-    sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), command
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     torch.set_num_threads(1)
     harness.policy.disagreement, harness.report.save_figure = lambda policy: "", no_figure
-    runpy.run_path(command[0], run_name="__main__")
+    main()
+
+
+def at_call(number: int, action: Callable, function: Callable, rank: int | None = None) -> Callable:
+    """The function, whose number-th call begins with action(its arguments), in one process if a rank is given."""
+    calls = []
+
+    def with_action(*args, **others):
+        calls.append(args)
+        if len(calls) == number and (rank is None or os.environ["RANK"] == str(rank)):
+            action(*args)
+        return function(*args, **others)
+
+    return with_action
 
 
 def no_figure(folder: Path, *_) -> None:
@@ -88,10 +107,18 @@ def no_figure(folder: Path, *_) -> None:
     (folder / "curves.png").touch()
 
 
-def ended(*processes, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the processes of a run, once all have ended. As torchrun has it, one that fails
-    takes the others with it; the code is its own."""
-    failed, until = 0, time.time() + patience
+def in_two_processes(main: Callable[[], None], cwd: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of main() in two processes. As under torchrun, a process that fails takes the other
+    with it; the code is its own.
+
+    They are forked from this process: they have its imports, which take six seconds, and what a test put in."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run_as_rank, args=(main, cwd, rank, port)) for rank in (0, 1)]
+    [process.start() for process in processes]
+    failed, until = 0, time.time() + 120
     while any(process.is_alive() for process in processes) and time.time() < until:
         codes = [process.exitcode for process in processes if process.exitcode]
         if codes and not failed:
@@ -102,18 +129,9 @@ def ended(*processes, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
     for process in processes:
         process.kill()
         process.join()
-    out, err = ("".join((Path(cwd) / f"{x}-{i}").read_text() for i in range(len(processes))) for x in ("out", "err"))
+    out, err = ("".join((cwd / f"{name}-{rank}").read_text() for rank in (0, 1)) for name in ("out", "err"))
     assert failed or not hung, f"it hung: {out}\n{err}"
     return failed or max((process.exitcode for process in processes), key=abs), out, err
-
-
-def in_two_processes(script: Path, *flags: str, cwd: Path, patience: float = 120) -> tuple[int, str, str]:
-    """What `ended` says of the script in two processes, as torchrun starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [started(script, *flags, cwd=cwd, rank=rank, size=2, port=port) for rank in (0, 1)]
-    return ended(*both, cwd=cwd, patience=patience)
 
 
 def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
@@ -122,14 +140,6 @@ def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     words = [*launcher, *map(str, command)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def wrapped(folder: Path, script: str, code: str) -> Path:
-    """A file of the script's name in `folder` that runs `code` and then the script, for other processes to start."""
-    lines = ["import os, runpy, signal, sys", f"sys.path.insert(0, {str(ROOT)!r})", code]
-    lines.append(f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')")
-    (folder / script).write_text("\n".join(lines))
-    return folder / script
 
 
 def parity(problems, rows) -> Verdict:
@@ -153,30 +163,13 @@ def save_untrained(folder: Path, eos: bool = True, pad: bool = True, context: in
     return str(folder)
 
 
-def taught(folder: str, steps: int, *lessons: tuple) -> str:
-    """The folder, with its policy trained on each lesson: a task, problems with solutions, and the weight of each."""
-    policy, experts = harness.policy.load_policy(folder, lessons[0][0], "cpu"), []
-    for task, problems, weight in lessons:
-        prompts = harness.policy.encode_prompts(policy, task, problems, 8)
-        rollouts = harness.policy.expert_rollouts(policy, task, prompts, [[problem] for problem in problems])
-        experts.append((rollouts, torch.full((len(problems), 1), weight)))
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        for rollouts, weights in experts:
-            common.accumulate_gradient(policy, rollouts, weights)
-        optimizer.step()
-    harness.policy.save_policy(policy, folder)
-    return folder
-
-
 def records(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_of(folder: Path) -> list[dict]:
-    """Those of its training steps."""
+    """The records of its training steps."""
     return [record for record in records(folder) if "loss" in record]
 
 

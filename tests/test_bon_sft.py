@@ -2,15 +2,13 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from enumeration import BINARY, PROMPTS, THETA, K, all_tuples, log_policy
+from enumeration import BINARY, PROMPTS, THETA, expected_gradient, log_policy
 from runs import SMALL
-from test_best_of_n import EXACT, best_of_n_policy, failure_rates
+from test_best_of_n import EXACT, best_of_n_policy, failure_rates, tilted
 from test_estimators import SCORES
-from transformers import LlamaConfig
 
 import bon_sft
 import common
@@ -18,48 +16,43 @@ import harness.policy
 import harness.run
 from bon_sft import Args, coefficients, experts_of
 from harness.problems import training_batch
-from verifiers import BadInput, Problem, Task, Verdict, arithmetic, load_task
+from verifiers import BadInput, Problem, arithmetic, load_task
 
 EXPERTS = [2, 1]  # the expert's action at each prompt
 
 
-def expected_gradient(N, n, scores, likelihood, experts, p_fail=None):
-    """E[ mean over prompts of the expert's and the samples' terms ], over all tuples of n samples."""
-    log_pi, total, tuples = log_policy(), 0.0, all_tuples(n)
-    for b in range(PROMPTS):
-        log_p, rows = log_pi[b][tuples], len(tuples)  # (R, n)
-        p = None if p_fail is None else p_fail[b].expand(rows)
-        A = coefficients(scores[b, experts[b]].expand(rows), scores[b][tuples], N, likelihood, p)  # (R, 1 + n)
-        terms = (A * torch.cat([log_pi[b, experts[b]].expand(rows, 1), log_p], -1)).sum(-1)
-        total = total + (log_p.sum(-1).exp().detach() * terms).sum() / PROMPTS
-    return torch.autograd.grad(total, THETA)[0]
+def of_experts(values, experts=EXPERTS):
+    """Mean over prompts of the experts' values, (PROMPTS, K) -> a scalar."""
+    return values[torch.arange(PROMPTS), experts].mean()
+
+
+def estimated(N, n, scores, likelihood, experts, p_fail=None):
+    """The expected gradient: the expert's term, and the samples' terms over all tuples of n samples."""
+
+    def of_samples(b, y):
+        p = None if p_fail is None else p_fail[b].expand(len(y))
+        A = coefficients(scores[b, experts[b]].expand(len(y)), scores[b][y], N, likelihood, p)  # (R, 1 + n)
+        assert (A[:, 0] == 1).all()
+        return A[:, 1:]
+
+    return torch.autograd.grad(of_experts(log_policy(), experts), THETA)[0] + expected_gradient(of_samples, n)
 
 
 @pytest.mark.parametrize("N, n", [(2, 3), (2, 5), (3, 4), (4, 5)])
 def test_variational_is_the_papers_formula(N, n):
     """E_D[h(y*)] - E_{y ~ pi_bon}[h(y)], all its expectations exact, under a verifier with ties."""
-    log_pi, bon, total = log_policy(), best_of_n_policy(N), 0.0
-    for b in range(PROMPTS):
-        beats = (SCORES[b].unsqueeze(-1) >= SCORES[b]).double()  # (K, K): y, y'
-        h = log_pi[b] + common.best_of_n_tilt(N) * (beats * log_pi[b].exp().detach() * log_pi[b]).sum(-1)  # (K,)
-        total = total + (h[EXPERTS[b]] - (bon[b] * h).sum()) / PROMPTS
+    h = tilted(N)
+    total = of_experts(h) - (best_of_n_policy(N).detach() * h).sum(-1).mean()
     exact = torch.autograd.grad(total, THETA)[0]
-    torch.testing.assert_close(expected_gradient(N, n, SCORES, "variational", EXPERTS), exact, **EXACT)
+    torch.testing.assert_close(estimated(N, n, SCORES, "variational", EXPERTS), exact, **EXACT)
 
 
 @pytest.mark.parametrize("experts", [[1, 2], [0, 2], [2, 3]], ids=["right", "one wrong", "wrong"])
 @pytest.mark.parametrize("N, n", [(2, 3), (3, 4), (3, 5)])
 def test_exact_is_the_gradient_of_the_log_likelihood_of_best_of_n(N, n, experts):
     """pi_bon(y*) by enumeration of all N-tuples, its logarithm by autograd; 0/1 verifier, P_fail known."""
-    total = 0.0
-    for b, log_pi in enumerate(log_policy()):
-        chance = 0.0
-        for y in all_tuples(N).tolist():
-            winners = [a for a in y if BINARY[b, a] == max(BINARY[b, i] for i in y)]
-            chance = chance + log_pi[y].sum().exp() * winners.count(experts[b]) / len(winners)
-        total = total + chance.log() / PROMPTS
-    exact = torch.autograd.grad(total, THETA)[0]
-    torch.testing.assert_close(expected_gradient(N, n, BINARY, "exact", experts, failure_rates()), exact, **EXACT)
+    exact = torch.autograd.grad(of_experts(best_of_n_policy(N, BINARY).log(), experts), THETA)[0]
+    torch.testing.assert_close(estimated(N, n, BINARY, "exact", experts, failure_rates()), exact, **EXACT)
 
 
 @pytest.mark.parametrize("likelihood", ["variational", "exact"])
@@ -94,9 +87,7 @@ def test_n_1_is_plain_sft_to_the_bit(untrained, tmp_path, monkeypatch):
         problems = training_batch(train, step, 4, seed=0)
         prompts = policy.tokenizer([problem.prompt for problem in problems]).input_ids
         rows = [policy.tokenizer(p.solution).input_ids + [policy.tokenizer.eos_token_id] for p in problems]
-        order = sorted(
-            range(4), key=lambda i: -len(prompts[i]) - len(rows[i])
-        )  # the order of a sum decides its last bit
+        order = sorted(range(4), key=lambda i: -len(prompts[i]) - len(rows[i]))  # which decides a sum's last bit
         ids, mask = common.padded([rows[i] for i in order])
         loss = -common.response_log_probs(policy, [prompts[i] for i in order], ids, mask).sum() / 4
         optimizer.zero_grad()
@@ -126,44 +117,6 @@ def test_experts_from_a_file(tmp_path):
             experts_of(str(path), task, problems)
 
 
-@pytest.mark.parametrize("N", [1, 2])
-def test_a_step_on_several_experts_of_a_prompt_by_value(N, untrained, tmp_path, monkeypatch):
-    """What reaches the training step from a file of two experts of one prompt and one of another: 1/m each, and for
-    N = 2 the mean of the coefficients that each expert has beside the prompt's samples, scored by its own answer."""
-    monkeypatch.chdir(tmp_path)
-    rows = [("4*2=", "8", "8"), ("4*2=", "9", "9"), ("3*2=", "6", "6")]
-    prompts = {problem.prompt for problem in load_task("arithmetic").train}
-    assert prompts >= {prompt for prompt, _, _ in rows}
-    lines = [json.dumps({"problem": x, "response": y, "answer": a}) for x, y, a in rows]
-    (tmp_path / "experts.jsonl").write_text("\n".join(lines))
-    seen, samples = {}, ["8", "9", "8", "5"]
-
-    def verify(problems, responses):
-        rewards = torch.tensor([[float(r == p.answer) for r in row] for p, row in zip(problems, responses)])
-        return Verdict(rewards, rewards.long())
-
-    def step(policy, optimizer, rollouts, A, *args, **options):
-        seen.update(rollouts=rollouts, A=A, texts=decode(policy, rollouts))
-        return {"loss": 0.0, "grad_norm": 0.0, "nonzero_advantage": 1.0, "skipped": 0}
-
-    decode, sample, drawn = common.decode, common.sample, [None]
-    texts_of = lambda policy, rollouts: [samples] * 2 if rollouts is drawn[-1] else decode(policy, rollouts)  # noqa: E731
-    monkeypatch.setattr("verifiers.arithmetic.verify", verify)
-    monkeypatch.setattr(common, "policy_gradient_step", step)
-    monkeypatch.setattr(common, "decode", texts_of)
-    monkeypatch.setattr(common, "sample", lambda *args: drawn.append(sample(*args)) or drawn[-1])
-    small = {"task": "arithmetic", "eval_n": 2, "eval_problems": 1, "steps": 1, "prompts_per_step": 2, "eval_every": 0}
-    bon_sft.main(Args(N=N, n=4, eval_N=2, model=untrained, experts="experts.jsonl", run_name="r", **small))
-    where = [texts[:2] for texts in seen["texts"]].index(["8", "9"])  # the prompt with two experts
-    assert seen["texts"][1 - where][:2] == ["6", ""]
-    one, scores = torch.ones(1), torch.tensor([[float(text == answer) for text in samples] for answer in "896"])
-    own = [coefficients(one, row.unsqueeze(0), N)[0, 1:] for row in scores]  # each expert is right by its own answer
-    of_samples = torch.stack([(own[0] + own[1]) / 2, own[2]])
-    expected = torch.cat([torch.tensor([[0.5, 0.5], [1, 0]]), of_samples[:, : 4 * (N > 1)]], -1)
-    torch.testing.assert_close(seen["A"], expected if where == 0 else expected.flip(0))
-    assert seen["rollouts"].ids.shape[:2] == seen["A"].shape
-
-
 @pytest.mark.parametrize("made", [list, tuple], ids=["in a list", "made on demand"])
 def test_problems_without_a_solution_are_told_before_the_model_is_loaded(made, run, monkeypatch):
     """Else the policy would learn to say nothing."""
@@ -175,22 +128,6 @@ def test_problems_without_a_solution_are_told_before_the_model_is_loaded(made, r
     assert line == "error: task 'arithmetic' has problems without a solution: give responses by --experts\n"
 
 
-def test_expert_rollouts_and_samples_are_joined():
-    config = LlamaConfig()
-    policy = common.Policy(SimpleNamespace(config=config, device="cpu"), harness.policy.tiny_tokenizer(), [1])
-    task = Task("toy", [], [], None)
-    ids = policy.tokenizer(["12", "7", "3"]).input_ids
-    groups = [[Problem("?", "", "12")], [Problem("?", "", "7"), Problem("?", "", "3")]]
-    experts = harness.policy.expert_rollouts(policy, task, [[5], [6]], groups)
-    assert experts.ids.tolist() == [[[*ids[0], 1], [0] * 3], [[*ids[1], 1, 0], [*ids[2], 1, 0]]]
-    assert experts.mask.tolist() == [[[True] * 3, [False] * 3], [[True, True, False]] * 2]
-    samples = common.Rollouts([[5], [6]], torch.ones(2, K, 5).long(), torch.ones(2, K, 5).bool(), torch.ones(2, K, 5))
-    both = bon_sft.joined(experts, samples)
-    assert both.ids.shape == (2, 2 + K, 5) and both.ids[0, 0].tolist() == [*ids[0], 1, 0, 0]
-    assert both.mask.sum(-1).tolist() == [[3, 0, 5, 5, 5, 5], [2, 2, 5, 5, 5, 5]]
-    assert both.log_probs[:, :2].abs().sum() == 0
-
-
 def test_experts_are_not_all_padded_at_once(run, untrained, monkeypatch):
     """One problem with many experts, or a long one, sets the size of all that are padded with it."""
     sizes, rollouts = [], harness.policy.expert_rollouts
@@ -200,7 +137,6 @@ def test_experts_are_not_all_padded_at_once(run, untrained, monkeypatch):
         return rollouts(policy, task, prompts, groups, *others)
 
     monkeypatch.setattr(harness.policy, "expert_rollouts", counted)
-    result = run("bon_sft.py", *SMALL, "--max-new-tokens", "1", "--steps", "1", "--model", untrained)
-    assert result.returncode == 0, result.stderr
+    result = run("bon_sft.py", *SMALL, "--max-new-tokens", "1", "--steps", "1", "--model", untrained, code=0)
     assert sizes == [256, arithmetic.TRAIN_PER_LEVEL - 256, 4]  # then a step's
     assert f"{arithmetic.TRAIN_PER_LEVEL} expert responses are longer than --max-new-tokens 1" in result.stdout

@@ -1,16 +1,14 @@
 """The scripts as their users run them: what a run leaves, what each flag changes, and what is refused."""
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from runs import SCRIPTS, SMALL, of_script, records, save_untrained, steps_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from runs import SCRIPTS, SMALL, of_script, save_untrained, steps_of
+from transformers import AutoModelForCausalLM
 
-import bandit
 import harness.report
 from verifiers import Verdict, arithmetic
 
@@ -18,27 +16,19 @@ PASS, MAJ, RL, SFT = SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_from_start_to_end(script, uninterrupted):
+def test_a_run_ends_with_a_table_and_curves(script, uninterrupted):
+    """test_wiring.py has what it logs, test_policy.py the policy that it leaves."""
     folder, _, out = uninterrupted(script)
-    assert json.loads((folder / "args.json").read_text())["n"] == (6 if script == "bon_rl.py" else 4)
-    metric = "maj@2" if script.startswith("maj") else "pass@2"
-    log = records(folder)
-    assert [r["step"] for r in log if "eval" in r] == [0, 3, 6]
-    assert [r["step"] for r in steps_of(folder)] == [*range(1, 7)]
-    keys = {"reward", "loss", "grad_norm", "nonzero_advantage", "expert_reward" if script == "bon_sft.py" else metric}
-    assert all(keys <= r.keys() for r in steps_of(folder))
-    assert metric in out and " -> " in out
+    assert ("maj@2" if script.startswith("maj") else "pass@2") in out and " -> " in out
     assert (folder / "curves.png").stat().st_size > 10_000
-    AutoModelForCausalLM.from_pretrained(folder / "policy"), AutoTokenizer.from_pretrained(folder / "policy")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
-    """24, 3 and 5 are no powers of two."""
+    """The sizes 24, 3 and 5 are no powers of two."""
     flags = [*"--task arithmetic --steps 0 --k 3 --n 9 --eval-n 24 --eval-problems 1 --model".split(), untrained]
     size, flags = (5, [*flags, "--eval-N", "5"]) if script == SFT else (3, flags)
-    result = run(script, *flags)
-    assert result.returncode == 0, result.stderr
+    result = run(script, *flags, code=0)
     metric = "maj" if script.startswith("maj") else "pass"
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
     assert {f"{metric}@{size}", "pass@24"} <= {row[1] for row in rows}
@@ -48,8 +38,7 @@ def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
 
 def test_a_model_without_a_pad_token_runs(run, tmp_path):
     """Filler is masked, never read: a pad token has no use here."""
-    result = run(PASS, *SMALL, "--model", save_untrained(tmp_path / "model", pad=False))
-    assert result.returncode == 0, result.stderr
+    run(PASS, *SMALL, "--model", save_untrained(tmp_path / "model", pad=False), code=0)
 
 
 # What is checked for all scripts, and called --k or --N as they have it; and what some check. Files: see the test.
@@ -59,11 +48,9 @@ OF_EACH = [
     (["--k", "0"], "--k must be at least 1, not 0"),
     (["--k", "1", "--n", "1", "--kl-coef", "1"], "--kl-coef needs --n 2 or more"),
     (["--max-new-tokens", "64"], "exceed the model's context of 64"),
-    (["--estimator", "best"], "best"),
     (["--bogus", "1"], "bogus"),
 ]
 OF_ALL = [
-    (["--steps", "-1"], "--steps must be at least 0"),
     (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
     (["--lr", "nan"], "--lr must be a positive number, not nan"),
     (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
@@ -75,12 +62,11 @@ OF_ALL = [
     (["--kl-coef", "inf"], "--kl-coef must be at least 0 and finite, not inf"),
     (["--model", f"tiny-{10**20}"], f"cannot load --model 'tiny-{10**20}'"),
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
-    (["--sample-rows", "0"], "--sample-rows must be at least 1, not 0"),
     (["--device", "tpu"], "--device must be auto, cpu or cuda, not 'tpu'"),
     (["--run-name", "a/../../b"], "--run-name"),
     (["--no-chat"], "no chat template: leave --no-chat out"),
     *((["--model", name], f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c")),
-    (["--model", "./mine.py"], "mine.py is a file"),
+    (["--model", "./no_test/train.jsonl"], "train.jsonl is a file"),
     (["--model", "no_end"], "has no end-of-sequence token"),
     (["--model", "no_tokenizer"], "tokenizer.save_pretrained('no_tokenizer') writes one"),
     (["--model", "torn_weights"], "cannot load --model 'torn_weights'"),
@@ -93,8 +79,6 @@ OF_ALL = [
     (["--levels", "--task", "math500", "--data", "no_train"],
      "the task has no training problems here: --steps 0 evaluates on held-out ones"),
     (["--estimator", "mode"], "--estimator must be mean, unbiased, biased, maxrl or FILE:NAME, not 'mode'"),
-    (["--estimator", "nowhere.py:f"], "cannot read 'nowhere.py'"),
-    (["--estimator", "mine.py:sums"], "sums must return shape (5, 4), not (5,)"),
     (["--sandbox", "landlock"], "--sandbox does nothing without a task that runs programs"),
     (["--sandbox", "rlimits", "--task", "programs", "--model", "/tmp/nope"], "/tmp/nope does not exist"),
 ]  # fmt: skip
@@ -103,7 +87,6 @@ OF_SOME = [
     (PASS, ["--k", "1", "--n", "1", "--estimator", "maxrl"], "--estimator maxrl with --n 1 is zero by definition"),
     *((x, ["--k", "1", "--estimator", "biased"], "--estimator biased with --k 1 is zero by") for x in (PASS, MAJ)),
     (RL, ["--estimator", "recipes/all_right.py:all_right"], "recipes/all_right.py:all_right"),  # a file: pass@k's alone
-    (RL, ["--estimator", "variational"], "--estimator variational needs --n 6 or a larger multiple of --N, not 4"),
     (RL, ["--estimator", "variational", "--n", "7"], "needs --n 6 or a larger multiple of --N, not 7"),
     (RL, ["--estimator", "variational", "--baseline", "value", "--n", "2"], "needs --n 4 or a larger multiple"),
     (RL, ["--baseline", "value"], "--baseline value is for --estimator mean and variational"),
@@ -112,10 +95,7 @@ OF_SOME = [
     (RL, ["--k", "1", "--n", "1", "--kl-coef-end", "1"], "--kl-coef needs --n 2 or more"),
     (RL, ["--kl-coef-end", "1", "--kl-delay", "-1"], "--kl-delay must be at least 0"),
     (RL, ["--estimator", "mean", "--baseline", "value", "--value-lr", "0"], "--value-lr must be a positive number"),
-    (RL, ["--preset", "large"], "large"),
     (RL, ["--verifier", "learned", "--verifier-model", "no/such"], "cannot load the verifier 'no/such'"),
-    (SFT, ["--k", "0"], "--N must be at least 1, not 0"),
-    (SFT, ["--k", "8", "--n", "9"], "--eval-n must be at least 8"),
     (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
     (SFT, ["--eval-N", "5"], "--eval-N must lie between 1 and --eval-n 4, not 5"),
     (SFT, ["--likelihood", "exact", "--verifier", "learned"], "exact is a closed form for --verifier environment"),
@@ -148,7 +128,6 @@ SPOILT = {  # folder -> what is done to the model in it
 
 @pytest.mark.parametrize("script, flags, complaint", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_bad_input_is_one_clear_line(script, flags, complaint, run, untrained, tmp_path):
-    (tmp_path / "mine.py").write_text("def sums(rewards, k):\n    return rewards.sum(-1)\n")
     for name in ("no_test/train.jsonl", "no_train/test.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps({"problem": "1+1=", "answer": "2", "solution": ""}) + "\n")
@@ -164,8 +143,7 @@ def test_bad_input_is_one_clear_line(script, flags, complaint, run, untrained, t
 
 def test_the_papers_preset_and_flags_beside_it(run, untrained, tmp_path):
     flags = "--preset paper --task arithmetic --N 2 --steps 0 --lr 1e-5 --eval-n 2 --eval-problems 1 --model".split()
-    result = run(RL, *flags, untrained)
-    assert result.returncode == 0, result.stderr
+    run(RL, *flags, untrained, code=0)
     (folder,) = (tmp_path / "runs").iterdir()
     args = json.loads((folder / "args.json").read_text())
     expected = {"lr": 1e-5, "prompts_per_step": 32, "warm_up_steps": 100, "anchor_rate": 0.01, "kl_coef": 1.0,
@@ -173,39 +151,23 @@ def test_the_papers_preset_and_flags_beside_it(run, untrained, tmp_path):
     assert {name: args[name] for name in expected} == expected
 
 
-def test_bandit(run, tmp_path):
-    result = run("bandit.py", "--seeds", "20", "--steps", "40")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.split("after 40 steps; ± is a 95% interval over 20 seeds (Student's t)\n")[1].splitlines()
-    assert lines[0].split() == "advantages mean reward max@4 KL".split() and "figure: runs/bandit.png" in lines
-    trained = bandit.trajectory(bandit.Args(seeds=20, steps=40), "mean x k")[-1]  # (3, 20)
-    halves = 2.0930 * trained.std(-1) / math.sqrt(20)  # Student's t for 19 degrees of freedom
-    cells = [f"{mean:.3f} ± {half:.3f}" for mean, half in zip(trained.mean(-1), halves)]
-    assert lines[2].split("  ")[0] == "mean x k" and [x for x in lines[2].split("  ")[1:] if x] == cells
-    assert (tmp_path / "runs/bandit.png").stat().st_size > 10_000
-    result = run("bandit.py", "--k", "1")
-    assert result.returncode == 2 and result.stderr.strip() == "error: --k must be at least 2, not 1"
-
-
 @pytest.mark.parametrize("one_file", [True, False])
-def test_an_evaluation_on_training_problems_says_so(one_file, run, untrained, tmp_path):
-    """In a line, in the table's title and the figure's; not where the file is evaluated alone."""
+def test_an_evaluation_on_training_problems_says_so(one_file, run, untrained, tmp_path, monkeypatch):
+    """It says so in a line, in the table's title and in the figure's, but not where nothing is trained."""
     rows = [json.dumps({"problem": f"{i}+1=", "answer": str(i + 1)}) + "\n" for i in range(3)]
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("".join(rows if one_file else rows[name == "test.jsonl" :]))
     data = tmp_path / "train.jsonl" if one_file else tmp_path
     flags = "--task gsm8k --steps 1 --k 2 --n 2 --prompts-per-step 1 --eval-n 2 --eval-problems 2 --max-new-tokens 2"
     flags = [*flags.split(), "--data", str(data), "--model", untrained]
-    titles, save_figure = [], harness.report.save_figure
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.report, "save_figure", lambda *args: titles.append(args[-1]))
-        result = run(PASS, *flags)
+    titles = []
+    monkeypatch.setattr(harness.report, "save_figure", lambda *args: titles.append(args[-1]))
+    out = run(PASS, *flags, code=0).stdout
     line, on = "no test.jsonl: the evaluation below is on the TRAINING problems", "TRAINING" if one_file else "held-out"
-    assert result.returncode == 0 and (line in result.stdout.splitlines()) == one_file, result.stderr
-    assert f"2 {on} problems; " in result.stdout and titles == [on] and save_figure is harness.report.save_figure
+    assert (line in out.splitlines()) == one_file and f"2 {on} problems; " in out and titles == [on]
     if one_file:
-        result = run(PASS, *flags, "--steps", "0")
-        assert line not in result.stdout and "2 held-out problems; " in result.stdout
+        out = run(PASS, *flags, "--steps", "0").stdout
+        assert line not in out and "2 held-out problems; " in out
 
 
 @pytest.mark.parametrize("first", [1, 3], ids=["at once", "in a training step"])
@@ -219,9 +181,7 @@ def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, first, 
         return Verdict(verdict.rewards + 0.5, verdict.votes) if len(calls) >= first else verdict
 
     monkeypatch.setattr(arithmetic, "verify", higher)
-    result = run(script, *SMALL, *flags, "--model", untrained)
+    result = run(script, *SMALL, *flags, "--model", untrained, code=2)
     line = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and "is for rewards and scores 0 and 1, 'arithmetic' has others" in line, (
-        result.stderr
-    )
+    assert "is for rewards and scores 0 and 1, 'arithmetic' has others" in line
     assert "(step 0 is saved: mend it, then --resume runs/" in line and "Traceback" not in result.stderr

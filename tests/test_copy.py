@@ -61,7 +61,7 @@ REGIONS = {"pass_at_k_pg": 16, "majority_pg": 7, "bon_rl": 16, "bon_sft": 4, "ba
 
 
 def test_a_region_runs_with_what_its_heading_names(tmp_path):
-    """All in one process, each in a module of its own."""
+    """All regions run in one process, each in a module of its own."""
     for script, count in REGIONS.items():
         cases, (code, _) = golden(script), copied(script)
         assert len(cases) == count

@@ -96,7 +96,7 @@ def test_warm_start_is_deterministic_cached_and_named_by_its_recipe(tmp_path, mo
 
 
 def test_a_group_of_solutions_weighs_as_much_as_one(monkeypatch):
-    """1/m each of m, so that the loss is a mean over tokens: the weights times the lengths add up to the prompts."""
+    """Each of m solutions has 1/m. The loss is a mean over tokens: weights times lengths add up to the prompts."""
     groups = [[Problem("1+1=", "2", "2"), Problem("1+1=", "2", "0002")], [Problem("2+3=", "5", "5")]]
     task, seen = small_task(steps=2), []
     task.warm_start_problems = groups

@@ -13,7 +13,6 @@ import torch
 from runs import EXTRA, FLAGS, SCRIPTS, records, steps_of
 from safetensors.torch import load_file
 from test_sampler import PROMPTS, gradient, naive_log_probs, random_policy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import bon_rl
 import common
@@ -39,7 +38,7 @@ def sampled(policy: common.Policy) -> tuple[common.Rollouts, common.Rollouts]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_log_probs_of_sampling_and_of_training_agree_in_bfloat16(architecture):
-    """With each other, and with those of the plain model in float32."""
+    """They also agree with the log-probs of the plain model in float32."""
     policy = random_policy(architecture)
     rollouts, on_cpu = sampled(policy)
     prompts, ids, mask, log_p = rollouts.flat()
@@ -82,18 +81,6 @@ def test_a_kl_and_a_value_network():
     assert values.tolist() == pytest.approx(rewards.tolist(), abs=0.1) and loss < 0.01
 
 
-def test_tokens_do_not_depend_on_the_rows_sampled_at_once_but_for_rounding():
-    """In bfloat16 another batch rounds otherwise, and a token may differ: few do."""
-    policy = random_policy("llama")
-    policy.model.to(DEVICE)
-    ids = []
-    for policy.sample_rows in (1000, 7):
-        ids.append(common.sample(policy, [[5, 6, 7]], 64, 8, 1.0, torch.Generator(DEVICE).manual_seed(0)).ids)
-    T = min(x.shape[-1] for x in ids)
-    assert (ids[0][..., 0] == ids[1][..., 0]).float().mean() > 0.95
-    assert (ids[0][..., :T] == ids[1][..., :T]).all(-1).float().mean() > 0.8
-
-
 PASS, MAJ, RL, SFT = SCRIPTS
 LEARNED = ["--verifier", "learned", "--verifier-problems", "400"]
 STEPS = [
@@ -112,10 +99,9 @@ STEPS = [
 
 @pytest.mark.parametrize("script, own", STEPS, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
 def test_steps_of_each_script(script, own, run, skilled, tmp_path):
-    """With every loss: two steps with a gradient, none of them skipped."""
+    """Two steps with every loss have a gradient, and none is skipped."""
     flags = [*FLAGS, *"--steps 2 --prompts-per-step 32 --run-name a --device".split(), DEVICE, "--model", skilled]
-    result = run(script, *flags, *own)
-    assert result.returncode == 0, result.stderr
+    run(script, *flags, *own, code=0)
     log, timings = steps_of(tmp_path / "runs/a"), (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()
     assert all(r["nonzero_advantage"] > 0 and r["grad_norm"] > 0 and not r["skipped"] for r in log) and len(log) == 2
     assert json.loads(timings[-1])["peak_memory_mib"] > 1
@@ -124,36 +110,16 @@ def test_steps_of_each_script(script, own, run, skilled, tmp_path):
 
 
 def test_a_checkpoint_is_resumed(run, skilled, tmp_path):
-    """After step 4 of 6: the end is near that of the run which was not cut off, nearer than without the optimizer."""
+    """A run cut off after step 4 of 6 ends near the uninterrupted one, nearer than without the optimizer's state."""
     flags = [*FLAGS, *"--k 4 --n 8 --prompts-per-step 16 --lr 1e-2 --no-lr-decay --device".split(), DEVICE]
     flags += ["--model", skilled, "--run-name"]
-    assert run(PASS, *flags, "whole").returncode == 0
-    assert run(PASS, *flags, "cut", "--steps", "4").returncode == 0
-    result = run(PASS, "--resume", "runs/cut", "--steps", "6")
-    assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
+    run(PASS, *flags, "whole", code=0)
+    run(PASS, *flags, "cut", "--steps", "4", code=0)
+    result = run(PASS, "--resume", "runs/cut", "--steps", "6", code=0)
+    assert "resuming at step 4" in result.stdout
     whole, cut = tmp_path / "runs/whole", tmp_path / "runs/cut"
     first, second = steps_of(whole), steps_of(cut)
     assert [r["step"] for r in second] == [1, 2, 3, 4, 5, 6] and records(cut)[0] == records(whole)[0]
     assert [r["reward"] for r in second[4:]] == pytest.approx([r["reward"] for r in first[4:]], abs=0.1)
     start, end, resumed = (flat_weights(x) for x in (Path(skilled), whole / "policy", cut / "policy"))
     assert (resumed - end).norm() < 0.2 * (end - start).norm()
-
-
-def test_peak_memory_of_the_update_is_a_fraction_of_the_whole_logits():
-    """16 prompts, 4 responses each of 128 tokens, 150 000 words: the logits alone would be 4.6 GiB in float32."""
-    vocabulary, B, n, T = 150_000, 16, 4, 128
-    config = LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                         num_attention_heads=2, max_position_embeddings=256)  # fmt: skip
-    policy = common.Policy(LlamaForCausalLM(config).to(DEVICE).eval(), None, [1])
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, vocabulary, (B, n, T), generator=generator).to(DEVICE)
-    rollouts = common.Rollouts([[5, 6, 7]] * B, ids, torch.ones_like(ids).bool(), torch.zeros(ids.shape, device=DEVICE))
-    for parameter in policy.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    common.accumulate_gradient(policy, rollouts, torch.randn(B, n, generator=generator))
-    peak = torch.cuda.max_memory_allocated() - before
-    assert next(policy.model.parameters()).grad.norm() > 0
-    assert peak < 0.25 * B * n * T * vocabulary * 4

@@ -60,7 +60,7 @@ def test_models_that_cannot_be_trained_are_refused_in_one_line(kind, changes, fl
 
 
 def test_a_policy_can_be_loaded_where_gradients_are_off(tmp_path):
-    """As evaluations do: the self-test switches them on for itself."""
+    """Evaluations do so. The self-test switches gradients on for itself."""
     folder, task = save_tiny("llama", tmp_path / "model"), load_task("arithmetic")
     with torch.no_grad():
         assert harness.policy.load_policy(folder, task, "cpu").stop_ids == [1]
@@ -78,7 +78,7 @@ def test_a_gradient_that_is_wrong_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_dropout_is_off_for_good(kind, tmp_path):
-    """In the modules of one, and in the numbers that the other's modules and configuration keep."""
+    """GPT-2 has it in modules of its own; the modules and the configuration of OPT keep numbers."""
     model = harness.policy.load_policy(save_tiny(kind, tmp_path / "model"), load_task("arithmetic"), "cpu").model
     for owner in (model.config, *model.modules()):
         rates = [x for name, x in vars(owner).items() if "drop" in name and isinstance(x, float)]
@@ -124,7 +124,7 @@ def test_a_sweep_of_all_types(kind, run, rewarded, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_most_types_train():
-    """Of those that the sweep before it has built."""
+    """It counts the types that the sweep before it has built."""
     if len(VERDICTS) <= 130:
         pytest.skip(f"only {len(VERDICTS)} types were built: run the whole sweep before this test, in one process")
     assert sum(verdict == "trains" for verdict in VERDICTS.values()) >= 120

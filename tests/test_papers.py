@@ -1,28 +1,22 @@
 """docs/papers.md: each method's formula, restated from its paper, against our call; and which objective it ascends.
-Tang's, Chow's, PKPO's loo-1, MaxPO's and pass^k, which are definitions here: benchmarks/golden.py, test_golden.py.
+Tang's, Chow's, PKPO's loo-1, MaxPO's and pass^k, which are definitions here: test_golden.py.
 
 M_i is the mean of f over the k-subsets of the n samples that contain i, M_-i over those that do not, M over all."""
 
-import importlib
 import itertools
 import math
-import re
-import sys
 from functools import partial
 
 import pytest
+import spectrum
 import torch
 from enumeration import ANSWERS, GRADED, exact_gradient, expected_gradient, subset_mean
-from runs import ROOT
 from test_estimators import OBJECTIVES
 
 import common
 from pass_at_k_pg import advantages
+from recipes import baselines
 
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
-spectrum, baselines = importlib.import_module("spectrum"), importlib.import_module("recipes.baselines")
-all_right = importlib.import_module("recipes.all_right").all_right
-DOC = ROOT / "docs" / "papers.md"
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
@@ -141,22 +135,16 @@ def rs_grpo(r, beta):
 
 
 def test_rs_grpo_by_the_spectrum():
-    """Population: (1/beta) sum_j (1-e^-beta)^j / j pass@j. With n = 8 and beta = 1 its weights are others."""
+    """For n to infinity: (1/beta) sum_j (1-e^-beta)^j / j pass@j, by the slope U' = n sum_m D(m) Binom(m; n-1, p)."""
     r = right_or_wrong(8)
     close(spectrum.rs_grpo(r, 4), rs_grpo(r, 1.0))
-    w = spectrum.weights(spectrum.worth(partial(rs_grpo, beta=1.0), 8))
-    assert [round(x, 3) for x in w[:3]] == [0.601, 0.169, 0.058]
-    series = [(1 - math.exp(-1)) ** j / j for j in (1, 2, 3)]
-    assert [round(x, 3) for x in series] == [0.632, 0.200, 0.084]
-    for beta in (0.5, 2.0):  # n to infinity, by the slope U' = n sum_m D(m) Binom(m; n-1, p) at n = 2000
-        p, n = 0.3, 2000
-        m = torch.arange(n, dtype=torch.float64)
-        e = math.expm1(beta)
-        D = e / beta / (n + (m + 1) * e) + (1 / (1 + m * e / n) - 1 / (1 + (m + 1) * e / n)) / beta / n
+    p, n = 0.3, 100
+    for beta in (0.5, 2.0):
+        D = spectrum.worth(partial(rs_grpo, beta=beta), n)
         slope = n * (D * spectrum.binomial(n - 1, torch.tensor(p))).sum().item()
         q = 1 - math.exp(-beta)
         population = sum(q**j * (1 - p) ** (j - 1) for j in range(1, 400)) / beta
-        assert slope == pytest.approx(population, rel=2e-3)
+        assert slope == pytest.approx(population, rel=0.02)
 
 
 def test_ttrl_is_the_largest_block_but_for_ties():
@@ -195,16 +183,6 @@ def test_mistakes_seen_in_the_wild(k, n):
     close(credit - others, n**2 / (k * (n - 1)) * ((1 - k / n) * above + k / n * own))
 
 
-@pytest.mark.parametrize("k, n", [(1, 5), (3, 5), (5, 5)])
-def test_what_centring_does_to_each_estimator(k, n):
-    """As TRL's scale_rewards="none" does: b(k) stays, u(k) becomes a mixture of the gradients for k and for k - 1."""
-    r = rewards_of(n)
-    u, own = unbiased(common.pass_at_k, [r], k, n), advantages(r, k, "biased")
-    above = advantages(r, k + 1, "biased") if k < n else 0 * r
-    close(own - own.mean(-1, keepdim=True), own)
-    close(u - u.mean(-1, keepdim=True), (1 - k / n) * above + k / n * own)
-
-
 # --- the baselines of pass@k ------------------------------------------------------------------------------------------
 
 
@@ -224,65 +202,3 @@ def test_the_family_has_one_worth_and_these_baselines(k, n):
     r = rewards_of(5)  # its ends: RLOO and Tang
     close(baselines.others(r, 1), advantages(r, 1, "mean"))
     close(baselines.others(r, 5), advantages(r, 5))
-
-
-@pytest.mark.parametrize("k, n", [(1, 3), (2, 3), (2, 4), (3, 3)])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_baseline_of_the_others_is_unbiased_for_any_set_function(name, k, n):
-    """(1-s) u(k) + s b(k+1), s = (n-k)/(n-1): by the exact gradient; ties, graded rewards."""
-    metric, first, value = OBJECTIVES[name]
-    s = (n - k) / (n - 1)
-
-    def f(b, y):
-        return value([(first[b, a].item(), GRADED[b, a].item()) for a in y])
-
-    def estimate(b, y):
-        samples = [first[b][y], GRADED[b][y]]
-        u = unbiased(metric, samples, k, n)
-        if k == n:
-            return u
-        return (1 - s) * u + s * common.k_sample_advantages(metric, *samples, k=k + 1, estimator="biased")
-
-    close(expected_gradient(estimate, n), exact_gradient(f, k), rtol=1e-10)
-
-
-def unbiased(metric, samples, k, n):
-    """u(k) with M_0 = 0, also at k = 1, where `k_sample_advantages` has RLOO's baseline."""
-    if k > 1:
-        return common.k_sample_advantages(metric, *samples, k=k)
-    own = torch.stack([metric(*(x[:, [i]] for x in samples), 1) for i in range(n)], -1)
-    return own / n
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def test_every_row_of_the_page_names_a_test_and_every_call_is_there():
-    text = DOC.read_text()
-    rows = [line for line in text.splitlines() if line.startswith("|") and "`test_" in line]
-    assert len(rows) >= 18
-    known = {name for name in globals() if name.startswith("test_")}
-    for name in re.findall(r"`(test_\w+)`", text):
-        assert name in known, name
-    for module, name in re.findall(r"`(pass_at_k_pg|common|bon_rl|bon_sft|majority_pg)\.(\w+)", text):
-        assert hasattr(importlib.import_module(module), name), name
-
-
-def test_the_weights_that_the_page_shows_are_those_of_the_spectrum():
-    """Rows "| rule | D(0) .. D(7) | w |" of its second table."""
-    text = DOC.read_text()
-    rules = {
-        "REINFORCE, RLOO": partial(advantages, k=4, estimator="mean"),
-        "Dr. GRPO": partial(spectrum.dr_grpo, k=4),
-        "GRPO": partial(spectrum.grpo, k=4),
-        "RS-GRPO, β = 1": partial(rs_grpo, beta=1.0),
-        "MaxRL": partial(advantages, k=4, estimator="maxrl"),
-        "unbiased, k = 4": partial(advantages, k=4),
-        "biased, k = 4": partial(advantages, k=4, estimator="biased"),
-        "pass^4": partial(all_right, k=4),
-    }
-    for name, rule in rules.items():
-        D = spectrum.worth(rule, 8)
-        cells = [f"{x:.3f}" for x in D.tolist()], [f"{float(x) + 0:.3f}" for x in spectrum.spectrum(D)]
-        line = f"| {name} | {' '.join(cells[0])} | {' '.join(x.replace('-0.000', '0.000') for x in cells[1])} |"
-        assert line in text, line

@@ -69,7 +69,7 @@ def tokenizer_of(template: str | None, specials: str = "<s> </s>", front: bool =
 
 
 def policy_of(tokenizer, eos: str | None = None) -> common.Policy:
-    """No model to speak of, with the tokens that end a response; eos: those of a generation_config.json."""
+    """A policy with a stub for a model. eos: the end tokens of a generation_config.json."""
     model = SimpleNamespace(config=LlamaConfig(max_position_embeddings=200), device="cpu")
     config = GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(eos.split()) if eos else None)
     return common.Policy(model, tokenizer, ends_of_response(tokenizer, config))
@@ -91,12 +91,9 @@ STYLES = {
         CHATML.replace("assistant\n", "assistant\n<think>\n"), QWEN + " <think> </think>", None, "<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n<think>\n", "2<|im_end|>", "<|im_end|> <|endoftext|>",
     ),
-    "Phi": (
-        PHI, PHIS, "<|endoftext|> <|end|>", "<|user|>\n", "<|end|>\n<|assistant|>\n",
+    "Phi": (  # of which only the tokenizer knows an end
+        PHI, PHIS, None, "<|user|>\n", "<|end|>\n<|assistant|>\n",
         "2<|end|>", "<|end|> <|endoftext|>",
-    ),
-    "Phi, of which only the tokenizer knows an end": (
-        PHI, PHIS, None, "<|user|>\n", "<|end|>\n<|assistant|>\n", "2<|end|>", "<|end|> <|endoftext|>",
     ),
     "Gemma": (
         GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "<bos><start_of_turn>user\n",
@@ -165,7 +162,7 @@ def test_an_expert_has_the_tokens_that_it_has_behind_its_prompt(template):
 
 
 def test_an_expert_that_is_too_long_is_refused():
-    """Its space and its end token count, too: the context has 200 tokens."""
+    """Its space and its end token count: the context has 200 tokens."""
     policy, problem = policy_of(tokenizer_of(None)), PROBLEMS[0]
     short, long, longer = ([replace(problem, solution="2" * digits)] for digits in (1, 8, 9))
     assert expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, long]).ids.shape == (2, 1, 10)
@@ -226,7 +223,7 @@ def test_a_template_that_fails_is_refused_in_one_line(template):
 
 
 def test_no_chat_ignores_the_template(run, tmp_path, monkeypatch):
-    """Of a base model that ships one: the policy that is trained without a template is saved without one."""
+    """A base model that ships a template is trained without it, and the policy is saved without it."""
     model = save_untrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<unk>{% endfor %}"
@@ -237,8 +234,7 @@ def test_no_chat_ignores_the_template(run, tmp_path, monkeypatch):
     shown = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt").stdout
     plain = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt", "--no-chat").stdout
     assert shown == f"user: {plain.strip()}<unk>\n" and plain.strip().endswith("=") and not Path("runs").exists()
-    result = run("pass_at_k_pg.py", *SMALL, "--model", model, "--no-chat", "--run-name", "a")
-    assert result.returncode == 0, result.stderr
+    run("pass_at_k_pg.py", *SMALL, "--model", model, "--no-chat", "--run-name", "a", code=0)
     assert json.loads(open("runs/a/args.json").read())["chat"] is False
     assert run("pass_at_k_pg.py", *SMALL, "--model", "runs/a/policy", "--show-prompt").stdout == plain
 

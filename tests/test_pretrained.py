@@ -1,24 +1,19 @@
 """Real pretrained models, from their PyPI packages to a few training steps."""
 
 import importlib.util
-import json
 import subprocess
 import sys
 
 import pytest
+import real_model
 import torch
 from runs import ROOT, steps_of
 
-import common
 import harness.policy
 from verifiers import Problem, load_task
 from verifiers.suspects import listed
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import real_model  # noqa: E402
-
 pytestmark = pytest.mark.slow
-QUESTIONS = ["Tom has 3 apples and buys 4 more. How many apples has he?", "What is 2 + 2?", "What is 10 - 7?"]
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +25,6 @@ def model(tmp_path_factory):
         [sys.executable, ROOT / "benchmarks/pretrained.py", "smollm2", "--out", folder], check=True, capture_output=True
     )
     return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rows = [{"question": q, "answer": f"#### {a}"} for q, a in zip(QUESTIONS, (7, 4, 3))]
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
-
-
-def test_it_speaks_and_training_sees_the_distribution_that_it_was_sampled_from(model, data):
-    task = load_task("gsm8k", data)
-    policy = harness.policy.load_policy(model, task)
-    prompts = harness.policy.encode_prompts(policy, task, task.train, 48)
-    assert policy.tokenizer.decode(prompts[1]).endswith("<|im_end|>\n<|im_start|>assistant\n")
-    rollouts = common.sample(policy, prompts, 4, 48, 0.7, torch.Generator().manual_seed(0))
-    text = " ".join(text for row in common.decode(policy, rollouts) for text in row).lower()
-    assert "apples" in text and "<|im_end|>" not in text
-    rows = [prompt for prompt in prompts for _ in range(4)]
-    with torch.no_grad():
-        log_p = common.response_log_probs(policy, rows, rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1), 0.7)
-    torch.testing.assert_close(log_p, rollouts.log_probs.flatten(0, 1), atol=2e-3, rtol=2e-3)
 
 
 def test_a_name_has_the_probability_that_the_chat_template_gives_it(model):

@@ -1,23 +1,13 @@
 """benchmarks/real_model.py without its models: its commands, which runs are done, its tables."""
 
-import importlib
 import json
 import re
-import shlex
-import sys
 
 import numpy as np
 import pytest
-import tyro
-from runs import ROOT, idle_flags
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-real_model = importlib.import_module("real_model")
-
-
-def parsed(runs, name: str, seed: int):
-    script, *flags = shlex.split(runs.command(name, seed))
-    return tyro.cli(importlib.import_module(script.removesuffix(".py")).Args, args=flags)
+import real_model
+from runs import parsed
+from test_reproduce import rows_of
 
 
 @pytest.fixture
@@ -34,16 +24,15 @@ def test_every_run_is_a_command_that_its_script_takes_and_rl_starts_from_the_sft
     assert real_model.Runs(real_model.Args("gemma3", seeds=1)).stages() == [[("gemma3 sft", 0)], stages[3]]
     for model, (names, lr, _, _) in real_model.MODELS.items():
         for name in names:
-            settings = parsed(runs, f"{model} {name}", 2)
+            settings = parsed(runs.command(f"{model} {name}", 2))
             assert (settings.seed, settings.task, settings.steps) == (2, "suspects", 60) and settings.lr_decay
-            assert not idle_flags(settings), name
             assert re.fullmatch(r"[\w.-]+", runs.folder(f"{model} {name}", 2).name)  # --run-name takes it
             sft = f"runs/{runs.folder(f'{model} sft', 2).name}/policy"
             assert settings.model == (f"models/{model}" if name == "sft" else sft)
             # Runs that are compared see as many prompts and samples.
             size = settings.lr, settings.prompts_per_step
             assert size == ((5e-5, 16) if name == "sft" else (lr, 32)) and (name == "sft" or settings.n == 16)
-    assert parsed(real_model.Runs(real_model.Args(flags="--steps 2")), "gemma3 k8", 0).steps == 2
+    assert parsed(real_model.Runs(real_model.Args(flags="--steps 2")).command("gemma3 k8", 0)).steps == 2
 
 
 def record(runs, name: str, seed: int, **metrics) -> dict:
@@ -73,14 +62,13 @@ def test_a_run_is_done_when_it_has_its_line_and_an_sft_while_rl_needs_its_policy
 
 
 def test_tables_by_hand(args, monkeypatch):
-    """Three seeds of two runs and two of a third."""
+    """Two runs have three seeds, a third has two."""
     monkeypatch.setattr(real_model.frontier, "curve", lambda k: np.array([[0.2, 0.9], [0.6, 0.7]]))
     runs = real_model.Runs(args)
     rows = [record(runs, "smollm2 mean", s, **{"pass@1": 0.6, "pass@8": 0.7, "kl": 0.5}) for s in range(3)]
     rows += [record(runs, "smollm2 k8", s, **{"pass@1": 0.4, "pass@8": 0.75 + s / 100}) for s in range(3)]
     rows += [record(runs, "gemma3 k8", s, **{"pass@1": 0.4, "pass@8": 0.9}) for s in range(2)]
-    policies, compared = ([[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
-                          for table in real_model.tables(rows).values())  # fmt: skip
+    policies, compared = map(rows_of, real_model.tables(rows).values())
     k8 = "unbiased, k = 8"
     expected = [["SmolLM2-135M", "mean", "3"], ["SmolLM2-135M", k8, "3"], ["Gemma 3 270M", k8, "2"]]
     assert [row[:3] for row in policies] == expected

@@ -65,6 +65,15 @@ def test_the_last_table_has_paired_changes_with_intervals_over_problems():
     assert lines[1:3] == ["level  metric  mean ± 95%", "all    pass@1  0.250 ± 0.621"]  # 4.303 x .25 / sqrt(3)
 
 
+def test_samples_are_a_bounded_part_of_the_responses_evenly_spaced():
+    """Of 120 problems 50; of 6 responses to each the first 4."""
+    problems, rewards = [Problem(str(i), "") for i in range(120)], torch.arange(720).view(120, 6)
+    found = report.samples(problems, [[f"{i}.{j}" for j in range(6)] for i in range(120)], rewards, 50)
+    assert [record["prompt"] for record in found[:6]] == ["0", "2", "4", "7", "9", "12"]
+    assert len(found) == 50
+    assert found[3] == {"prompt": "7", "responses": ["7.0", "7.1", "7.2", "7.3"], "rewards": [42, 43, 44, 45]}
+
+
 # --- Figures ---
 
 
@@ -158,26 +167,22 @@ def test_runs_are_compared_over_seeds(runs, capsys):
 
 def test_a_seed_counts_once_and_what_is_no_finished_run_is_left_out(runs, capsys):
     same = {"estimator": "unbiased", "seed": 1, "steps": 4, "run_name": "again", "estimator_sha256": None}
-    write_run(Path("runs/v"), same, {0: {"pass@2": 0.9}, 4: {"pass@2": 0.1}}, {})
-    write_run(Path("runs/w"), same | {"steps": 5}, {0: {"pass@2": 0.9}, 4: {"pass@2": 0.1}}, {})
+    for name, steps in (("v", 4), ("w", 5)):
+        write_run(Path("runs") / name, same | {"steps": steps}, {0: {"pass@2": 0.9}, 4: {"pass@2": 0.1}}, {})
     Path("runs/bandit.png").write_text("")
     Path("runs/x").mkdir()
     Path("runs/x/args.json").write_text("{")
     runs.compare(("runs/unbiased?", "runs/[vwxb]*", "runs/nothing", "runs/unbiased0"))
-    lines = capsys.readouterr().out.splitlines()
-    once = "it counts once, for a run before it has the same arguments and seed"
-    assert [line.partition(": ")[::2] for line in lines[:5]] == [
-        ("left out runs/bandit.png", "it is no run folder"),
-        ("left out runs/v", once),
-        ("left out runs/w", "it has not come to its end"),
-        ("left out runs/x", lines[3].partition(": ")[2]),
-        ("left out runs/nothing", "it is no run folder"),
-    ]
-    assert lines[5] == f"left out runs/unbiased0: {once}"
-    assert lines[7] == "pass_at_k_pg (2 seeds: runs/unbiased0 runs/unbiased1)"
-    assert lines[-1] == "  pass@2  0.250 -> 0.600   +0.350 ± 1.271"
-    ended = in_process("harness/report.py", "runs/nothing")
-    assert ended.returncode == 2 and ended.stdout == "left out runs/nothing: it is no run folder\n"
+    none, once = "it is no run folder", "it counts once, for a run before it has the same arguments and seed"
+    reasons = {"bandit.png": none, "v": once, "w": "it has not come to its end", "x": "Expecting property name",
+               "nothing": none, "unbiased0": once}  # fmt: skip
+    *left_out, title, _, row = capsys.readouterr().out.splitlines()
+    assert len(left_out) == 7  # and the line that says what ± is
+    assert all(line.startswith(f"left out runs/{x}: {why}") for line, (x, why) in zip(left_out, reasons.items()))
+    assert title == "pass_at_k_pg (2 seeds: runs/unbiased0 runs/unbiased1)"
+    assert row == "  pass@2  0.250 -> 0.600   +0.350 ± 1.271"
+    ended = in_process("harness/report.py", "runs/nothing", code=2)
+    assert ended.stdout == "left out runs/nothing: it is no run folder\n"
     assert ended.stderr == "error: no finished run is there: give folders of some, such as runs/*\n"
     assert {"--figure", "--metric"} <= {*in_process("harness/report.py", "--help").stdout.split()}
 

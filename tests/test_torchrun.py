@@ -1,34 +1,23 @@
 """Several processes on the CPU (gloo): the gradient of the whole batch, one folder, one log."""
 
+import dataclasses
 import os
 import signal
+import sys
 
 import pytest
+import runs
 import torch
 import torch.distributed as dist
-from runs import EXTRA, FLAGS, ROOT, SCRIPTS, SMALL, in_two_processes, outcome, parity, records, steps_of, wrapped
+from runs import EXTRA, FLAGS, ROOT, SCRIPTS, SMALL, outcome, parity, records, steps_of
+from test_resume import raising, sending
 from test_sampler import random_policy, rollouts_of
 
 import common
 import harness.parallel
+import harness.policy
 import harness.run
-from verifiers import arithmetic
-
-STEP = """
-import sys, torch
-import common, harness.parallel as parallel
-from test_torchrun import policy_and_rollouts
-parallel.start("cpu")
-(policy, rollouts, A), (rank, size) = policy_and_rollouts(), parallel.world()
-tensors = (x[rank::size] for x in (rollouts.ids, rollouts.mask, rollouts.log_probs))
-mine = common.Rollouts(parallel.shard(rollouts.prompts), *tensors)
-optimizer = torch.optim.SGD(policy.model.parameters())
-common.policy_gradient_step(policy, optimizer, mine, A[rank::size], 1e9, average_gradients=parallel.average_gradients)
-torch.save(policy.model.state_dict(), f"weights-{rank}")
-counts = [{"timeouts": 1}, {"timeouts": 2, "late": 2}][rank]
-print(parallel.reduce_metrics({"reward": float(rank)}, counts), file=sys.stderr, flush=True)
-parallel.stop()  # or the interpreter may abort at its end, with gloo's threads still there
-"""
+from verifiers import arithmetic, learned
 
 
 def policy_and_rollouts():
@@ -39,8 +28,19 @@ def policy_and_rollouts():
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
-    (tmp_path / "step.py").write_text(STEP)
-    returncode, _, err = in_two_processes(tmp_path / "step.py", cwd=tmp_path)
+    def step():
+        harness.parallel.start("cpu")
+        (policy, rollouts, A), (rank, size) = policy_and_rollouts(), harness.parallel.world()
+        tensors = (x[rank::size] for x in (rollouts.ids, rollouts.mask, rollouts.log_probs))
+        mine = common.Rollouts(harness.parallel.shard(rollouts.prompts), *tensors)
+        optimizer, average = torch.optim.SGD(policy.model.parameters()), harness.parallel.average_gradients
+        common.policy_gradient_step(policy, optimizer, mine, A[rank::size], 1e9, average_gradients=average)
+        torch.save(policy.model.state_dict(), f"weights-{rank}")
+        counts = [{"timeouts": 1}, {"timeouts": 2, "late": 2}][rank]
+        print(harness.parallel.reduce_metrics({"reward": float(rank)}, counts), file=sys.stderr, flush=True)
+        harness.parallel.stop()  # or the interpreter may abort at its end, with gloo's threads still there
+
+    returncode, _, err = runs.in_two_processes(step, tmp_path)
     assert returncode == 0, err
     assert err.count("{'reward': 0.5, 'timeouts': 3, 'late': 2}") == 2
     policy, rollouts, A = policy_and_rollouts()
@@ -52,91 +52,65 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
 
 
-# A verifier that any policy is right by now and then.
-PARITY = """
-import runs
-from verifiers import arithmetic
-arithmetic.verify = runs.parity
-"""
-# Steps are counted in each process. First both die in step 5, with checkpoints after steps 2 and 4; then rank 1 alone
-# is told to stop; then its verifier alone raises, which is called as a trial before.
-INTERRUPTIONS = """
-import common
-step, steps, verify, verified = common.policy_gradient_step, [], arithmetic.verify, []
-def interrupted(*args, **others):
-    steps.append(1)
-    if "{when}" == "killed" and len(steps) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if "{when}" == "stopped" and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(*args, **others)
-def raising(problems, rows):
-    verified.append(1)
-    if "{when}" == "broken" and os.environ["RANK"] == "1" and len(verified) == 2:
-        raise ZeroDivisionError("what a verifier says")
-    return verify(problems, rows)
-common.policy_gradient_step, arithmetic.verify = interrupted, raising
-"""
-
-
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS[1:])])
 def test_a_run_of_two_processes_interrupted_and_resumed(script, untrained, run, monkeypatch, tmp_path):
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves. Only the first
-    process has a held-out problem: its samples are all there are, those of a run of one process."""
+    process has a held-out problem: its samples are all there are, those of a run of one process.
+
+    First both processes die in step 5, with checkpoints after steps 2 and 4. Then rank 1 alone is told to stop. Then
+    the verifier of rank 1 alone raises, in its second call, which follows the trial."""
     flags = [*FLAGS, *EXTRA.get(script, []), *"--eval-problems 1 --eval-n 32 --model".split(), untrained]
-    whole, cut = tmp_path / "runs/whole", tmp_path / "runs/cut"
+    whole, cut, step = tmp_path / "runs/whole", tmp_path / "runs/cut", common.policy_gradient_step
 
-    def both(*flags, when="never"):
-        code = PARITY + INTERRUPTIONS.format(when=when)
-        return in_two_processes(wrapped(tmp_path, script, code), *flags, cwd=tmp_path)
+    def both(*flags, step=step, verify=parity):
+        monkeypatch.setattr(common, "policy_gradient_step", step)
+        monkeypatch.setattr(arithmetic, "verify", verify)
+        return runs.in_two_processes(runs.as_main(script, *flags), tmp_path)
 
-    monkeypatch.setattr(arithmetic, "verify", parity)
     returncode, out, err = both(*flags, "--run-name", "whole")
     assert returncode == 0, err
     assert out.count("writing to runs/whole") == 1 and os.listdir(tmp_path / "runs") == ["whole"]
     log = steps_of(whole)
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["nonzero_advantage"] > 0 for r in log) >= 3
-    assert run(script, *flags, "--steps", "0", "--run-name", "alone").returncode == 0
+    run(script, *flags, "--steps", "0", "--run-name", "alone", code=0)
     alone, together = (records(tmp_path / "runs" / name)[0] for name in ("alone", "whole"))
     assert alone == together and 0 < alone["eval"]["all"]["pass@1"][0] < 1
 
-    returncode, _, err = both(*flags, "--run-name", "cut", when="killed")
+    killed = runs.at_call(5, sending(signal.SIGKILL), step)
+    returncode, _, err = both(*flags, "--run-name", "cut", step=killed)
     assert returncode == -signal.SIGKILL and not (cut / "policy").exists(), err
     result = run(script, "--resume", "runs/cut")  # by one process
     command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/cut\n"
     assert result.returncode == 2 and f"is a run of 2 process(es): {command}" in result.stderr
 
-    returncode, out, err = both("--resume", "runs/cut", when="stopped")
+    returncode, out, err = both("--resume", "runs/cut", step=runs.at_call(1, sending(signal.SIGTERM), step, rank=1))
     assert returncode != 0 and "resuming at step 4" in out and f"stopped after step 5; to go on:\n{command}" in out, err
-    returncode, out, err = both("--resume", "runs/cut", when="broken")
+    broken = runs.at_call(2, raising(ZeroDivisionError("what a verifier says")), parity, rank=1)
+    returncode, out, err = both("--resume", "runs/cut", verify=broken)
     assert returncode != 0 and "ZeroDivisionError: what a verifier says" in err and not (cut / "policy").exists()
     returncode, out, err = both("--resume", "runs/cut")
     assert returncode == 0 and "resuming at step 5" in out, err
     assert outcome(cut) == outcome(whole)
 
 
-# Also a warm start of two steps.
-COLD = """
-import dataclasses
-import harness.policy
-from verifiers import learned
-load = arithmetic.load
-arithmetic.load = lambda *args: dataclasses.replace(load(*args), warm_start={"steps": 2, "batch": 8, "lr": 1e-3})
-def told(module, name):
-    function = getattr(module, name)
-    def call(*args, **others):
-        print("rank", os.environ["RANK"], name, file=sys.stderr)
-        return function(*args, **others)
-    setattr(module, name, call)
-told(harness.policy, "warm_start"), told(learned, "trained_verifier")
-"""
-
-
 def test_what_one_process_makes_for_all_does_not_hang(monkeypatch, tmp_path):
     """A cold cache: the first process alone trains `tiny` and the verifier, each once, and the other waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def told(function):
+        def call(*args, **others):
+            print("rank", os.environ["RANK"], function.__name__, file=sys.stderr)
+            return function(*args, **others)
+
+        return call
+
+    load, recipe = arithmetic.load, {"steps": 2, "batch": 8, "lr": 1e-3}
+    monkeypatch.setattr(arithmetic, "load", lambda *args: dataclasses.replace(load(*args), warm_start=recipe))
+    monkeypatch.setattr(arithmetic, "verify", parity)
+    monkeypatch.setattr(harness.policy, "warm_start", told(harness.policy.warm_start))
+    monkeypatch.setattr(learned, "trained_verifier", told(learned.trained_verifier))
     flags = [*SMALL, *"--steps 1 --run-name a --model tiny --verifier learned --verifier-problems 8".split()]
-    returncode, out, err = in_two_processes(wrapped(tmp_path, "bon_rl.py", PARITY + COLD), *flags, cwd=tmp_path)
+    returncode, out, err = runs.in_two_processes(runs.as_main("bon_rl.py", *flags), tmp_path)
     assert returncode == 0 and "bon@2" in out, err
     made = [line for line in err.splitlines() if line.startswith("rank ")]
     assert made == ["rank 0 warm_start", "rank 0 trained_verifier"]
@@ -148,7 +122,7 @@ def test_what_one_process_makes_for_all_does_not_hang(monkeypatch, tmp_path):
     [("cpu", True, "gloo"), ("auto", True, "nccl"), ("cuda", True, "nccl"), ("auto", False, "gloo")],
 )
 def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch):
-    """--device cpu means gloo on a machine with a GPU, too; the patience is more than what a warm start takes."""
+    """--device cpu means gloo on a machine with a GPU as well. The patience is more than what a warm start takes."""
     joined, placed = [], []
     monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
@@ -161,7 +135,7 @@ def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch)
 
 
 def test_a_process_says_which_one_fails(untrained, run, monkeypatch):
-    """Rank 1 that has no such model; and rank 0 where the verifier of rank 1 raises: the step before is saved."""
+    """Rank 1 says that it has no such model. Rank 0 says that the verifier of rank 1 raised, and what is saved."""
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "world", lambda: (1, 2))
         result = run("pass_at_k_pg.py", *SMALL, "--model", "no/such")

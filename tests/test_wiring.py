@@ -68,9 +68,9 @@ def one_step(model, monkeypatch, tmp_path):
     """one_step(script, rewards, **arguments) -> a step of the script's `main`, and what its functions were given."""
     monkeypatch.chdir(tmp_path)
 
-    def row(table: dict, prompt: str, size: int, expert: int) -> list[float]:
+    def row(values: list, prompt: str, size: int, expert: int) -> list[float]:
         experts = [EXPERT[prompt][expert]] * (size == 5)  # bon_sft.py's own comes first
-        return (experts + table[prompt] + table[prompt])[:size]
+        return (experts + values + values)[:size]
 
     def run(script, rewards=GRADED, **arguments):
         seen = SimpleNamespace(verified=[], fitted=[], ratios=[], drawn=[], evaluated=[], left=[], copied=[])
@@ -78,12 +78,13 @@ def one_step(model, monkeypatch, tmp_path):
         def verify(problems, responses):
             prompts = [problem.prompt for problem in problems]
             seen.verified.append((prompts, list(responses)))
-            table = [row(rewards, prompt, len(texts), 0) for prompt, texts in zip(prompts, responses)]
+            values = [rewards.get(problem.answer, rewards.get(problem.prompt)) for problem in problems]
+            table = [row(x, prompt, len(texts), 0) for x, prompt, texts in zip(values, prompts, responses)]
             votes = torch.tensor([(VOTES[prompt] * 2)[: len(table[0])] for prompt in prompts])
             return Verdict(torch.tensor(table).float(), votes, {"timeouts": 2})
 
         def score(prompts, responses):
-            return torch.tensor([row(SCORES, x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
+            return torch.tensor([row(SCORES[x], x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
 
         def noted(kind, function):
             return lambda *args: kind.append(function(*args)) or kind[-1]
@@ -245,9 +246,28 @@ def test_a_step_by_value(case, one_step):
             assert result["all"][metric][1] == pytest.approx(error)
 
 
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_step_on_several_experts_of_a_prompt_by_value(N, one_step, tmp_path):
+    """A file has two experts of A and one of B. The m experts of a prompt have the weight 1/m each. Its samples are
+    drawn once and scored by the answer of each expert; their coefficients are averaged over the experts."""
+    rows = [{"problem": x, "response": y, "answer": y} for x, y in ((A, "6"), (A, "7"), (B, "3995"))]
+    (tmp_path / "experts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = {"6": [1, 0, 0, 0], "7": [0, 1, 1, 0], "3995": [0, 1, 1, 0]}  # by the expert's answer
+    seen = one_step(bon_sft, rewards, N=N, experts="experts.jsonl")
+    # as the coefficients of "SFT" above; the experts of A have the score 1, the expert of B has 0
+    six = [1 / 4 - 1 / 2 + TILT / 4, *[1 / 4 - 1 / 6] * 3]
+    seven = [1 / 6, *[1 / 4 - 5 / 12 + TILT / 12] * 2, 1 / 6]
+    of_b = [1 / 6, *[1 / 4 - 5 / 12 + TILT / 4 * (1 / 3 - 1)] * 2, 1 / 6]
+    expected = {A: [0.5, 0.5, *((x + y) / 2 for x, y in zip(six, seven))], B: [1, 0, *of_b]}
+    expected = by_prompt(expected, seen.prompts)[:, : 2 + 4 * (N > 1)]
+    torch.testing.assert_close(seen.given.advantages.float(), expected, rtol=1e-5, atol=1e-6)
+    texts = dict(zip(seen.prompts, common.decode(seen.given.policy, seen.given.rollouts)))
+    assert texts[A][:2] == ["6", "7"] and texts[B][:2] == ["3995", ""]
+
+
 @pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg, bon_rl])
 def test_a_kl_by_value(script, one_step):
-    """It is that to the policy of the beginning, of bon_rl.py to an average that moves behind it, here by a tenth."""
+    """The KL is to the initial policy, in bon_rl.py to an average that follows the policy, here by a tenth."""
     own = {"anchor_rate": 0.1} if script is bon_rl else {}
     seen = one_step(script, ONE_OR_ALL, kl_coef=0.5, estimator="mean", epochs=2, clip=0.3, **own)
     assert (seen.given.epochs, seen.given.clip) == (2, 0.3)
@@ -265,7 +285,7 @@ def test_a_kl_by_value(script, one_step):
 
 
 def test_the_anchor_is_an_average_of_what_each_step_left(one_step):
-    """A tenth of the policy after the first step, then a tenth of it after the second; it moves at no other time."""
+    """It moves by a tenth to the policy after the first step, then after the second, and at no other time."""
     seen = one_step(bon_rl, ONE_OR_ALL, kl_coef=0.5, estimator="mean", steps=2, eval_every=0, anchor_rate=0.1)
     first, second = seen.left
     expected = 0.9 * (0.9 * weights(seen.before) + 0.1 * first) + 0.1 * second
@@ -320,7 +340,7 @@ def test_two_epochs_are_clipped_by_value(max_grad_norm, rate):
 
 
 def test_an_epoch_that_is_not_finite_is_skipped():
-    """The first of two; the step says so, and the second moves the policy alone."""
+    """The first of two epochs is skipped, the step says so, and only the second moves the policy."""
     policy, ends = random_policy("llama"), iter([torch.nan, 1.0])
     rollouts, before = rollouts_of(policy), weights(policy.model)
     advantages, optimizer = torch.ones(rollouts.ids.shape[:2]), torch.optim.SGD(policy.model.parameters(), lr=1.0)
