@@ -79,7 +79,7 @@ def test_200_random_rules_have_the_slope_of_their_utility():
         assert spectrum.utility(D, 2 / 7).item() == pytest.approx(float(value), rel=1e-12, abs=1e-12)
         beta, size = spectrum.baseline(rule(right, wrong), n), [right[m] for m in range(n + 1)]
         for m in range(n):
-            assert math.isnan(beta[m]) if D[m] == 0 else beta[m] == -wrong[m] / D[m]
+            assert beta[m] == -wrong[m] / D[m] if D[m] else math.isinf(beta[m]) if wrong[m] else math.isnan(beta[m])
             if D[m]:
                 assert D[m] * (1 - beta[m].item()) == pytest.approx(size[m + 1])
 
@@ -195,8 +195,9 @@ def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
     policy = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)  # its mean score is 0 but for rounding
     nothing = rule([1] * 5, [1] * 5)
     assert spectrum.noise(nothing, 4, policy, torch.tensor([True, False, False])) == math.inf
-    with pytest.raises(BadInput, match="between 0 and 1"):
-        spectrum.noise(nothing, 4, policy, torch.tensor([True, True, True]))
+    for right in (True, False):  # ten times .1 add up to less than 1
+        with pytest.raises(BadInput, match="between 0 and 1"):
+            spectrum.noise(nothing, 4, torch.full((10,), 0.1, dtype=torch.float64), torch.full((10,), right))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -232,9 +233,8 @@ def test_a_worth_of_zero_has_no_baseline():
     """Two of four right and one more or not: 5 for all; with none right 0 for all."""
     right, wrong = [0, 0, 3, 5, 1], [0, 2, 5, 0, 0]
     assert spectrum.worth(rule(right, wrong), 4).tolist() == [0, 1, 0, 1]
-    assert spectrum.without_baseline(rule(right, wrong), 4) == [2]
-    assert math.isnan(spectrum.baseline(rule(right, wrong), 4)[2])
-    assert spectrum.baseline(rule(right, wrong), 4)[1] == -2
+    beta = spectrum.baseline(rule(right, wrong), 4).tolist()
+    assert math.isnan(beta[0]) and beta[1:] == [-2, math.inf, 0]
 
 
 def test_rounding_of_the_advantages_is_no_worth():

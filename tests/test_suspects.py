@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 import common
 import harness.policy
 from verifiers import Problem, Task, load_task, suspects
-from verifiers import learned as learned_verifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 optima, exact = importlib.import_module("optima"), importlib.import_module("exact")
@@ -206,26 +205,6 @@ def test_metrics_of_a_policy_are_their_expectations(k):
     assert optima.pass_at_k(*rows, k).tolist() == pytest.approx([average(lambda tries, hidden: hidden in tries)] * 2)
     assert optima.maj_at_k(*rows, k).tolist() == pytest.approx([average(vote)] * 2)
     assert optima.best_of_n(*rows, scores.expand(2, 8), k).tolist() == pytest.approx([average(selected)] * 2)
-
-
-def test_auc_within_problems_is_that_of_samples_to_prompts_with_both_kinds():
-    scores = torch.tensor([0.2, 0.9, 0.2, 1, 1, 1, 1, 1]).double()  # two candidates tie
-
-    def value(tries, hidden) -> float:
-        """The AUC of the tries, 0 where all are right or all are wrong; elsewhere scores lowest."""
-        seen = torch.tensor([scores[y].item() if y < 3 else -1.0 for y in tries])
-        auc = learned_verifier.auc(seen, torch.tensor([float(y == hidden) for y in tries]))
-        return 0.0 if math.isnan(auc) else auc
-
-    def share(value) -> float:
-        return sum(THREE[hidden].item() * expected_value(lambda tries: value(tries, hidden), 4) for hidden in range(3))
-
-    expected = share(value) / share(lambda tries, hidden: 0 < sum(y == hidden for y in tries) < 4)
-    ones = torch.ones(1).double()
-    found = optima.auc_within(THREE[None], PARTIAL[None], scores[None], ones, n=4)
-    assert found == pytest.approx(expected)
-    scaled = optima.auc_within(THREE.expand(2, 8), PARTIAL.expand(2, 8), scores.expand(2, 8), ones.expand(2) / 2, n=4)
-    assert scaled == pytest.approx(expected)
 
 
 def test_kl_counts_what_is_elsewhere():
