@@ -229,7 +229,6 @@ def mean_kl_policy_at(q: torch.Tensor, weights: torch.Tensor, base: torch.Tensor
     return pi
 
 
-# --- tables and predictions -------------------------------------------------------------------------------------------
 class Predicted(claims.Source):
     """The optimum of the objective of each run. A claim's number is a limit: one optimum's score less another's, or the
     uniform base's."""

@@ -85,6 +85,7 @@ BASELINES = {  # beside "k8", which is u
 }
 BASE = f"pass_at_k_pg.py --steps 0 --k 4 {FORMALITY}"  # first of all: it leaves tiny-s in the cache
 QUICK = ("mean", "k4", "k8", "sft", "bon-sft")  # for what they decide in ten minutes: M1, M4, C4, some of C2, C3, C5
+BEST_MEAN = "maj@8 of the highest mean reward at this KL"  # a metric of the vote runs
 
 # Policies of the frontier: name in the figure, and the number of tries that they are trained for.
 POLICIES = {
@@ -104,9 +105,6 @@ class Args:
     out: Path = Path("runs/reproduce")  # folder of the runs, their logs and the results
     report: bool = False  # run nothing, report what there is
     publish: bool = False  # copy results.json here, tables into README.md and docs/results.md, the figure into .github
-
-
-BEST_MEAN = "maj@8 of the highest mean reward at this KL"
 
 
 class Seed(claims.Source):
@@ -135,7 +133,6 @@ class Seed(claims.Source):
         return distance - float(np.interp(kl, *zip(*path)))
 
 
-# --- exact evaluation -------------------------------------------------------------------------------------------------
 @cache
 def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
     """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level.
@@ -200,7 +197,8 @@ def command(name: str, seed: int | str = "S") -> str:
 
 def run_folder(out: Path, name: str, seed: int, words: str | None = None) -> Path:
     """out/runs/NAME-sSEED-HASH, with the hash of the command, or of `words`; exact.json in it is written last."""
-    digest = hashlib.sha256((words or command(name, seed)).encode()).hexdigest()[:6]
+    words = (words or command(name, seed)).replace(f"{measure.ROOT}/", "")  # wherever the repository lies
+    digest = hashlib.sha256(words.encode()).hexdigest()[:6]
     return out / "runs" / f"{name}-s{seed}-{digest}".replace(" ", "-")
 
 

@@ -245,8 +245,9 @@ def peak(name: str, args: Args, model: str) -> tuple[float, int]:
     beyond weights and gradients; and the size of the vocabulary."""
     torch.set_num_threads(args.threads)
     B, T, generator = args.prompts or 4, args.tokens or 64, torch.Generator().manual_seed(0)
-    policy = measure.tiny_policy(args.device, hidden=128, layers=2, vocabulary=args.vocabulary)
-    if model != "tiny":
+    if model == "tiny":
+        policy = measure.tiny_policy(args.device, hidden=128, layers=2, vocabulary=args.vocabulary)
+    else:
         policy = load_policy(model, load_task("suspects"), args.device)
     vocabulary = policy.model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (B, 8, T), generator=generator).to(args.device)

@@ -9,8 +9,7 @@ pass@N, and all four have one expectation where the failure rate P_fail is known
 
 Network: on `suspects` each objective is a function of the log-probs of the names a prompt lists, and the mean of an
 estimator is the gradient of its utility (spectrum.py) at the chance of the hidden name. Autograd gives both in
-parameter space, without sampling; and the cosine of the gradients of pass@1 and pass@8, interference between prompts
-(arXiv 2602.21189).
+parameter space, without sampling; and the cosine of the gradients of pass@1 and pass@8 (interference, 2602.21189).
 """
 
 import itertools

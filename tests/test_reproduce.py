@@ -1,5 +1,6 @@
 """benchmarks/reproduce.py: statistics, tables, and small runs, stopped and taken up again."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -108,6 +109,12 @@ def test_best_of_n_by_a_verifier_by_hand(monkeypatch, tmp_path):
         expected = {"bon@1": (40 * tom + 16 * eve) / 64, "misfit@1": 1 / 8, "bon@32": bon, "misfit@32": misfit}
         expected |= {"AUC": auc / (tom + eve), "AUC of q": (tom + eve / 6) / (tom + eve)}
         assert {metric: found[metric] for metric in expected} == pytest.approx(expected)
+
+
+def test_a_run_has_one_folder_wherever_the_repository_lies(tmp_path):
+    flags = f"{reproduce.PASS} --k 8 --estimator recipes/baselines.py:b --model tiny-3 --seed 3"
+    digest = hashlib.sha256(flags.encode()).hexdigest()[:6]
+    assert reproduce.run_folder(tmp_path, "baseline-b", 3) == tmp_path / "runs" / f"baseline-b-s3-{digest}"
 
 
 def test_a_run_whose_policy_is_gone_is_not_evaluated_as_its_base(tmp_path, monkeypatch):
