@@ -298,7 +298,7 @@ def print_one(advantages: Advantages, n: int) -> None:
     w, bounds = weights(D, eps), error_bounds(D, eps)
     columns = {
         "m right among the others": range(n), "D(m)": [f"{x:.6g}" for x in D],
-        "beta(m)": ["-" if math.isnan(x) else "none" if math.isinf(x) else f"{x:.6g}" for x in beta],
+        "beta(m)": ["-" if math.isnan(x) else "none" if math.isinf(x) else f"{x + 0:.6g}" for x in beta],
     }  # fmt: skip
     if w:
         columns |= {"j": range(1, n + 1), "w of pass@j": [f"{x:.6f}" for x in w]}

@@ -75,6 +75,22 @@ def test_votes_at_equal_kl_are_compared_by_their_distance_to_the_frontier():
     assert Known(None, 0).votes_at_equal_kl(0.5) == pytest.approx(0.015)
 
 
+def test_the_claims_of_the_bandit_by_hand(monkeypatch):
+    """At step t unbiased, mean x k and mean have 1, 2 and 4 times t and t + 1000, and the KL t / 200."""
+
+    def trajectory(args, name):
+        t = torch.arange(401).double()
+        metrics = torch.stack([t, t + 1000], -1) * {"unbiased": 1, "mean x k": 2, "mean": 4}[name]
+        return torch.cat([metrics, t.unsqueeze(-1) / 200], -1).unsqueeze(-1).expand(-1, -1, 40)  # (401, 3, 40)
+
+    monkeypatch.setattr(reproduce.bandit, "trajectory", trajectory)
+    rows = reproduce.bandit_rows()
+    assert [row["claim"] for row in rows] == ["B1", "B1", "B2", "B2", "B3", "B3"]
+    assert [float(row["mean"]) for row in rows] == pytest.approx([20, 60, -200, -600, -1400, -4200])
+    assert [row["headline"] for row in rows] == [True, False] * 3
+    assert rows[0]["what"] == "mean x k less unbiased, mean reward at step 20"
+
+
 def test_levels_are_means_by_the_weights_of_their_prompts():
     problems = reproduce.optima.problems_of()
     weights = reproduce.optima.level_weights(problems)
