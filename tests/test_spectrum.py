@@ -195,7 +195,7 @@ def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
     policy = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64)  # its mean score is 0 but for rounding
     nothing = rule([1] * 5, [1] * 5)
     assert spectrum.noise(nothing, 4, policy, torch.tensor([True, False, False])) == math.inf
-    for right in (True, False):  # ten times .1 add up to less than 1
+    for right in (True, False):
         with pytest.raises(BadInput, match="between 0 and 1"):
             spectrum.noise(nothing, 4, torch.full((10,), 0.1, dtype=torch.float64), torch.full((10,), right))
 
