@@ -22,7 +22,7 @@ import inspect
 import sys
 import tempfile
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,14 +38,12 @@ N, K = 8, 4
 PAGE = "docs/engines.md"
 LIMIT = 5e-3  # of the error of a weight: engines compute in float32
 Rules = dict[str, Callable | str]  # name -> (B, n) rewards -> (B, n) advantages, or why there is none
+Losses = Iterator[tuple[str, torch.Tensor]]  # name, and the gradient (R, T) in the log-probs where all advantages are 1
 
 
 @dataclass
 class Args:
     publish: bool = False  # put the tables of the engines that are installed here into docs/engines.md
-
-
-# --- the engines' advantages ------------------------------------------------------------------------------------------
 
 
 def of_tokens(call: Callable) -> Callable:
@@ -126,7 +124,7 @@ def trl_trainer(name: str, reward: Callable, **settings):
     policy = measure.tiny_policy("cpu", hidden=16, layers=1, stop=10)
     folder = tempfile.mkdtemp()
     config = getattr(trl, f"{name}Config")(
-        folder, num_generations=N, per_device_train_batch_size=N, max_completion_length=LENGTH, report_to=[],
+        folder, num_generations=N, per_device_train_batch_size=N, max_completion_length=3, report_to=[],
         use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, logging_strategy="no",
         save_strategy="no", beta=0.0, **settings,
     )  # fmt: skip
@@ -138,7 +136,6 @@ def trl_trainer(name: str, reward: Callable, **settings):
     return trainer
 
 
-LENGTH = 3  # max_completion_length
 NO_SCALE = {"scale_rewards": "none"}
 TRL = {  # name -> trainer, settings, what the reward function returns
     'GRPO, scale_rewards="group"': ("GRPO", {"scale_rewards": "group"}, lambda r: r),
@@ -171,8 +168,6 @@ def trl_rules() -> Rules:
     return {name: rule(*setting) for name, setting in TRL.items()}
 
 
-# --- what their losses make of an advantage ---------------------------------------------------------------------------
-
 TOKENS = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]]).float()  # (R, T): two prompts, two samples each
 
 
@@ -193,27 +188,23 @@ def token_weights(gradient: torch.Tensor) -> str:
     return matches[0] if matches else f"something else: {(-gradient).tolist()}"
 
 
-def verl_losses() -> dict[str, str]:
+def verl_losses() -> Losses:
     from verl.trainer.ppo.core_algos import agg_loss
 
-    found = {}
     for mode in ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"):
         log_probs = torch.zeros(TOKENS.shape, requires_grad=True)
         agg_loss(-log_probs, TOKENS, mode).backward()
-        found[f"loss_agg_mode={mode}"] = token_weights(log_probs.grad)
-    return found
+        yield f"loss_agg_mode={mode}", log_probs.grad
 
 
-def skyrl_losses() -> dict[str, str]:
-    scaled, found = skyrl_utils().apply_loss_reduction_to_advantages_minibatch, {}
+def skyrl_losses() -> Losses:
+    scaled = skyrl_utils().apply_loss_reduction_to_advantages_minibatch
     for mode in ("token_mean", "token_mean_legacy", "sequence_mean", "seq_mean_token_sum_norm", "prompt_mean"):
         A = scaled(torch.ones(TOKENS.shape), TOKENS, mode, len(TOKENS), TOKENS.shape[1], [(0, 2), (2, 4)])
-        found[f"loss_reduction={mode}"] = token_weights(-A * TOKENS)
-    return found
+        yield f"loss_reduction={mode}", -A * TOKENS
 
 
-def trl_losses() -> dict[str, str]:
-    found = {}
+def trl_losses() -> Losses:
     for name, settings in [*(("GRPO", {"loss_type": x}) for x in ("dapo", "dr_grpo", "grpo", "bnpo")), ("RLOO", {})]:
         trainer = trl_trainer(name, lambda completions, **_: [0.0] * len(completions), **settings)
         log_probs = torch.zeros(TOKENS.shape, requires_grad=True)
@@ -225,14 +216,10 @@ def trl_losses() -> dict[str, str]:
             "num_items_in_batch": TOKENS.sum(),
         }  # fmt: skip
         trainer._compute_loss(trainer.model, inputs).backward()
-        found[f"{name}" + "".join(f", {x}={y}" for x, y in settings.items())] = token_weights(log_probs.grad)
-    return found
+        yield name + "".join(f", {x}={y}" for x, y in settings.items()), log_probs.grad
 
 
 ENGINES = {"trl": (trl_rules, trl_losses), "verl": (verl_rules, verl_losses), "skyrl": (skyrl_rules, skyrl_losses)}
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def row(name: str, rule: Callable | str, again: bool) -> list[str]:
@@ -254,7 +241,7 @@ def row(name: str, rule: Callable | str, again: bool) -> list[str]:
     eps = max(spectrum.precision(rule, N), torch.finfo(torch.float32).eps)  # parts of them are float32
     w = [x if abs(x) > 5e-4 else 0.0 for x in spectrum.weights(D, eps, LIMIT)]
     words = spectrum.maximises(D, 1e-5, 1.0)
-    return [name, spectrum.numbers(D.tolist(), ".3f"), spectrum.numbers(w, ".3f"), words, remark]
+    return [name, spectrum.numbers(D, ".3f"), spectrum.numbers(w, ".3f"), words, remark]
 
 
 def tables(engine: str) -> str:
@@ -262,7 +249,8 @@ def tables(engine: str) -> str:
     rules, losses = ENGINES[engine]
     head = ["name", "D(0) .. D(7)", "w of pass@1 .. pass@8", "maximises", "remark"]
     rows = [row(name, rule, engine != "trl") for name, rule in rules().items()]
-    of_loss = measure.markdown(["loss", "a token of a response with A = 1 is weighted by"], losses().items())
+    weights = [[name, token_weights(gradient)] for name, gradient in losses()]
+    of_loss = measure.markdown(["loss", "a token of a response with A = 1 is weighted by"], weights)
     return f"{engine} {importlib.metadata.version(engine)}\n\n{measure.markdown(head, rows)}\n\n{of_loss}"
 
 

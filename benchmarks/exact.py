@@ -1,14 +1,9 @@
 """What a policy scores on `suspects`, without sampling: a prompt lists 2 to 8 names, and each is right with chance q.
 
-    problems = optima.problems_of()
-    log_pi = candidate_log_probs(policy, task, problems)
-    metrics = exact_metrics(log_pi, problems)
-    optima.level_weights(problems) @ metrics["pass@8"]
-
-The mean over levels is what sampling answers and responses to these prompts tends to.
-
     python benchmarks/exact.py                                  # tiny, as warm-started
     python benchmarks/exact.py --model runs/NAME/policy         # after training
+
+The mean over levels is what sampling answers and responses to these prompts tends to.
 """
 
 import functools
@@ -56,10 +51,7 @@ def candidate_log_probs(
 
 
 def exact_metrics(
-    log_pi: torch.Tensor,
-    problems: Sequence[Problem],
-    base_log_pi: torch.Tensor | None = None,
-    votes: Sequence[int] = (8,),
+    log_pi: torch.Tensor, problems: Sequence[Problem], base_log_pi: torch.Tensor | None = None, votes: Sequence = (8,)
 ) -> dict[str, torch.Tensor]:
     """Exact metrics of each prompt, by name, (P,) float64 each: pass@1 to pass@32, maj@k for each k of `votes`,
     elsewhere (the probability of responses that are no listed name) and, with base_log_pi, kl in nats from that policy.

@@ -6,7 +6,6 @@ their policies on it.
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,35 +35,11 @@ def below_frontier(curve: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.interp(points[:, 0], curve[:, 0], curve[:, 1]) - points[:, 1]
 
 
-def label(axis, labels: Sequence[tuple[Sequence[float], str, str]]) -> None:
-    """Write each (point, text, colour) at the nearest place where it covers no point and no other text. A thin line
-    goes to a point that is farther off. All else is drawn before, and the layout stands."""
-    from matplotlib.text import Text
-
-    renderer, taken = axis.figure.canvas.get_renderer(), []
-    points = axis.transData.transform([point for point, _, _ in labels])  # (L, 2) in pixels
-    rings = [(distance, (turn + 2) * math.pi / 8) for distance in (9, 14, 20, 28, 38, 50, 64, 80) for turn in range(16)]
-    for point, text, colour in labels:
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
-        note = axis.annotate(text, point, (0, 0), textcoords="offset points", color=colour, fontsize=8,
-                             ha="center", va="center", arrowprops=line)  # fmt: skip
-        half = Text.get_window_extent(note, renderer).width * 36 / axis.figure.dpi  # half its width in points
-        for distance, angle in rings:
-            note.set_position(((distance + half) * math.cos(angle), distance * math.sin(angle)))
-            note.update_positions(renderer)
-            box = Text.get_window_extent(note, renderer).padded(2)
-            free = not any(box.contains(*xy) for xy in points) and not any(box.overlaps(other) for other in taken)
-            if free and axis.bbox.contains(*box.min) and axis.bbox.contains(*box.max):
-                break
-        note.arrow_patch.set_visible(distance > 14)
-        taken.append(box)
-
-
 def draw(axis, k: int, measured: Mapping[str, np.ndarray]) -> list[tuple]:
     """pass@1 against pass@k: frontier, optima for k = 1 to 32, and measured means with 95% intervals over seeds.
 
     measured: name -> (S, 3), pass@1, pass@8 and pass@32 of each of S seeds, up to 10. Names that agree up to a comma
-    ("unbiased, k = 2", "unbiased, k = 4") have one colour and are joined by a line. Returns what `label` takes.
+    ("unbiased, k = 2", "unbiased, k = 4") have one colour and are joined by a line. Returns what `measure.label` takes.
     """
     column = 1 + KS.index(k)
     x, y = np.vstack([[0, curve(k)[0, 1]], curve(k)]).T  # (G + 1,) each: from the left edge on
@@ -100,5 +75,5 @@ def save_figure(path: Path, panels: Sequence[tuple[str, int, Mapping[str, np.nda
     figure.legend(entries.values(), entries, loc="outside right center", fontsize=9)
     figure.canvas.draw()  # the layout stands from here on
     for axis, labels in zip(axes[0], found):
-        label(axis, labels)
+        measure.label(axis, labels)
     save_and_close(figure, path)

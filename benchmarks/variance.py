@@ -9,9 +9,7 @@ pass@N, and all four have one expectation where the failure rate P_fail is known
 
 Network: on `suspects` each objective is a function of the log-probs of the names a prompt lists, and the mean of an
 estimator is the gradient of its utility (spectrum.py) at the chance of the hidden name. Autograd gives both in
-parameter space, without sampling.
-
-Interference between prompts (arXiv 2602.21189): the cosine of the gradients of pass@1 and pass@8 in parameter space.
+parameter space, without sampling; and the cosine of the gradients of pass@1 and pass@8 (interference, 2602.21189).
 """
 
 import itertools
@@ -43,9 +41,6 @@ class Args:
     runs: Path | None = None  # folder of reproduce.py: the cosines of two gradients along its runs
     seeds: int = 5  # of these runs
     publish: bool = False  # put the tables into docs/gradients.md
-
-
-# --- softmax policies, by enumeration ---------------------------------------------------------------------------------
 
 
 def moments(theta: torch.Tensor, objective: Callable, estimator: Callable, n: int) -> tuple[float, float, float]:
@@ -82,9 +77,8 @@ ESTIMATORS = {
        for sign, function in (("=", in_groups), (">", partial(advantages, k=K)))},
     "mean": partial(advantages, k=K, estimator="mean"),
 }  # fmt: skip
-CASES = {"0/1, right .03": (0.03, (1, 0, 0, 0)), "0/1, right .1": (0.1, (1, 0, 0, 0)),
-         "0/1, right .3": (0.3, (1, 0, 0, 0)), "0/1, right .7": (0.7, (1, 0, 0, 0)),
-         "graded, best .1": (0.1, (1, 0.6, 0.3, 0))}  # fmt: skip
+CASES = {f"0/1, right {str(p)[1:]}": (p, (1, 0, 0, 0)) for p in (0.03, 0.1, 0.3, 0.7)}
+CASES["graded, best .1"] = 0.1, (1, 0.6, 0.3, 0)
 
 
 def policy_of(chance: float) -> torch.Tensor:
@@ -116,8 +110,6 @@ def tie_moments(p_fail: float, N: int, estimator: str, known: bool) -> tuple[flo
 
     return moments(policy_of(1 - p_fail), lambda pi: 1 - (1 - pi[0]) ** N, of, N)
 
-
-# --- the network ------------------------------------------------------------------------------------------------------
 
 OBJECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {  # (P,) of q and pi, (P, 8) each
     **{f"pass@{k}": partial(optima.pass_at_k, k=k) for k in (1, 7, 8)},
@@ -160,43 +152,35 @@ def network_moments(policy: common.Policy, task: Task, problems: Sequence[Proble
 
 def interference(policy: common.Policy, task: Task, problems: Sequence[Problem]) -> list[float]:
     """Cosines of the gradients of pass@1 and pass@8 over the prompts of each level, 2 to 8, and over all, (8,)."""
-    total, cosines = [0.0, 0.0], []
+    pairs = []
     for level in LEVELS:
         some = [problem for problem in problems if problem.level == level]
-        q, weights = posterior([p.prompt for p in some]), optima.level_weights(some)
-        pi = exact.candidate_log_probs(policy, task, some).exp()
-        pair = [flat_gradient(policy, weights @ optima.pass_at_k(q, pi, k)) for k in (1, 8)]
-        total = [a + b for a, b in zip(total, pair)]
-        cosines.append(cosine(*pair))
-    return [*cosines, cosine(*total)]
+        q, pi = posterior([p.prompt for p in some]), exact.candidate_log_probs(policy, task, some).exp()
+        pairs.append([flat_gradient(policy, optima.pass_at_k(q, pi, k).mean()) for k in (1, 8)])
+    return [cosine(*pair) for pair in (*pairs, map(sum, zip(*pairs)))]
 
 
-ALONG = {
-    "before": "base", "mean, 50 steps": "mean-50", "mean, 150 steps": "mean", "k = 8, 50 steps": "k8-50",
-    "k = 8, 150 steps": "k8",
-}  # fmt: skip
+ALONG = {"before": "base", "mean, 50 steps": "mean-50", "mean, 150 steps": "mean", "k = 8, 50 steps": "k8-50",
+         "k = 8, 150 steps": "k8"}  # fmt: skip
 
 
 def interference_along(out: Path, seeds: int) -> dict[str, list[list[float]]]:
     """`interference` on 350 training prompts, by the policy's name: (seeds, 8), of the runs that are done."""
-    task, problems, result = exact.the_task(), optima.problems_of(held_out=False), {}
-    for label, name in ALONG.items():
-        result[label] = []
-        for seed in range(seeds):
-            folder = reproduce.run_folder(out, name, seed)
-            if (folder / "exact.json").exists():
-                model = f"tiny-{seed}" if name == "base" else str(folder / "policy")
-                result[label].append(interference(load_policy(model, task, "cpu"), task, problems))
+    task, problems, result = exact.the_task(), optima.problems_of(held_out=False), {label: [] for label in ALONG}
+    for (label, name), seed in itertools.product(ALONG.items(), range(seeds)):
+        folder = reproduce.run_folder(out, name, seed)
+        if (folder / "exact.json").exists():
+            model = f"tiny-{seed}" if name == "base" else str(folder / "policy")
+            result[label].append(interference(load_policy(model, task, "cpu"), task, problems))
     return result
 
 
 def tables(args: Args) -> dict[str, str]:
     """The markdown tables, by the names of their markers."""
     found, bandit = {}, {case: bandit_moments(*setting) for case, setting in CASES.items()}
-    rows = [
-        [name, *("{:.2f}, {:.2f}; {:.2f}".format(*bandit[case][name]) for case in CASES)] for name in ESTIMATORS
-    ]  # fmt: skip
-    found["variance-bandit"] = measure.markdown(["bias, its part across; deviation", *CASES], rows)
+    cells = {name: ["{:.2f}, {:.2f}; {:.2f}".format(*bandit[case][name]) for case in CASES] for name in ESTIMATORS}
+    head = ["bias, its part across; deviation", *CASES]
+    found["variance-bandit"] = measure.markdown(head, [[name, *row] for name, row in cells.items()])
     rows = []
     for p in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
         known = [f"{tie_moments(p, K, name, True)[2]:.2f}" for name in TIES]
@@ -204,11 +188,8 @@ def tables(args: Args) -> dict[str, str]:
         rows.append([p, *known, *estimated])
     estimated = [f"{name}, estimated: bias; deviation" for name in list(TIES.values())[1:]]
     found["variance-ties"] = measure.markdown(["P_fail", *TIES.values(), *estimated], rows)
-    task, problems = exact.the_task(), []
-    for level in LEVELS:
-        some = [problem for problem in optima.problems_of(held_out=False) if problem.level == level]
-        problems += [some[len(some) // 3], some[2 * len(some) // 3]]
-    of = network_moments(load_policy("tiny", task, "cpu"), task, problems)
+    problems = [problem for i, problem in enumerate(optima.problems_of(False)) if i % 50 in (16, 33)]  # two a level
+    of = network_moments(load_policy("tiny", exact.the_task(), "cpu"), exact.the_task(), problems)
     rows = [[name, NETWORK[name][-1], *(f"{x:.2f}" for x in row)] for name, row in of.items()]
     found["variance-network"] = measure.markdown(["estimator", "ascends", "bias", "mean, cosine"], rows)
     if args.runs:

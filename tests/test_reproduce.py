@@ -1,5 +1,6 @@
 """benchmarks/reproduce.py: statistics, tables, and small runs, stopped and taken up again."""
 
+import hashlib
 import json
 import math
 import os
@@ -36,17 +37,18 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
 
 
 def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
+    read = set()
+
     class Recorder(reproduce.Seed):
         def at(self, name, metric, levels=(), where="held-out"):
-            assert name in {"base", *reproduce.RUNS, *reproduce.BASELINES}
-            self.read.append(name)
+            read.add(name)
             return 0.0
 
     seed = Recorder(None, 0)
     for claim, _, value in claims.claims():
         assert value(seed) == 0 and claim in claims.PAPERS
     points = {*reproduce.POLICIES} | {"learned-mean", "mean-50", "k8-50"}
-    assert set(seed.read) | points == {"base", *reproduce.RUNS, *reproduce.BASELINES}
+    assert read | points == {"base", *reproduce.RUNS, *reproduce.BASELINES}
     compared = [(claim, what) for claim, what, _ in claims.claims()]
     predicted = [(row["claim"], row["what"]) for row in PREDICTIONS["claims"] if row["claim"][0] != "B"]
     assert compared == predicted and len(set(compared)) == len(compared)
@@ -64,6 +66,22 @@ def test_votes_at_equal_kl_are_compared_by_their_distance_to_the_frontier():
             return {"kl": kl, reproduce.BEST_MEAN: best[kl], "maj@8": best[kl] - distance}[metric]
 
     assert Known(None, 0).votes_at_equal_kl(0.5) == pytest.approx(0.015)
+
+
+def test_the_claims_of_the_bandit_by_hand(monkeypatch):
+    """At step t unbiased, mean x k and mean have 1, 2 and 4 times t and t + 1000, and the KL t / 200."""
+
+    def trajectory(args, name):
+        t = torch.arange(401).double()
+        metrics = torch.stack([t, t + 1000], -1) * {"unbiased": 1, "mean x k": 2, "mean": 4}[name]
+        return torch.cat([metrics, t.unsqueeze(-1) / 200], -1).unsqueeze(-1).expand(-1, -1, 40)  # (401, 3, 40)
+
+    monkeypatch.setattr(reproduce.bandit, "trajectory", trajectory)
+    rows = reproduce.bandit_rows()
+    assert [row["claim"] for row in rows] == ["B1", "B1", "B2", "B2", "B3", "B3"]
+    assert [float(row["mean"]) for row in rows] == pytest.approx([20, 60, -200, -600, -1400, -4200])
+    assert [row["headline"] for row in rows] == [True, False] * 3
+    assert rows[0]["what"] == "mean x k less unbiased, mean reward at step 20"
 
 
 def test_levels_are_means_by_the_weights_of_their_prompts():
@@ -102,6 +120,18 @@ def test_best_of_n_by_a_verifier_by_hand(monkeypatch, tmp_path):
         assert {metric: found[metric] for metric in expected} == pytest.approx(expected)
 
 
+def test_a_run_has_one_folder_wherever_the_repository_lies(tmp_path):
+    flags = f"{reproduce.PASS} --k 8 --estimator recipes/baselines.py:b --model tiny-3 --seed 3"
+    digest = hashlib.sha256(flags.encode()).hexdigest()[:6]
+    assert reproduce.run_folder(tmp_path, "baseline-b", 3) == tmp_path / "runs" / f"baseline-b-s3-{digest}"
+
+
+def test_a_run_whose_policy_is_gone_is_not_evaluated_as_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.exact, "evaluation", lambda model, *_, **__: model)
+    assert reproduce.evaluation("mean", 3, tmp_path)["held-out"] == str(tmp_path / "policy")
+    assert reproduce.evaluation("base", 3, tmp_path)["held-out"] == "tiny-3"
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -117,10 +147,8 @@ def test_tables_by_hand(monkeypatch):
     monkeypatch.setattr(reproduce.frontier, "curve", lambda k: LINE)
     made = [("M1", "x", 0.2, 0.05, 0.4, True), ("M1", "y", -0.1, 0.05, 0.001, False), ("E1", "z", 0, 0.05, None, True)]
     policy = {"points": [[0.4, 0.6, 0.8], [0.6, 0.8, 1.0]], "held-out": [0.5, 0.7], "training": [0.6, 0.6]}
-    verifier = {"before": [0.1, 0.1], "BoN-RL-V": [0.2, 0.4], "plain RL": [0.3, 0.3]}
-    result = {"rows": [reproduce.row_of(*row, headline=headline) for *row, headline in made],
-              "policies": [{"policy": "unbiased, k = 2", "k": 2, **policy}, {"policy": "SFT", "k": None, **policy}],
-              "verifier": [{"metric": "bon@8", "predicted": [None, 0.25], **verifier}]}  # fmt: skip
+    policies = [{"policy": "unbiased, k = 2", "k": 2, **policy}, {"policy": "SFT", "k": None, **policy}]
+    result = {"rows": [reproduce.row_of(*row, headline=headline) for *row, headline in made], "policies": policies}
     found = {name: rows_of(table) for name, table in reproduce.tables(result).items()}
     (page, seen), last = claims.PAPERS["M1"], found["claims"][2]
     first = ["+0.400", "+0.200 ± 0.050", "50%", "holds"]
@@ -131,11 +159,10 @@ def test_tables_by_hand(monkeypatch):
     points = ["0.500 ± 1.271", "0.700 ± 1.271", "0.900 ± 1.271"]
     assert found["policies"][0][1:6] == [*points, "60% ± 127%", "60% ± 0%"]
     assert found["policies"][1] == ["SFT", *points, "-", "-", "0.800 ± 2.541", "0.600 ± 2.541"]
-    assert found["verifier"] == [["bon@8", "-", "0.250", "0.100 ± 0.000", "0.300 ± 1.271", "0.300 ± 0.000"]]
 
 
 def published() -> dict[str, str]:
-    found = {name: measure.published(name, "docs/results.md") for name in ("claims", "policies", "verifier")}
+    found = {name: measure.published(name, "docs/results.md") for name in ("claims", "policies")}
     return found | {"claims-short": measure.published("claims-short", "README.md")}
 
 
@@ -158,7 +185,7 @@ def test_rows_of_claims_and_policies_are_means_over_the_seeds_that_are_done(tmp_
             folder.mkdir(parents=True)
             (folder / "exact.json").write_text(json.dumps({"held-out": metrics}))
     (row,) = reproduce.claim_rows(tmp_path, 3)
-    assert (row["what"], row["runs"]) == ("pass@8, k = 8 less mean, levels 6 to 8", ["hard-k8", "hard-mean"])
+    assert row["what"] == "pass@8, k = 8 less mean, levels 6 to 8"
     assert row["values"] == pytest.approx([0.2, 0.4]) and (row["claim"], row["seeds"]) == ("M3", 2)
     assert (row["mean"], row["ci95"]) == pytest.approx((0.3, 12.706 * 0.1), rel=1e-4) and row["headline"]
     (row,) = reproduce.policy_rows(tmp_path, 3)

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 
 import harness.policy
 from verifiers import Problem, load_task, suspects
-from verifiers import learned as learned_verifier
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 optima, exact = importlib.import_module("optima"), importlib.import_module("exact")
@@ -204,19 +203,6 @@ def test_metrics_of_a_policy_are_their_expectations(k):
     assert optima.pass_at_k(*rows, k).tolist() == pytest.approx([passed] * 2)
     assert optima.maj_at_k(*rows, k).tolist() == pytest.approx([majority] * 2)
     assert optima.best_of_n(*rows, SCORES.expand(2, 8), k).tolist() == pytest.approx([best] * 2)
-
-
-def test_auc_within_problems_is_that_of_samples_to_prompts_with_both_kinds():
-    def auc(pairs, _) -> float:
-        """0 where all are right or all are wrong."""
-        value = learned_verifier.auc(*torch.tensor(pairs).T)
-        return 0.0 if math.isnan(value) else value
-
-    both_kinds = expected_value(lambda pairs, _: 0 < sum(reward for _, reward in pairs) < 4, 4)
-    expected = expected_value(auc, 4) / both_kinds
-    for P in (1, 2):
-        rows, weights = (x.expand(P, 8) for x in (THREE, PARTIAL, SCORES)), torch.full((P,), 1 / P).double()
-        assert optima.auc_within(*rows, weights, n=4) == pytest.approx(expected)
 
 
 def test_exact_metrics_of_a_prompt_by_hand():
