@@ -18,9 +18,8 @@ An answer of more than 1000 characters is none. No answer has reward 0 and no vo
 
 Rewards and votes. An answer equal to the gold one has reward 1, and all such share a vote. Any other has reward 0 and
 votes for its canonical form (workers.canonical): numbers by value to 6 decimals, expressions by value at a fixed point,
-sets by their elements. Pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and "y = 5". Plain
-numbers, choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py). One that takes
-over 5 s of CPU time or kills its worker has reward 0, no vote, and a count in the verdict.
+sets by their elements. Pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and "y = 5". What
+needs more than 5 s of CPU time or kills its worker (workers.py) has reward 0, no vote, and a count in the verdict.
 
 Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
@@ -338,7 +337,6 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\A(-?[0-9.,/]+)\s*=\s*([A-Za-z])\Z": r"\2=\1",
     r"\(([0-9A-Z]+)\)(?=_)": r"\1",
     r"\\log_\{?e\}?": r"\\ln ",
-    r"\\log_([0-9]) ": r"\\log_{\1} ",
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
