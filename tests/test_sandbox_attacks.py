@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from test_sandbox import LEVEL, LIMITS, SECRET, SYSCALL, descendants, linux, run
+from test_sandbox import LEVEL, LIMITS, SECRET, SYSCALL, descendants, isolated, linux, run
 
 from verifiers import BadInput
 from verifiers.sandbox import pool as pools
@@ -85,6 +85,7 @@ def test_an_object_is_never_equal_to_plain_data(pool, source, expected):
 # --------------------------------------------------------------------------------------------------------- ways out
 
 
+@isolated
 def test_no_datagram_reaches_a_socket_outside(pool):
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outside:
         outside.bind(f"{folder}/socket")
@@ -98,6 +99,7 @@ def test_no_datagram_reaches_a_socket_outside(pool):
             outside.recv(1)
 
 
+@isolated
 def test_no_descriptors_in_flight(pool, no_worker_ends):
     """As an ordinary user, some hundreds of them would be all that the user's other processes may send."""
     source = """
@@ -115,6 +117,7 @@ def f(x):
 
 
 @pytest.mark.parametrize("attack", ["fcntl.flock(2, 2)", "fcntl.lockf(0, 1)", "os.lockf(2, 1, 0)"])
+@isolated
 def test_no_locks_on_shared_files(pool, attack):
     source = f"import os, fcntl\ndef f(x):\n    {attack}\n    return 'done'"
     assert run(pool, source, "assert f(2) == 'done'").status == "refused"
@@ -143,6 +146,7 @@ def f(): return [*filter(is_open, range(64))]
     "os.sched_setaffinity(0, range(64))",
     pytest.param("call(222, 0, None, ctypes.create_string_buffer(8))", marks=x86_64),  # timer_create
 ])  # fmt: skip
+@isolated
 def test_no_call_that_nobody_needs(pool, attack):
     result = run(pool, SYSCALL + f"def f(x):\n    {attack}\n    return 'done'", "assert f(2) == 'done'")
     assert result.status == "refused"
