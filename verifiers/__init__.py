@@ -144,8 +144,5 @@ def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Te
     answers share it; None, no answer, is -1."""
     import torch
 
-    rows = []
-    for row in answers:
-        first: dict[Hashable, int] = {}
-        rows.append([-1 if answer is None else first.setdefault(answer, i) for i, answer in enumerate(row)])
-    return torch.tensor(rows, dtype=torch.int64)
+    votes = [[-1 if answer is None else row.index(answer) for answer in row] for row in answers]
+    return torch.tensor(votes, dtype=torch.int64)

@@ -60,9 +60,7 @@ def number_in_words(response: str) -> str | None:
 
 
 def verify(
-    problems: Sequence[Problem],
-    responses: Sequence[Sequence[str]],
-    answer_of: Callable[[str], str | None] = number,
+    problems: Sequence[Problem], responses: Sequence[Sequence[str]], answer_of: Callable[[str], str | None] = number
 ) -> Verdict:
     """1 for a response with the problem's answer, as read by `answer_of`; see `Task.verify`."""
     answers = [[answer_of(response) for response in row] for row in responses]

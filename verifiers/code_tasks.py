@@ -19,6 +19,7 @@ TACO's functions have the imports of the data set's own harness; its dicts compa
 
 import ast
 import builtins
+import dataclasses
 import itertools
 import json
 import random
@@ -32,7 +33,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from . import BadInput, Problem, Task, Verdict, votes_from_answers
+from . import BadInput, Problem, Task, Verdict, arithmetic
 from .rows import first_line, load_rows
 from .sandbox.pool import Program, shared
 
@@ -354,7 +355,7 @@ FORMS = {
     4: ["a*x*x+b", "a*x*x-b", "x*x+a*x", "a*x-x*x", "a*x%b", "a*x//b", "x//a*b"],
     5: ["x*x%a+b", "x*x//a+b", "x*x//a-b", "x%a+x//b", "a*x+x%b", "a*x-x//b", "x*(x%a)+b"],
 }
-ARITHMETIC = re.compile("[0-9x+*/%() -]+")
+ARITHMETIC = re.compile(r"(?!.*\*\*)[0-9x+*/%() -]+")  # without powers: no expression takes long
 PROGRAM = """
 def values(inputs):
     rows = []
@@ -402,35 +403,28 @@ def load_programs(name: str) -> Task:
 def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
     """1 for an expression with the function's values on all INPUTS; see `Task.verify` and `load_programs`."""
     values = values_of({response.strip() for row in responses for response in row})
-    results = [[values[response.strip()] for response in row] for row in responses]
-    answers = [[result[1] for result in row] for row in results]
-    wanted = [tuple(json.loads(problem.answer)) for problem in problems]
-    rewards = [[float(answer == right) for answer in row] for right, row in zip(wanted, answers)]
-    counts = troubles(status for row in results for status, _ in row)
-    return Verdict(torch.tensor(rewards), votes_from_answers(answers), counts)
+    counts = troubles(values[response.strip()][0] for row in responses for response in row)
+    verdict = arithmetic.verify(problems, responses, lambda text: (row := values[text.strip()][1]) and json.dumps(row))
+    return dataclasses.replace(verdict, counts=counts)
 
 
 def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers below LARGEST.
-    Results but time-outs are kept for later calls: a policy repeats itself. Expressions of arithmetic alone share
-    programs, by 32, since they cannot touch each other; should such a program run out of time or memory, and for all
-    other expressions, each gets a program of its own."""
+    Those of programs that passed are kept for later calls: a policy repeats itself. Expressions of ARITHMETIC share
+    programs, by 32, since they cannot touch each other; each of the others has a program of its own."""
     if len(_values) > 100_000:
         _values.clear()
-    new = [expression for expression in expressions if _values.get(expression, ("timed out",))[0] == "timed out"]
+    new = [expression for expression in expressions if _values.get(expression, ("failed",))[0] != "passed"]
     found = dict.fromkeys(new, ("failed", None))
     new = sorted(expression for expression in new if 0 < len(expression) <= LONGEST)
     plain = [expression for expression in new if ARITHMETIC.fullmatch(expression)]
-    alone = [[expression] for expression in new if expression not in plain]
-    for batches in ([plain[i : i + 32] for i in range(0, len(plain), 32)], alone):
-        sources = [(PROGRAM.format(expressions=batch), VALUES.format(len(batch))) for batch in batches]
-        programs = [Program(source, tests, ("values",), wall=0.5) for source, tests in sources]
-        for batch, result in zip(batches, shared().run(programs)):
-            if not result.passed and batches is not alone:
-                alone += [[expression] for expression in batch]
-                continue
-            for expression, row in zip(batch, result.value or [None], strict=True):
-                found[expression] = result.status, row and tuple(row)
+    batches = [plain[i : i + 32] for i in range(0, len(plain), 32)]
+    batches += [[expression] for expression in new if not ARITHMETIC.fullmatch(expression)]
+    sources = [(PROGRAM.format(expressions=batch), VALUES.format(len(batch))) for batch in batches]
+    programs = [Program(source, tests, ("values",), wall=0.5) for source, tests in sources]
+    for batch, result in zip(batches, shared().run(programs)):
+        for expression, row in zip(batch, result.value or [None] * len(batch), strict=True):
+            found[expression] = result.status, row and tuple(row)
     _values.update(found)  # only now: the sandbox may have raised
     return _values
 

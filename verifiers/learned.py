@@ -109,18 +109,14 @@ def trained_verifier(
     order = torch.cat([torch.randperm(len(texts), generator=generator) for _ in range(epochs)]).split(batch)
     optimizer = torch.optim.AdamW(verifier.model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(order) + 1)
-    bar = tqdm(order, desc="training the verifier", unit="step")
-    for rows in bar:
+    for rows in tqdm(order, desc="training the verifier", unit="step"):
         optimizer.zero_grad()
-        total = 0.0
         for part, logits in verifier.logits([prompts[i] for i in rows], [texts[i] for i in rows]):
             loss = F.binary_cross_entropy_with_logits(logits, labels[rows[part].to(device)]) * (len(logits) / len(rows))
             loss.backward()
-            total += loss.item()
         torch.nn.utils.clip_grad_norm_(verifier.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{total:.3f}")
     return verifier
 
 

@@ -18,9 +18,8 @@ An answer of more than 1000 characters is none. No answer has reward 0 and no vo
 
 Rewards and votes. An answer equal to the gold one has reward 1, and all such share a vote. Any other has reward 0 and
 votes for its canonical form (workers.canonical): numbers by value to 6 decimals, expressions by value at a fixed point,
-sets by their elements. Pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and "y = 5". Plain
-numbers, choice letters and equal texts need no algebra; other pairs go to worker processes (workers.py). One that takes
-over 5 s of CPU time or kills its worker has reward 0, no vote, and a count in the verdict.
+sets by their elements. Pairwise comparison would be no partition: to math-verify 5 equals "x = 5" and "y = 5". What
+needs more than 5 s of CPU time or kills its worker (workers.py) has reward 0, no vote, and a count in the verdict.
 
 Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
@@ -32,7 +31,8 @@ Decided, where math-verify or its users differ:
                       unit and no variables of the prompt; a word is a unit
   121_3 and 121_4     different, as are m^2 and m^3; a base or an exponent of a unit may be left out
   x < 3 and (-oo, 3)  equal, as sets; several inequalities are a union with "or" or where they exclude each other
-  10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and no 11
+  10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and "12, 345" two
+  1:2 and 1/2         different, unless the prompt asks for a ratio or the gold answer is one
   255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
   x = 5 and 5         equal when either is gold; x^2 + y^2 = 5 is a curve, and no 5
 Left as they are: digits of other scripts and the sign for roots (½ is 1/2), colours, a.m. against p.m., and a box
@@ -255,8 +255,8 @@ UNITS = "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph
 UNITS += " th st nd rd"
 UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')}|(?:[ckm]m|in|ft|mi) ?\^\{{?[23]\}}?)(?:/[a-z]+)?(?![A-Za-z])"
 PLAIN_NUMBER = re.compile(
-    rf"([-+]?)\s*[€£]?(?:([0-9]+) (?=[0-9]+/))?([0-9]{{1,3}}(?: [0-9]{{3}})+|{DIGITS})"
-    rf"(?:{EXPONENT})?((?:{SCALE})*)(\s*(?:\\?%|percent))?((?:{UNIT})*)"
+    rf"(?:(?:\\approx|≈|approximately|about|roughly)\s*)?([-+]?)\s*[€£]?(?:([0-9]+) (?=[0-9]+/))?"
+    rf"([0-9]{{1,3}}(?: [0-9]{{3}})+|{DIGITS})(?:{EXPONENT})?((?:{SCALE})*)(\s*(?:\\?%|percent))?((?:{UNIT})*)"
 )
 NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base", re.IGNORECASE)
 
@@ -271,6 +271,7 @@ CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])[).:])\s+(?!(?:or|and)\b|[-+*/
 ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:{'|'.join(SCALES)})s\b", re.IGNORECASE)
 # what math-verify drops: the base of a number, the exponent of a unit
 DROPPED = re.compile(r"[0-9]\)?_\{?\s*([0-9]+)\s*\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
+RATIO = re.compile("(?<=[0-9]) ?: ?(?=[0-9])")
 RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|neq?|leqslant|geqslant)(?![a-z])|[<>≤≥≠]")
 OPERATION = re.compile(r"\\(?!left|right|pi|text|mbox|circ|display|infty)[A-Za-z]+|[-+*/^!]|\)\(")
 TASK = re.compile(  # at the end of a text without spaces: the formula that follows is to be computed
@@ -280,8 +281,9 @@ TASK = re.compile(  # at the end of a text without spaces: the formula that foll
 
 def clean(answer: str) -> str:
     """An answer without dollar signs, thin spaces, line breaks and final punctuation."""
-    answer = in_plain_digits(answer).replace(r"\$", "").replace("$", "").replace(r"\!", "").replace("\0", "")
+    answer = re.sub(r"\\?\$|\\!|\0", "", in_plain_digits(answer))
     answer = " ".join(re.sub(r"(?<!\\)\\[,;: ]|~", " ", answer).split())
+    answer = re.sub(r"^< ?([^<>,]*) ?>$", r"\1", answer)
     dots = re.search(r"\.[0-9]+(\.{3})[. ]*$", answer)  # 0.333... is no 0.333
     return (answer.rstrip(". ,;:\\*") + (dots[1] if dots else "")).lstrip("*: ")
 
@@ -335,7 +337,6 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\A(-?[0-9.,/]+)\s*=\s*([A-Za-z])\Z": r"\2=\1",
     r"\(([0-9A-Z]+)\)(?=_)": r"\1",
     r"\\log_\{?e\}?": r"\\ln ",
-    r"\\log_([0-9]) ": r"\\log_{\1} ",
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
@@ -352,11 +353,12 @@ def for_algebra(answer: str) -> str:
 
 def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     """(whether the answer is right, what it votes by if wrong), or None where that takes algebra."""
-    if text_key(gold) == text_key(answer):
+    golds, keys = plain_keys(gold), plain_keys(answer)
+    if text_key(gold) == text_key(answer) and not (golds and ", " in answer):  # 12, 345 is a list
         return True, ""
     dropped = [{*DROPPED.findall(unwrapped(text))} for text in (gold, answer)]
     wrong = all(dropped) and dropped[0] != dropped[1] or RELATION.match(answer) and not RELATION.match(gold)
-    golds, keys = plain_keys(gold), plain_keys(answer)
+    wrong = wrong or RATIO.search(answer) and ":" not in gold
     if golds and keys and not wrong:
         return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
     unreadable = re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer))
@@ -402,6 +404,8 @@ def pairs_of(problem: Problem, answers: Iterable[str | None]) -> list[tuple[str,
     for answer in answers:
         if answer and (choice := CHOICE.fullmatch(unwrapped(answer))):
             answer = choice[1] or choice[2] if LETTER.fullmatch(unwrapped(gold)) else choice[3]
+        if answer and ":" not in gold and re.search(r"\bratio\b", problem.prompt):
+            answer = RATIO.sub("/", answer)
         if answer and ASKED_SCALE.search(problem.prompt):
             answer = re.sub(SCALE, "", answer)
         pairs.append((with_variables(gold, names), with_variables(answer, names)) if answer else None)

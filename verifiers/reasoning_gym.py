@@ -1,13 +1,12 @@
 """Tasks `reasoning_gym/<name>`: the procedural data sets of the reasoning-gym library, each with its own scorer.
 
-Optional: pip install reasoning-gym==0.1.25. Names: reasoning_gym.factory.DATASETS, with their default settings.
-
-A problem is made when it is first read, from (seed, index), and is the same on every run. Train and test differ by
-seed; test holds no problem twice, and none of train. The answer is the last <answer>...</answer> of the response (the
-library's convention), the reward the score, 0 to 1, and the vote the text of the answer. Worker processes (workers.py)
-make problems and score answers: a scorer that raises, hangs or dies gives reward 0 and no vote, and is counted in
-`Verdict.counts`. They have the user's rights: data sets whose scorer runs the answer as code (EVALUATED) are refused,
-and so are other versions of the library, whose scorers nobody has read.
+Optional: pip install reasoning-gym==0.1.25. Names: reasoning_gym.factory.DATASETS, with their default settings. A
+problem is made when it is first read, from (seed, index), the same on every run. Train and test differ by seed; test
+holds no problem twice, and none of train. The answer is the last <answer>...</answer> of the response (the library's
+convention), the reward the score, 0 to 1, and the vote the text of the answer. Worker processes (workers.py) make
+problems and score answers: a scorer that raises, hangs or dies gives reward 0 and no vote, and is counted. They have
+the user's rights: data sets whose scorer runs the answer as code (EVALUATED) are refused, and so are other versions of
+the library, whose scorers nobody has read.
 """
 
 import collections

@@ -6,10 +6,7 @@ for different policies. Every candidate stands in the prompt: only the choice is
 
 `suspects`: NAMES are ordered by falling guilt; the i-th has the weight .7^i, i = 0..15. `tiny` is warm-started on
 prompts with all their candidates: it knows those listed and prefers none. `suspects_uniform`: all are equally likely.
-
-Given the prompt, a listed name y is the answer with probability q_y, its weight over the sum of those listed. A policy
-pi that reads only the prompt has pass@k = sum_y q_y (1 - (1 - pi_y)^k) with k independent tries; `best_policy`
-maximises it. Held out is a fifth of all sets of names, whatever their order.
+Held out is a fifth of all sets of names, whatever their order.
 """
 
 import random
@@ -57,7 +54,7 @@ def suspect(response: str) -> str | None:
 
 
 def posterior(prompts: Sequence[str], name: str = "suspects") -> torch.Tensor:
-    """q_y = P(answer = y | prompt) of each prompt's `listed` names, 0 behind them: (P, 8) float64."""
+    """q_y = P(answer = y | prompt), the weight over the sum of the `listed` ones, 0 behind them: (P, 8) float64."""
     q = torch.zeros(len(prompts), MOST, dtype=torch.float64)
     for row, prompt in zip(q, prompts):
         weights = torch.tensor([PRIOR[name][y] for y in listed(prompt)], dtype=torch.float64)

@@ -104,8 +104,6 @@ class Run:
 
     def reply(self):
         """What the program answers. Raises the exception that it met, under its built-in name."""
-        if self.trouble:
-            raise Ended
         kind, content, *names = self.guard(receive, self.channel, self.deadline, REPLY_BYTES, from_json, self.rest)
         if kind == "value":
             return self.guard(decode, content, lambda number: Remote(self, int(number)), self.deadline)

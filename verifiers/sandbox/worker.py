@@ -54,10 +54,8 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
 
     def kill(*_) -> None:
         for send_signal in (os.killpg, os.kill):
-            try:
+            with contextlib.suppress(OSError):
                 send_signal(pid, signal.SIGKILL)
-            except OSError:
-                pass
 
     signal.signal(signal.SIGALRM, kill)
     while True:
@@ -71,23 +69,20 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
                 os._exit(1)
         theirs.close()
         os.close(stdout_write)
-        command, patience = b"", 0
-        try:
+        command = b""
+        with contextlib.suppress(OSError):
             fds = struct.pack("ii", ours.fileno(), stdout_read)
             control.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
             ours.close()
             os.close(stdout_read)
             if events.poll() == [(control.fileno(), select.POLLIN)]:
                 command = control.recv(PATIENCE.size)
-        except OSError:
-            pass
         if command and (patience := PATIENCE.unpack(command)[0]):  # it hung up, so it should end by itself
             signal.setitimer(signal.ITIMER_REAL, patience)
         else:
             kill()
         _, status, usage = os.wait4(pid, 0)
-        if patience:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if not command:
             return
         control.send(ENDED.pack(status, usage.ru_utime + usage.ru_stime))
