@@ -337,6 +337,7 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\A(-?[0-9.,/]+)\s*=\s*([A-Za-z])\Z": r"\2=\1",
     r"\(([0-9A-Z]+)\)(?=_)": r"\1",
     r"\\log_\{?e\}?": r"\\ln ",
+    r"\\log_([0-9]) ": r"\\log_{\1} ",
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
