@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import SCRIPTS, SMALL, of_script, save_untrained, steps_of
 from transformers import AutoModelForCausalLM
 
 import harness.report
-from verifiers import Verdict, arithmetic
+import harness.run
+from verifiers import TASKS, Verdict, arithmetic
 
 PASS, MAJ, RL, SFT = SCRIPTS
 
@@ -80,7 +82,6 @@ OF_ALL = [
      "the task has no training problems here: --steps 0 evaluates on held-out ones"),
     (["--estimator", "mode"], "--estimator must be mean, unbiased, biased, maxrl or FILE:NAME, not 'mode'"),
     (["--sandbox", "landlock"], "--sandbox does nothing without a task that runs programs"),
-    (["--sandbox", "rlimits", "--task", "programs", "--model", "/tmp/nope"], "/tmp/nope does not exist"),
 ]  # fmt: skip
 
 OF_SOME = [
@@ -139,6 +140,12 @@ def test_bad_input_is_one_clear_line(script, flags, complaint, run, untrained, t
     if result.stderr.startswith("error:"):  # ours; the parser's own has a frame
         assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_sandbox_is_a_flag_of_the_tasks_that_run_programs():
+    _, used = harness.run.IDLE_WITHOUT["sandbox"]
+    takes_it = {name for name in TASKS if used(SimpleNamespace(task=name))}
+    assert takes_it == {"programs", "humaneval", "mbpp", "mbpp_sanitized", "code_contests", "taco"}
 
 
 def test_the_papers_preset_and_flags_beside_it(run, untrained, tmp_path):

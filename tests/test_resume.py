@@ -288,7 +288,7 @@ def test_killed_while_the_learned_verifier_is_saved(run, skilled, monkeypatch, t
         patch.setattr(harness.run, "save_policy", half)
         run(RL, *flags, "killed")
     rates, verifier = [], learned.trained_verifier
-    noted = lambda *args, **others: rates.append(args[6]) or verifier(*args, **others)  # noqa: E731
+    noted = lambda *args, **others: rates.append(others["lr"]) or verifier(*args, **others)  # noqa: E731
     monkeypatch.setattr(learned, "trained_verifier", noted)
     for _ in range(2):
         assert "bon@2" in run(RL, "--resume", "runs/killed", code=0).stdout
