@@ -172,7 +172,7 @@ def main(args: Args) -> None:
 
     run.train = [group[0] for group in experts.values()] or run.train
     at_once = args.steps and isinstance(run.train, list)  # what is missing or too long is found now, not at step 300
-    groups_of(run.train if at_once else run.train[: min(args.steps, 1)])
+    groups_of(run.train if at_once else run.train[: min(args.steps, 1)])  # the first speaks for those made on demand
     policy = run.policy
     if at_once:
         parts = (run.train[i : i + 256] for i in range(0, len(run.train), 256))  # all at once can fill the memory

@@ -90,9 +90,9 @@ def trained_verifier(
     """A verifier fitted to `rewards` (B, n) in [0, 1] of `responses` (B lists of n) by cross-entropy.
 
     base: hub id or folder of the model whose weights it starts from; its classification head is new. chat: it reads by
-    the chat template of base, if there is one. It learns only
-    from problems with both right and wrong samples: selecting is telling samples of one problem apart. Raises BadInput
-    for rewards outside [0, 1], and where no problem has both."""
+    the chat template of base, if there is one. It learns only from problems with both right and wrong samples:
+    selecting is telling samples of one problem apart. Raises BadInput for rewards outside [0, 1], and where no problem
+    has both."""
     if not ((rewards >= 0) & (rewards <= 1)).all():
         raise BadInput("a verifier is trained on rewards from 0 to 1: this task has others")
     mixed = (rewards.amin(-1) < rewards.amax(-1)).nonzero()[:, 0].tolist()
