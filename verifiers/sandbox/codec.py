@@ -49,24 +49,18 @@ def receive(channel: socket.socket, deadline=math.inf, limit: int = 1 << 31, loa
     """The next message. Raises EOFError, TimeoutError after `deadline` (of time.monotonic), OverflowError beyond
     `limit` bytes, and what `loads` raises. rest: a bytearray that keeps what came after it, for the next call."""
     rest = bytearray() if rest is None else rest
-
-    def read_to(size: int) -> None:
-        while len(rest) < size:
-            if deadline < math.inf:  # for each part: one that drips in must not start the clock again
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError
-                channel.settimeout(left)
-            part = channel.recv(1 << 16)
-            if not part:
-                raise EOFError("the other end is closed")
-            rest.extend(part)
-
-    read_to(4)
-    size = 4 + int.from_bytes(rest[:4], "big")
+    while len(rest) < 4 or len(rest) < (size := 4 + int.from_bytes(rest[:4], "big")) <= limit:
+        if deadline < math.inf:  # for each part: one that drips in must not start the clock again
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            channel.settimeout(left)
+        part = channel.recv(1 << 16)
+        if not part:
+            raise EOFError("the other end is closed")
+        rest.extend(part)
     if size > limit:
         raise OverflowError(f"a message of {size} bytes")
-    read_to(size)
     message = bytes(rest[4:size])
     del rest[:size]
     return loads(message)

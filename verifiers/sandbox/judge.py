@@ -21,6 +21,7 @@ from .codec import OPERATORS, as_json, decode, encode, from_json, receive, send
 REPLY_BYTES = 16 << 20  # the longest answer to one call that is read
 GRACE = 1.0  # seconds after a program's deadline in which the judge must be done with it, or it ends itself
 ENDED = struct.Struct("id")  # from the fork server: wait status, CPU seconds
+TASKS = 63  # the descriptor of /proc/loadavg, where the limit on processes also counts others
 PATIENCE = struct.Struct("d")  # to the fork server: how many seconds a program has to end by itself
 TROUBLES = {"MemoryError": "out of memory", "PermissionError": "refused"}
 NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?")
@@ -167,7 +168,7 @@ def judged(control: socket.socket, job: dict) -> dict:
     for case in job["cases"] or [None]:
         run = Run(control, job, start + job["total"])
         try:
-            run.guard(send, run.channel, {"source": job["source"], "stdin": case and case[0]})
+            run.guard(send, run.channel, {"source": job["source"], "stdin": case and case[0], "tasks": tasks_now()})
             status, detail, value = outcome(run, case)
         except BaseException:  # Ended, or an exception whose text is the program's to tell
             status, detail, value = "failed", "", None
@@ -187,6 +188,13 @@ def judged(control: socket.socket, job: dict) -> dict:
     value = value if status == "passed" else None
     seconds = {"wall": time.monotonic() - start, "cpu": spent}
     return {"status": status, "detail": detail, "value": value, **seconds, "nonce": job["nonce"]}
+
+
+def tasks_now() -> int:
+    """Processes and threads that the limit on a program's counts beside its own; 0 if it cannot be known."""
+    with contextlib.suppress(OSError):
+        return int(os.pread(TASKS, 99, 0).split()[3].partition(b"/")[2])
+    return 0
 
 
 def outcome(run: Run, case: tuple[str, str] | None) -> tuple[str, str, object]:

@@ -2,7 +2,7 @@
 test, so no program finds one in its memory. The *judge*, its first child, holds the tests and decides. Each *program*
 is a fresh child of the fork server, forked ahead; it waits, then answers in plain data:
 
-    judge -> program    {"source", "stdin"}, later [target, args, kwargs]     what to run, what to call
+    judge -> program    {"source", "stdin", "tasks"}, later [target, args, kwargs]     what to run, what to call
     program -> judge    ["value", encoded] or ["error", class, text, name]     once loaded (or ended), and to each call
 """
 
@@ -32,15 +32,15 @@ import threading
 import types
 
 from .codec import OPERATORS, as_json, decode, encode, from_json, receive, send
-from .judge import ENDED, PATIENCE, judge
+from .judge import ENDED, PATIENCE, TASKS, judge
 from .lock import filter_loader, restrict_files, unprivileged_user
 
 # Imported before the fork. Few: each shared library and each page makes every fork dearer.
 PRELOAD = "bisect collections copy functools heapq itertools math operator random re string threading typing".split()
 DEVICES = {os.devnull: 2, "/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 LATE = 3  # exit code of a worker whose judge did not end in time
-CHANNEL = 3  # the descriptor of the socket to the judge
-TASKS = 63  # the descriptor of /proc/loadavg, where the limit on processes also counts others
+CHANNEL = 3  # the descriptor of a program's socket to the judge: the lowest that the fork server has free
+CONTROL = TASKS - 1  # the descriptor of the fork server's own socket to the judge
 open_descriptor = os.open  # which the worker replaces for programs
 C_STACK = 64 << 20  # bytes: a recursion through `lru_cache` or `map` takes 500 a level, and contests raise the limit
 
@@ -54,29 +54,33 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
 
     def kill(*_) -> None:
         for send_signal in (os.killpg, os.kill):
-            with contextlib.suppress(OSError):
+            try:
                 send_signal(pid, signal.SIGKILL)
+            except OSError:
+                pass
 
     signal.signal(signal.SIGALRM, kill)
     while True:
-        ours, theirs = _socket.socketpair()
+        theirs, ours = _socket.socketpair()
         stdout_read, stdout_write = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                run_program(load_filter, limits, theirs.fileno(), stdout_write)
+                run_program(load_filter, limits, theirs, stdout_write)
             finally:
                 os._exit(1)
         theirs.close()
         os.close(stdout_write)
         command = b""
-        with contextlib.suppress(OSError):
+        try:
             fds = struct.pack("ii", ours.fileno(), stdout_read)
             control.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
             ours.close()
             os.close(stdout_read)
             if events.poll() == [(control.fileno(), select.POLLIN)]:
                 command = control.recv(PATIENCE.size)
+        except OSError:
+            pass
         if command and (patience := PATIENCE.unpack(command)[0]):  # it hung up, so it should end by itself
             signal.setitimer(signal.ITIMER_REAL, patience)
         else:
@@ -110,19 +114,20 @@ def lowered(what: int, soft: int, hard: int | None = None) -> tuple[int, tuple[i
     return what, (min(soft, most), min(hard, most))
 
 
-def run_program(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: int, stdout: int) -> None:
+def run_program(load_filter, limits: list[tuple[int, tuple[int, int]]], channel: _socket.socket, stdout: int) -> None:
     """Run one program in this process, a freshly forked child, and end it. `channel` and `stdout` lead to the judge.
     Whatever is called or read for the first time costs a page."""
     os.setpgid(0, 0)
     os.dup2(stdout, 1)
-    os.dup2(channel, CHANNEL)
     os.dup2(open_descriptor(os.devnull, os.O_RDWR), 2)  # opened anew, without flags that the last program set
-    os.closerange(CHANNEL + 1, TASKS)  # the judge's ends too: while it waits, the program must see the judge hang up
-    channel = _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
+    os.closerange(CHANNEL + 1, TASKS + 1)  # the judge's ends too: the program, waiting, must see the judge hang up
     job = receive(channel)
     stdin = job["stdin"]
     redirect(stdin)
-    set_limits(limits)
+    for what, (soft, hard) in limits:
+        if what == resource.RLIMIT_NPROC:
+            soft = hard = min(soft + job["tasks"], hard)
+        resource.setrlimit(what, (soft, hard))
     load_filter()
     sys.set_int_max_str_digits(0)  # 2**20000 is printed as in any other language
 
@@ -175,19 +180,6 @@ def redirect(stdin: str | None) -> None:
         os.dup2(file, 0)
         os.close(file)
         sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # it can seek
-
-
-def set_limits(limits: list[tuple[int, tuple[int, int]]]) -> None:
-    """Set the resource limits, and with them the C stack. The one on tasks counts from what the user has now."""
-    tasks = 0
-    with contextlib.suppress(OSError):
-        tasks = int(os.pread(TASKS, 99, 0).split()[3].partition(b"/")[2])  # now: the trainer may have started threads
-    os.closerange(TASKS, TASKS + 1)
-    for what, (soft, hard) in limits:
-        if what == resource.RLIMIT_NPROC:
-            soft = hard = min(soft + tasks, hard)
-        resource.setrlimit(what, (soft, hard))
-    resource.setrlimit(resource.RLIMIT_STACK, (C_STACK, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 
 
 def compiled(source: str) -> types.CodeType:
@@ -295,11 +287,12 @@ def main() -> None:
         filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
     os.dup2(1, 2)  # the null device: the pool has heard enough
     gc.collect()  # before what fills the free lists again
+    ours, theirs = socket.socketpair()
     for _ in range(20):  # what every program does, until the interpreter has nothing left to adapt in these pages
         exec(compiled("from typing import List\ndef f(x: List[int]): return [x]"), {})
-        decode(from_json(as_json(encode([1, "a", (2.0, {"b": None})], None))), None)
+        send(ours, encode([1, "a", (2.0, {"b": None})], None), as_json)
+        decode(receive(theirs, loads=from_json), None)
     gc.freeze()
-    ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
         try:
@@ -312,14 +305,17 @@ def main() -> None:
             os._exit(0)
     theirs.close()
     jobs.close()
+    control = socket.socket(fileno=os.dup2(ours.detach(), CONTROL))
+    os.closerange(CHANNEL, CONTROL)
     try:
         resource.setrlimit(*lowered(resource.RLIMIT_AS, settings["memory"]))
         resource.setrlimit(*lowered(resource.RLIMIT_CORE, 0))
         # Of programs only: what counts for all of a user's processes must not end the fork server.
         limits = [lowered(resource.RLIMIT_CPU, settings["cpu"], settings["cpu"] + 1)]
         limits += [lowered(resource.RLIMIT_NOFILE, settings["open_files"]), lowered(resource.RLIMIT_FSIZE, 0)]
+        limits.append((resource.RLIMIT_STACK, (C_STACK, resource.getrlimit(resource.RLIMIT_STACK)[1])))
         limits.append(lowered(resource.RLIMIT_NPROC, settings["threads"], 1 << 30))  # from the first to the second
-        fork_server(ours, load_filter, limits)
+        fork_server(control, load_filter, limits)
     finally:
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
