@@ -146,6 +146,7 @@ RIGHT = [  # where twice x is asked for
     f"```python\n{FULL}```\nand not\n```python\ndef double_it(x): return 3 * x\n```",
     # continuations that a closing fence, an example or a main guard ends
     "    return 2 * x\n\n```python\nx = int(input())\nprint(double(x))\n```",
+    "\n   \n    return 2 * x\n```\nDone.",
     "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
     # the first space lost in decoding, or another indentation
     "   y = 2 * x\n    return y", "   if x:\n        return 2 * x\n    return 0", "     y = 2 * x\n     return y",

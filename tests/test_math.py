@@ -127,6 +127,17 @@ BOXED = [
     ("0.5", ["1.5/3"], []), (r"\frac12", [], ["1:2"]), ("1:2", ["1:2", "2 : 4"], ["2:3"]),
     (r"\frac12", ["1:2", "2 : 4"], ["1:3"], "What is the ratio of $a$ to $b$?"),
     ("12,345", ["12,345"], ["12, 345"]), ("12, 345", ["12,345", "345, 12"], []), ("20", ["<20>"], ["<20", "<2>0"]),
+    (r"\frac{14}{3}", [  # fonts, sizes, colours, distances and delimiters are no part of an answer
+        rf"{before}\frac{{14}}{{3}}{behind}" for before, behind in (
+            (r"\mathbf{", "}"), (r"\boldsymbol{", "}"), (r"\bm{", "}"), (r"{\bf ", "}"), (r"\textbf{", "}"),
+            (r"\color{red}{", "}"), (r"\textcolor{blue}{", "}"), (r"\underline{", "}"), (r"\large ", ""), ("{{", "}}"),
+            (r"\[", r"\]"), (r"\(", r"\)"), ("", r" \qquad"), (r"\quad ", ""), (r"\phantom{0}", ""),
+            (r"\hspace{1cm}", ""), (r"\begin{aligned}", r"\end{aligned}"), (r"\text{The answer is }", ""),
+            (r"\text{Area: }", ""),
+        )], [r"\mathbf{\frac{14}{5}}", r"\mathbf{-}\frac{14}{3}"]),
+    ("(6,-1)", [r"\bigl(6,-1\bigr)", r"\Big(6,-1\Big)"], [r"\bigl(-1,6\bigr)"]),
+    (r"\text{Evelyn}", [r"\textbf{Evelyn}", r"{\text{Evelyn}}"], []), ("10,080", [r"10,080 \quad"], []),
+    (r"\frac{1}{3600}", [r"\frac{1}{60^2}"], [r"\frac{1}{3601}", r"\frac{1}{60^2+1}", "0.00028"]),
     ("12", ["approximately 12", r"\text{about } 12", "≈12"], ["approximately 13", "<12, 12>"]),
 ]  # fmt: skip
 
@@ -162,9 +173,10 @@ MATH = [  # the answer, and responses that give it
         "**Answer:** 12", "Answer:\n$$\n12\n$$", "The answer is 12, which is even.", "Thus the value of $x$ is 12.",
         "Final Answer: The volume of $ABCD$ is 12. I hope it is correct.", "Final Answer: There are 12 ways.",
         "The answer is that there are 12 ways.", "The final answer is: It takes 12 minutes.",
-        "The answer is 12, since 3 * 4 = 12.", "The answer is therefore 12.",
+        "The answer is 12, since 3 * 4 = 12.", "The answer is therefore 12.", "<answer>12</answer> of 20",
     ]),
-    (r"\frac12", [r"The answer is $\frac12$. I hope it is correct.", r"This makes \frac{1}{2}"]),
+    (r"\frac12", [r"The answer is $\frac12$. I hope it is correct.", r"This makes \frac{1}{2}",
+                  "<answer>\n\\frac12\n</answer>", r"<answer>\(\frac12\)</answer> and 3"]),
     (r"\frac{1}{\sqrt{2}}", [r"\boxed{\frac{1}{\sqrt{2}}}"]), (r"\{1, 2\}", [r"\boxed{\{1, 2\}}"]),
     ("y = 3", [r"Thus \(x = 2\) and \[y = 3\]", r"$x=\boxed{1}$ so $y=\boxed{3}$"]),
     ("1,2", ["The answers are 1 and 2.", "The solutions are $x=1$ and $x=2$.", r"$x=\boxed{1}$ and $x=\boxed{2}$",
@@ -180,7 +192,8 @@ GSM8K = [
     ("42", ["6 * 7 = 42\n#### 42", "#### 6 * 7 = 42 (checked: 42 / 7 = 6)", "#### She has 3 boxes of 14, that is 42",
             "#### 42 = 6 * 7", "#### 42 apples, not 43", "#### She has 42.", "#### 42 [6 x 7]",
             "#### 42\n\nQuestion: 1+1?\nAnswer:\n#### 2"]),
-    ("5", ["#### 5, which is 3 more", "#### none. The answer is 5."]), ("5.5", ["#### 5\xbd"]),
+    ("5", ["#### 5, which is 3 more", "#### none. The answer is 5.", "#### 5 because 3 of them left", "#### _5_",
+           "#### The amount for each person is 5", "#### The number which remains is 5", "#### 5 for each of the 3"]), ("5.5", ["#### 5\xbd"]),
     ("2.5", ["#### 2 1/2", "#### 2\xbd cups", "#### 2 and 1/2", "#### 2 and a half"]),
     ("1500000", [r"\boxed{1.5\text{ million}}", "#### $1.5 million dollars"]),
     ("1000000", ["#### 1 000 000", "#### $1M"]), ("1234567", ["#### 1,234,567"]),
@@ -200,7 +213,7 @@ NO_ANSWER = {
     math_answer: ["no idea", "", r"\boxed{1}" + " hm" * 5000, r"\boxed{" + "9" * 1001 + "}"],
     gsm8k_answer: ["no idea", "x2 and y3", "9" * 10**6, "#### 5, 6, 7", "#### 5-6", "#### between 5 and 6",
                    "#### 5 or 6", "#### 5 to 6", "#### 5 + 6", "#### 5 apples and 6 pears", "#### 5 (or 6)",
-                   "#### x > 5", "#### 10 - 3", "#### 4 * 3", "#### 2 hours 30 minutes", r"\boxed{42 or 43}",
+                   "#### x > 5", "#### not 5", "#### less than 5", "#### 10 - 3", "#### 4 * 3", "#### 2 hours 30 minutes", r"\boxed{42 or 43}",
                    "The answer is obtained by adding 5 and 6. So 11"],
 }  # fmt: skip
 

@@ -226,7 +226,7 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     name = "|".join(map(re.escape, names)) or "(?!)"
     defined = re.compile(rf"(?m)^([ \t]*(def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
     response = re.split(r"(?m)^\[DONE\]", response.replace("\ufeff", ""), maxsplit=1)[0]  # it ends MBPP's own examples
-    (_, head), *blocks = blocks_of(response)
+    (_, head), *blocks = blocks_of(re.sub(r"\A(?:[ \t]*\n)+", "", response))
     if (start := CODE_START.search(head)) and head[:1] not in (" ", "\t"):
         before = parsed(head[: start.start()])
         words = before and not is_run(before) and all(isinstance(node, ast.Expr) for node in before.body)

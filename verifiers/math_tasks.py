@@ -25,7 +25,7 @@ Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
   "$18", "18 dollars" equal: currency signs, and words after a number, are units, and units are not compared
   "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice; "(C) 12" is either of its parts
-  1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 10^-6, 6 digits count
+  1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 1, 6 digits count
   28%, 28 and 0.28    28% equals the others, whichever is gold
   5x, 5ab, 5 cm       letters glued to a number, or one or two behind it, are variables, unless they are a known
                       unit and no variables of the prompt; a word is a unit
@@ -35,7 +35,7 @@ Decided, where math-verify or its users differ:
   1:2 and 1/2         different, unless the prompt asks for a ratio or the gold answer is one
   255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
   x = 5 and 5         equal when either is gold; x^2 + y^2 = 5 is a curve, and no 5
-Left as they are: digits of other scripts and the sign for roots (½ is 1/2), colours, a.m. against p.m., and a box
+Left as they are: digits of other scripts and the sign for roots (½ is 1/2), a.m. against p.m., and a box
 inside <think> where none follows.
 """
 
@@ -115,7 +115,7 @@ LISTED = re.compile(
     r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:[\s,;$]|(?:and|or)\b|\\(?:[][(),; ]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
 )
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
-ANSWER_IS = re.compile(r"answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)[\s:*]*(?=\S)", re.IGNORECASE)
+ANSWER_IS = re.compile(r"(?:answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)|<answer>)[\s:*]*(?=\S)", re.IGNORECASE)
 COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only|therefore|thus|just) \Z")
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
@@ -123,12 +123,19 @@ MATH_SPAN = re.compile(
 DIGIT_GAP = re.compile(  # [ \n], as \s would have the other spaces in common with the alternatives before it
     r"(?<=[0-9])(,?)[ \n]*(?:\{?(?:\\[,;:! ]|[~\xa0\u2009\u202f])\}?[ \n]*)+(,?)[ \n]*(?=[0-9]{3}(?![0-9]))"
 )
+TYPESETTING = re.compile(  # fonts, sizes, colours, distances; where it takes what is shown, the braces stay
+    r"\\(?:(?:boldsymbol|bm|pmb|boldmath|math(?:bf|it|sf|tt|normal)|underline|emph|ensuremath|bf|it|rm|sf|tt|tiny|small|"
+    r"normalsize|[lL]arge|LARGE|[hH]uge|[bB]igg?[lrm]?|(?:display|text|script)style|hfill)(?![A-Za-z])|"
+    r"(?:text|math)(?:bf|it|rm|sf)?(?=\{[^{}]*\{)|(?:(?:text)?color|[hv]?phantom|[hv]space\*?) ?\{[^{}]*\}|"
+    r"(?:begin|end)\{(?:align|gather|split)[a-z*]*\})"
+)
+IN_BRACES = re.compile(r"(?:\{|\\[(\[])((?:[^{}\\]|\\[^()\[\]]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)(?:\}|\\[)\]])")
 ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\cr(?![a-z])")
 SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
 SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
 REMARK = re.compile(
     r"\s[(\[](?!or\b)(?=[^][()]*[A-Za-z=+*])[^][()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|"
-    r"\s(?:per|for|every|each|after)\s.*"
+    r"(?<=[0-9])([^0-9]*?)\s(?:per|for|every|each|after|because|since|which)\s.*"
 )
 
 
@@ -152,7 +159,8 @@ def end_of(response: str) -> str:
 
 
 def in_plain_digits(text: str) -> str:
-    """A text without the spaces of typesetting between digits and between rows of matrices; ½ is 1/2, and ² is ^{2}."""
+    """A text without typesetting: fonts, colours, spaces between digits and rows of matrices; ½ is 1/2, and ² is ^{2}."""
+    text = TYPESETTING.sub("", text)
     text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("{,}", ",")))
     text = re.sub("[¼-¾⅐-⅞]", lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", text)
     text = re.sub("[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda signs: f"^{{{unicodedata.normalize('NFKC', signs[0])}}}", text)
@@ -212,7 +220,7 @@ def stated(text: str) -> str | None:
         return None
     if MATH_SPAN.match(text, start):
         return formulas(text, start)[0][2]
-    sentence = re.split(r"\.(?:\s|$)|\n|[,;] (?:since|because|as|which)\b", text[start:], maxsplit=1)[0]
+    sentence = re.split(r"\.(?:\s|$)|\n|</|[,;] (?:since|because|as|which)\b", text[start:], maxsplit=1)[0]
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
@@ -240,7 +248,8 @@ def number_in(answer: str) -> str | None:
     for glued in (r"(?<=[0-9]) ?([kKM])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
         words = re.sub(glued, lambda part: f" {SPELLED.get(part[1], part[1])}", words)
     words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
-    without = "" if re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]", words) else REMARK.sub("", words)  # a bound is no number
+    bound = re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]|^(?:not|(?:less|more|fewer|greater) than) ", words)
+    without = "" if bound else REMARK.sub(r"\1", words)
     sides = [[number[0] for number in NUMBER.finditer(side)] for side in re.split(r"=|\b(?:is|are|equals)\b", without)]
     # equal numbers are one; a longer one than MAX_ANSWER_CHARS is no answer
     sides = [[*{plain_key(text[:MAX_ANSWER_CHARS]) or text: text for text in side}.values()] for side in sides]
@@ -283,9 +292,12 @@ def clean(answer: str) -> str:
     """An answer without dollar signs, thin spaces, line breaks and final punctuation."""
     answer = re.sub(r"\\?\$|\\!|\0", "", in_plain_digits(answer))
     answer = " ".join(re.sub(r"(?<!\\)\\[,;: ]|~", " ", answer).split())
-    answer = re.sub(r"^< ?([^<>,]*) ?>$", r"\1", answer)
+    answer = re.sub(r"^\\text ?\{[^{}]*(?:\bis|[:=]) ?\} ?", "", answer)
+    answer = re.sub(r"^< ?([^<>,]*) ?>$", r"\1", re.sub(r"^(?:\\q?quad ?)+|(?: ?\\q?quad)+$", "", answer))
+    while inner := IN_BRACES.fullmatch(answer):
+        answer = inner[1].strip()
     dots = re.search(r"\.[0-9]+(\.{3})[. ]*$", answer)  # 0.333... is no 0.333
-    return (answer.rstrip(". ,;:\\*") + (dots[1] if dots else "")).lstrip("*: ")
+    return (answer.rstrip(". ,;:\\*_") + (dots[1] if dots else "")).lstrip("*_: ")
 
 
 def unwrapped(answer: str) -> str:

@@ -123,9 +123,9 @@ def answer(child: subprocess.Popen, seconds: float) -> dict:
 
 def number_key(value: Fraction) -> str:
     """One string for all numbers that agree when rounded to 6 decimals: math-verify's own tolerance, made a partition.
-    A number that would vanish is rounded to 6 digits."""
-    rounded = round(value, 6)
-    return str(rounded) if rounded or not value else f"{Decimal(value.numerator) / Decimal(value.denominator):.5e}"
+    Below 1, a number is rounded to 6 digits."""
+    digits = f"{Decimal(value.numerator) / Decimal(value.denominator):.5e}" if abs(value) < 1 else None
+    return str(Fraction(digits) if digits else round(value, 6))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,12 +151,18 @@ def check_math(gold: str, answer: str) -> list:
             found = [sympy.Union(*(part.as_set() for part in parts)) if "or" in answer or both.is_empty else both]
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # x < 3 is the interval (-oo, 3)
     correct = math_verify.verify(parsed(gold), found, **options)
+    forms = [form_of(answer), form_of(gold)]
+    numbers = all(re.fullmatch("-?[0-9]+(?:/[0-9]+)?", form) for form in forms)  # of which the forms decide
+    return [correct and not (numbers and forms[0] != forms[1] and "%" not in gold + answer), forms[0]]
+
+
+@functools.lru_cache(maxsize=4096)
+def form_of(answer: str) -> str:
+    """An answer's canonical form, or its text where it cannot be read or sympy cannot evaluate it."""
     try:
-        form = canonical(parsed(answer)[0])
-        tiny = re.fullmatch("0|[-0-9.]+e-[0-9]+", form)  # math-verify rounds to 6 decimals
-        return [correct and not (tiny and canonical(parsed(gold)[0]) != form), form]
-    except Exception:  # unparsed, or algebra that sympy cannot evaluate
-        return [correct, "text " + "".join(answer.split())]
+        return canonical(parsed(answer)[0])
+    except Exception:
+        return "text " + "".join(answer.split())
 
 
 def canonical(value) -> str:
