@@ -129,7 +129,9 @@ TYPESETTING = re.compile(  # fonts, sizes, colours, distances; where it takes wh
     r"(?:text|math)(?:bf|it|rm|sf)?(?=\{[^{}]*\{)|(?:(?:text)?color|[hv]?phantom|[hv]space\*?) ?\{[^{}]*\}|"
     r"(?:begin|end)\{(?:align|gather|split)[a-z*]*\})"
 )
-IN_BRACES = re.compile(r"(?:\{|\\[(\[])((?:[^{}\\]|\\[^()\[\]]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)(?:\}|\\[)\]])")
+IN_BRACES = re.compile(
+    r"(?:\{|\\[(\[])((?:[^{}\\]|\\[^()\[\]]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)(?:\}|\\[)\]])"
+)
 ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\cr(?![a-z])")
 SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
 SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
@@ -159,7 +161,7 @@ def end_of(response: str) -> str:
 
 
 def in_plain_digits(text: str) -> str:
-    """A text without typesetting: fonts, colours, spaces between digits and rows of matrices; ½ is 1/2, and ² is ^{2}."""
+    """A text without typesetting (fonts, colours, gaps between digits and rows); ½ is 1/2, and ² is ^{2}."""
     text = TYPESETTING.sub("", text)
     text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("{,}", ",")))
     text = re.sub("[¼-¾⅐-⅞]", lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", text)
@@ -278,9 +280,12 @@ VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A
 LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-Z])\s*\)?[.:]?")
 CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])[).:])\s+(?!(?:or|and)\b|[-+*/^=<>(]\s*[^0-9])(.+)")
 ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:{'|'.join(SCALES)})s\b", re.IGNORECASE)
-# what math-verify drops: the base of a number, the exponent of a unit
-DROPPED = re.compile(r"[0-9]\)?_\{?\s*([0-9]+)\s*\}?|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$")
+# what is dropped: the base of a number, a modulus, the exponent of a unit
+DROPPED = re.compile(
+    r"[0-9]\)?_\{?\s*([0-9]+)\s*\}?|[(p]mod[ {]*([0-9]+)|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$"
+)
 RATIO = re.compile("(?<=[0-9]) ?: ?(?=[0-9])")
+IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow)(?![a-z])")
 RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|neq?|leqslant|geqslant)(?![a-z])|[<>≤≥≠]")
 OPERATION = re.compile(r"\\(?!left|right|pi|text|mbox|circ|display|infty)[A-Za-z]+|[-+*/^!]|\)\(")
 TASK = re.compile(  # at the end of a text without spaces: the formula that follows is to be computed
@@ -353,12 +358,16 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
+    r"\\equiv(?![a-z])": "=",
+    r"\\pmod ?(?:\{[0-9]+\}|[0-9])|\(mod [0-9]+\)": "",
+    r"\\langle(?![a-z])": "(",
+    r"\\rangle(?![a-z])": ")",
 }
 
 
 def for_algebra(answer: str) -> str:
     """An answer as math-verify reads it rightly."""
-    answer = REPEATING.sub(as_fraction, answer)
+    answer = REPEATING.sub(as_fraction, IMPLIES.split(answer)[-1])
     for pattern, plain in MISREAD.items():
         answer = re.sub(pattern, plain, answer)
     return ", ".join(answer.replace(r"\pm", sign) for sign in "+-") if r"\pm" in answer else answer
@@ -374,7 +383,7 @@ def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     wrong = wrong or RATIO.search(answer) and ":" not in gold
     if golds and keys and not wrong:
         return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
-    unreadable = re.search(r"[0-9] +[0-9]|\\to\b", for_algebra(answer))
+    unreadable = re.search(r"[0-9] *(?: |\\text\{(?! ?(?:and|or) ?\})[^{}]*\} *)[0-9]|\\to\b", for_algebra(answer))
     return (False, f"text {text_key(answer)}") if wrong or unreadable else None
 
 
@@ -429,7 +438,8 @@ def is_echo(problem: Problem, gold: str, answer: str) -> bool:
     """Whether an answer that equals the gold one is an unevaluated formula of the problem: one with operations that
     stands in the prompt, where the prompt asks to compute it, or where it is no number and the gold answer has fewer
     operations. The equation of a curve, with a power on its left side, is one unless the prompt has that side."""
-    texts = (FRAC.sub(r"\1\2/\3\4", text_key(clean(text))) for text in (problem.prompt, gold, answer))
+    texts = (problem.prompt, gold, IMPLIES.split(answer)[-1])
+    texts = (FRAC.sub(r"\1\2/\3\4", text_key(clean(text))) for text in texts)
     texts = (re.sub(r"\{([-A-Za-z0-9]+)\}|\s", r"\1", text) for text in texts)
     prompt, gold, answer = (re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text) for text in texts)
     answer = answer[1:-1] if re.fullmatch(r"\([^()]*\)", answer) else answer
