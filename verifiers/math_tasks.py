@@ -293,6 +293,7 @@ TASK = re.compile(  # at the end of a text without spaces: the formula that foll
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def clean(answer: str) -> str:
     """An answer without dollar signs, thin spaces, line breaks and final punctuation."""
     answer = re.sub(r"\\?\$|\\!|\0", "", in_plain_digits(answer))
@@ -339,6 +340,7 @@ def plain_key(answer: str) -> str | None:
     return next(iter(plain_keys(answer)), None)
 
 
+@functools.lru_cache(maxsize=4096)
 def text_key(answer: str) -> str:
     """An answer as a text: equal ones need no algebra either. Words are compared without case."""
     text = unwrapped(answer)
@@ -438,16 +440,21 @@ def is_echo(problem: Problem, gold: str, answer: str) -> bool:
     """Whether an answer that equals the gold one is an unevaluated formula of the problem: one with operations that
     stands in the prompt, where the prompt asks to compute it, or where it is no number and the gold answer has fewer
     operations. The equation of a curve, with a power on its left side, is one unless the prompt has that side."""
-    texts = (problem.prompt, gold, IMPLIES.split(answer)[-1])
-    texts = (FRAC.sub(r"\1\2/\3\4", text_key(clean(text))) for text in texts)
-    texts = (re.sub(r"\{([-A-Za-z0-9]+)\}|\s", r"\1", text) for text in texts)
-    prompt, gold, answer = (re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text) for text in texts)
+
+    def plain(text: str) -> str:
+        text = re.sub(r"\{([-A-Za-z0-9]+)\}|\s", r"\1", FRAC.sub(r"\1\2/\3\4", text_key(clean(text))))
+        return re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text)
+
+    gold, answer = plain(gold), plain(IMPLIES.split(answer)[-1])
     answer = answer[1:-1] if re.fullmatch(r"\([^()]*\)", answer) else answer
+    if sorted(gold) == sorted(answer):
+        return False
+    prompt = plain(problem.prompt)
     curve, is_equation, _ = answer.partition("=")
     if is_equation and "=" not in gold and re.search(r"(?<![A-Za-z\\])[a-z]\^", curve):
         return curve not in prompt
     before, found, _ = prompt.partition(answer)
-    if not found or sorted(gold) == sorted(answer):
+    if not found:
         return False
     least, count = len(OPERATION.findall(gold)), len(OPERATION.findall(answer))
     return count > least and not plain_keys(answer) or count > 0 and TASK.search(before) is not None
