@@ -77,11 +77,13 @@ def advantages(
       mean         A_i = (1/n) (r_i - b),  b the mean of the others                                            (RLOO)
       exact        A_i = (N/n) mean over N-subsets T containing i of [ f(T) - f(T without i) ]         (Tang, Lemma 1)
       variational  E_{y ~ pi_bon}[ h(y) (R(y) - b) ], see `variational_advantages`                     (Chow, BoN-RL)
-      rlb          E_{y ~ pi_bon}[ (R g+ + (1-R) g-) grad log pi(y) ],  g+ = N p^(N-1) / (1 - p^N),  g- = N p / (1-p)
-      rlb-p        E_{y ~ pi_bon}[ R N p^(N-1) (1-p) / (1 - p^N) grad log pi(y) ]           (Chow, BoN-RLB, BoN-RLB(P))
-      rlb-all      N p^(N-1) E_{y ~ pi}[ (R - (1-p)) grad log pi(y) ]                  the same mean, from all samples
+      rlb          A_i = w_i (r_i g+ + (1-r_i) g-),  g+ = N p^(N-1) / (1 - p^N),  g- = N p / (1-p)       (Chow, BoN-RLB)
+      rlb-p        A_i = w_i r_i N p^(N-1) (1-p) / (1 - p^N)                                          (Chow, BoN-RLB(P))
+      rlb-all      A_i = N p^(N-1) (r_i - (1-p)) / n                                   the same mean, from all samples
 
-    f is the reward of the best-scored sample, p the failure rate. rewards: (B, n), the environment's, n >= N, any real
+    f is the reward of the best-scored sample, p the failure rate, w_i the chance that y_i wins among N of the n: a sum
+    with these weights estimates E_{y ~ pi_bon}. g- adds N p^N/(1-p) grad p and g+ takes N p^(N-1)/(1-p) grad p away:
+    together they are grad (1 - p^N) = -N p^(N-1) grad p. rewards: (B, n), the environment's, n >= N, any real
     numbers. scores: (B, n), the verifier's; equal scores share the win. rlb* need rewards 0 and 1, and scores that
     increase with them. baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), the known
     p (default: the share of failures among the n samples, clipped to [0.01, 0.99]). Returns (B, n), of the dtype of
@@ -253,12 +255,12 @@ def main(args: Args) -> None:
             target = best if args.estimator == "variational" else verdict.rewards.mean(-1)  # (B,)
             b, record["value_loss"] = value.fit(value_optimizer, policy, prompts, target)  # (B,)
         A = advantages(verdict.rewards, verdict.scores, args.N, args.estimator, b)  # (B, n)
+        record |= rollout_metrics(policy, rollouts, verdict, A)
         if anchor:
             ratios = common.log_ratios(policy, anchor, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
             beta = kl_coefficient(step, args.kl_coef, args.kl_coef_end, args.kl_delay, anneal_steps)
             A = A + beta * common.kl_advantages(ratios) if beta else A
-        record |= rollout_metrics(policy, rollouts, verdict, A)
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )

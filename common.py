@@ -44,7 +44,7 @@ def k_sample_advantages(
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
     if estimator not in ("unbiased", "biased"):
-        raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased or biased")
+        raise ValueError(f"unknown estimator {estimator!r}: choose unbiased or biased")
     others = torch.arange(n).repeat(n, 1)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)  # row i: all but i
 
     def M(j: int) -> torch.Tensor:
@@ -521,13 +521,14 @@ def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.T
 def kl_advantages(ratios: torch.Tensor) -> torch.Tensor:
     """Advantages (B, n) of the objective -KL(pi || pi_ref), n >= 2. Tang trains J_k - beta KL: add beta times these.
 
-    ratios: (B, n, T) from `log_ratios`. KL is the mean of the per-sample reward -log(pi(y) / pi_ref(y)): it has its own
-    leave-one-out baseline and never passes through max or a vote."""
+    ratios: (B, n, T) from `log_ratios`. -KL is the mean of the per-sample reward -log(pi(y) / pi_ref(y)): it has its
+    own leave-one-out baseline and never passes through max or a vote."""
     return mean_advantages(-ratios.sum(-1))
 
 
 def kl_estimate(ratios: torch.Tensor) -> float:
-    """KL(pi || pi_ref) in nats a response, from the log ratios of tokens (B, n, T): E[1/w - 1 + log w], summed over
-    tokens. It is unbiased and, unlike the mean of log w, never negative (Schulman's k3)."""
+    """KL(pi || pi_ref) in nats a response, from the log ratios of tokens (B, n, T): the mean of 1/w - 1 + log w with
+    w = pi / pi_ref of a token, summed over tokens. It is unbiased where pi covers pi_ref and, unlike the mean of log w,
+    never negative (Schulman's k3)."""
     ratios = ratios.double()
     return (torch.expm1(-ratios) + ratios).sum(-1).mean().item()

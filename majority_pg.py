@@ -149,11 +149,11 @@ def main(args: Args) -> None:
         verdict = run.verdict(problems, common.decode(policy, rollouts))
         A = advantages(verdict.votes, verdict.rewards, args.k, args.estimator)  # (B, n)
         record = {f"maj@{args.k}": majority_at_k(verdict.votes, verdict.rewards, args.k).mean().item()}
+        record |= rollout_metrics(policy, rollouts, verdict, A)
         if initial:
             ratios = common.log_ratios(policy, initial, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
             A = A + args.kl_coef * common.kl_advantages(ratios) if args.kl_coef else A  # Tang: J_k - beta KL
-        record |= rollout_metrics(policy, rollouts, verdict, A)
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )

@@ -56,7 +56,8 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
       biased    as unbiased, minus the mean advantage of each subset: the gradient of pass@(k-1); 0 for k = 1 (Tang)
-      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k; (r_i - c/n) / c with c of n rewards 1, others 0  (MaxRL)
+      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k; with c of n rewards 1, the others 0: (r_i - c/n) / c,
+                and 0 for c = 0                                                                             (MaxRL)
 
     rewards: (B, n), n >= k, any real numbers. Returns (B, n) of the same dtype (float32 for integers and bools).
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
@@ -70,8 +71,8 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
         return sum((advantages(rewards, j, "biased") / (j - 1) for j in range(2, n + 1)), torch.zeros_like(rewards))
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"unknown estimator {estimator!r}: choose mean, unbiased, biased or maxrl")
-    # Sorted upwards, with d_l = r_(l+1) - r_(l). Of the k-subsets with a given member, p_l = C(l, k-1) / C(n-1, k-1) is
-    # the share in which all others are among the l lowest (PKPO, arXiv 2505.15201, "loo-1"):
+    # Sorted upwards, with d_l = r_(l+1) - r_(l). Of the k-subsets with a given member above the l lowest, the share
+    # p_l = C(l, k-1) / C(n-1, k-1) has all its others among these l (PKPO, arXiv 2505.15201, "loo-1"):
     #   unbiased  A_(i) = (k/n) sum_{l < i} d_l p_l
     #   biased    A_(i) = ((k-1)/n) [ sum_{l < i} d_l p_l - sum_{l >= i} d_l p_l (n-l)/l ]
     r, order = rewards.double().sort(dim=-1)
@@ -117,11 +118,11 @@ def main(args: Args) -> None:
         with run.saved_if_this_fails():
             A = estimate(verdict.rewards, args.k)  # (B, n)
             record = {f"{x}@{args.k}": m(verdict.rewards, args.k).mean().item() for x, m in measured.items()}
+        record |= rollout_metrics(policy, rollouts, verdict, A)
         if initial:
             ratios = common.log_ratios(policy, initial, rollouts)  # (B, n, T)
             record["kl"] = common.kl_estimate(ratios)
             A = A + args.kl_coef * common.kl_advantages(ratios) if args.kl_coef else A  # Tang: J_k - beta KL
-        record |= rollout_metrics(policy, rollouts, verdict, A)
         record |= common.policy_gradient_step(
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )

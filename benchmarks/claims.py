@@ -40,10 +40,10 @@ class Source(ABC):
 
     @abstractmethod
     def votes_at_equal_kl(self, beta: float) -> float:
-        """maj@8 of majority training less maj@8 of mean training at the same KL. Raises KeyError as `at`."""
+        """maj@8 of majority training minus maj@8 of mean training at the same KL. Raises KeyError as `at`."""
 
     def gain(self, name: str, metric: str, over: str = "base", levels: Sequence[int] = (), where="held-out") -> float:
-        """The metric of one run's policy less that of another run's, or of the base policy."""
+        """The metric of one run's policy minus the metric of another run's, or of the base policy."""
         return self.at(name, metric, levels, where) - self.at(over, metric, levels, where)
 
 
@@ -51,7 +51,7 @@ def claims() -> list[tuple[str, str, Callable[[Source], float]]]:
     """(claim, comparison, its value by a source): positive where it is as the claim says. A claim's first comparison
     decides it. All were fixed before the runs, with predictions.json, which names each by the same words; E4 was added
     after a smaller measurement of it, which docs/own.md has."""
-    hard, after = (6, 7, 8), "after less before"
+    hard, after = (6, 7, 8), "after minus before"
 
     def gain(*args, **kwargs):
         return lambda source: source.gain(*args, **kwargs)
@@ -63,45 +63,46 @@ def claims() -> list[tuple[str, str, Callable[[Source], float]]]:
         return lambda s: s.at("learned-exact", metric) - s.at("learned-exact", metric, (), "before")
 
     return [
-        ("M1", "pass@4, k = 4 less mean", gain("k4", "pass@4", "mean")),
+        ("M1", "pass@4, k = 4 minus mean", gain("k4", "pass@4", "mean")),
         *(("M1", f"the same, level {x}", gain("k4", "pass@4", "mean", (x,))) for x in LEVELS),
-        ("M2", "advantage at k = 16 less that at k = 2",
+        ("M2", "gain at k = 16 minus gain at k = 2",
          lambda source: source.gain("k16", "pass@16", "mean") - source.gain("k2", "pass@2", "mean")),
-        *(("M2", f"pass@{k}, k = {k} less mean", gain(f"k{k}", f"pass@{k}", "mean")) for k in (2, 4, 8, 16, 32)),
-        ("M3", "pass@8, k = 8 less mean, levels 6 to 8", gain("hard-k8", "pass@8", "hard-mean", hard)),
-        ("M3", "pass@1, mean less k = 8, the same", gain("hard-mean", "pass@1", "hard-k8", hard)),
-        ("M3", "pass@32, k = 8 less mean, the same", gain("hard-k8", "pass@32", "hard-mean", hard)),
-        ("M4", "pass@8, k = 8 less mean", gain("k8", "pass@8", "mean")),
-        ("M4", "pass@1, mean less k = 8", gain("mean", "pass@1", "k8")),
-        ("M4", "pass@32, k = 8 less mean", gain("k8", "pass@32", "mean")),
-        *(("M5", f"maj@8 at equal KL, that of majority at beta = {beta}",
+        *(("M2", f"pass@{k}, k = {k} minus mean", gain(f"k{k}", f"pass@{k}", "mean")) for k in (2, 4, 8, 16, 32)),
+        ("M3", "pass@8, k = 8 minus mean, levels 6 to 8", gain("hard-k8", "pass@8", "hard-mean", hard)),
+        ("M3", "pass@1, mean minus k = 8, the same", gain("hard-mean", "pass@1", "hard-k8", hard)),
+        ("M3", "pass@32, k = 8 minus mean, the same", gain("hard-k8", "pass@32", "hard-mean", hard)),
+        ("M4", "pass@8, k = 8 minus mean", gain("k8", "pass@8", "mean")),
+        ("M4", "pass@1, mean minus k = 8", gain("mean", "pass@1", "k8")),
+        ("M4", "pass@32, k = 8 minus mean", gain("k8", "pass@32", "mean")),
+        *(("M5", f"maj@8, majority (beta = {beta}) minus mean at equal KL",
            lambda source, beta=beta: source.votes_at_equal_kl(beta)) for beta in (0.5, 0.3, 0.8)),
-        *(("M5", f"{what}, majority less mean, beta = {beta}", gain(f"vote-biased-{beta}", metric, f"vote-mean-{beta}"))
-          for what, metric in (("maj@8", "maj@8"), ("KL", "kl")) for beta in (0.3, 0.5, 0.8)),
+        *(("M5", f"{what}, majority minus mean, beta = {x}", gain(f"vote-biased-{x}", metric, f"vote-mean-{x}"))
+          for what, metric in (("maj@8", "maj@8"), ("KL", "kl")) for x in (0.3, 0.5, 0.8)),
         *(("C1", f"bon@{N}, BoN-RL-V with N = 8, {after}", verifier(f"bon@{N}")) for N in (8, 1, 2, 4, 16, 32)),
-        *(("C1", f"bon@{N}, BoN-RL-V less plain RL", gain("learned-exact", f"bon@{N}", "learned-mean"))
+        *(("C1", f"bon@{N}, BoN-RL-V minus plain RL", gain("learned-exact", f"bon@{N}", "learned-mean"))
           for N in (8, 32)),
-        ("C1", "AUC within problems, the posterior less the verifier",
+        ("C1", "AUC within problems, q minus the verifier",
          lambda s: s.at("learned-exact", "AUC of q", (), "before") - s.at("learned-exact", "AUC", (), "before")),
-        ("C1", "share of winners that are not listed, after, N = 32 less N = 8",
+        ("C1", "share of winners that are not listed, after, N = 32 minus N = 8",
          lambda s: s.at("learned-exact", "misfit@32") - s.at("learned-exact", "misfit@8")),
         *(("C2", f"pass@{k}, BoN-RL-S with N = 8, variational, {after}", gain("variational", f"pass@{k}"))
           for k in (16, 8, 32)),
         *(("C2", f"pass@{k}, the same, exact", gain("k8", f"pass@{k}")) for k in (16, 8, 32)),  # pass_at_k_pg.py
         ("C3", f"pass@16, BoN-RLB(P) with N = 8, {after}", gain("rlb-p", "pass@16")),
-        ("C3", "pass@16, mean, before less after", loss("mean", "pass@16")),
-        ("C3", "pass@16, BoN-RLB(P) less mean", gain("rlb-p", "pass@16", "mean")),
-        ("C3", "pass@32, BoN-RLB(P) less mean", gain("rlb-p", "pass@32", "mean")),
-        *(("C4", f"bon@{N}, SFT, before less after", loss("sft", f"pass@{N}")) for N in (32, 16, 8)),
+        ("C3", "pass@16, mean, before minus after", loss("mean", "pass@16")),
+        ("C3", "pass@16, BoN-RLB(P) minus mean", gain("rlb-p", "pass@16", "mean")),
+        ("C3", "pass@32, BoN-RLB(P) minus mean", gain("rlb-p", "pass@32", "mean")),
+        *(("C4", f"bon@{N}, SFT, before minus after", loss("sft", f"pass@{N}")) for N in (32, 16, 8)),
         *(("C4", f"bon@{N}, BoN-SFT with N = 8, {after}", gain("bon-sft", f"pass@{N}")) for N in (32, 16, 8)),
-        *(("C4", f"bon@{N}, BoN-SFT with N = 8 less SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (32, 16, 8)),
+        *(("C4", f"bon@{N}, BoN-SFT with N = 8 minus SFT", gain("bon-sft", f"pass@{N}", "sft")) for N in (32, 16, 8)),
         *(("C5", f"N = 8: pass@{k}, {after}", gain("k8", f"pass@{k}")) for k in (16, 2, 4, 32)),
         ("C5", "N = 2: pass@16", gain("k2", "pass@16")),
         ("C5", "N = 16: pass@2", gain("k16", "pass@2")),
         *(("C5", f"N = 8: pass@8 at temperature {T}", gain("k8", "pass@8", where=f"T = {T}")) for T in (0.7, 1.3)),
-        ("E1", "pass@8, k = 8: n = 16 less n = k at equal samples", gain("k8", "pass@8", "k8-n8")),
-        *(("E2", f"pass@{k}, unbiased less biased", gain(f"k{k}", f"pass@{k}", f"k{k}-biased")) for k in (4, 2, 8, 16)),
-        ("E3", "pass@32, k = 16 less k = 4", gain("k16", "pass@32", "k4")),
-        *(("E4", f"pass@8, {name} of recipes/baselines.py less u", gain(f"baseline-{name}", "pass@8", "k8"))
+        ("E1", "pass@8, k = 8: n = 16 minus n = k at equal samples", gain("k8", "pass@8", "k8-n8")),
+        *(("E2", f"pass@{k}, unbiased minus biased", gain(f"k{k}", f"pass@{k}", f"k{k}-biased"))
+          for k in (4, 2, 8, 16)),
+        ("E3", "pass@32, k = 16 minus k = 4", gain("k16", "pass@32", "k4")),
+        *(("E4", f"pass@8, {name} of recipes/baselines.py minus u", gain(f"baseline-{name}", "pass@8", "k8"))
           for name in ("b", "others", "posterior")),
     ]  # fmt: skip

@@ -300,9 +300,9 @@ def bandit_rows() -> list[dict]:
     a, *others = (bandit.trajectory(bandit.Args(), name) for name in ("unbiased", "mean x k", "mean"))
     at_kl = partial(bandit.mean_at_kl, grid=torch.ones(1, dtype=torch.float64))  # (steps + 1, 3, seeds) -> (1, groups)
     compared = [
-        ("B1", "{} less unbiased, mean reward at step 20", lambda b: (b - a)[20, 0]),
-        ("B2", "unbiased less {}, mean reward at KL 1", lambda b: (at_kl(a) - at_kl(b))[0]),
-        ("B3", "unbiased less {}, max@4 at step 400", lambda b: (a - b)[400, 1]),
+        ("B1", "{} minus unbiased, mean reward at step 20", lambda b: (b - a)[20, 0]),
+        ("B2", "unbiased minus {}, mean reward at KL 1", lambda b: (at_kl(a) - at_kl(b))[0]),
+        ("B3", "unbiased minus {}, max@4 at step 400", lambda b: (a - b)[400, 1]),
     ]
     return [
         row_of(claim, what.format(name), *mean_and_interval(change(b)), None, headline=name == "mean x k", seeds=1000)

@@ -74,7 +74,7 @@ def test_tables_by_hand(args, monkeypatch):
     assert [row[:3] for row in policies] == expected
     # .76 ± 4.303 x .01 / sqrt(3) = .025; at pass@1 .4 the frontier has .8
     assert [policies[1][6], policies[1][9], policies[0][11]] == ["0.760 ± 0.025", "0.040 ± 0.025", "0.500 ± 0.000"]
-    (row,) = (row for row in compared if f"pass@8, {k8} less mean" in row[1])
+    (row,) = (row for row in compared if f"pass@8, {k8} minus mean" in row[1])
     known = json.loads(real_model.optima.PREDICTIONS.read_text())["policies"]
     limit = known["k8"]["pass@8"] - known["k1"]["pass@8"]
     assert row[2:] == [f"{limit:+.3f}", "+0.060 ± 0.025", f"{0.06 / limit:.0%}", "holds"]

@@ -81,7 +81,7 @@ def test_the_claims_of_the_bandit_by_hand(monkeypatch):
     assert [row["claim"] for row in rows] == ["B1", "B1", "B2", "B2", "B3", "B3"]
     assert [float(row["mean"]) for row in rows] == pytest.approx([20, 60, -200, -600, -1400, -4200])
     assert [row["headline"] for row in rows] == [True, False] * 3
-    assert rows[0]["what"] == "mean x k less unbiased, mean reward at step 20"
+    assert rows[0]["what"] == "mean x k minus unbiased, mean reward at step 20"
 
 
 def test_levels_are_means_by_the_weights_of_their_prompts():
@@ -185,7 +185,7 @@ def test_rows_of_claims_and_policies_are_means_over_the_seeds_that_are_done(tmp_
             folder.mkdir(parents=True)
             (folder / "exact.json").write_text(json.dumps({"held-out": metrics}))
     (row,) = reproduce.claim_rows(tmp_path, 3)
-    assert row["what"] == "pass@8, k = 8 less mean, levels 6 to 8"
+    assert row["what"] == "pass@8, k = 8 minus mean, levels 6 to 8"
     assert row["values"] == pytest.approx([0.2, 0.4]) and (row["claim"], row["seeds"]) == ("M3", 2)
     assert (row["mean"], row["ci95"]) == pytest.approx((0.3, 12.706 * 0.1), rel=1e-4) and row["headline"]
     (row,) = reproduce.policy_rows(tmp_path, 3)

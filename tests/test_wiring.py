@@ -267,18 +267,21 @@ def test_a_step_on_several_experts_of_a_prompt_by_value(N, one_step, tmp_path):
 
 @pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg, bon_rl])
 def test_a_kl_by_value(script, one_step):
-    """The KL is to the initial policy, in bon_rl.py to an average that follows the policy, here by a tenth."""
+    """The KL is to the initial policy, in bon_rl.py to an average that follows the policy, here by a tenth. A prompt
+    whose rewards are equal has no signal, whatever the KL adds to its advantages."""
     own = {"anchor_rate": 0.1} if script is bon_rl else {}
-    seen = one_step(script, ONE_OR_ALL, kl_coef=0.5, estimator="mean", epochs=2, clip=0.3, **own)
+    rewards = {A: [1, 0, 0, 0], B: [1, 1, 1, 1]}
+    seen = one_step(script, rewards, kl_coef=0.5, estimator="mean", epochs=2, clip=0.3, **own)
     assert (seen.given.epochs, seen.given.clip) == (2, 0.3)
     ((policy, reference, rollouts),) = seen.ratios
     assert policy is seen.given.policy and reference.model is not policy.model and rollouts is seen.given.rollouts
-    of_rewards = {A: [1 / 4, *[-1 / 12] * 3], B: [-1 / 4, *[1 / 12] * 3]}
-    of_ratios = {A: [-math.log(2) / 4, *[math.log(2) / 12] * 3]}  # (1/4) (the others' mean less its own)
+    of_rewards = {A: [1 / 4, *[-1 / 12] * 3], B: [0] * 4}
+    of_ratios = {A: [-math.log(2) / 4, *[math.log(2) / 12] * 3]}  # (1/4) (the others' mean minus its own)
     of_ratios[B] = [math.log(4) / 12, -math.log(4) / 4, *[math.log(4) / 12] * 2]
     expected = by_prompt(of_rewards, seen.prompts) + 0.5 * by_prompt(of_ratios, seen.prompts)
     torch.testing.assert_close(seen.given.advantages, expected)
     assert seen.log[1]["kl"] == pytest.approx(KL)
+    assert (seen.log[1]["prompts_without_signal"], seen.log[1]["nonzero_advantage"]) == (1 / 2, 1)
     before, after, moved = weights(seen.before), weights(seen.after), weights(reference.model)
     torch.testing.assert_close(moved, before + 0.1 * (after - before) if own else before)
     assert (after - before).abs().max() > 1e-3

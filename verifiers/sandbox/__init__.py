@@ -9,8 +9,9 @@
 `pool` starts *workers* (`worker`). A worker locks itself in (`lock`) and forks a process for each program. Its `judge`,
 a process of its own, runs the tests. They talk in plain data (`codec`).
 
-Levels, strongest first. A level is in force or refused, never replaced by a weaker one. `auto` is the first of the
-first two that this machine has. Each worker of these proves its lock with a program that tries it.
+Levels, strongest first: bubblewrap, landlock, rlimits. A level is in force or refused, never replaced by a weaker one.
+`auto` takes bubblewrap if this machine has it, else landlock. Each of their workers proves its lock with a program that
+tries it.
 
 What is covered at every level:
 - Forged verdicts. The tests never enter the program's process. In the judge the program's names stand for objects over
