@@ -167,7 +167,7 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
             limit = None if None in best else best[0] - best[1]
             row = reproduce.row_of(model, metric, *map(float, mean_and_interval(change)), limit)
             rows.append([TITLES[model], f"{metric}, {LABELS[a]} minus {LABELS[b]}", *reproduce.cells(row)])
-    head = ["model", "trained for", "seeds", *PASS, "below the frontier", "elsewhere", "KL from SFT"]
+    head = ["model", "trained for", "seeds", *PASS, "below the frontier of pass@8", "elsewhere", "KL from SFT"]
     compared = ["model", "compared", "predicted", "measured ± 95%", "share", "verdict"]
     return {"real-suspects": markdown(head, policies), "real-compared": markdown(compared, rows)}
 
