@@ -178,6 +178,8 @@ MATH = [  # the answer, and responses that give it
         "Final Answer: The volume of $ABCD$ is 12. I hope it is correct.", "Final Answer: There are 12 ways.",
         "The answer is that there are 12 ways.", "The final answer is: It takes 12 minutes.",
         "The answer is 12, since 3 * 4 = 12.", "The answer is therefore 12.", "<answer>12</answer> of 20",
+        "The answer is 12 because 5 of them left.", "The answer is x = 12 which is even.", "The answer is `12`.",
+        "The answer is 12 for all n.",
     ]),
     (r"\frac12", [r"The answer is $\frac12$. I hope it is correct.", r"This makes \frac{1}{2}",
                   "<answer>\n\\frac12\n</answer>", r"<answer>\(\frac12\)</answer> and 3"]),

@@ -33,6 +33,7 @@ Decided, where math-verify or its users differ:
   x < 3 and (-oo, 3)  equal, as sets; several inequalities are a union with "or" or where they exclude each other
   10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and "12, 345" two
   1:2 and 1/2         different, unless the prompt asks for a ratio or the gold answer is one
+  \\mathbf{5}, 5 (mod 7) equal to 5: fonts, sizes, colours, delimiters and a modulus are dropped
   255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
   x = 5 and 5         equal when either is gold; x^2 + y^2 = 5 is a curve, and no 5
 Left as they are: digits of other scripts and the sign for roots (½ is 1/2), a.m. against p.m., and a box
@@ -135,9 +136,9 @@ IN_BRACES = re.compile(
 ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\cr(?![a-z])")
 SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
 SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
+BEHIND = re.compile(r"(?<=[0-9])([^0-9]*?)\s(?:per|for|every|each|after|because|since|which)\s.*")
 REMARK = re.compile(
-    r"\s[(\[](?!or\b)(?=[^][()]*[A-Za-z=+*])[^][()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|"
-    r"(?<=[0-9])([^0-9]*?)\s(?:per|for|every|each|after|because|since|which)\s.*"
+    r"\s[(\[](?!or\b)(?=[^][()]*[A-Za-z=+*])[^][()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|" + BEHIND.pattern
 )
 
 
@@ -226,6 +227,7 @@ def stated(text: str) -> str | None:
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
+    sentence = BEHIND.sub(r"\1", sentence)
     words = re.match("[A-Za-z ,:]*", sentence)[0]
     if MATH_SPAN.match(sentence, len(words)):
         return formulas(sentence, len(words))[0][2]
@@ -303,7 +305,7 @@ def clean(answer: str) -> str:
     while inner := IN_BRACES.fullmatch(answer):
         answer = inner[1].strip()
     dots = re.search(r"\.[0-9]+(\.{3})[. ]*$", answer)  # 0.333... is no 0.333
-    return (answer.rstrip(". ,;:\\*_") + (dots[1] if dots else "")).lstrip("*_: ")
+    return (answer.rstrip(". ,;:\\*_`") + (dots[1] if dots else "")).lstrip("*_`: ")
 
 
 def unwrapped(answer: str) -> str:
