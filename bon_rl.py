@@ -231,10 +231,8 @@ def main(args: Args) -> None:
     selected = "bon" if args.verifier == "learned" or run.own_scores else "pass"
     if args.verifier == "learned":
         run.use_learned_verifier()
-    anchor = copy.deepcopy(policy) if args.kl_coef or args.kl_coef_end or args.log_kl else None
+    anchor = run.reference("anchor") if args.kl_coef or args.kl_coef_end or args.log_kl else None
     value = ValueNetwork(policy) if args.baseline == "value" else None
-    if anchor:
-        run.state["anchor"] = anchor.model
     if value:
         value_optimizer = torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0, fused=True)
         run.state |= {"value": value, "value_optimizer": value_optimizer}

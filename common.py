@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -191,12 +192,9 @@ class Rollouts:
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids as one (R, L) int64 tensor, filled with 0, and its (R, L) bool mask of real tokens."""
-    length = torch.tensor([len(row) for row in rows]).unsqueeze(-1)  # (R, 1)
-    column = torch.arange(int(length.max()))  # (L,)
-    mask = column >= column.numel() - length if left else column < length  # (R, L)
-    ids = torch.zeros(mask.shape, dtype=torch.int64)
-    ids[mask] = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
-    return ids, mask
+    side = {"batch_first": True, "padding_side": "left" if left else "right"}
+    ids = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], **side)  # (R, L)
+    return ids, pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], **side)
 
 
 def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:

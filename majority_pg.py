@@ -137,7 +137,7 @@ def main(args: Args) -> None:
     args.n = max(args.k, 16) if args.n is None else args.n
     run = Run(args, args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}")
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)
-    initial = run.initial_policy() if args.kl_coef or args.log_kl else None
+    initial = run.reference("initial") if args.kl_coef or args.log_kl else None
 
     def metrics(verdict):
         passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)

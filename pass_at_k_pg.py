@@ -105,7 +105,7 @@ def main(args: Args) -> None:
     estimate(torch.ones(args.n + 1, args.n).tril(-1), args.k)  # a file that fails on 0/1 rewards does so at once
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)
     measured = {"pass": common.pass_at_k} | ({"metric": metric} if metric else {})
-    initial = run.initial_policy() if args.kl_coef or args.log_kl else None
+    initial = run.reference("initial") if args.kl_coef or args.log_kl else None
 
     def metrics(verdict):
         return {f"{x}@{j}": m(verdict.rewards, j) for x, m in measured.items() for j in ks}  # each (P,)

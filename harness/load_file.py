@@ -62,13 +62,11 @@ def load_estimator(where: str) -> tuple[Callable, Callable | None, str]:
         def values(rewards: torch.Tensor, k: int) -> torch.Tensor:
             own = rewards.clone()  # which the file may change
             result, shape = called(lambda: function(own, k), path, f"{name}(rewards, {k})"), rewards.shape[:columns]
-            if not isinstance(result, torch.Tensor):
-                raise BadInput(f"{where}: {name} must return a tensor {tuple(shape)}, not {type(result).__name__}")
-            if result.shape != shape:
-                wrong = f"not {tuple(result.shape)}, for rewards {tuple(rewards.shape)}"
-                raise BadInput(f"{where}: {name} must return shape {tuple(shape)}, {wrong}")
-            if not result.is_floating_point():
-                raise BadInput(f"{where}: {name} must return floating point, not {result.dtype}")
+            tensor = isinstance(result, torch.Tensor)
+            if not (tensor and result.is_floating_point() and result.shape == shape):
+                found = f"{str(result.dtype)[6:]} {tuple(result.shape)}" if tensor else type(result).__name__
+                of = f"for rewards {tuple(rewards.shape)}"
+                raise BadInput(f"{where}: {name} must return a float tensor {tuple(shape)} {of}, not {found}")
             if not result.isfinite().all():
                 row = rewards[(~result.isfinite()).nonzero()[0, 0]].tolist()
                 raise BadInput(f"{where}: {name} is not finite with k = {k} for rewards {row}")

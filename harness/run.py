@@ -35,7 +35,6 @@ from .problems import evaluation_problems, problems_at, training_batch
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 MAY_CHANGE = ("resume", "changed_files", "steps", "eval_every", "save_every", "show_samples")  # when a run is resumed
-NO_SIGNAL = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
 
 
 @dataclasses.dataclass
@@ -58,7 +57,7 @@ class RunArgs:
     sample_rows: int = 1024  # responses sampled at once; halved when memory runs out; changes rounding only
     micro_batch_tokens: int = 16384  # tokens in a training pass; halved when memory runs out; changes rounding only
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    device: str = "auto"  # auto, cpu or cuda
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
     show_samples: int = 0  # so many responses to held-out problems are printed, with rewards, at each evaluation
     save_every: int = 50  # steps between checkpoints; only the last is kept
@@ -137,13 +136,10 @@ def flags_of(Args: type) -> type:
         return "" if default in ("None", "") else f"(default: {default})"
 
     types, shown = typing.get_type_hints(Args), tyro.conf.arg(help_behavior_hint=hint)
-    fields = [(x.name, typing.Annotated[types[x.name], shown], x.default) for x in dataclasses.fields(Args)]
-    flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,))
-    for place in {"__module__", "__firstlineno__"} & {*vars(Args)}:  # of the source, which has the flags' words
-        setattr(flags, place, vars(Args)[place])
-    own = Args.__annotations__
-    flags.__dataclass_fields__ = dict(sorted(flags.__dataclass_fields__.items(), key=lambda x: x[0] not in own))
-    return flags
+    content = {x: vars(Args)[x] for x in ("__module__", "__firstlineno__") if x in vars(Args)}  # where the words are
+    content["__annotations__"] = {x.name: typing.Annotated[types[x.name], shown] for x in dataclasses.fields(Args)}
+    fields = sorted(Args.__dataclass_fields__.items(), key=lambda field: field[0] not in Args.__annotations__)
+    return type(Args.__name__, (Args,), content | {"__dataclass_fields__": dict(fields)})
 
 
 def arguments_of(folder: str, Args: type) -> dict:
@@ -203,8 +199,6 @@ def check_args(args) -> None:
     for name, size in (("biased", "k"), ("maxrl", "n")):
         if getattr(args, "estimator", "") == name and getattr(args, size) == 1:
             raise BadInput(f"--estimator {name} with --{size} 1 is zero by definition: it is the gradient of 0 samples")
-    if args.device not in ("auto", "cpu", "cuda"):
-        raise BadInput(f"--device must be auto, cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no CUDA device here; leave it out")
 
@@ -314,12 +308,12 @@ class Run:
             return Path(self.args.resume)
         return all_gather(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
 
-    def initial_policy(self) -> Policy:
-        """A copy of the policy before training, the reference of a KL. A checkpoint keeps the sum of its weights' bits,
-        and `restore` refuses other weights."""
-        bits = (p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.policy.model.parameters())
-        self.progress["initial"] = sum(map(int, bits))
-        return copy.deepcopy(self.policy)
+    def reference(self, name: str) -> Policy:
+        """A copy of the policy before training, for a KL to it. Checkpoints hold it by this name: the weights that lie
+        where --model says may change."""
+        policy = copy.deepcopy(self.policy)
+        self.state[name] = policy.model
+        return policy
 
     def use_learned_verifier(self) -> None:
         """Select by a reward model: --verifier-model, or one trained here on labelled samples of the initial policy
@@ -450,8 +444,9 @@ class Run:
         figures = [(x, f"{values[x]:{'.3g' if abs(values[x]) < 1000 else '.0f'}}") for x in shown if x in values]
         self.bar.set_postfix(dict(figures[:3]), refresh=False)
         self.progress["steps_with_signal"] += record["nonzero_advantage"] > 0
-        if step == 20 and not self.progress["steps_with_signal"]:
-            tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {NO_SIGNAL}")
+        if step == min(20, self.args.steps) and not self.progress["steps_with_signal"]:
+            look = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
+            tqdm.write(f"warning: none of the first {step} steps had a signal, and nothing was learnt: {look}")
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
             mend = f"raise --temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
@@ -532,18 +527,16 @@ class Run:
 
     def restore(self) -> None:
         """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, print what that
-        means and note it in args.json. Raises BadInput if another model lies where --model was."""
+        means and note it in args.json. Raises BadInput if a model of another size lies where --model was."""
         if (self.folder / "checkpoint.pt").exists():
-            checkpoint, initial = read_checkpoint(self.folder / "checkpoint.pt"), self.progress.get("initial")
+            checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
-            changed = f"--model {self.args.model!r} has changed since {self.folder} began: put it back, or start anew"
-            if self.progress.get("initial") != initial:
-                raise BadInput(changed)
             try:
                 for name, x in self.state.items():
                     x.load_state_dict(checkpoint["state"][name])
             except (RuntimeError, ValueError) as error:  # of another size
-                raise BadInput(changed) from error
+                what = f"--model {self.args.model!r} has changed since {self.folder} began"
+                raise BadInput(f"{what}: put it back, or start anew") from error
         done, steps, path = self.progress["step"], self.args.steps, self.folder / "args.json"
         if world()[0] > 0:
             return
@@ -564,16 +557,13 @@ class Run:
 
     def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
         """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
-        `families` (such as "pass"). If no step had a signal, a line says so. A finished run that is resumed comes here
-        at once and writes what is missing."""
+        `families` (such as "pass"). A finished run that is resumed comes here at once and writes what is missing."""
         before, after, best = self.progress["before"], self.progress.get("after"), {}
         if self.task.best:
             names = (name for name in before if name.startswith("pass@"))
             best = {name: self.task.best(self.test, int(name.partition("@")[2])) for name in names}
         if self.args.steps and world()[0] == 0:
             write_atomically(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
-        if self.args.steps and not self.progress["steps_with_signal"]:
-            print(f"no step had a signal, and nothing was learnt: {NO_SIGNAL}")
         print(report.final_table(before, after, best, self.test, columns, self.split))
         if world()[0] == 0:
             report.save_figure(self.folder, best, families, k, self.split)
