@@ -191,10 +191,11 @@ class ValueNetwork(torch.nn.Module):
         def gradient() -> torch.Tensor:
             common.zero_gradients(parameters)
             values = torch.zeros_like(rewards)
-            for batch in common.micro_batches(rollouts, torch.arange(len(prompts)), policy.micro_batch_tokens):
-                part = self(batch.prompts)[batch.of_row]  # (U,) -> (B',)
-                ((part - rewards[batch.rows]).square().sum() / len(prompts)).backward()
-                values[batch.rows] = part.detach()
+            every = torch.arange(len(prompts))
+            for rows, of_row, different, *_ in common.micro_batches(rollouts, every, policy.micro_batch_tokens):
+                part = self(different)[of_row]  # (U,) -> (B',)
+                ((part - rewards[rows]).square().sum() / len(prompts)).backward()
+                values[rows] = part.detach()
             return values
 
         values = common.halving(policy, rollouts, gradient)  # (B,)

@@ -38,8 +38,7 @@ class Args(RunArgs):
     n: int | None = None  # samples per prompt, more than N (default: 2 N; none if N = 1)
     likelihood: Literal["variational", "exact"] = "variational"  # the paper's, or a 0/1 verifier's closed form
     experts: str | None = None
-    """JSONL or Parquet with columns problem, response and optionally answer; m rows of one problem have the weight 1/m
-    each (default: the task's solutions)"""
+    """JSONL or Parquet: problem, response, optionally answer; m rows of a problem weigh 1/m (default: the task's)"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
@@ -118,9 +117,8 @@ def mean_over_experts(coefficients: torch.Tensor, counts: torch.Tensor) -> torch
 
 
 def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, list[Problem]]:
-    """The file's responses by prompt: a problem for each row, with the response as its solution and the row's answer. A
-    row without one takes the answer of the prompt's first problem that the response solves, else of its first problem.
-    Raises BadInput."""
+    """The file's responses by prompt: a problem for each row, with the response as its solution. Its answer is the
+    row's, or else the one of the prompt's first problem that the response solves, or of the first. Raises BadInput."""
     rows, of_prompt, result = load_rows("", "train", path, flag="--experts"), {}, {}
     require_columns(rows, ["problem", "response"], path)
     for problem in problems:

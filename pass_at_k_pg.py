@@ -61,8 +61,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     rewards: (B, n), n >= k, any real numbers. Returns (B, n) of the same dtype (float32 for integers and bools).
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
     Example: rewards 0, 1, .5. For k = 3 only the best sample has an advantage: A = 0, 1 - .5, 0. For k = 2 it adds 1
-    and .5 to its two pairs: A = (2/3) (1 + .5)/2 = .5. The second best adds .5 to one pair: A = (2/3) .5/2 = 1/6.
-    """
+    and .5 to its two pairs: A = (2/3) (1 + .5)/2 = .5. The second best adds .5 to one: A = (2/3) .5/2 = 1/6."""
     rewards, n = checked_rewards(rewards, k), rewards.shape[-1]
     if estimator == "mean" or (estimator == "unbiased" and k == 1):
         return mean_advantages(rewards)

@@ -31,8 +31,7 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
     by hub id or folder. chat: use its chat template, if it has one.
 
     Weights are float32, under bfloat16 autocast on CUDA. Dropout is off for good: training must differentiate the
-    distribution that was sampled from. The model is refused unless its log-probs agree, see `disagreement`. Raises
-    BadInput."""
+    distribution that was sampled from. Raises BadInput, also for a model whose log-probs differ: see `disagreement`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = name if tiny_seed(name) is None else tiny_policy_folder(task, tiny_seed(name))
@@ -166,8 +165,7 @@ def open_ended(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, see `texts_read` and `open_ended`. Raises BadInput if a prompt and its response would
-    not fit the model's context."""
+    """Token ids of each prompt, see `texts_read`, `open_ended`. Raises BadInput if one and its response do not fit."""
     if not problems:
         return []
     prompts = open_ended(policy.tokenizer, texts_read(policy.tokenizer, task, problems)[0])
@@ -276,8 +274,7 @@ def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let write(folder) fill a folder that is not there yet. It is whole or absent whenever the process dies. Two
-    processes may race: both write, one wins."""
+    """Let write(folder) fill a folder that is not there yet: it is whole or absent. Of two processes, one wins."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -338,8 +335,7 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix (m, n) with its singular values moved near 1, times sqrt(m/n) if that is more than 1.
 
-    Five Newton-Schulz steps in float32. torch.optim.Muon takes them in bfloat16: ten times slower or more on a CPU
-    without it."""
+    Five Newton-Schulz steps in float32: the bfloat16 of torch.optim.Muon is ten times slower on a CPU without it."""
     m, n = matrix.shape
     X = (matrix.T if m > n else matrix) / matrix.norm().clamp(min=1e-7)  # (min, max)
     for _ in range(5):

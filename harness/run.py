@@ -128,8 +128,7 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
 
 
 def flags_of(Args: type) -> type:
-    """The dataclass Args as --help shows it: the script's own flags come first. A default of None is not shown, because
-    the flag's words say what happens."""
+    """The dataclass Args as --help shows it: the script's own flags first, without a default of None (words say it)."""
     import tyro
 
     def hint(default: str) -> str:
@@ -216,8 +215,7 @@ def check_folder(args) -> None:
 
 
 def seeded_generator(device: torch.device, *what) -> torch.Generator:
-    """A generator seeded by a hash of `what`, such as purpose, seed, step and rank. On the CPU torch reads only the low
-    32 bits of a seed: the hash spreads `what` over them."""
+    """A generator seeded by a hash of `what`: purpose, seed, step, rank. On the CPU torch reads 32 bits of a seed."""
     return torch.Generator(device).manual_seed(random.Random("/".join(map(str, what))).getrandbits(63))
 
 
@@ -262,7 +260,6 @@ class Run:
         self.test = evaluation_problems(test, args.eval_problems)
         self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
         self.progress = {"step": 0, "evaluated": None, "skipped_in_a_row": 0, "steps_with_signal": 0}
-        self.bar = tqdm(disable=True)
         if args.tensorboard or args.track:
             try:
                 self.SummaryWriter = importlib.import_module("torch.utils.tensorboard").SummaryWriter
@@ -309,8 +306,7 @@ class Run:
         return all_gather(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
 
     def reference(self, name: str) -> Policy:
-        """A copy of the policy before training, for a KL to it. Checkpoints hold it by this name: the weights that lie
-        where --model says may change."""
+        """A copy of the policy before training, for a KL to it; checkpoints hold it, for --model's files may change."""
         policy = copy.deepcopy(self.policy)
         self.state[name] = policy.model
         return policy
@@ -413,8 +409,7 @@ class Run:
 
     @contextlib.contextmanager
     def saved_if_this_fails(self) -> Iterator[None]:
-        """Around the user's code, a verifier or an estimator, in all processes. If it raises in one of them, the first
-        writes a checkpoint of the steps done, and all end."""
+        """Around the user's code, in all processes. If it raises in one, the first writes a checkpoint, and all end."""
         failure = None
         try:
             yield
@@ -504,8 +499,7 @@ class Run:
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint under a temporary name, sync and rename it: it is whole or not there. Raises BadInput if
-        it cannot be written; the checkpoint before it then stays."""
+        """Write a checkpoint under another name, sync, rename. If that fails, raise BadInput; the last one stays."""
         if world()[0] > 0:
             return
         path, unfinished = self.folder / "checkpoint.pt", self.folder / "checkpoint.unfinished"

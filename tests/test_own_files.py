@@ -118,7 +118,7 @@ def test_a_metric_is_checked_and_rewards_stay_as_they_are(mine):
     estimate, metric, _ = load_estimator(f"{mine(code)}:f")
     rewards = torch.zeros(2, 3)
     assert estimate(rewards, 1).tolist() == torch.ones(2, 3).tolist() and rewards.sum() == 0
-    assert "metric must return a float tensor (2,) for rewards (2, 3), not float32 (2, 3)" in refusal(metric, rewards, 1)
+    assert "metric must return a float tensor (2,) for rewards (2, 3), not" in refusal(metric, rewards, 1)
 
 
 ONE = torch.ones(2, 3)

@@ -68,8 +68,7 @@ class Task:
     verify(problems, responses): the `Verdict` on B `Problem`s with n strings each. One call per step: a slow verifier
     can work on all B * n responses in parallel.
     template: what a model without a chat template reads; "{prompt}" stands for the problem's prompt.
-    words(prompt): what a pretrained model without a chat template reads instead of a bare prompt that suits `tiny`.
-    None where all read the template.
+    words(prompt): what a pretrained model without a chat template reads, where the bare prompt suits `tiny` alone.
     instruction: what a model with a chat template reads after the prompt, in the same user turn.
     max_new_tokens: the longest response worth sampling, in tokens of the usual tokenizer for this task.
     warm_start: the recipe by which the `tiny` policy learns the task from `solution`s: optimiser `steps`, prompts per
@@ -140,8 +139,7 @@ def with_checked_verdicts(task: Task, only_01: str = "") -> Task:
 
 
 def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Tensor:
-    """Votes (B, n) int64 of B rows of n parsed answers: the place of the answer's first occurrence in its row. Equal
-    answers share it; None, no answer, is -1."""
+    """Votes (B, n) int64 of B rows of n parsed answers: the place of the row's first equal answer, -1 for None."""
     import torch
 
     votes = [[-1 if answer is None else row.index(answer) for answer in row] for row in answers]

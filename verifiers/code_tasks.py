@@ -327,8 +327,7 @@ def is_run(syntax: ast.Module | None) -> bool:
 
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
     """1 where all hidden tests pass; see `Task.verify`. Programs have no final answer to vote with: all votes are -1.
-    counts: programs that timed out, ran out of memory, were killed or refused, or printed too much. Raises BadInput
-    where the sandbox is to blame, not the programs."""
+    counts: see `troubles`. Raises BadInput where the sandbox is to blame, not the programs."""
     pairs = [[(problem, response) for response in row] for problem, row in zip(problems, responses)]
     unique = list(dict.fromkeys(pair for row in pairs for pair in row))
     results = dict(zip(unique, shared().run([program_of(*pair) for pair in unique])))
@@ -338,7 +337,7 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> V
 
 
 def troubles(statuses: Iterable[str]) -> dict[str, int]:
-    """How many programs met with which trouble."""
+    """How many programs timed out, ran out of memory, were killed or refused, or printed too much."""
     return {status: count for status, count in Counter(statuses).items() if status not in ("passed", "failed")}
 
 

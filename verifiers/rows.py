@@ -97,8 +97,7 @@ def hub_rows(hub_id: str, split: str, config: str | None = None) -> list[dict]:
 
 
 def unreachable(kind: str, hub_id: str) -> Exception | None:
-    """Why the hub does not answer a short question about this "dataset" or "model"; None if it does, whatever it says.
-    Its own libraries retry for minutes."""
+    """Why the hub does not answer about this "dataset" or "model", or None. Its own libraries retry for minutes."""
     import huggingface_hub
 
     try:

@@ -71,8 +71,7 @@ def best_policy(q: torch.Tensor, k: int) -> torch.Tensor:
         pi_y = max(0, 1 - t w_y),    w_y = q_y^(-1/(k-1)),    t = (m-1) / (sum of the m smallest w)
 
     with the largest m for which all m candidates have pi_y > 0. For q = (.8, .2) and k = 2, w = (1.25, 5), t = 1/6.25
-    and pi = (.8, .2). Raises ValueError for k < 1.
-    """
+    and pi = (.8, .2). Raises ValueError for k < 1."""
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     if k == 1:
