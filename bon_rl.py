@@ -266,7 +266,7 @@ def main(args: Args) -> None:
         run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
     columns += [f"pass@{args.N}"] if selected == "bon" else []
-    run.finish(columns, sorted({"pass", selected}, reverse=True), args.N)
+    run.finish(columns, args.N)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def main(args: Args) -> None:
         run.log(step, samples, verdict, record, ("expert_reward", "reward", "loss", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.eval_N, args.eval_n})]
     columns += [f"pass@{args.eval_N}"] if selected == "bon" else []
-    run.finish(columns, sorted({"pass", selected}, reverse=True), args.eval_N)
+    run.finish(columns, args.eval_N)
 
 
 if __name__ == "__main__":

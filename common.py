@@ -267,8 +267,7 @@ def sample(
 
 
 def read_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple:
-    """Each different prompt, read once and shared out to its rows among R: the last hidden states (R, 1, H), the cache,
-    the attention mask (R, P), and the last positions (R, 1)."""
+    """R prompts, equal ones read once: last hidden states (R, 1, H), cache, mask (R, P), last positions (R, 1)."""
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)  # (R,): among G prompts
     ids, seen = (x.to(model.device) for x in padded(list(place), left=True))  # (G, P)

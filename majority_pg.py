@@ -64,8 +64,7 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
 
     votes: (B, n) int64, equal = same answer, -1 = no answer (casts no vote; a subset without votes is worth 0).
     rewards: (B, n), a function of the answer; where it is not, the mean reward of the answer's samples counts. Tied
-    answers are worth their mean. Returns (B,) float64 on the device of rewards; computes on the CPU. Raises ValueError
-    unless 1 <= k <= n.
+    answers are worth their mean. Returns (B,) float64 on the rewards' device. Raises ValueError unless 1 <= k <= n.
     Example: of three samples two give a right answer and one a wrong one, k = 2. The pairs are worth 1 (both right),
     1/2 and 1/2 (ties): maj@2 = 2/3."""
     n = votes.shape[-1]
@@ -158,8 +157,7 @@ def main(args: Args) -> None:
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
         run.log(step, rollouts, verdict, record, ("reward", f"maj@{args.k}", "kl", "tokens_per_s"))
-    columns = [f"maj@{j}" for j in sorted({1, args.k, args.eval_n})]
-    run.finish([*columns, f"pass@{args.eval_n}"], ["pass", "maj"], args.k)
+    run.finish([*(f"maj@{j}" for j in sorted({1, args.k, args.eval_n})), f"pass@{args.eval_n}"], args.k)
 
 
 if __name__ == "__main__":

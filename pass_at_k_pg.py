@@ -125,7 +125,7 @@ def main(args: Args) -> None:
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
         run.log(step, rollouts, verdict, record, ("reward", f"pass@{args.k}", "kl", "tokens_per_s"))
-    run.finish([f"{x}@{j}" for x in measured for j in sorted({1, args.k, args.eval_n})], list(measured), args.k)
+    run.finish([f"{x}@{j}" for x in measured for j in sorted({1, args.k, args.eval_n})], args.k)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,7 @@ HEADS = {1: ["mean ± 95%"], 2: ["before -> after", "change ± 95%"]}  # of what
 
 
 def cells(before, after=None) -> list[str]:
-    """Means over problems or seeds, before and after, and the paired change with its interval; without `after` the mean
-    and its interval. before, after: (S,), arrays or tensors."""
+    """Values (S,) of problems or seeds: means before and after, paired change ± 95%; without `after` the mean ± 95%."""
     if after is None:
         return [number(*mean_and_interval(before))]
     return [f"{number(before.mean())} -> {number(after.mean())}", number(*mean_and_interval(after - before), "+")]

@@ -549,9 +549,9 @@ class Run:
         path.with_suffix(".unfinished").write_text(json.dumps(saved, indent=2))
         os.replace(path.with_suffix(".unfinished"), path)
 
-    def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
+    def finish(self, columns: Sequence[str], k: int) -> None:
         """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
-        `families` (such as "pass"). A finished run that is resumed comes here at once and writes what is missing."""
+        their families ("pass"). A finished run that is resumed comes here at once and writes what is missing."""
         before, after, best = self.progress["before"], self.progress.get("after"), {}
         if self.task.best:
             names = (name for name in before if name.startswith("pass@"))
@@ -560,7 +560,8 @@ class Run:
             write_atomically(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
         print(report.final_table(before, after, best, self.test, columns, self.split))
         if world()[0] == 0:
-            report.save_figure(self.folder, best, families, k, self.split)
+            families = dict.fromkeys(name.partition("@")[0] for name in columns)
+            report.save_figure(self.folder, best, [*families], k, self.split)
         print(f"{self.folder}: metrics.jsonl, samples.jsonl, curves.png{', policy/' if self.args.steps else ''}")
 
 

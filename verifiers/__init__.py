@@ -65,8 +65,7 @@ class Verdict:
 class Task:
     """Problems and their verifier.
 
-    verify(problems, responses): the `Verdict` on B `Problem`s with n strings each. One call per step: a slow verifier
-    can work on all B * n responses in parallel.
+    verify(problems, responses): the `Verdict` on n strings for each of B `Problem`s, those of a whole step at once.
     template: what a model without a chat template reads; "{prompt}" stands for the problem's prompt.
     words(prompt): what a pretrained model without a chat template reads, where the bare prompt suits `tiny` alone.
     instruction: what a model with a chat template reads after the prompt, in the same user turn.

@@ -221,8 +221,7 @@ CODE_START = re.compile(
 
 
 def source_in(response: str, names: Sequence[str], prefix: str) -> str:
-    """The program in a response that shall define one of the names, behind `prefix`, or without names read standard
-    input; the rule is at the top of this file."""
+    """The program in a response, by the rule at the top: it defines one of `names`, behind `prefix`, or reads input."""
     name = "|".join(map(re.escape, names)) or "(?!)"
     defined = re.compile(rf"(?m)^([ \t]*(def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
     response = re.split(r"(?m)^\[DONE\]", response.replace("\ufeff", ""), maxsplit=1)[0]  # it ends MBPP's own examples
