@@ -67,9 +67,7 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
     answers are worth their mean. Returns (B,) float64 on the rewards' device. Raises ValueError unless 1 <= k <= n.
     Example: of three samples two give a right answer and one a wrong one, k = 2. The pairs are worth 1 (both right),
     1/2 and 1/2 (ties): maj@2 = 2/3."""
-    n = votes.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
+    rewards, n = checked_rewards(rewards, k), votes.shape[-1]
     # Subsets are counted, not listed. Each sample is drawn with chance p. If k are drawn, all k-subsets are equally
     # likely. p near k/n makes k the likeliest number; nothing that matters underflows. Rows of one pattern are counted
     # once: in leave-one-out, all samples of an answer leave the same others.

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from verifiers import BadInput, Task, Verdict
+from verifiers import BadInput, Task, Verdict, one_line
 
 
 def load_file(where: str) -> tuple[Callable, ModuleType, str]:
@@ -44,8 +44,8 @@ def called(function: Callable, path: str, doing: str):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise BadInput(f"{doing} failed at {path}{'' if line is None else f', line {line}'}: {why}") from error
+        place = path if line is None else f"{path}, line {line}"
+        raise BadInput(f"{doing} failed at {place}: {one_line(error)}") from error
 
 
 def load_estimator(where: str) -> tuple[Callable, Callable | None, str]:

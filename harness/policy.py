@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import common
 from common import Policy, Rollouts, padded, sample
-from verifiers import BadInput, Problem, Task
+from verifiers import BadInput, Problem, Task, one_line
 from verifiers.hub import load_pretrained, undated_template
 
 from .parallel import rank0_only
@@ -51,7 +51,7 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
             model.activation_checkpointing_enable({"use_reentrant": False})
         trouble = disagreement(policy)
     except Exception as error:
-        trouble = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        trouble = one_line(error)
     if trouble:
         raise BadInput(f"--model {name!r}: {type(model).__name__} cannot be trained here: {trouble}")
     return policy
@@ -123,8 +123,8 @@ def chat(tokenizer) -> tuple[str, str, str]:
         read = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
         before, _, after = tokenizer.apply_chat_template(turns, **options).partition("{response}")
     except Exception as error:  # a template is a program of the model's, which may raise anything
-        why = str(error).partition("\n")[0]
-        raise BadInput(f"the chat template cannot be rendered ({why}): mend it, or ignore it by --no-chat") from error
+        why = f"the chat template cannot be rendered ({one_line(error)})"
+        raise BadInput(f"{why}: mend it, or ignore it by --no-chat") from error
     if "{prompt}" not in read:
         raise BadInput("the chat template does not write the user's text: mend it, or ignore it by --no-chat")
     gap = before.removeprefix(read)  # some templates write an empty thought here, which a response need not repeat

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common import Policy, Rollouts, decode, sample
-from verifiers import TASKS, BadInput, Problem, Verdict, learned, load_task, with_checked_verdicts
+from verifiers import TASKS, BadInput, Problem, Verdict, learned, load_task, one_line, with_checked_verdicts
 
 from . import report
 from .load_file import load_own_task
@@ -415,7 +415,7 @@ class Run:
             yield
         except Exception as error:
             failure = error
-        reasons = all_gather(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
+        reasons = all_gather(failure and one_line(failure))
         if any(reasons):
             rank0_only(self.save)  # the first process to die takes the others with it
             if failure and not isinstance(failure, BadInput):
@@ -587,8 +587,8 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # pickle, zip and torch raise many types
-        why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-        raise BadInput(f"{path} cannot be read ({why}): put a copy in its place, or delete it to begin anew") from error
+        why = f"{path} cannot be read ({one_line(error)})"
+        raise BadInput(f"{why}: put a copy in its place, or delete it to begin anew") from error
 
 
 def append_json(path: Path, record: dict) -> None:

@@ -31,6 +31,11 @@ class BadInput(ValueError):
     """The user's mistake, told in one line that says what to do; a script prints it and exits with code 2."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line, cut to 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem. `prompt` is what the policy reads, `answer` what the verifier compares with, `solution` a reference

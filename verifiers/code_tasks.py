@@ -33,8 +33,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from . import BadInput, Problem, Task, Verdict, arithmetic
-from .rows import first_line, load_rows
+from . import BadInput, Problem, Task, Verdict, arithmetic, one_line
+from .rows import load_rows
 from .sandbox.pool import Program, shared
 
 HUB = {
@@ -70,7 +70,7 @@ def problems_of(name: str, split: str, data: str | None) -> list[Problem]:
         try:
             problems.append(read(row))
         except Exception as error:  # rows of another shape raise many types
-            why = f"row {number}: {first_line(error)}; {hub_id} has the schema"
+            why = f"row {number}: {one_line(error)}; {hub_id} has the schema"
             raise BadInput(f"{name}, split {split!r}, {why}") from error
     if left_out := problems.count(None):
         why = "no tests, or named files for input and output"
