@@ -64,7 +64,7 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
 
     votes: (B, n) int64, equal = same answer, -1 = no answer (casts no vote; a subset without votes is worth 0).
     rewards: (B, n), a function of the answer; where it is not, the mean reward of the answer's samples counts. Tied
-    answers are worth their mean. Returns (B,) float64 on the rewards' device. Raises ValueError unless 1 <= k <= n.
+    answers are worth their mean. Returns (B,) float64 on the rewards' device. Raises ValueError as `advantages`.
     Example: of three samples two give a right answer and one a wrong one, k = 2. The pairs are worth 1 (both right),
     1/2 and 1/2 (ties): maj@2 = 2/3."""
     rewards, n = checked_rewards(rewards, k), votes.shape[-1]
