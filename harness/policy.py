@@ -182,15 +182,14 @@ def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
     depend on the length of the whole: samples and training would then differ."""
     config = policy.model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
-    limits, why = [next((x for name in names if (x := getattr(config, name, None))), math.inf)], ""
+    limit, why = next((x for name in names if (x := getattr(config, name, None))), math.inf), ""
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))):  # one, or one a kind of layer
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            limits.append(rope.get("original_max_position_embeddings") or math.inf)
-            why = f", beyond which {rope['rope_type']} embeddings make samples and training differ"
-    if length > min(limits):
-        why = why if min(limits) < limits[0] else ""
-        raise BadInput(f"{what} exceed the model's context of {min(limits)}{why}: {text[:40]!r} (shorten or remove it)")
+        original = rope.get("original_max_position_embeddings") or math.inf
+        if rope.get("rope_type") in ("longrope", "dynamic") and original < limit:
+            limit, why = original, f", beyond which {rope['rope_type']} embeddings make samples and training differ"
+    if length > limit:
+        raise BadInput(f"{what} exceed the model's context of {limit}{why}: {text[:40]!r} (shorten or remove it)")
 
 
 def expert_rollouts(

@@ -147,7 +147,7 @@ def arguments_of(folder: str, Args: type) -> dict:
         saved = json.loads((Path(folder) / "args.json").read_text())
         script, processes, _ = saved.pop("script"), saved.pop("processes"), saved.pop("extended_after", None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder} is not a run folder: {type(error).__name__}: {error}") from error
+        raise BadInput(f"{folder} is not a run folder: {one_line(error)}") from error
     if script != Path(sys.argv[0]).stem:
         raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
     if processes != int(os.environ.get("WORLD_SIZE", 1)):  # with another number the samples would be others
@@ -244,7 +244,7 @@ class Run:
         """args: RunArgs and the script's own. parts: what the folder's name begins with. Raises BadInput."""
         check_args(args)
         check_folder(args)
-        self.args, self.parts, self.stopping, self.writer = args, parts, 0, None
+        self.args, self.parts, self.stopping, self.writer, self.verify_s = args, parts, 0, None, 0.0
         if ":" in args.task:
             self.task, digest = load_own_task(args.task, args.data)
             keep_file(args, args.task, digest)
@@ -398,13 +398,13 @@ class Run:
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-        """The verdict on n responses to each of B problems, with the seconds it took. All processes must call it.
+        """The verdict on n responses to each of B problems. All processes must call it; verify_s becomes its seconds.
 
         If the verifier raises, the run saves a checkpoint and ends with that error."""
         began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
         with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
-        verdict.seconds = time.perf_counter() - began
+        self.verify_s = time.perf_counter() - began
         return verdict
 
     @contextlib.contextmanager
@@ -430,8 +430,9 @@ class Run:
 
         rollouts: the step's samples, for the speed. Raises BadInput when ten steps in a row were skipped."""
         seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
-        timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
-        timings["peak_memory_mib"] = peak_memory_mib()  # these are the first process's own
+        timings = {"step": step, "seconds": seconds, "verify_s": self.verify_s, "tokens_per_s": tokens / seconds}
+        if torch.cuda.is_available():  # timings are the first process's own
+            timings["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
         record = {"step": step, **reduce_metrics(record, verdict.counts)}
         self.write("metrics.jsonl", record)
         self.write("timings.jsonl", timings)
@@ -526,8 +527,8 @@ class Run:
             checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
             try:
-                for name, x in self.state.items():
-                    x.load_state_dict(checkpoint["state"][name])
+                for name, state in checkpoint["state"].items():
+                    self.state[name].load_state_dict(state)
             except (RuntimeError, ValueError) as error:  # of another size
                 what = f"--model {self.args.model!r} has changed since {self.folder} began"
                 raise BadInput(f"{what}: put it back, or start anew") from error
@@ -596,17 +597,6 @@ def append_json(path: Path, record: dict) -> None:
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with full_disk_told(path), open(path, "a") as file:
         file.write(json.dumps(finite) + "\n")
-
-
-def peak_memory_mib() -> float:
-    """The process's peak memory so far in MiB: the GPU's where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def rollout_metrics(policy: Policy, rollouts: Rollouts, verdict: Verdict, advantages: torch.Tensor) -> dict[str, float]:

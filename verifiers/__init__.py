@@ -53,13 +53,12 @@ class Verdict:
 
     rewards: (B, n) float32, finite. votes: (B, n) int64; within a row equal numbers mean equal answers, -1 no answer.
     counts: events worth showing to the user, by name (timeouts, dead workers); empty when all went well. scores: (B, n)
-    for Best-of-N to select by: a learned verifier's, else the rewards. seconds: how long it took."""
+    for Best-of-N to select by: a learned verifier's, else the rewards."""
 
     rewards: torch.Tensor
     votes: torch.Tensor
     counts: dict[str, int] = field(default_factory=dict)
     scores: torch.Tensor | None = None
-    seconds: float = 0.0
 
     def __post_init__(self):
         if self.scores is None:
