@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class Task:
     train: Sequence[Problem]
     test: Sequence[Problem]
     verify: Callable[[Sequence[Problem], Sequence[Sequence[str]]], Verdict]
+    _: KW_ONLY
     template: str = "{prompt}"
     words: Callable[[str], str] | None = None
     instruction: str = ""

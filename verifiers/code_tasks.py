@@ -58,7 +58,7 @@ def load(name: str, data: str | None = None) -> Task:
     test = problems_of(name, "test", data)
     long, prompt = name in ("code_contests", "taco"), "{prompt}" if name == "humaneval" else "{prompt}\n"
     ask, tokens = "Write the program in Python, in one code block.", 1024 if long else 512
-    return Task(name, train, test, verify, prompt, ask, tokens)
+    return Task(name, train, test, verify, template=prompt, instruction=ask, max_new_tokens=tokens)
 
 
 def problems_of(name: str, split: str, data: str | None) -> list[Problem]:
