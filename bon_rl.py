@@ -193,10 +193,11 @@ class ValueNetwork(torch.nn.Module):
         def gradient() -> torch.Tensor:
             common.zero_gradients(parameters)
             values = torch.zeros_like(rewards)
-            for batch in common.micro_batches(rollouts, torch.arange(len(prompts)), policy.micro_batch_tokens):
-                part = self(batch.prompts)[batch.of_row]  # (U,) -> (B',)
-                ((part - rewards[batch.rows]).square().sum() / len(prompts)).backward()
-                values[batch.rows] = part.detach()
+            every = torch.arange(len(prompts))
+            for rows, of_row, different, *_ in common.micro_batches(rollouts, every, policy.micro_batch_tokens):
+                part = self(different)[of_row]  # (U,) -> (B',)
+                ((part - rewards[rows]).square().sum() / len(prompts)).backward()
+                values[rows] = part.detach()
             return values
 
         values = common.halving(policy, rollouts, gradient)  # (B,)
@@ -233,10 +234,8 @@ def main(args: Args) -> None:
     selected = "bon" if args.verifier == "learned" or run.own_scores else "pass"
     if args.verifier == "learned":
         run.use_learned_verifier()
-    anchor = copy.deepcopy(policy) if args.kl_coef or args.kl_coef_end or args.log_kl else None
+    anchor = run.reference("anchor") if args.kl_coef or args.kl_coef_end or args.log_kl else None
     value = ValueNetwork(policy) if args.baseline == "value" else None
-    if anchor:
-        run.state["anchor"] = anchor.model
     if value:
         value_optimizer = torch.optim.AdamW(value.parameters(), lr=args.value_lr, weight_decay=0.0, fused=True)
         run.state |= {"value": value, "value_optimizer": value_optimizer}
@@ -269,7 +268,7 @@ def main(args: Args) -> None:
         run.log(step, rollouts, verdict, record, ("reward", f"{selected}@{args.N}", "kl", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.N, args.eval_n})]
     columns += [f"pass@{args.N}"] if selected == "bon" else []
-    run.finish(columns, sorted({"pass", selected}, reverse=True), args.N)
+    run.finish(columns, args.N)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import pad
 
 import common
-from common import best_of_n_tilt, ranks, subset_weights, win_shares
+from common import best_of_n_tilt, checked_rewards, ranks, subset_weights, win_shares
 from harness.parallel import average_gradients
 from harness.policy import expert_rollouts
 from harness.run import Run, RunArgs, run_cli, sizes_up_to
@@ -38,8 +38,7 @@ class Args(RunArgs):
     n: int | None = None  # samples per prompt, more than N (default: 2 N; none if N = 1)
     likelihood: Literal["variational", "exact"] = "variational"  # the paper's, or a 0/1 verifier's closed form
     experts: str | None = None
-    """JSONL or Parquet with columns problem, response and optionally answer; m rows of one problem have the weight 1/m
-    each (default: the task's solutions)"""
+    """JSONL or Parquet: problem, response, optionally answer; m rows of a problem weigh 1/m (default: the task's)"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
     verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
@@ -47,7 +46,7 @@ class Args(RunArgs):
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 
 
-# --- copy this, with win_shares, ranks, subset_weights and best_of_n_tilt of common.py -------------------------------
+# --- copy this, with checked_rewards, win_shares, ranks, subset_weights and best_of_n_tilt of common.py --------------
 
 
 def coefficients(
@@ -72,9 +71,7 @@ def coefficients(
     if N < 1 or (N > 1 and n <= N):
         raise ValueError(f"N must be at least 1 and less than n, not N={N} with n={n} samples")
     every = torch.cat([expert_scores.unsqueeze(-1), scores], -1)  # (B, 1 + n)
-    if not every.isfinite().all():
-        where = (~every.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"scores must be finite: see (prompt, sample, the expert being 0) {where}")
+    checked_rewards(every, 1, "scores, with the expert's as sample 0,")
     if N == 1:
         A = torch.zeros_like(scores)
     elif likelihood == "variational":
@@ -120,9 +117,8 @@ def mean_over_experts(coefficients: torch.Tensor, counts: torch.Tensor) -> torch
 
 
 def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, list[Problem]]:
-    """The file's responses by prompt: a problem for each row, with the response as its solution and the row's answer. A
-    row without one takes the answer of the prompt's first problem that the response solves, else of its first problem.
-    Raises BadInput."""
+    """The file's responses by prompt: a problem for each row, with the response as its solution. Its answer is the
+    row's, or else the one of the prompt's first problem that the response solves, or of the first. Raises BadInput."""
     rows, of_prompt, result = load_rows("", "train", path, flag="--experts"), {}, {}
     require_columns(rows, ["problem", "response"], path)
     for problem in problems:
@@ -134,15 +130,13 @@ def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, 
             if not (isinstance(row.get(name), str) and row[name] or name == "answer" and row.get(name) is None):
                 raise BadInput(f"{path}, row {number}: the {name} must be a text, not {str(row[name])[:40]!r}")
     pairs = [(row, problem) for row in rows for problem in of_prompt[row["problem"]].values()]
-    rewards = task.verify([problem for _, problem in pairs], [[row["response"]] for row, _ in pairs]).rewards  # (., 1)
-    solved: dict[int, str] = {}  # row -> the answer of the first problem that its response solves
-    for (row, problem), reward in zip(pairs, rewards):
-        if reward > 0:
-            solved.setdefault(id(row), problem.answer)
+    verdict = task.verify([problem for _, problem in pairs], [[row["response"]] for row, _ in pairs])
+    rewards = iter(verdict.rewards)  # of one row after the other
     for row in rows:
-        problem = next(iter(of_prompt[row["problem"]].values()))
-        answer = row.get("answer") or solved.get(id(row), problem.answer)
-        result.setdefault(problem.prompt, []).append(replace(problem, answer=answer, solution=row["response"]))
+        own = [*of_prompt[row["problem"]].values()]
+        solved = [problem for problem, reward in zip(own, rewards) if reward > 0]
+        problem = replace((solved or own)[0], solution=row["response"])
+        result.setdefault(problem.prompt, []).append(replace(problem, answer=row.get("answer") or problem.answer))
     return result
 
 
@@ -206,7 +200,7 @@ def main(args: Args) -> None:
         run.log(step, samples, verdict, record, ("expert_reward", "reward", "loss", "tokens_per_s"))
     columns = [f"{selected}@{j}" for j in sorted({1, args.eval_N, args.eval_n})]
     columns += [f"pass@{args.eval_N}"] if selected == "bon" else []
-    run.finish(columns, sorted({"pass", selected}, reverse=True), args.eval_N)
+    run.finish(columns, args.eval_N)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -117,8 +118,7 @@ def win_shares(scores: torch.Tensor, k: int) -> torch.Tensor:
 def best_of_k(scores: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
     """Best-of-k: the expected reward of the sample that scores highest among k, over all k-subsets of n, exactly.
 
-    scores, rewards: (B, n), n >= k. A tie is worth the mean reward of the tied samples. Returns (B,) float64. Raises
-    ValueError unless 1 <= k <= n."""
+    scores, rewards: (B, n). A tie has its mean reward. Returns (B,) float64. Raises ValueError unless 1 <= k <= n."""
     return (win_shares(scores, k) * rewards).sum(-1)
 
 
@@ -191,12 +191,9 @@ class Rollouts:
 
 def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids as one (R, L) int64 tensor, filled with 0, and its (R, L) bool mask of real tokens."""
-    length = torch.tensor([len(row) for row in rows]).unsqueeze(-1)  # (R, 1)
-    column = torch.arange(int(length.max()))  # (L,)
-    mask = column >= column.numel() - length if left else column < length  # (R, L)
-    ids = torch.zeros(mask.shape, dtype=torch.int64)
-    ids[mask] = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
-    return ids, mask
+    side = {"batch_first": True, "padding_side": "left" if left else "right"}
+    ids = pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], **side)  # (R, L)
+    return ids, pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], **side)
 
 
 def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -207,8 +204,7 @@ def logits(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def recompute_activations(model: torch.nn.Module, on: bool) -> None:
-    """Turn gradient checkpointing, if enabled, on for training or off for sampling. Transformers ties it to the
-    training mode of the checkpointed modules."""
+    """Turn gradient checkpointing, if enabled, on or off. Transformers ties it to the training mode of its modules."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = on
@@ -220,8 +216,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def halve_on_oom(amount: int, least: int, error: Exception, what: str) -> int:
-    """Half of an amount that did not fit in memory. Re-raises an error that is not about memory. Raises BadInput if the
-    amount is already `least`."""
+    """Half of an amount that did not fit in memory. Raises any other error again, and BadInput if amount <= least."""
     words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # torch's, Linux's, cuBLAS's
     if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in str(error) for x in words)):
         raise error
@@ -272,8 +267,7 @@ def sample(
 
 
 def read_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> tuple:
-    """Each different prompt, read once and shared out to its rows among R: the last hidden states (R, 1, H), the cache,
-    the attention mask (R, P), and the last positions (R, 1)."""
+    """R prompts, equal ones read once: last hidden states (R, 1, H), cache, mask (R, P), last positions (R, 1)."""
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)  # (R,): among G prompts
     ids, seen = (x.to(model.device) for x in padded(list(place), left=True))  # (G, P)
@@ -341,25 +335,13 @@ def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
 LOGITS_PER_CHUNK = 2**25  # float32 logits held at once: 128 MiB for any vocabulary
 
 
-@dataclasses.dataclass
-class MicroBatch:
-    """Rows of rollouts that go through the model in one pass: R' rows, U of them different.
-
-    rows: (R',) int64, their places among the rollouts' R. of_row: (R',) int64, each one's place among the U. prompts: U
-    lists of ids. ids, mask: (U, T), T the longest response among them."""
-
-    rows: torch.Tensor
-    of_row: torch.Tensor
-    prompts: list[list[int]]
-    ids: torch.Tensor
-    mask: torch.Tensor
-
-
-def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterator[MicroBatch]:
+def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterator[tuple]:
     """The given rows (any of the R = B n, int64) of the rollouts, longest first, in micro-batches of at most `budget`
     tokens, or of one row. A micro-batch has U * (longest prompt + longest response) tokens.
 
-    Equal rows are computed once: a policy that has learnt to answer often repeats a response."""
+    Equal rows are computed once: a policy that has learnt to answer often repeats a response. Yields for R' rows, U of
+    them different: rows, (R',) int64, their places among the R; of_row, (R',) int64, each one's place among the U;
+    prompts, U lists of ids; ids and mask, (U, T), T the longest response among them."""
     prompts, ids, mask, _ = rollouts.flat()
     same: dict[tuple, list[int]] = {}
     filled, responses = ids.masked_fill(~mask, -1).cpu(), mask.sum(-1).tolist()
@@ -382,7 +364,7 @@ def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterat
         of_row = torch.tensor([place for place, group in enumerate(part) for _ in group], device=ids.device)
         T = max(responses[row] for row in first)
         rows = torch.tensor([row for group in part for row in group])
-        yield MicroBatch(rows, of_row, [prompts[row] for row in first], ids[first, :T], mask[first, :T])
+        yield rows, of_row, [prompts[row] for row in first], ids[first, :T], mask[first, :T]
 
 
 def halving(policy: Policy, rollouts: Rollouts, compute: Callable):
@@ -452,15 +434,15 @@ def accumulate_gradient(policy: Policy, rollouts: Rollouts, advantages: torch.Te
     to the log-probs of sampling; the gradients are the same where the ratio is 1. Rows of advantage 0 are left out."""
     old, total = rollouts.log_probs.flatten(0, 1), 0.0  # (B, n, T) -> (R, T)
     advantages = advantages.flatten().to(policy.device, torch.float32)  # (B, n) -> (R,)
-    for batch in micro_batches(rollouts, advantages.nonzero()[:, 0], policy.micro_batch_tokens):
-        log_p = response_log_probs(policy, batch.prompts, batch.ids, batch.mask, rollouts.temperature)  # (U, T)
-        log_p, A = log_p.index_select(0, batch.of_row), advantages[batch.rows].unsqueeze(-1)  # (R', T), (R', 1)
+    chosen = advantages.nonzero()[:, 0]
+    for rows, of_row, prompts, ids, mask in micro_batches(rollouts, chosen, policy.micro_batch_tokens):
+        log_p = response_log_probs(policy, prompts, ids, mask, rollouts.temperature)  # (U, T)
+        log_p, A = log_p.index_select(0, of_row), advantages[rows].unsqueeze(-1)  # (R', T), (R', 1)
         if clip is None:
             objective = A * log_p
         else:
-            ratio = (log_p - old[batch.rows, : log_p.shape[1]]).exp()
-            clipped = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
-            objective = clipped * batch.mask[batch.of_row]
+            ratio = (log_p - old[rows, : log_p.shape[1]]).exp()
+            objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) * mask[of_row]
         loss = -objective.sum() / len(rollouts.prompts)
         loss.backward()
         total += loss.item()
@@ -509,10 +491,10 @@ def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.T
 
     def compute() -> torch.Tensor:
         ratios = torch.zeros(rollouts.mask.flatten(0, 1).shape)  # (R, T)
-        for batch in micro_batches(rollouts, torch.arange(len(ratios)), policy.micro_batch_tokens):
-            rows = batch.prompts, batch.ids, batch.mask, rollouts.temperature
-            difference = (response_log_probs(policy, *rows) - response_log_probs(reference, *rows)).cpu()  # (U, T')
-            ratios[batch.rows, : difference.shape[1]] = difference[batch.of_row.cpu()]  # (R', T')
+        for rows, of_row, *batch in micro_batches(rollouts, torch.arange(len(ratios)), policy.micro_batch_tokens):
+            ours, theirs = (response_log_probs(x, *batch, rollouts.temperature) for x in (policy, reference))
+            difference = (ours - theirs).cpu()  # (U, T')
+            ratios[rows, : difference.shape[1]] = difference[of_row.cpu()]  # (R', T')
         return ratios.view(rollouts.ids.shape)  # (R, T) -> (B, n, T)
 
     return halving(policy, rollouts, compute)

@@ -64,13 +64,10 @@ def majority_at_k(votes: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.T
 
     votes: (B, n) int64, equal = same answer, -1 = no answer (casts no vote; a subset without votes is worth 0).
     rewards: (B, n), a function of the answer; where it is not, the mean reward of the answer's samples counts. Tied
-    answers are worth their mean. Returns (B,) float64 on the device of rewards; computes on the CPU. Raises ValueError
-    unless 1 <= k <= n.
+    answers are worth their mean. Returns (B,) float64 on the rewards' device. Raises ValueError as `advantages`.
     Example: of three samples two give a right answer and one a wrong one, k = 2. The pairs are worth 1 (both right),
     1/2 and 1/2 (ties): maj@2 = 2/3."""
-    n = votes.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must lie in 1..n, not k={k} with n={n} samples")
+    rewards, n = checked_rewards(rewards, k), votes.shape[-1]
     # Subsets are counted, not listed. Each sample is drawn with chance p. If k are drawn, all k-subsets are equally
     # likely. p near k/n makes k the likeliest number; nothing that matters underflows. Rows of one pattern are counted
     # once: in leave-one-out, all samples of an answer leave the same others.
@@ -137,7 +134,7 @@ def main(args: Args) -> None:
     args.n = max(args.k, 16) if args.n is None else args.n
     run = Run(args, args.task, args.model, args.estimator, f"k{args.k}", f"n{args.n}", f"s{args.seed}")
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)
-    initial = run.initial_policy() if args.kl_coef or args.log_kl else None
+    initial = run.reference("initial") if args.kl_coef or args.log_kl else None
 
     def metrics(verdict):
         passes = {f"pass@{j}": common.pass_at_k(verdict.rewards, j) for j in ks}  # each (P,)
@@ -158,8 +155,7 @@ def main(args: Args) -> None:
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
         run.log(step, rollouts, verdict, record, ("reward", f"maj@{args.k}", "kl", "tokens_per_s"))
-    columns = [f"maj@{j}" for j in sorted({1, args.k, args.eval_n})]
-    run.finish([*columns, f"pass@{args.eval_n}"], ["pass", "maj"], args.k)
+    run.finish([*(f"maj@{j}" for j in sorted({1, args.k, args.eval_n})), f"pass@{args.eval_n}"], args.k)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     rewards: (B, n), n >= k, any real numbers. Returns (B, n) of the same dtype (float32 for integers and bools).
     Raises ValueError unless 1 <= k <= n, for rewards that are not finite, and for an unknown estimator.
     Example: rewards 0, 1, .5. For k = 3 only the best sample has an advantage: A = 0, 1 - .5, 0. For k = 2 it adds 1
-    and .5 to its two pairs: A = (2/3) (1 + .5)/2 = .5. The second best adds .5 to one pair: A = (2/3) .5/2 = 1/6.
-    """
+    and .5 to its two pairs: A = (2/3) (1 + .5)/2 = .5. The second best adds .5 to one: A = (2/3) .5/2 = 1/6."""
     rewards, n = checked_rewards(rewards, k), rewards.shape[-1]
     if estimator == "mean" or (estimator == "unbiased" and k == 1):
         return mean_advantages(rewards)
@@ -106,7 +105,7 @@ def main(args: Args) -> None:
     estimate(torch.ones(args.n + 1, args.n).tril(-1), args.k)  # a file that fails on 0/1 rewards does so at once
     policy, ks = run.policy, sizes_up_to(args.eval_n, args.k)
     measured = {"pass": common.pass_at_k} | ({"metric": metric} if metric else {})
-    initial = run.initial_policy() if args.kl_coef or args.log_kl else None
+    initial = run.reference("initial") if args.kl_coef or args.log_kl else None
 
     def metrics(verdict):
         return {f"{x}@{j}": m(verdict.rewards, j) for x, m in measured.items() for j in ks}  # each (P,)
@@ -127,7 +126,7 @@ def main(args: Args) -> None:
             policy, run.optimizer, rollouts, A, args.max_grad_norm, args.epochs, args.clip, average_gradients
         )
         run.log(step, rollouts, verdict, record, ("reward", f"pass@{args.k}", "kl", "tokens_per_s"))
-    run.finish([f"{x}@{j}" for x in measured for j in sorted({1, args.k, args.eval_n})], list(measured), args.k)
+    run.finish([f"{x}@{j}" for x in measured for j in sorted({1, args.k, args.eval_n})], args.k)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ from types import ModuleType
 
 import torch
 
-from verifiers import BadInput, Task, Verdict
+from verifiers import BadInput, Task, Verdict, one_line
 
 
 def load_file(where: str) -> tuple[Callable, ModuleType, str]:
     """The function that "FILE:NAME" names, the module made of the file, and the SHA-256 of the file's bytes, in hex.
 
-    The bytes that run are the bytes that are hashed. Raises BadInput for a file or a name that is not there, for a file
-    that cannot be run, and for a name that is no function."""
+    The bytes that run are hashed. Raises BadInput for a file that cannot be read or run, and a name of no function."""
     path, _, name = where.rpartition(":")
     if not path or not name:
         raise BadInput(f"{where!r} is not FILE:NAME, as in my_file.py:my_function")
@@ -45,8 +44,8 @@ def called(function: Callable, path: str, doing: str):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise BadInput(f"{doing} failed at {path}{'' if line is None else f', line {line}'}: {why}") from error
+        place = path if line is None else f"{path}, line {line}"
+        raise BadInput(f"{doing} failed at {place}: {one_line(error)}") from error
 
 
 def load_estimator(where: str) -> tuple[Callable, Callable | None, str]:
@@ -62,13 +61,11 @@ def load_estimator(where: str) -> tuple[Callable, Callable | None, str]:
         def values(rewards: torch.Tensor, k: int) -> torch.Tensor:
             own = rewards.clone()  # which the file may change
             result, shape = called(lambda: function(own, k), path, f"{name}(rewards, {k})"), rewards.shape[:columns]
-            if not isinstance(result, torch.Tensor):
-                raise BadInput(f"{where}: {name} must return a tensor {tuple(shape)}, not {type(result).__name__}")
-            if result.shape != shape:
-                wrong = f"not {tuple(result.shape)}, for rewards {tuple(rewards.shape)}"
-                raise BadInput(f"{where}: {name} must return shape {tuple(shape)}, {wrong}")
-            if not result.is_floating_point():
-                raise BadInput(f"{where}: {name} must return floating point, not {result.dtype}")
+            tensor = isinstance(result, torch.Tensor)
+            if not (tensor and result.is_floating_point() and result.shape == shape):
+                found = f"{str(result.dtype)[6:]} {tuple(result.shape)}" if tensor else type(result).__name__
+                of = f"for rewards {tuple(rewards.shape)}"
+                raise BadInput(f"{where}: {name} must return a float tensor {tuple(shape)} {of}, not {found}")
             if not result.isfinite().all():
                 row = rewards[(~result.isfinite()).nonzero()[0, 0]].tolist()
                 raise BadInput(f"{where}: {name} is not finite with k = {k} for rewards {row}")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import common
 from common import Policy, Rollouts, padded, sample
-from verifiers import BadInput, Problem, Task
+from verifiers import BadInput, Problem, Task, one_line
 from verifiers.hub import load_pretrained, undated_template
 
 from .parallel import rank0_only
@@ -31,8 +31,7 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
     by hub id or folder. chat: use its chat template, if it has one.
 
     Weights are float32, under bfloat16 autocast on CUDA. Dropout is off for good: training must differentiate the
-    distribution that was sampled from. The model is refused unless its log-probs agree, see `disagreement`. Raises
-    BadInput."""
+    distribution that was sampled from. Raises BadInput, also for a model whose log-probs differ: see `disagreement`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = name if tiny_seed(name) is None else tiny_policy_folder(task, tiny_seed(name))
@@ -52,7 +51,7 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
             model.activation_checkpointing_enable({"use_reentrant": False})
         trouble = disagreement(policy)
     except Exception as error:
-        trouble = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        trouble = one_line(error)
     if trouble:
         raise BadInput(f"--model {name!r}: {type(model).__name__} cannot be trained here: {trouble}")
     return policy
@@ -124,8 +123,8 @@ def chat(tokenizer) -> tuple[str, str, str]:
         read = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
         before, _, after = tokenizer.apply_chat_template(turns, **options).partition("{response}")
     except Exception as error:  # a template is a program of the model's, which may raise anything
-        why = str(error).partition("\n")[0]
-        raise BadInput(f"the chat template cannot be rendered ({why}): mend it, or ignore it by --no-chat") from error
+        why = f"the chat template cannot be rendered ({one_line(error)})"
+        raise BadInput(f"{why}: mend it, or ignore it by --no-chat") from error
     if "{prompt}" not in read:
         raise BadInput("the chat template does not write the user's text: mend it, or ignore it by --no-chat")
     gap = before.removeprefix(read)  # some templates write an empty thought here, which a response need not repeat
@@ -166,8 +165,7 @@ def open_ended(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encode_prompts(policy: Policy, task: Task, problems: Sequence[Problem], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, see `texts_read` and `open_ended`. Raises BadInput if a prompt and its response would
-    not fit the model's context."""
+    """Token ids of each prompt, see `texts_read`, `open_ended`. Raises BadInput if one and its response do not fit."""
     if not problems:
         return []
     prompts = open_ended(policy.tokenizer, texts_read(policy.tokenizer, task, problems)[0])
@@ -184,15 +182,14 @@ def refuse_too_long(policy: Policy, length: int, what: str, text: str) -> None:
     depend on the length of the whole: samples and training would then differ."""
     config = policy.model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
-    limits, why = [next((x for name in names if (x := getattr(config, name, None))), math.inf)], ""
+    limit, why = next((x for name in names if (x := getattr(config, name, None))), math.inf), ""
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))):  # one, or one a kind of layer
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            limits.append(rope.get("original_max_position_embeddings") or math.inf)
-            why = f", beyond which {rope['rope_type']} embeddings make samples and training differ"
-    if length > min(limits):
-        why = why if min(limits) < limits[0] else ""
-        raise BadInput(f"{what} exceed the model's context of {min(limits)}{why}: {text[:40]!r} (shorten or remove it)")
+        original = rope.get("original_max_position_embeddings") or math.inf
+        if rope.get("rope_type") in ("longrope", "dynamic") and original < limit:
+            limit, why = original, f", beyond which {rope['rope_type']} embeddings make samples and training differ"
+    if length > limit:
+        raise BadInput(f"{what} exceed the model's context of {limit}{why}: {text[:40]!r} (shorten or remove it)")
 
 
 def expert_rollouts(
@@ -276,8 +273,7 @@ def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
 
 
 def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let write(folder) fill a folder that is not there yet. It is whole or absent whenever the process dies. Two
-    processes may race: both write, one wins."""
+    """Let write(folder) fill a folder that is not there yet: it is whole or absent. Of two processes, one wins."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -338,8 +334,7 @@ def warm_start(task: Task, seed: int = 0) -> Policy:
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix (m, n) with its singular values moved near 1, times sqrt(m/n) if that is more than 1.
 
-    Five Newton-Schulz steps in float32. torch.optim.Muon takes them in bfloat16: ten times slower or more on a CPU
-    without it."""
+    Five Newton-Schulz steps in float32: the bfloat16 of torch.optim.Muon is ten times slower on a CPU without it."""
     m, n = matrix.shape
     X = (matrix.T if m > n else matrix) / matrix.norm().clamp(min=1e-7)  # (min, max)
     for _ in range(5):

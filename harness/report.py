@@ -62,16 +62,15 @@ HEADS = {1: ["mean ± 95%"], 2: ["before -> after", "change ± 95%"]}  # of what
 
 
 def cells(before, after=None) -> list[str]:
-    """Means over problems or seeds, before and after, and the paired change with its interval; without `after` the mean
-    and its interval. before, after: (S,), arrays or tensors."""
+    """Values (S,) of problems or seeds: means before and after, paired change ± 95%; without `after` the mean ± 95%."""
     if after is None:
         return [number(*mean_and_interval(before))]
     return [f"{number(before.mean())} -> {number(after.mean())}", number(*mean_and_interval(after - before), "+")]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The rows' cells, with each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    """The rows' cells, with each column as wide as its widest cell. Rows may end early."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
@@ -84,7 +83,6 @@ def final_table(
     for (level, at), name in itertools.product(by_level(problems).items(), columns):
         possible = [number(best[name][at].mean())] if name in best else []
         rows.append([level, name, *cells(before[name][at], after and after[name][at]), *possible])
-        rows[-1] += [""] * (len(rows[0]) - len(rows[-1]))
     return f"{len(problems)} {split} problems; ± is a 95% interval over problems (Student's t)\n{table(rows)}"
 
 
@@ -156,9 +154,8 @@ def save_figure(folder: Path, best: dict, names: Sequence[str], k: int, split: s
 
 
 def finished_runs(patterns: Sequence[str]) -> dict[str, list[tuple[dict, list[dict], list[dict]]]]:
-    """Arguments, evaluations and steps of the runs of each setting (all flags but the seed). A key has the flags that
-    differ, such as "estimator=mean k=4". A printed line names each folder that is left out: it has no finished
-    run, or repeats one. Raises BadInput if nothing is left."""
+    """Arguments, evaluations and steps of the runs of each setting (all flags but the seed), by the flags that differ,
+    such as "estimator=mean k=4". Prints which folders are left out, and why. Raises BadInput if nothing is left."""
     groups: dict[str, list] = {}
     for folder in (Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) or [pattern]):
         try:

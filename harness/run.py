@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common import Policy, Rollouts, decode, sample
-from verifiers import TASKS, BadInput, Problem, Verdict, learned, load_task, with_checked_verdicts
+from verifiers import TASKS, BadInput, Problem, Verdict, learned, load_task, one_line, with_checked_verdicts
 
 from . import report
 from .load_file import load_own_task
@@ -35,7 +35,6 @@ from .problems import evaluation_problems, problems_at, training_batch
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 MAY_CHANGE = ("resume", "changed_files", "steps", "eval_every", "save_every", "show_samples")  # when a run is resumed
-NO_SIGNAL = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
 
 
 @dataclasses.dataclass
@@ -58,7 +57,7 @@ class RunArgs:
     sample_rows: int = 1024  # responses sampled at once; halved when memory runs out; changes rounding only
     micro_batch_tokens: int = 16384  # tokens in a training pass; halved when memory runs out; changes rounding only
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    device: str = "auto"  # auto, cpu or cuda
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
     show_samples: int = 0  # so many responses to held-out problems are printed, with rewards, at each evaluation
     save_every: int = 50  # steps between checkpoints; only the last is kept
@@ -129,21 +128,17 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
 
 
 def flags_of(Args: type) -> type:
-    """The dataclass Args as --help shows it: the script's own flags come first. A default of None is not shown, because
-    the flag's words say what happens."""
+    """The dataclass Args as --help shows it: the script's own flags first, without a default of None (words say it)."""
     import tyro
 
     def hint(default: str) -> str:
         return "" if default in ("None", "") else f"(default: {default})"
 
     types, shown = typing.get_type_hints(Args), tyro.conf.arg(help_behavior_hint=hint)
-    fields = [(x.name, typing.Annotated[types[x.name], shown], x.default) for x in dataclasses.fields(Args)]
-    flags = dataclasses.make_dataclass(Args.__name__, fields, bases=(Args,))
-    for place in {"__module__", "__firstlineno__"} & {*vars(Args)}:  # of the source, which has the flags' words
-        setattr(flags, place, vars(Args)[place])
-    own = Args.__annotations__
-    flags.__dataclass_fields__ = dict(sorted(flags.__dataclass_fields__.items(), key=lambda x: x[0] not in own))
-    return flags
+    content = {x: vars(Args)[x] for x in ("__module__", "__firstlineno__") if x in vars(Args)}  # where the words are
+    content["__annotations__"] = {x.name: typing.Annotated[types[x.name], shown] for x in dataclasses.fields(Args)}
+    fields = sorted(Args.__dataclass_fields__.items(), key=lambda field: field[0] not in Args.__annotations__)
+    return type(Args.__name__, (Args,), content | {"__dataclass_fields__": dict(fields)})
 
 
 def arguments_of(folder: str, Args: type) -> dict:
@@ -152,7 +147,7 @@ def arguments_of(folder: str, Args: type) -> dict:
         saved = json.loads((Path(folder) / "args.json").read_text())
         script, processes, _ = saved.pop("script"), saved.pop("processes"), saved.pop("extended_after", None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder} is not a run folder: {type(error).__name__}: {error}") from error
+        raise BadInput(f"{folder} is not a run folder: {one_line(error)}") from error
     if script != Path(sys.argv[0]).stem:
         raise BadInput(f"{folder} is a run of {script}.py: resume it by that")
     if processes != int(os.environ.get("WORLD_SIZE", 1)):  # with another number the samples would be others
@@ -203,8 +198,6 @@ def check_args(args) -> None:
     for name, size in (("biased", "k"), ("maxrl", "n")):
         if getattr(args, "estimator", "") == name and getattr(args, size) == 1:
             raise BadInput(f"--estimator {name} with --{size} 1 is zero by definition: it is the gradient of 0 samples")
-    if args.device not in ("auto", "cpu", "cuda"):
-        raise BadInput(f"--device must be auto, cpu or cuda, not {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no CUDA device here; leave it out")
 
@@ -222,8 +215,7 @@ def check_folder(args) -> None:
 
 
 def seeded_generator(device: torch.device, *what) -> torch.Generator:
-    """A generator seeded by a hash of `what`, such as purpose, seed, step and rank. On the CPU torch reads only the low
-    32 bits of a seed: the hash spreads `what` over them."""
+    """A generator seeded by a hash of `what`: purpose, seed, step, rank. On the CPU torch reads 32 bits of a seed."""
     return torch.Generator(device).manual_seed(random.Random("/".join(map(str, what))).getrandbits(63))
 
 
@@ -252,7 +244,7 @@ class Run:
         """args: RunArgs and the script's own. parts: what the folder's name begins with. Raises BadInput."""
         check_args(args)
         check_folder(args)
-        self.args, self.parts, self.stopping, self.writer = args, parts, 0, None
+        self.args, self.parts, self.stopping, self.writer, self.verify_s = args, parts, 0, None, 0.0
         if ":" in args.task:
             self.task, digest = load_own_task(args.task, args.data)
             keep_file(args, args.task, digest)
@@ -268,7 +260,6 @@ class Run:
         self.test = evaluation_problems(test, args.eval_problems)
         self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
         self.progress = {"step": 0, "evaluated": None, "skipped_in_a_row": 0, "steps_with_signal": 0}
-        self.bar = tqdm(disable=True)
         if args.tensorboard or args.track:
             try:
                 self.SummaryWriter = importlib.import_module("torch.utils.tensorboard").SummaryWriter
@@ -314,12 +305,11 @@ class Run:
             return Path(self.args.resume)
         return all_gather(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
 
-    def initial_policy(self) -> Policy:
-        """A copy of the policy before training, the reference of a KL. A checkpoint keeps the sum of its weights' bits,
-        and `restore` refuses other weights."""
-        bits = (p.detach().view(torch.int32).sum(dtype=torch.int64) for p in self.policy.model.parameters())
-        self.progress["initial"] = sum(map(int, bits))
-        return copy.deepcopy(self.policy)
+    def reference(self, name: str) -> Policy:
+        """A copy of the policy before training, for a KL to it; checkpoints hold it, for --model's files may change."""
+        policy = copy.deepcopy(self.policy)
+        self.state[name] = policy.model
+        return policy
 
     def use_learned_verifier(self) -> None:
         """Select by a reward model: --verifier-model, or one trained here on labelled samples of the initial policy
@@ -408,25 +398,24 @@ class Run:
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-        """The verdict on n responses to each of B problems, with the seconds it took. All processes must call it.
+        """The verdict on n responses to each of B problems. All processes must call it; verify_s becomes its seconds.
 
         If the verifier raises, the run saves a checkpoint and ends with that error."""
         began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
         with self.saved_if_this_fails():
             verdict = self.task.verify(problems, responses) if problems else Verdict(none, none.long())
-        verdict.seconds = time.perf_counter() - began
+        self.verify_s = time.perf_counter() - began
         return verdict
 
     @contextlib.contextmanager
     def saved_if_this_fails(self) -> Iterator[None]:
-        """Around the user's code, a verifier or an estimator, in all processes. If it raises in one of them, the first
-        writes a checkpoint of the steps done, and all end."""
+        """Around the user's code, in all processes. If it raises in one, the first writes a checkpoint, and all end."""
         failure = None
         try:
             yield
         except Exception as error:
             failure = error
-        reasons = all_gather(failure and f"{type(failure).__name__}: {failure}".partition("\n")[0])
+        reasons = all_gather(failure and one_line(failure))
         if any(reasons):
             rank0_only(self.save)  # the first process to die takes the others with it
             if failure and not isinstance(failure, BadInput):
@@ -441,8 +430,9 @@ class Run:
 
         rollouts: the step's samples, for the speed. Raises BadInput when ten steps in a row were skipped."""
         seconds, tokens = time.perf_counter() - self.began, int(rollouts.mask.sum()) if rollouts else 0
-        timings = {"step": step, "seconds": seconds, "verify_s": verdict.seconds, "tokens_per_s": tokens / seconds}
-        timings["peak_memory_mib"] = peak_memory_mib()  # these are the first process's own
+        timings = {"step": step, "seconds": seconds, "verify_s": self.verify_s, "tokens_per_s": tokens / seconds}
+        if torch.cuda.is_available():  # timings are the first process's own
+            timings["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
         record = {"step": step, **reduce_metrics(record, verdict.counts)}
         self.write("metrics.jsonl", record)
         self.write("timings.jsonl", timings)
@@ -450,8 +440,9 @@ class Run:
         figures = [(x, f"{values[x]:{'.3g' if abs(values[x]) < 1000 else '.0f'}}") for x in shown if x in values]
         self.bar.set_postfix(dict(figures[:3]), refresh=False)
         self.progress["steps_with_signal"] += record["nonzero_advantage"] > 0
-        if step == 20 and not self.progress["steps_with_signal"]:
-            tqdm.write(f"warning: none of the first 20 steps had a signal, and nothing was learnt: {NO_SIGNAL}")
+        if step == min(20, self.args.steps) and not self.progress["steps_with_signal"]:
+            look = "look at the responses by --show-samples 5, at --max-new-tokens and at the verifier"
+            tqdm.write(f"warning: none of the first {step} steps had a signal, and nothing was learnt: {look}")
         self.progress["skipped_in_a_row"] = (self.progress["skipped_in_a_row"] + 1) * record["skipped"]
         if self.progress["skipped_in_a_row"] == 10:
             mend = f"raise --temperature if it is below 1, or look at the weights of --model {self.args.model!r}"
@@ -509,8 +500,7 @@ class Run:
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint under a temporary name, sync and rename it: it is whole or not there. Raises BadInput if
-        it cannot be written; the checkpoint before it then stays."""
+        """Write a checkpoint under another name, sync, rename. If that fails, raise BadInput; the last one stays."""
         if world()[0] > 0:
             return
         path, unfinished = self.folder / "checkpoint.pt", self.folder / "checkpoint.unfinished"
@@ -532,18 +522,16 @@ class Run:
 
     def restore(self) -> None:
         """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, print what that
-        means and note it in args.json. Raises BadInput if another model lies where --model was."""
+        means and note it in args.json. Raises BadInput if a model of another size lies where --model was."""
         if (self.folder / "checkpoint.pt").exists():
-            checkpoint, initial = read_checkpoint(self.folder / "checkpoint.pt"), self.progress.get("initial")
+            checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
-            changed = f"--model {self.args.model!r} has changed since {self.folder} began: put it back, or start anew"
-            if self.progress.get("initial") != initial:
-                raise BadInput(changed)
             try:
-                for name, x in self.state.items():
-                    x.load_state_dict(checkpoint["state"][name])
+                for name, state in checkpoint["state"].items():
+                    self.state[name].load_state_dict(state)
             except (RuntimeError, ValueError) as error:  # of another size
-                raise BadInput(changed) from error
+                what = f"--model {self.args.model!r} has changed since {self.folder} began"
+                raise BadInput(f"{what}: put it back, or start anew") from error
         done, steps, path = self.progress["step"], self.args.steps, self.folder / "args.json"
         if world()[0] > 0:
             return
@@ -562,21 +550,19 @@ class Run:
         path.with_suffix(".unfinished").write_text(json.dumps(saved, indent=2))
         os.replace(path.with_suffix(".unfinished"), path)
 
-    def finish(self, columns: Sequence[str], families: Sequence[str], k: int) -> None:
+    def finish(self, columns: Sequence[str], k: int) -> None:
         """Save the policy, print the table of `columns` (such as "pass@4") before and after, and draw the curves of
-        `families` (such as "pass"). If no step had a signal, a line says so. A finished run that is resumed comes here
-        at once and writes what is missing."""
+        their families ("pass"). A finished run that is resumed comes here at once and writes what is missing."""
         before, after, best = self.progress["before"], self.progress.get("after"), {}
         if self.task.best:
             names = (name for name in before if name.startswith("pass@"))
             best = {name: self.task.best(self.test, int(name.partition("@")[2])) for name in names}
         if self.args.steps and world()[0] == 0:
             write_atomically(self.folder / "policy", lambda folder: save_policy(self.policy, folder))
-        if self.args.steps and not self.progress["steps_with_signal"]:
-            print(f"no step had a signal, and nothing was learnt: {NO_SIGNAL}")
         print(report.final_table(before, after, best, self.test, columns, self.split))
         if world()[0] == 0:
-            report.save_figure(self.folder, best, families, k, self.split)
+            families = dict.fromkeys(name.partition("@")[0] for name in columns)
+            report.save_figure(self.folder, best, [*families], k, self.split)
         print(f"{self.folder}: metrics.jsonl, samples.jsonl, curves.png{', policy/' if self.args.steps else ''}")
 
 
@@ -602,8 +588,8 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # pickle, zip and torch raise many types
-        why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-        raise BadInput(f"{path} cannot be read ({why}): put a copy in its place, or delete it to begin anew") from error
+        why = f"{path} cannot be read ({one_line(error)})"
+        raise BadInput(f"{why}: put a copy in its place, or delete it to begin anew") from error
 
 
 def append_json(path: Path, record: dict) -> None:
@@ -611,17 +597,6 @@ def append_json(path: Path, record: dict) -> None:
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with full_disk_told(path), open(path, "a") as file:
         file.write(json.dumps(finite) + "\n")
-
-
-def peak_memory_mib() -> float:
-    """The process's peak memory so far in MiB: the GPU's where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def rollout_metrics(policy: Policy, rollouts: Rollouts, verdict: Verdict, advantages: torch.Tensor) -> dict[str, float]:

@@ -35,7 +35,7 @@ def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
     assert {f"{metric}@{size}", "pass@24"} <= {row[1] for row in rows}
     (folder,) = Path("runs").iterdir()  # an evaluation trains nothing and leaves no policy
-    assert steps_of(folder) == [] and not (folder / "policy").exists() and "no step had a signal" not in result.stdout
+    assert steps_of(folder) == [] and not (folder / "policy").exists() and "had a signal" not in result.stdout
 
 
 def test_a_model_without_a_pad_token_runs(run, tmp_path):
@@ -64,7 +64,7 @@ OF_ALL = [
     (["--kl-coef", "inf"], "--kl-coef must be at least 0 and finite, not inf"),
     (["--model", f"tiny-{10**20}"], f"cannot load --model 'tiny-{10**20}'"),
     (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
-    (["--device", "tpu"], "--device must be auto, cpu or cuda, not 'tpu'"),
+    (["--device", "tpu"], "invalid choice 'tpu'"),
     (["--run-name", "a/../../b"], "--run-name"),
     (["--no-chat"], "no chat template: leave --no-chat out"),
     *((["--model", name], f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c")),

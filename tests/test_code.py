@@ -8,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import common
+from harness.policy import texts_read
 from verifiers import BadInput, Problem, load_task
 from verifiers import code_tasks as code
 from verifiers.sandbox.judge import difference
@@ -98,6 +101,20 @@ def test_the_solution_of_each_schema_passes_and_a_wrong_one_fails(tmp_path, name
     verdict = task.verify([problem, problem], [[problem.solution, wrong], [wrong, wrong]])
     assert verdict.rewards.tolist() == [[1.0, 0.0], [0.0, 0.0]] and verdict.rewards.dtype == torch.float32
     assert verdict.votes.tolist() == [[-1, -1], [-1, -1]] and verdict.votes.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name, row", [("humaneval", HUMANEVAL), ("mbpp", MBPP), ("code_contests", CONTEST)])
+def test_what_a_pretrained_policy_reads_and_how_long_it_may_write(tmp_path, name, row):
+    """It goes on with HumanEval's prompts, and begins a line behind the others. A chat model is told what to do."""
+    task = task_of(tmp_path, name, row)
+    (problem,) = task.test
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"x": 0}, unk_token="x")))
+    read = texts_read(tokenizer, task, [problem])[0]
+    assert read == [problem.prompt if name == "humaneval" else problem.prompt + "\n"]
+    tokenizer.chat_template = "user {{ messages[0].content }} assistant "
+    ask = "Write the program in Python, in one code block."
+    assert texts_read(tokenizer, task, [problem])[0] == [f"user {problem.prompt}\n\n{ask} assistant "]
+    assert task.max_new_tokens == (1024 if name == "code_contests" else 512)
 
 
 def test_the_hidden_tests_stay_hidden(tmp_path):

@@ -96,10 +96,10 @@ def test_a_file_that_cannot_be_used(name, mine):
 
 
 RETURNS = {
-    "rewards.sum(-1)": "must return shape (2, 3), not (2,), for rewards (2, 3)",
-    "rewards.int()": "must return floating point, not torch.int32",
+    "rewards.sum(-1)": "must return a float tensor (2, 3) for rewards (2, 3), not float32 (2,)",
+    "rewards.int()": "must return a float tensor (2, 3) for rewards (2, 3), not int32 (2, 3)",
     "rewards / 0": "is not finite with k = 2 for rewards [1.0, 0.0, 0.0]",
-    "rewards.tolist()": "must return a tensor (2, 3), not list",
+    "rewards.tolist()": "must return a float tensor (2, 3) for rewards (2, 3), not list",
     "rewards + torch.ones(5)": "f(rewards, 2) failed at",
     "missing": "line 3: NameError: name 'missing' is not defined",
 }
@@ -118,7 +118,7 @@ def test_a_metric_is_checked_and_rewards_stay_as_they_are(mine):
     estimate, metric, _ = load_estimator(f"{mine(code)}:f")
     rewards = torch.zeros(2, 3)
     assert estimate(rewards, 1).tolist() == torch.ones(2, 3).tolist() and rewards.sum() == 0
-    assert "metric must return shape (2,), not (2, 3)" in refusal(metric, rewards, 1)
+    assert "metric must return a float tensor (2,) for rewards (2, 3), not" in refusal(metric, rewards, 1)
 
 
 ONE = torch.ones(2, 3)

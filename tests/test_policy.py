@@ -208,8 +208,8 @@ def test_a_template_is_not_rendered_once_a_problem(monkeypatch):
 
 
 BROKEN = {
-    "{{ raise_exception('no\nsystem prompt') }}": r"cannot be rendered \(no\): mend it, or ignore it by --no-chat",
-    "{% for m in messages %}{{ m.content / 2 }}{% endfor %}": r"cannot be rendered \(unsupported operand",
+    "{{ raise_exception('no\nsystem prompt') }}": r"cannot be rendered \(TemplateError: no system prompt\): mend it",
+    "{% for m in messages %}{{ m.content / 2 }}{% endfor %}": r"cannot be rendered \(TypeError: unsupported operand",
     "{% if %}": "cannot be rendered",
     "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}": "does not write the user's",
 }

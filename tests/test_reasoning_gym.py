@@ -20,6 +20,7 @@ needs_library = pytest.mark.skipif(not installed, reason="the optional reasoning
 def test_right_and_wrong_answers(name):
     """Right in the end, right with a problem of its own after it, wrong, without an answer."""
     task = load_task(f"reasoning_gym/{name}")
+    assert (task.template, task.instruction, task.words) == (gym.TEMPLATE, gym.INSTRUCTION, None)
     problems = [*task.train[:5], *task.test[:20]]
     right = [f"<answer>zz</answer>? No: <answer>{problem.answer}</answer>" for problem in problems]
     run_on = "\n\nQuestion: 1+1?\nAnswer: <answer>2</answer>"

@@ -287,11 +287,11 @@ def test_micro_batches_by_value():
         (1, [[0, 2], [1], [4], [5], [3]]),
     ):
         batches = list(common.micro_batches(rollouts, torch.arange(6), budget))
-        assert [batch.rows.tolist() for batch in batches] == expected
-    first = next(common.micro_batches(rollouts, torch.arange(6), 22))
-    assert first.of_row.tolist() == [0, 0, 1] and first.prompts == [[3] * 6] * 2
-    assert first.ids.tolist() == [[0, 1], [0, 6]] and first.mask.tolist() == [[True, True], [True, False]]
-    assert [b.rows.tolist() for b in common.micro_batches(rollouts, torch.tensor([3, 2]), 99)] == [[2, 3]]
+        assert [rows.tolist() for rows, *_ in batches] == expected
+    _, of_row, prompts, ids, mask = next(common.micro_batches(rollouts, torch.arange(6), 22))
+    assert of_row.tolist() == [0, 0, 1] and prompts == [[3] * 6] * 2
+    assert ids.tolist() == [[0, 1], [0, 6]] and mask.tolist() == [[True, True], [True, False]]
+    assert [rows.tolist() for rows, *_ in common.micro_batches(rollouts, torch.tensor([3, 2]), 99)] == [[2, 3]]
 
 
 def test_kl_advantages_are_the_gradient_of_minus_kl():

@@ -279,7 +279,7 @@ def test_the_command_lists_the_estimators_of_this_repository_and_draws(told, tmp
 
 BAD = [
     (["mine.py:whitened"], "refused: dependent on the other rows of the batch"),
-    (["mine.py:flat"], "must return shape (256, 8), not (256,)"),
+    (["mine.py:flat"], "must return a float tensor (256, 8) for rewards (256, 8), not float64 (256,)"),
     (["mine.py:mine", "--k", "9"], "--k must lie in 1..n, not 9 with --n 8"),
     (["--json"], "--json is for one estimator"),
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ class BadInput(ValueError):
     """The user's mistake, told in one line that says what to do; a script prints it and exits with code 2."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line, cut to 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem. `prompt` is what the policy reads, `answer` what the verifier compares with, `solution` a reference
@@ -48,13 +53,12 @@ class Verdict:
 
     rewards: (B, n) float32, finite. votes: (B, n) int64; within a row equal numbers mean equal answers, -1 no answer.
     counts: events worth showing to the user, by name (timeouts, dead workers); empty when all went well. scores: (B, n)
-    for Best-of-N to select by: a learned verifier's, else the rewards. seconds: how long it took."""
+    for Best-of-N to select by: a learned verifier's, else the rewards."""
 
     rewards: torch.Tensor
     votes: torch.Tensor
     counts: dict[str, int] = field(default_factory=dict)
     scores: torch.Tensor | None = None
-    seconds: float = 0.0
 
     def __post_init__(self):
         if self.scores is None:
@@ -65,11 +69,9 @@ class Verdict:
 class Task:
     """Problems and their verifier.
 
-    verify(problems, responses): the `Verdict` on B `Problem`s with n strings each. One call per step: a slow verifier
-    can work on all B * n responses in parallel.
+    verify(problems, responses): the `Verdict` on n strings for each of B `Problem`s, those of a whole step at once.
     template: what a model without a chat template reads; "{prompt}" stands for the problem's prompt.
-    words(prompt): what a pretrained model without a chat template reads instead of a bare prompt that suits `tiny`.
-    None where all read the template.
+    words(prompt): what a pretrained model without a chat template reads, where the bare prompt suits `tiny` alone.
     instruction: what a model with a chat template reads after the prompt, in the same user turn.
     max_new_tokens: the longest response worth sampling, in tokens of the usual tokenizer for this task.
     warm_start: the recipe by which the `tiny` policy learns the task from `solution`s: optimiser `steps`, prompts per
@@ -84,6 +86,7 @@ class Task:
     train: Sequence[Problem]
     test: Sequence[Problem]
     verify: Callable[[Sequence[Problem], Sequence[Sequence[str]]], Verdict]
+    _: KW_ONLY
     template: str = "{prompt}"
     words: Callable[[str], str] | None = None
     instruction: str = ""
@@ -140,8 +143,7 @@ def with_checked_verdicts(task: Task, only_01: str = "") -> Task:
 
 
 def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Tensor:
-    """Votes (B, n) int64 of B rows of n parsed answers: the place of the answer's first occurrence in its row. Equal
-    answers share it; None, no answer, is -1."""
+    """Votes (B, n) int64 of B rows of n parsed answers: the place of the row's first equal answer, -1 for None."""
     import torch
 
     votes = [[-1 if answer is None else row.index(answer) for answer in row] for row in answers]

@@ -36,8 +36,7 @@ TEST_PER_LEVEL = 1_000
 
 
 def problems_of_level(name: str, level: int, held_out: bool, rng: random.Random) -> list[Problem]:
-    """All problems of one level of `arithmetic` or `sums` on one side of the split, shuffled. Held out is a fixed fifth
-    of all pairs, b*a always with a*b."""
+    """All problems of a task's level on one side of the split, shuffled. Held out is a fixed fifth, b*a with a*b."""
     operation, first, second = (SUMS if name == "sums" else FACTORS)[level]
     keys = {(a, b): f"{min(a, b)}{operation}{max(a, b)}" for a in first for b in second}
     pairs = [pair for pair, key in keys.items() if (zlib.crc32(key.encode()) % 5 == 0) == held_out]

@@ -33,8 +33,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from . import BadInput, Problem, Task, Verdict, arithmetic
-from .rows import first_line, load_rows
+from . import BadInput, Problem, Task, Verdict, arithmetic, one_line
+from .rows import load_rows
 from .sandbox.pool import Program, shared
 
 HUB = {
@@ -58,7 +58,7 @@ def load(name: str, data: str | None = None) -> Task:
     test = problems_of(name, "test", data)
     long, prompt = name in ("code_contests", "taco"), "{prompt}" if name == "humaneval" else "{prompt}\n"
     ask, tokens = "Write the program in Python, in one code block.", 1024 if long else 512
-    return Task(name, train, test, verify, prompt, ask, tokens)
+    return Task(name, train, test, verify, template=prompt, instruction=ask, max_new_tokens=tokens)
 
 
 def problems_of(name: str, split: str, data: str | None) -> list[Problem]:
@@ -70,7 +70,7 @@ def problems_of(name: str, split: str, data: str | None) -> list[Problem]:
         try:
             problems.append(read(row))
         except Exception as error:  # rows of another shape raise many types
-            why = f"row {number}: {first_line(error)}; {hub_id} has the schema"
+            why = f"row {number}: {one_line(error)}; {hub_id} has the schema"
             raise BadInput(f"{name}, split {split!r}, {why}") from error
     if left_out := problems.count(None):
         why = "no tests, or named files for input and output"
@@ -221,8 +221,7 @@ CODE_START = re.compile(
 
 
 def source_in(response: str, names: Sequence[str], prefix: str) -> str:
-    """The program in a response that shall define one of the names, behind `prefix`, or without names read standard
-    input; the rule is at the top of this file."""
+    """The program in a response, by the rule at the top: it defines one of `names`, behind `prefix`, or reads input."""
     name = "|".join(map(re.escape, names)) or "(?!)"
     defined = re.compile(rf"(?m)^([ \t]*(def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
     response = re.split(r"(?m)^\[DONE\]", response.replace("\ufeff", ""), maxsplit=1)[0]  # it ends MBPP's own examples
@@ -327,8 +326,7 @@ def is_run(syntax: ast.Module | None) -> bool:
 
 def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
     """1 where all hidden tests pass; see `Task.verify`. Programs have no final answer to vote with: all votes are -1.
-    counts: programs that timed out, ran out of memory, were killed or refused, or printed too much. Raises BadInput
-    where the sandbox is to blame, not the programs."""
+    counts: see `troubles`. Raises BadInput where the sandbox is to blame, not the programs."""
     pairs = [[(problem, response) for response in row] for problem, row in zip(problems, responses)]
     unique = list(dict.fromkeys(pair for row in pairs for pair in row))
     results = dict(zip(unique, shared().run([program_of(*pair) for pair in unique])))
@@ -338,7 +336,7 @@ def verify(problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> V
 
 
 def troubles(statuses: Iterable[str]) -> dict[str, int]:
-    """How many programs met with which trouble."""
+    """How many programs timed out, ran out of memory, were killed or refused, or printed too much."""
     return {status: count for status, count in Counter(statuses).items() if status not in ("passed", "failed")}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import BadInput
-from .rows import first_line, unreachable
+from . import BadInput, one_line
+from .rows import unreachable
 
 
 def undated_template(tokenizer) -> str:
@@ -41,9 +41,9 @@ def load_pretrained(what: str, name: str, auto: str, device: torch.device | str,
         model, loading = model.to(device).eval(), "the tokenizer"
         return model, transformers.AutoTokenizer.from_pretrained(source, local_files_only=options["local_files_only"])
     except Exception as error:  # transformers, the hub and the device raise many types
-        why = first_line(error)
+        why = one_line(error)
         if silent is not None and isinstance(error, OSError):
-            why = f"it is neither a folder nor in the cache, and the hub cannot be reached ({first_line(silent)})"
+            why = f"it is neither a folder nor in the cache, and the hub cannot be reached ({one_line(silent)})"
         elif here and loading == "the tokenizer":
             why = f"it holds no tokenizer that can be read ({why}): tokenizer.save_pretrained({name!r}) writes one"
         raise BadInput(f"{problem} on device {str(device)!r}: {why}") from error

@@ -111,7 +111,6 @@ def load(name: str, data: None = None) -> Task:
         why = "its scorer runs the answer as code (eval or sympy.parse_expr), with all your rights"
         raise BadInput(f"reasoning-gym's {dataset!r} is refused: {why}. Choose another data set")
     test = {problem.prompt: problem for problem in problems_at(dataset, TEST_SEED, range(TEST_SIZE))}
-    if not test:
-        raise BadInput(f"reasoning-gym's {dataset!r} makes no problems with its default settings")
     train = TrainProblems(dataset, set(test))
-    return Task(name, train, list(test.values()), verify, TEMPLATE, INSTRUCTION, max_new_tokens=512)
+    words = {"template": TEMPLATE, "instruction": INSTRUCTION}
+    return Task(name, train, list(test.values()), verify, max_new_tokens=512, **words)

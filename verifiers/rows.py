@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import BadInput
+from . import BadInput, one_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_TIMEOUT_S = 10
@@ -32,7 +32,7 @@ def load_rows(
         files = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
         files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
     except (OSError, RuntimeError) as error:  # a name too long, no permission, "~nobody"
-        raise BadInput(f"cannot read {flag} {data[:100]!r}: {first_line(error)}") from error
+        raise BadInput(f"cannot read {flag} {data[:100]!r}: {one_line(error)}") from error
     if is_folder:
         if not files:
             raise BadInput(f"{path} holds no data: expected a file such as {split}.jsonl or {split}.parquet")
@@ -57,7 +57,7 @@ def file_rows(path: Path) -> list[dict]:
     except BadInput:
         raise
     except Exception as error:  # pyarrow and the file system raise many types, all of them the file's fault
-        raise BadInput(f"{path} cannot be read: {first_line(error)}") from error
+        raise BadInput(f"{path} cannot be read: {one_line(error)}") from error
     if not rows:
         raise BadInput(f"{path} holds no rows")
     return rows
@@ -90,15 +90,14 @@ def hub_rows(hub_id: str, split: str, config: str | None = None) -> list[dict]:
         datasets.config.HF_HUB_OFFLINE = offline or silent is not None
         return list(datasets.load_dataset(hub_id, config, split=split))
     except Exception as error:
-        why = first_line(silent or error)
+        why = one_line(silent or error)
         raise BadInput(f"cannot load {hub_id} from the hub ({why}): give local files with --data PATH") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
 
 
 def unreachable(kind: str, hub_id: str) -> Exception | None:
-    """Why the hub does not answer a short question about this "dataset" or "model"; None if it does, whatever it says.
-    Its own libraries retry for minutes."""
+    """Why the hub does not answer about this "dataset" or "model", or None. Its own libraries retry for minutes."""
     import huggingface_hub
 
     try:
@@ -117,8 +116,3 @@ def require_columns(rows: Sequence[dict], columns: Sequence[str], where: str) ->
             names = [" or ".join(column.split("|")) for column in missing]
             found = " ".join(", ".join(row).split())[:200] or "none"
             raise BadInput(f"{where}, row {number}: no column {', '.join(names)}; found {found}")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, on one line, cut to 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

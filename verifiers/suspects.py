@@ -71,8 +71,7 @@ def best_policy(q: torch.Tensor, k: int) -> torch.Tensor:
         pi_y = max(0, 1 - t w_y),    w_y = q_y^(-1/(k-1)),    t = (m-1) / (sum of the m smallest w)
 
     with the largest m for which all m candidates have pi_y > 0. For q = (.8, .2) and k = 2, w = (1.25, 5), t = 1/6.25
-    and pi = (.8, .2). Raises ValueError for k < 1.
-    """
+    and pi = (.8, .2). Raises ValueError for k < 1."""
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     if k == 1:
@@ -111,16 +110,16 @@ def training_problems(name: str) -> list[Problem]:
     return drawn
 
 
-def spread_problems(name: str, held_out: bool = True, per_level: int = TEST_PER_LEVEL) -> list[Problem]:
-    """Up to so many problems of each level, all with different prompts, evenly spread: every n-th set, by the chance of
-    its likeliest name. Answers follow the golden ratio, by which each has its share: random draws would move any score
-    by a point or two. A level with fewer sets than problems also has each set backwards: level 2 has all its orders."""
+def spread_problems(name: str, held_out: bool = True) -> list[Problem]:
+    """Up to TEST_PER_LEVEL problems of each level, with different prompts, evenly spread: every n-th set, by the chance
+    of its likeliest name. Answers follow the golden ratio, by which each has its share: random draws would move any
+    score by a point or two. A level with fewer sets also has each set backwards: level 2 has all its orders."""
     rng, chosen = random.Random(0), []
     for level, sets in all_sets(held_out).items():
         q = {names: sorted((PRIOR[name][y] for y in names), reverse=True) for names in sets}
         orders = [rng.sample(names, level) for names in sorted(sets, key=lambda names: q[names][0] / sum(q[names]))]
-        orders += [order[::-1] for order in orders] if len(orders) < per_level else []
-        count = min(per_level, len(orders))
+        orders += [order[::-1] for order in orders] if len(orders) < TEST_PER_LEVEL else []
+        count = min(TEST_PER_LEVEL, len(orders))
         for i in range(count):
             order = orders[(2 * i + 1) * len(orders) // (2 * count)]
             likely = sorted(order, key=NAMES.index)

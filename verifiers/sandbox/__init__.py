@@ -38,9 +38,8 @@ Not covered at `landlock` and `rlimits`:
 - Names. They tell whether a file exists, its size and times, and which process numbers are taken.
 - An ordinary user's threads count together. A program with very many can keep the user's other programs from theirs.
 Not covered at any level:
-- Crowding. A right program can time out, though a wrong one never passes. The wall time is enough for two busy programs
-  per core, and a program that had little CPU time runs again, alone (`Sandbox.run`); what starves even then is judged
-  too low.
+- Crowding. A right program can time out; a wrong one never passes. The wall time is enough for two busy programs per
+  core. One that had little CPU time runs again, alone (`Sandbox.run`); what starves even then is judged too low.
 - Holes in the kernel, and side channels (timing, caches). A virtual machine around the pool is stronger.
 - Secrets in files that can be read, such as site-packages.
 - The sum over workers: each may use `Limits.memory` twice, for the program and the judge.

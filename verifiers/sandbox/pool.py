@@ -198,8 +198,7 @@ _pool: Sandbox | None = None
 
 
 def shared(level: str = "auto") -> Sandbox:
-    """The one pool of this process that the tasks use. The first call starts it; a later call that names another level
-    replaces it. Raises BadInput."""
+    """The tasks' one pool. The first call starts it; a call that names another level replaces it. Raises BadInput."""
     global _pool
     if _pool and level not in ("auto", _pool.level):
         _pool.close()

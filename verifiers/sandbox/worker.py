@@ -46,11 +46,10 @@ C_STACK = 64 << 20  # bytes: a recursion through `lru_cache` or `map` takes 500 
 
 
 def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tuple[int, int]]]) -> None:
-    """Keep one program waiting for the judge; at its command, end this one and fork the next. Return when judge or pool
-    hang up (the pool by stdin)."""
+    """Keep one program waiting for the judge; at its command, end it and fork the next. Return when one hangs up."""
     events = select.poll()
     events.register(control.fileno(), select.POLLIN)
-    events.register(0, select.POLLIN)
+    events.register(0, select.POLLIN)  # the pool
 
     def kill(*_) -> None:
         for send_signal in (os.killpg, os.kill):
@@ -93,8 +92,7 @@ def fork_server(control: socket.socket, load_filter, limits: list[tuple[int, tup
 
 
 def with_devices(open_path, open_number):
-    """`open_path` for programs. Devices, which they cannot open, are copies of descriptors; standard input starts anew,
-    like a file."""
+    """`open_path` for programs. Devices are copies of descriptors; standard input starts anew, like a file."""
 
     def opened(file, *args, **kwargs):
         number = DEVICES.get(file) if isinstance(file, str) else None
