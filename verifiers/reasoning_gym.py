@@ -111,6 +111,5 @@ def load(name: str, data: None = None) -> Task:
         why = "its scorer runs the answer as code (eval or sympy.parse_expr), with all your rights"
         raise BadInput(f"reasoning-gym's {dataset!r} is refused: {why}. Choose another data set")
     test = {problem.prompt: problem for problem in problems_at(dataset, TEST_SEED, range(TEST_SIZE))}
-    train = TrainProblems(dataset, set(test))
-    words = {"template": TEMPLATE, "instruction": INSTRUCTION}
-    return Task(name, train, list(test.values()), verify, max_new_tokens=512, **words)
+    train, test = TrainProblems(dataset, set(test)), list(test.values())
+    return Task(name, train, test, verify, template=TEMPLATE, instruction=INSTRUCTION, max_new_tokens=512)
