@@ -135,6 +135,7 @@ BOXED = [
             (r"\hspace{1cm}", ""), (r"\begin{aligned}", r"\end{aligned}"), (r"\text{The answer is }", ""),
             (r"\text{Area: }", ""),
         )], [r"\mathbf{\frac{14}{5}}", r"\mathbf{-}\frac{14}{3}"]),
+    ("3,4", [r"3 \text{ or } 4", r"3\text{ and }4"], []), (r"28\%", [r"\frac{7\cdot 4}{100}"], [r"\frac{7\cdot 5}{100}"]),
     ("(1,2)", [r"\langle 1,2\rangle", "(x,y) = (1,2)", "x = 1, y = 2"], [r"\langle 2,1\rangle", "(x,y) = (2,1)"]),
     ("2", [r"x^2=4 \implies x=2", r"N \equiv 2 \pmod 7", "2 (mod 7)", r"2 \pmod{7}"], [r"N \equiv 5 \pmod 2"]),
     (r"2 \pmod 7", ["2 (mod 7)", "2"], ["2 (mod 5)"]), (r"(-\infty,3)", [r"x \in (-\infty,3)"], [r"x \in (-\infty,3]"]),

@@ -362,7 +362,6 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
-    r"\\equiv(?![a-z])": "=",
     r"\\pmod ?(?:\{[0-9]+\}|[0-9])|\(mod [0-9]+\)": "",
     r"\\langle(?![a-z])": "(",
     r"\\rangle(?![a-z])": ")",
@@ -371,7 +370,7 @@ MISREAD = {  # what math-verify takes for something else, or not at all
 
 def for_algebra(answer: str) -> str:
     """An answer as math-verify reads it rightly."""
-    answer = REPEATING.sub(as_fraction, IMPLIES.split(answer)[-1])
+    answer = REPEATING.sub(as_fraction, answer)
     for pattern, plain in MISREAD.items():
         answer = re.sub(pattern, plain, answer)
     return ", ".join(answer.replace(r"\pm", sign) for sign in "+-") if r"\pm" in answer else answer
