@@ -42,9 +42,6 @@ def test_problems_that_are_made_on_demand_are_not_all_made(script, asked, run, s
     assert lazy.asked == asked
 
 
-# --- Random numbers ---
-
-
 @pytest.fixture
 def begun(skilled, monkeypatch, tmp_path):
     """begun(seed) -> a run of pass_at_k_pg.py that is ready for its first step."""
@@ -96,9 +93,6 @@ def test_problems_come_once_a_pass_and_those_of_an_evaluation_from_all_levels():
     assert chosen == evaluation_problems(problems, 4)
 
 
-# --- Logs ---
-
-
 def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, monkeypatch):
     """One process has all problems; of two, rank r has the problems r, r + 2, ..."""
     run, whole = begun(), []
@@ -119,14 +113,13 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
     assert whole == [[0, 1, 2, 3, 4]] * 2
 
 
-NO_REWARD = "--task arithmetic --levels 1 --n 4 --prompts-per-step 2 --eval-n 4 --eval-problems 1 --eval-every 0"
-NO_REWARD = NO_REWARD.split()
+NO_REWARD = [*SMALL, *"--prompts-per-step 2 --eval-problems 1 --eval-every 0".split()]
 
 
 @pytest.mark.parametrize("script", [PASS, "majority_pg.py", "bon_rl.py"])
 def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp_path):
     """The policy is its own reference until a reward moves it: ratios, advantages and gradients are exactly 0."""
-    flags = [*NO_REWARD, "--k", "2", "--steps", "3", "--kl-coef", "0.3", "--max-new-tokens", "3"]
+    flags = [*NO_REWARD, "--steps", "3", "--kl-coef", "0.3", "--max-new-tokens", "3"]
     run(script, *flags, "--model", untrained, "--run-name", "r", code=0)
     values = {"kl": 0, "nonzero_advantage": 0, "prompts_without_signal": 1, "grad_norm": 0}
     assert all({name: record[name] for name in values} == values for record in steps_of(tmp_path / "runs/r"))
@@ -137,7 +130,7 @@ def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp
 def test_a_run_without_a_signal_says_so_after_20_steps_and_at_its_end(run, untrained, skilled):
     """Each line is told once, the last one before the table."""
     warning, last = "none of the first 20 steps had a signal", "no step had a signal, and nothing was learnt: look at"
-    flags = [*NO_REWARD, "--k", "2", "--steps", "21", "--max-new-tokens", "2"]
+    flags = [*NO_REWARD, "--steps", "21", "--max-new-tokens", "2"]
     out = run(PASS, *flags, "--model", untrained).stdout
     assert out.count(warning) == out.count(last) == 1 and out.count("--show-samples 5") == 2
     assert out.partition(last)[2].splitlines()[1].startswith("1 held-out problems; ")
@@ -164,24 +157,22 @@ def test_the_progress_bar_fits_80_columns(begun, capsys):
 def test_the_learning_rate_rises_before_it_falls():
     """4 steps of warm-up and 8 behind them, of which the first has the whole rate and the last an eighth. Without
     warm-up: test_resume.py."""
-    both = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4, lr_decay=True)
-    assert [learning_rate(step, both) for step in (1, 2, 4, 5, 6, 12)] == [0.5, 1, 2, 2, 1.75, 0.25]
-    constant = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4, lr_decay=False)
-    assert [learning_rate(step, constant) for step in (1, 4, 5, 12)] == [0.5, 2, 2, 2]
+    args, steps = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4), (1, 2, 4, 5, 6, 12)
+    for args.lr_decay, rates in ((True, [0.5, 1, 2, 2, 1.75, 0.25]), (False, [0.5, 1, 2, 2, 2, 2])):
+        assert [learning_rate(step, args) for step in steps] == rates
     assert bon_rl.PAPER["lr_decay"] is False  # Table 2
 
 
 def test_samples_are_shown_escaped(run, skilled, monkeypatch):
+    flags = [*SMALL, "--model", skilled, "--show-samples"]
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "decode", lambda policy, rollouts: [["\x1b[2J\u202e2\0", "5"] * 2] * 2)
-        flags = "--show-samples 1 --steps 0 --run-name escaped --model".split()
-        result = run(PASS, *SMALL, *flags, skilled)
-    (shown,) = [line for line in result.stdout.splitlines() if " -> " in line]
+        out = run(PASS, *flags, "1", "--steps", "0", "--run-name", "escaped").stdout
+    (shown,) = [line for line in out.splitlines() if " -> " in line]
     assert re.fullmatch(r"0  '\d\*\d=' -> '\\x1b\[2J\\u202e2\\x00'", shown)
     text = Path("runs/escaped/samples.jsonl").read_text()
     assert "\x1b" not in text and text.isascii() and len(text.splitlines()) == 2
     for steps, evaluations in (("0", 1), ("2", 2)):
-        result = run(PASS, *SMALL, "--model", skilled, "--show-samples", "2", "--steps", steps)
-        shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
-        assert len(shown) == 2 * evaluations and shown[0] != shown[1]
-        assert f"responses at step {steps}:" in result.stdout.splitlines()
+        lines = run(PASS, *flags, "2", "--steps", steps).stdout.splitlines()
+        shown = [line.partition(" -> '")[0] for line in lines if " -> '" in line]
+        assert len(shown) == 2 * evaluations and shown[0] != shown[1] and f"responses at step {steps}:" in lines
