@@ -107,6 +107,23 @@ def refused(run):
     return line
 
 
+@pytest.fixture
+def noted(monkeypatch):
+    """noted(owner, name, note) -> a list that gets note(its arguments) at each call of this function."""
+
+    def notes_of(owner, name, note):
+        notes, function = [], getattr(owner, name)
+
+        def noting(*args, **options):
+            notes.append(note(*args, **options))
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+        return notes
+
+    return notes_of
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(skilled, tmp_path_factory):
     """uninterrupted(script) -> the folder of a run that nothing stops, made once and left as it is, and its flags."""
