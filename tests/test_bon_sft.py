@@ -125,11 +125,9 @@ def test_problems_without_a_solution_are_told_before_the_model_is_loaded(made, r
     assert line == "error: task 'arithmetic' has problems without a solution: give responses by --experts"
 
 
-def test_experts_are_not_all_padded_at_once(run, untrained, monkeypatch):
+def test_experts_are_not_all_padded_at_once(run, untrained, noted):
     """One problem with many experts, or a long one, sets the size of all that are padded with it."""
-    sizes, rollouts = [], harness.policy.expert_rollouts
-    noted = lambda *args: sizes.append(len(args[3])) or rollouts(*args)  # noqa: E731
-    monkeypatch.setattr(harness.policy, "expert_rollouts", noted)
+    sizes = noted(harness.policy, "expert_rollouts", lambda policy, task, prompts, groups, *_: len(groups))
     out = run("bon_sft.py", *SMALL, "--max-new-tokens", "1", "--steps", "1", "--model", untrained, code=0).stdout
     assert sizes == [256, arithmetic.TRAIN_PER_LEVEL - 256, 4]  # then a step's
     assert f"{arithmetic.TRAIN_PER_LEVEL} expert responses are longer than --max-new-tokens 1" in out

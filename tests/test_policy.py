@@ -176,12 +176,9 @@ def test_which_tokens_end_a_response():
     assert ends_of_response(tokenizer, GenerationConfig()) == []
 
 
-def test_a_template_is_not_rendered_once_a_problem(monkeypatch):
-    tokenizer, rendered = tokenizer_of(GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>"), []
-    render = tokenizer.apply_chat_template
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **b: rendered.append(1) or render(*a, **b))
-    policy = policy_of(tokenizer)
-    del rendered[:]
+def test_a_template_is_not_rendered_once_a_problem(noted):
+    policy = policy_of(tokenizer_of(GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>"))
+    rendered = noted(policy.tokenizer, "apply_chat_template", lambda *_, **__: None)
     prompts = encode_prompts(policy, TASK, PROBLEMS * 50, 8)
     expert_rollouts(policy, TASK, prompts, [[problem] for problem in PROBLEMS * 50])
     assert len(rendered) == 4  # what is read, and a whole turn: for the prompts, and for the responses

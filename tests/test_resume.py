@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from model_zoo import save_tiny
-from runs import FLAGS, SCRIPTS, SMALL, at_call, outcome, records, save_untrained
+from runs import FLAGS, SCRIPTS, SMALL, at_call, outcome, records, save_untrained, weights_of
 from transformers import LlamaForCausalLM
 
 import common
@@ -22,7 +21,6 @@ import harness.run
 from verifiers import arithmetic, learned
 
 PASS, RL = "pass_at_k_pg.py", "bon_rl.py"
-TASK = SimpleNamespace(name="none", warm_start=None)
 
 
 class Killed(BaseException):
@@ -167,11 +165,9 @@ def test_runs_that_cannot_be_written_are_told_before_the_model_is_loaded(refused
         folder.rmdir() if folder.is_dir() else folder.unlink()
 
 
-def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(run, refused, skilled, monkeypatch):
+def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(run, refused, skilled, noted):
     """The learning rate falls from .001 by a quarter a step, by an eighth from step 5 on; the first policy stays."""
-    folder, rates, step = Path("runs/a"), [], common.policy_gradient_step
-    noted = lambda *args: rates.append(args[1].param_groups[0]["lr"]) or step(*args)  # noqa: E731
-    monkeypatch.setattr(common, "policy_gradient_step", noted)
+    folder, rates = Path("runs/a"), noted(*STEP, lambda policy, optimizer, *_: optimizer.param_groups[0]["lr"])
     flags = [*SMALL, "--steps", "4", "--eval-every", "0", "--lr", "1e-3", "--model", skilled, "--run-name", "a"]
     run(PASS, *flags, code=0)
     first = outcome(folder)
@@ -207,16 +203,10 @@ def test_a_longer_run_is_the_uninterrupted_one(first, run, skilled, monkeypatch)
 
 
 @pytest.mark.parametrize("flags, after", [([], [0.5, 0.4]), (["--kl-anneal-steps", "8"], [0.65, 0.6])])
-def test_the_coefficient_of_the_kl_follows_the_new_total(flags, after, run, untrained, monkeypatch):
+def test_the_coefficient_of_the_kl_follows_the_new_total(flags, after, run, untrained, noted, monkeypatch):
     """It moves from .8 to .4 over 2 steps, and over 4 from the third on; over --kl-anneal-steps where they are given.
     Without a reward, and with 1 in place of the KL's advantages, it is what a step trains on."""
-    betas, step = [], common.policy_gradient_step
-
-    def recorded(policy, optimizer, rollouts, A, *args, **others):
-        betas.extend(A.unique().tolist())
-        return step(policy, optimizer, rollouts, A, *args, **others)
-
-    monkeypatch.setattr(common, "policy_gradient_step", recorded)
+    betas = noted(*STEP, lambda policy, optimizer, rollouts, A, *_: A.unique().item())
     monkeypatch.setattr(common, "kl_advantages", lambda ratios: torch.ones(ratios.shape[:2]))
     schedule = ["--kl-coef", "0.8", "--kl-coef-end", "0.4", "--kl-delay", "0", "--no-lr-decay", *flags]
     run(RL, *SMALL, *schedule, "--model", untrained, "--run-name", "a", code=0)
@@ -240,8 +230,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
     run(PASS, *FLAGS, "--model", skilled, "--run-name", "two", code=0)
     log = [r for r in records(tmp_path / "runs/two") if "reward" in r]
     assert [r["skipped"] for r in log] == [0, 1, 1, 0, 0, 0] and log[1]["grad_norm"] is None
-    weights = torch.cat([p.flatten() for p in harness.policy.load_policy("runs/two/policy", TASK).model.parameters()])
-    assert weights.isfinite().all()
+    assert weights_of("runs/two/policy").isfinite().all()
     calls.clear()
     bad = set(range(4, 99))
     flags = [*FLAGS, "--save-every", "20", "--steps", "30", "--model", skilled, "--run-name", "ten"]
@@ -259,7 +248,7 @@ def test_a_full_log_is_a_clear_line(run, skilled, monkeypatch):
     assert line.startswith("error: no space left on the disk of /dev/full")
 
 
-def test_killed_while_the_learned_verifier_is_saved(run, skilled, monkeypatch, tmp_path):
+def test_killed_while_the_learned_verifier_is_saved(run, skilled, noted, monkeypatch, tmp_path):
     """The next resume trains it again, and later ones read it."""
     flags = [*FLAGS, "--steps", "2", "--verifier", "learned", "--verifier-problems", "32", "--model", skilled]
     flags += ["--verifier-lr", "0.02", "--run-name"]
@@ -272,9 +261,7 @@ def test_killed_while_the_learned_verifier_is_saved(run, skilled, monkeypatch, t
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(harness.run, "save_policy", half)
         run(RL, *flags, "killed")
-    rates, verifier = [], learned.trained_verifier
-    noted = lambda *args, **others: rates.append(others["lr"]) or verifier(*args, **others)  # noqa: E731
-    monkeypatch.setattr(learned, "trained_verifier", noted)
+    rates = noted(learned, "trained_verifier", lambda *_, lr, **__: lr)
     for _ in range(2):
         assert "bon@2" in run(RL, "--resume", "runs/killed", code=0).stdout
         assert rates == [0.02]

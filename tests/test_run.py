@@ -8,11 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import SMALL, steps_of
-from safetensors.torch import load_file
+from runs import SMALL, steps_of, weights_of
 
 import bon_rl
-import common
 import harness.run
 import pass_at_k_pg
 from harness.problems import evaluation_problems, training_batch
@@ -57,12 +55,11 @@ def begun(skilled, monkeypatch, tmp_path):
     return result
 
 
-def test_random_numbers_are_a_function_of_purpose_seed_step_and_rank(begun, monkeypatch):
+def test_random_numbers_are_a_function_of_purpose_seed_step_and_rank(begun, noted, monkeypatch):
     """Seeds 0 and 4 have the same low bits at some places of a word, of which torch reads 32 on the CPU. An evaluation
     has the same numbers at every step."""
-    drawn, evaluated, sample = {}, [], common.sample
     numbers = lambda generator: tuple(torch.rand(8, generator=generator.clone_state()).tolist())  # noqa: E731
-    monkeypatch.setattr(harness.run, "sample", lambda *args: evaluated.append(numbers(args[-1])) or sample(*args))
+    drawn, evaluated = {}, noted(harness.run, "sample", lambda *args: numbers(args[-1]))
     monkeypatch.setattr(harness.run, "all_gather", lambda value: [value, value])
     for seed, rank in itertools.product((0, 1, 4, 2**32), (0, 1)):
         monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
@@ -123,8 +120,7 @@ def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp
     run(script, *flags, "--model", untrained, "--run-name", "r", code=0)
     values = {"kl": 0, "nonzero_advantage": 0, "prompts_without_signal": 1, "grad_norm": 0}
     assert all({name: record[name] for name in values} == values for record in steps_of(tmp_path / "runs/r"))
-    before, after = (load_file(Path(x) / "model.safetensors") for x in (untrained, tmp_path / "runs/r/policy"))
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert torch.equal(weights_of("runs/r/policy"), weights_of(untrained))
 
 
 def test_a_run_without_a_signal_says_so_after_20_steps_and_at_its_end(run, untrained, skilled):
