@@ -219,7 +219,7 @@ def test_a_run_on_a_task_is_resumed_with_the_same_file_alone(run, refused, skill
     assert json.loads((folder / "args.json").read_text())["files"] == {where: load_file(where)[2]} != args["files"]
 
 
-def test_a_learned_verifier_is_cached_for_one_version_of_the_file(run, skilled, mine, monkeypatch):
+def test_a_learned_verifier_is_cached_for_one_version_of_the_file(refused, skilled, mine, monkeypatch):
     """Its labels are those of the file's verify."""
 
     def named(name, write):
@@ -229,9 +229,8 @@ def test_a_learned_verifier_is_cached_for_one_version_of_the_file(run, skilled, 
     monkeypatch.setattr(harness.run, "cached_folder", named)
     for code in (TASK, TASK + "# changed\n"):
         where = f"{mine(code)}:load"
-        flags = [flag.replace("--k", "--N") for flag in SMALL]
-        ended = run("bon_rl.py", *flags, "--task", where, "--model", skilled, "--verifier", "learned")
-        assert ended.stderr.strip().endswith(f"-t3-lall-{load_file(where)[2][:12]}")
+        line = refused("bon_rl.py", *SMALL, "--task", where, "--model", skilled, "--verifier", "learned")
+        assert line.endswith(f"-t3-lall-{load_file(where)[2][:12]}")
 
 
 def test_best_of_n_by_scores_of_ones_own_is_not_called_pass_at_n(run, refused, skilled, mine):

@@ -86,9 +86,6 @@ def one_step(model, monkeypatch, tmp_path):
         def score(prompts, responses):
             return torch.tensor([row(SCORES[x], x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
 
-        def noted(kind, function):
-            return lambda *args: kind.append(function(*args)) or kind[-1]
-
         def ratios(policy, reference, rollouts):
             seen.ratios.append((policy, reference, rollouts))
             first = by_prompt(RATIOS, seen.prompts_of(rollouts)).unsqueeze(-1)  # (B, n, 1): all of it on one token
@@ -116,6 +113,7 @@ def one_step(model, monkeypatch, tmp_path):
 
         tokenizer = harness.policy.tiny_tokenizer()
         seen.prompts_of = lambda rollouts: [tokenizer.decode(prompt) for prompt in rollouts.prompts]
+        noted = lambda kind, function: lambda *args: kind.append(function(*args)) or kind[-1]  # noqa: E731
         real_step, real_fit, deepcopy = common.policy_gradient_step, bon_rl.ValueNetwork.fit, copy.deepcopy
         task = Task("arithmetic", PROBLEMS, PROBLEMS, verify, max_new_tokens=4)
         with monkeypatch.context() as patch:
