@@ -184,6 +184,6 @@ def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, first, 
 
     monkeypatch.setattr(arithmetic, "verify", higher)
     stderr = run(script, *SMALL, *flags, "--model", untrained, code=2).stderr
-    (*_, line) = stderr.splitlines()
+    *_, line = stderr.splitlines()
     assert "is for rewards and scores 0 and 1, 'arithmetic' has others" in line
     assert "(step 0 is saved: mend it, then --resume runs/" in line and "Traceback" not in stderr

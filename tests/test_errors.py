@@ -121,7 +121,8 @@ def test_track_calls_wandb_before_the_writer_is_made(run, refused, skilled, monk
     flags = [*SMALL, "--model", skilled, "--run-name", "one"]
     run(PASS, *flags, "--steps", "0", code=0)
     assert calls == []
-    assert refused(PASS, *flags, "--track").endswith("needs what is not installed: pip install wandb tensorboard")
+    line = refused(PASS, *flags, "--track")
+    assert line == "error: --track needs what is not installed: pip install wandb tensorboard"
     run(PASS, *flags, "--run-name", "board", "--tensorboard", code=0)
     assert calls[0] == ("writer", "runs/board") and ("reward", 2) in calls
     calls.clear()

@@ -192,7 +192,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("template, complaint", BROKEN.items())
+@pytest.mark.parametrize("template, complaint", BROKEN.items(), ids=BROKEN)
 def test_a_template_that_fails_is_refused_in_one_line(template, complaint):
     with pytest.raises(BadInput, match=complaint) as refusal:
         policy_of(tokenizer_of(template))

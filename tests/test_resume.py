@@ -244,7 +244,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(run, 
 def test_a_full_log_is_a_clear_line(run, skilled, monkeypatch):
     write = harness.run.append_json
     monkeypatch.setattr(harness.run, "append_json", lambda _, record: write(Path("/dev/full"), record))
-    (*_, line) = run(PASS, *SMALL, "--model", skilled, code=2).stderr.splitlines()
+    *_, line = run(PASS, *SMALL, "--model", skilled, code=2).stderr.splitlines()
     assert line.startswith("error: no space left on the disk of /dev/full")
 
 

@@ -134,5 +134,5 @@ def test_a_process_says_which_one_fails(untrained, run, monkeypatch):
 
 def test_a_batch_that_cannot_be_shared_is_refused(refused, monkeypatch):
     monkeypatch.setattr(harness.run, "world", lambda: (0, 2))
-    line = refused("pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3")
+    line = refused("pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3", "--model", "no/such")
     assert "--prompts-per-step must be a multiple of the 2 processes, not 3" in line
