@@ -95,6 +95,35 @@ def run(tmp_path, monkeypatch):
     return in_process
 
 
+@pytest.fixture
+def refused(run):
+    """refused(script, *flags) -> the one line in which the script says why it cannot do this, and ends with code 2."""
+
+    def line(script, *flags):
+        lines = run(script, *flags, code=2).stderr.splitlines()
+        (line,) = [line for line in lines if not line.startswith("Writing model")]  # a progress bar of transformers
+        return line
+
+    return line
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """noted(owner, name, note) -> a list that gets note(its arguments) at each call of this function."""
+
+    def notes_of(owner, name, note):
+        notes, function = [], getattr(owner, name)
+
+        def noting(*args, **options):
+            notes.append(note(*args, **options))
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+        return notes
+
+    return notes_of
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(skilled, tmp_path_factory):
     """uninterrupted(script) -> the folder of a run that nothing stops, made once and left as it is, and its flags."""

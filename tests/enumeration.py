@@ -2,8 +2,7 @@
 
 Every estimator is held to the same standard: its expectation over all K^n tuples against autograd of the objective's
 exact value over all K^k tuples, in magnitude and direction. Two prompts and graded rewards with ties, because one
-prompt with 0/1 rewards compared by cosine cannot see a wrong scale, a wrong baseline or a wrong tie.
-"""
+prompt with 0/1 rewards compared by cosine cannot see a wrong scale, a wrong baseline or a wrong tie."""
 
 import itertools
 

@@ -5,8 +5,7 @@
 Whoever copies an estimator, or ports it to JAX or numpy, checks it against this file: a list of {"function",
 "arguments", "result"}, where matrices are (B, n), a row a prompt. Here every number comes from the definition: all
 subsets, listed, in rational arithmetic, rounded once at the end; nothing of the estimators' code is used. lambda_N, the
-one irrational number, is computed to 40 digits and rounded to 17.
-"""
+one irrational number, is computed to 40 digits and rounded to 17."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -66,21 +65,16 @@ def winning(scores: Row, group: Sequence[int]) -> dict[int, Fraction]:
 
 def variational(rewards: Row, scores: Row, N: int) -> list[Fraction]:
     """Groups of N in a row: the mean over groups g of h(y) (R(y) - b), y the winner of g, see bon_rl.advantages."""
-    n = len(rewards)
+    n, A = len(rewards), []
     groups = [range(start, start + N) for start in range(0, n, N)]
     won = [winning(scores, group) for group in groups]
     R = [sum(chance * rewards[j] for j, chance in w.items()) for w in won]
-    A = [Fraction(0)] * n
-    for g, w in enumerate(won):
-        without = mean([x for h, x in enumerate(R) if h != g])
-        for j, chance in w.items():
-            A[j] += chance * (rewards[j] - without) / len(groups)
-        for h, other in enumerate(groups):
-            if h != g:  # y' in group h: the baseline holds neither y nor y'
-                gain = R[g] - mean([x for i, x in enumerate(R) if i not in (g, h)])
-                for j in other:
-                    if max(scores[i] for i in groups[g]) >= scores[j]:
-                        A[j] += tilt(N) * gain / (n - N) / len(groups)
+    for j in range(n):
+        others = [h for h in range(len(groups)) if j not in groups[h]]
+        own = won[j // N].get(j, 0) * (rewards[j] - mean([R[h] for h in others]))
+        beaten_by = [h for h in others if max(scores[i] for i in groups[h]) >= scores[j]]
+        gain = sum(R[g] - mean([R[h] for h in others if h != g]) for g in beaten_by)  # without the groups of y and y'
+        A.append((own + tilt(N) * gain / (n - N)) / len(groups))
     return A
 
 

@@ -10,6 +10,7 @@ import majority_pg
 import pass_at_k_pg
 
 B, N = 3, 6
+BEST_OF_N = "mean", "exact", "variational", "rlb", "rlb-p", "rlb-all"
 
 
 def all_right(rewards: torch.Tensor, k: int) -> torch.Tensor:
@@ -21,10 +22,7 @@ def all_right(rewards: torch.Tensor, k: int) -> torch.Tensor:
 ESTIMATORS = {
     **{f"pass@3 {x}": ("pass_at_k", "r", {"k": 3, "estimator": x}) for x in ("mean", "unbiased", "biased", "maxrl")},
     **{f"maj@3 {x}": ("majority", "rv", {"k": 3, "estimator": x}) for x in ("unbiased", "biased")},
-    **{
-        f"bon@2 {x}": ("best_of_n", "rs", {"N": 2, "estimator": x})
-        for x in ("mean", "exact", "variational", "rlb", "rlb-p", "rlb-all")
-    },
+    **{f"bon@2 {x}": ("best_of_n", "rs", {"N": 2, "estimator": x}) for x in BEST_OF_N},
     "pass^3": ("k_sample", "r", {"k": 3}),
 }
 OURS = {

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tyro
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
@@ -107,9 +108,9 @@ def no_figure(folder: Path, *_) -> None:
     (folder / "curves.png").touch()
 
 
-def in_two_processes(main: Callable[[], None], cwd: Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of main() in two processes. As under torchrun, a process that fails takes the other
-    with it; the code is its own.
+def in_two_processes(main: Callable[[], None], cwd: Path, code: int | None = 0) -> tuple[str, str]:
+    """stdout and stderr of main() in two processes. As under torchrun, a process that fails takes the other with it.
+    code: the exit code that the first to fail must have; None: any but 0.
 
     They are forked from this process: they have its imports, which take six seconds, and what a test put in."""
     with socket.socket() as free:
@@ -131,14 +132,34 @@ def in_two_processes(main: Callable[[], None], cwd: Path) -> tuple[int, str, str
         process.join()
     out, err = ("".join((cwd / f"{name}-{rank}").read_text() for rank in (0, 1)) for name in ("out", "err"))
     assert failed or not hung, f"it hung: {out}\n{err}"
-    return failed or max((process.exitcode for process in processes), key=abs), out, err
+    ended = failed or max((process.exitcode for process in processes), key=abs)
+    assert ended == code or code is None and ended, f"{ended}: {out}\n{err}"
+    return out, err
+
+
+# Code for a process in which no module can be imported whose name is such: WITHOUT.format("in ['numpy']")
+WITHOUT = """
+import sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] {}:
+            raise ImportError(name + " is not installed")
+sys.meta_path.insert(0, Hook())
+"""
+
+
+def python(*words: str, cwd: Path = ROOT) -> str:
+    """What a Python process of its own prints; it ends without an error."""
+    command = [sys.executable, *words]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
     """The command in two processes, by torchrun itself."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --".split(), *map(str, command)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [*launcher, *map(str, command)]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
@@ -161,6 +182,11 @@ def save_untrained(folder: Path, eos: bool = True, pad: bool = True, context: in
                          pad_token_id=0 if pad else None, eos_token_id=1 if eos else None)  # fmt: skip
     harness.policy.save_policy(common.Policy(LlamaForCausalLM(config), tokenizer, [1]), folder)
     return str(folder)
+
+
+def weights_of(folder: str | Path) -> torch.Tensor:
+    """All weights of a saved policy, in one row."""
+    return torch.cat([x.flatten() for _, x in sorted(load_file(Path(folder) / "model.safetensors").items())])
 
 
 def records(folder: Path) -> list[dict]:

@@ -1,5 +1,4 @@
-"""bon_rl.py beside `exact` (test_estimators.py): exact gradients, the ties between the two papers, the
-value network, and the schedules of Table 2."""
+"""bon_rl.py beside `exact` (test_estimators.py): exact gradients, what ties the two papers, the value network."""
 
 import golden
 import pytest
@@ -16,15 +15,14 @@ from bon_rl import advantages
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def sampled(N, estimator, rewards=GRADED, scores=SCORES, baseline=None, p_fail=None):
-    """What `expected_gradient` reads; baseline, p_fail: (PROMPTS,) or None."""
+def sampled(N, estimator, rewards=GRADED, scores=SCORES, **known):
+    """What `expected_gradient` reads; known: baseline or p_fail, (PROMPTS,)."""
 
-    def of_prompt(values, b, rows):
-        return None if values is None else values[b].expand(rows).detach()
+    def of_prompt(b, y):
+        given = {name: values[b].expand(len(y)) for name, values in known.items()}
+        return advantages(rewards[b][y], scores[b][y], N, estimator, **given)
 
-    return lambda b, y: advantages(
-        rewards[b][y], scores[b][y], N, estimator, of_prompt(baseline, b, len(y)), of_prompt(p_fail, b, len(y))
-    )
+    return of_prompt
 
 
 def failure_rates():
@@ -58,13 +56,13 @@ def variational_gradient(N, baseline=None):
     return torch.autograd.grad(total, THETA)[0]
 
 
-OWN, GIVEN = None, torch.tensor([0.3, -0.2], dtype=torch.float64)
+GIVEN = {"baseline": torch.tensor([0.3, -0.2], dtype=torch.float64)}
 
 
-@pytest.mark.parametrize("N, n, baseline", [(2, 6, OWN), (2, 8, OWN), (1, 3, OWN), (2, 4, GIVEN), (3, 6, GIVEN)])
-def test_variational_is_the_papers_formula(N, n, baseline):
-    estimate = expected_gradient(sampled(N, "variational", baseline=baseline), n)
-    torch.testing.assert_close(estimate, variational_gradient(N, baseline), **EXACT)
+@pytest.mark.parametrize("N, n, known", [(2, 6, {}), (2, 8, {}), (1, 3, {}), (2, 4, GIVEN), (3, 6, GIVEN)])
+def test_variational_is_the_papers_formula(N, n, known):
+    estimate = expected_gradient(sampled(N, "variational", **known), n)
+    torch.testing.assert_close(estimate, variational_gradient(N, **known), **EXACT)
 
 
 @pytest.mark.parametrize("N, n", [(1, 2), (2, 2), (3, 3), (4, 4), (2, 4), (3, 5)])
@@ -72,9 +70,8 @@ def test_ties_between_the_papers(N, n):
     """With 0/1 rewards that also select, and P_fail known: BoN-RLB, BoN-RLB(P), its all-sample form, leave-one-out and
     Tang's pass@N estimator all have the gradient of pass@N as their expectation."""
     exact = exact_gradient(lambda b, y: max(BINARY[b, a].item() for a in y), N)
-    p = failure_rates()
     for estimator in ("rlb", "rlb-p", "rlb-all"):
-        estimate = expected_gradient(sampled(N, estimator, BINARY, BINARY, p_fail=p), n)
+        estimate = expected_gradient(sampled(N, estimator, BINARY, BINARY, p_fail=failure_rates()), n)
         torch.testing.assert_close(estimate, exact, **EXACT, msg=lambda text, name=estimator: f"{name}: {text}")
     rewards = BINARY[0][all_tuples(n)]
     torch.testing.assert_close(advantages(rewards, rewards, N, "exact"), pass_at_k_pg.advantages(rewards, N), **EXACT)
@@ -82,16 +79,16 @@ def test_ties_between_the_papers(N, n):
 
 def test_bad_input_is_refused():
     r = torch.tensor([[1.0, 0, 0, 0]])
-    with pytest.raises(ValueError, match=r"scores must be finite: see \(prompt, sample\) \[0, 1\]"):
-        advantages(r, torch.tensor([[0, torch.nan, 0, 0]]), 2)
-    with pytest.raises(ValueError, match="groups of N=2, 3 or more"):
-        advantages(r, r, 2, "variational")
-    with pytest.raises(ValueError, match="rewards that are 0 or 1"):
-        advantages(r / 2, r, 2, "rlb")
-    with pytest.raises(ValueError, match="scores that order the samples as the rewards do"):
-        advantages(r, 1 - r, 2, "rlb-all")
-    with pytest.raises(ValueError, match="no use for a baseline"):
-        advantages(r, r, 2, "exact", torch.zeros(1))
+    refused = {
+        r"scores must be finite: see \(prompt, sample\) \[0, 1\]": (r, torch.tensor([[0, torch.nan, 0, 0]]), 2),
+        "groups of N=2, 3 or more": (r, r, 2, "variational"),
+        "rewards that are 0 or 1": (r / 2, r, 2, "rlb"),
+        "scores that order the samples as the rewards do": (r, 1 - r, 2, "rlb-all"),
+        "no use for a baseline": (r, r, 2, "exact", torch.zeros(1)),
+    }
+    for complaint, arguments in refused.items():
+        with pytest.raises(ValueError, match=complaint):
+            advantages(*arguments)
 
 
 def test_tilt():
@@ -129,8 +126,8 @@ def test_value_network_learns_the_reward_of_each_prompt(monkeypatch):
     (gradients,) = averaged
     norm = torch.cat([expected, -2 / 3 * rewards.sum().view(1)]).norm()  # it was clipped to 1, after the averaging
     torch.testing.assert_close(gradients[-2][0], expected / max(norm, 1), rtol=1e-4, atol=1e-6)
-    before = [value(prompts).tolist(), value.fit(optimizer, policy, prompts, rewards)[0].tolist()]
-    assert before[0] == pytest.approx(before[1], abs=1e-6)
+    now, (same, _) = value(prompts), value.fit(optimizer, policy, prompts, rewards)
+    assert now.tolist() == pytest.approx(same.tolist(), abs=1e-6)
     for _ in range(100):
         value.fit(optimizer, policy, prompts, rewards)
     assert value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)

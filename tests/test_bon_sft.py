@@ -62,16 +62,13 @@ def test_n_1_reads_no_samples(likelihood):
 
 
 def test_bad_input_is_refused():
-    one, scores = torch.ones(1), torch.tensor([[0.0, 1.0, 0.5]])
-    for N in (0, 3, 4):
-        with pytest.raises(ValueError, match=f"not N={N} with n=3"):
-            coefficients(one, scores, N)
-    with pytest.raises(ValueError, match="unknown likelihood"):
-        coefficients(one, scores, 2, "map")
-    with pytest.raises(ValueError, match="scores that are 0 or 1"):
-        coefficients(one, scores, 2, "exact")
-    with pytest.raises(ValueError, match=r"finite.*\[0, 0\]"):
-        coefficients(one * torch.nan, scores, 2)
+    one = torch.ones(1)
+    refused = {f"not N={N} with n=3": (one, N) for N in (0, 3, 4)}
+    refused |= {"unknown likelihood": (one, 2, "map"), "scores that are 0 or 1": (one, 2, "exact")}
+    refused |= {r"finite.*\[0, 0\]": (one * torch.nan, 2)}
+    for complaint, (expert, *options) in refused.items():
+        with pytest.raises(ValueError, match=complaint):
+            coefficients(expert, torch.tensor([[0.0, 1.0, 0.5]]), *options)
 
 
 def test_n_1_is_plain_sft_to_the_bit(untrained, tmp_path, monkeypatch):
@@ -118,25 +115,19 @@ def test_experts_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("made", [list, tuple], ids=["in a list", "made on demand"])
-def test_problems_without_a_solution_are_told_before_the_model_is_loaded(made, run, monkeypatch):
+def test_problems_without_a_solution_are_told_before_the_model_is_loaded(made, refused, monkeypatch):
     """Else the policy would learn to say nothing."""
     task = replace(load_task("arithmetic"), train=made([Problem("1+1=", "2")]))
     flags = [flag for flag in SMALL if flag not in ("--levels", "1")]
     monkeypatch.setattr(harness.run, "load_task", lambda *_: task)
     monkeypatch.setattr(harness.run, "load_policy", lambda *_: pytest.fail("told after the model is loaded"))
-    line = run("bon_sft.py", *flags).stderr
-    assert line == "error: task 'arithmetic' has problems without a solution: give responses by --experts\n"
+    line = refused("bon_sft.py", *flags)
+    assert line == "error: task 'arithmetic' has problems without a solution: give responses by --experts"
 
 
-def test_experts_are_not_all_padded_at_once(run, untrained, monkeypatch):
+def test_experts_are_not_all_padded_at_once(run, untrained, noted):
     """One problem with many experts, or a long one, sets the size of all that are padded with it."""
-    sizes, rollouts = [], harness.policy.expert_rollouts
-
-    def counted(policy, task, prompts, groups, *others):
-        sizes.append(len(groups))
-        return rollouts(policy, task, prompts, groups, *others)
-
-    monkeypatch.setattr(harness.policy, "expert_rollouts", counted)
-    result = run("bon_sft.py", *SMALL, "--max-new-tokens", "1", "--steps", "1", "--model", untrained, code=0)
+    sizes = noted(harness.policy, "expert_rollouts", lambda policy, task, prompts, groups, *_: len(groups))
+    out = run("bon_sft.py", *SMALL, "--max-new-tokens", "1", "--steps", "1", "--model", untrained, code=0).stdout
     assert sizes == [256, arithmetic.TRAIN_PER_LEVEL - 256, 4]  # then a step's
-    assert f"{arithmetic.TRAIN_PER_LEVEL} expert responses are longer than --max-new-tokens 1" in result.stdout
+    assert f"{arithmetic.TRAIN_PER_LEVEL} expert responses are longer than --max-new-tokens 1" in out

@@ -30,12 +30,10 @@ def test_every_size_that_a_flag_names_is_reported(script, run, untrained):
     """The sizes 24, 3 and 5 are no powers of two."""
     flags = [*"--task arithmetic --steps 0 --k 3 --n 9 --eval-n 24 --eval-problems 1 --model".split(), untrained]
     size, flags = (5, [*flags, "--eval-N", "5"]) if script == SFT else (3, flags)
-    result = run(script, *flags, code=0)
-    metric = "maj" if script.startswith("maj") else "pass"
-    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("all ")]
-    assert {f"{metric}@{size}", "pass@24"} <= {row[1] for row in rows}
+    out, metric = run(script, *flags, code=0).stdout, "maj" if script.startswith("maj") else "pass"
+    assert {f"{metric}@{size}", "pass@24"} <= {line.split()[1] for line in out.splitlines() if line.startswith("all ")}
     (folder,) = Path("runs").iterdir()  # an evaluation trains nothing and leaves no policy
-    assert steps_of(folder) == [] and not (folder / "policy").exists() and "had a signal" not in result.stdout
+    assert steps_of(folder) == [] and not (folder / "policy").exists() and "had a signal" not in out
 
 
 def test_a_model_without_a_pad_token_runs(run, tmp_path):
@@ -134,11 +132,9 @@ def test_bad_input_is_one_clear_line(script, flags, complaint, run, untrained, t
         (tmp_path / name).write_text(json.dumps({"problem": "1+1=", "answer": "2", "solution": ""}) + "\n")
     for name in SPOILT.keys() & {*flags}:
         SPOILT[name](Path(shutil.copytree(untrained, tmp_path / name)))
-    result = run(script, *SMALL, "--model", untrained, *flags)
-    assert result.returncode == 2
-    assert of_script(script, complaint) in result.stderr and "Traceback" not in result.stderr
-    if result.stderr.startswith("error:"):  # ours; the parser's own has a frame
-        assert len(result.stderr.strip().splitlines()) == 1
+    stderr = run(script, *SMALL, "--model", untrained, *flags, code=2).stderr
+    assert of_script(script, complaint) in stderr and "Traceback" not in stderr
+    assert len(stderr.splitlines()) == 1 or not stderr.startswith("error:")  # the parser's own has a frame
     assert not (tmp_path / "runs").exists()
 
 
@@ -152,10 +148,9 @@ def test_the_papers_preset_and_flags_beside_it(run, untrained, tmp_path):
     flags = "--preset paper --task arithmetic --N 2 --steps 0 --lr 1e-5 --eval-n 2 --eval-problems 1 --model".split()
     run(RL, *flags, untrained, code=0)
     (folder,) = (tmp_path / "runs").iterdir()
-    args = json.loads((folder / "args.json").read_text())
     expected = {"lr": 1e-5, "prompts_per_step": 32, "warm_up_steps": 100, "anchor_rate": 0.01, "kl_coef": 1.0,
                 "kl_coef_end": 0.075, "kl_delay": 10, "kl_anneal_steps": 2500, "value_lr": 1e-5}  # fmt: skip
-    assert {name: args[name] for name in expected} == expected
+    assert expected.items() <= json.loads((folder / "args.json").read_text()).items()
 
 
 @pytest.mark.parametrize("one_file", [True, False])
@@ -188,7 +183,7 @@ def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, first, 
         return Verdict(verdict.rewards + 0.5, verdict.votes) if len(calls) >= first else verdict
 
     monkeypatch.setattr(arithmetic, "verify", higher)
-    result = run(script, *SMALL, *flags, "--model", untrained, code=2)
-    line = result.stderr.splitlines()[-1]
+    stderr = run(script, *SMALL, *flags, "--model", untrained, code=2).stderr
+    *_, line = stderr.splitlines()
     assert "is for rewards and scores 0 and 1, 'arithmetic' has others" in line
-    assert "(step 0 is saved: mend it, then --resume runs/" in line and "Traceback" not in result.stderr
+    assert "(step 0 is saved: mend it, then --resume runs/" in line and "Traceback" not in stderr

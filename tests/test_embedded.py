@@ -1,12 +1,14 @@
 """The embedded tasks, and the tiny policy that is warm-started on them."""
 
+import dataclasses
 import random
 import re
 import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from runs import weights_of
+from transformers import AutoTokenizer
 
 import common
 import harness.policy
@@ -57,16 +59,9 @@ def test_the_answer_to_sums_is_the_last_number_whatever_stands_around_it():
     assert verdict.votes.tolist() == [[0] * n + list(range(n, n + len(wrong))) + [-1] * len(none)]
 
 
-# --- the tiny policy -------------------------------------------------------------------------------------------------
-
-
 def small_task(steps: int = 3) -> Task:
     problems = [Problem(f"{a}+{b}=", str(a + b), str(a + b)) for a in range(5) for b in range(5)]
     return Task("sums", problems, problems, verify, warm_start={"steps": steps, "batch": 8, "lr": 1e-2})
-
-
-def weights(folder) -> torch.Tensor:
-    return torch.cat([p.flatten() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()])
 
 
 def test_the_tokenizer_is_one_token_a_character_and_loses_nothing(tmp_path):
@@ -90,19 +85,16 @@ def test_warm_start_is_deterministic_cached_and_named_by_its_recipe(tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     torch.manual_seed(2)  # the global state does not matter, and is left alone
     state = torch.get_rng_state()
-    assert torch.equal(weights(harness.policy.tiny_policy_folder(small_task())), weights(folder))
+    assert torch.equal(weights_of(harness.policy.tiny_policy_folder(small_task())), weights_of(folder))
     assert torch.equal(torch.get_rng_state(), state)
-    assert 0.5e6 < len(weights(folder)) < 1.5e6
+    assert 0.5e6 < len(weights_of(folder)) < 1.5e6
 
 
-def test_a_group_of_solutions_weighs_as_much_as_one(monkeypatch):
+def test_a_group_of_solutions_weighs_as_much_as_one(noted):
     """Each of m solutions has 1/m. The loss is a mean over tokens: weights times lengths add up to the prompts."""
     groups = [[Problem("1+1=", "2", "2"), Problem("1+1=", "2", "0002")], [Problem("2+3=", "5", "5")]]
-    task, seen = small_task(steps=2), []
-    task.warm_start_problems = groups
-    gradient = common.accumulate_gradient
-    noted = lambda policy, experts, weights: seen.append((experts, weights)) or gradient(policy, experts, weights)  # noqa: E731
-    monkeypatch.setattr(common, "accumulate_gradient", noted)
+    task = dataclasses.replace(small_task(steps=2), warm_start_problems=groups)
+    seen = noted(common, "accumulate_gradient", lambda policy, experts, weights: (experts, weights))
     harness.policy.warm_start(task)
     assert len(seen) == 2 and all(len(experts.prompts) == 8 for experts, _ in seen)
     for experts, weights in seen:
@@ -117,8 +109,8 @@ def test_slips_are_random_digits_at_a_rate():
     assert harness.policy.with_slips(problem, 0.0, random.Random(0)) == problem
     slipped = harness.policy.with_slips(problem, 0.15, random.Random(0)).solution
     assert [c for c in slipped if not c.isdigit()] == [","] * 400 and len(slipped) == 2000
-    changed = sum(a != b for a, b in zip(slipped, problem.solution)) / 1600
-    assert changed == pytest.approx(0.15 * 0.9, abs=0.03)  # one in ten is the digit that was there
+    changed = sum(a != b for a, b in zip(slipped, problem.solution))
+    assert changed / 1600 == pytest.approx(0.15 * 0.9, abs=0.03)  # one in ten is the digit that was there
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])

@@ -23,9 +23,8 @@ def test_the_tables_of_the_page_are_measured_again(engine):
         pytest.skip(f"{engine} is not installed: see the top of benchmarks/engines.py")
     code = f"import engines; print(engines.tables({engine!r}))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
-    )
+    command, environment = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": paths}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip().endswith(engines.measure.published(engine, engines.PAGE)), result.stdout
 
@@ -55,8 +54,6 @@ def test_the_doc_example_returns_what_the_table_ran():
 
     names = {"torch": torch, "advantages": advantages, "verify": lambda c, a: c == a}
     exec(code, names)
-    answers = ["x"] * 16
-    completions = ["x", *"abcdefg", "x", "x", *"abcdef"]
-    values = torch.tensor(names["pass_at_4"](completions, answers)).view(2, 8)
+    values = torch.tensor(names["pass_at_4"](["x", *"abcdefg", "x", "x", *"abcdef"], ["x"] * 16)).view(2, 8)
     rewards = torch.tensor([[1.0] + [0] * 7, [1.0, 1] + [0] * 6])
     torch.testing.assert_close(values, 8 * advantages(rewards, 5, "biased"))

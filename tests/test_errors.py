@@ -21,14 +21,7 @@ from harness.policy import full_disk_told
 from harness.run import RunArgs
 from verifiers import BadInput, load_task
 
-PASS, RL, SFT = "pass_at_k_pg.py", "bon_rl.py", "bon_sft.py"
-
-
-def one_line(result) -> str:
-    """The line in which a run ended that could not go on."""
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("Writing model")]
-    return line
+PASS = "pass_at_k_pg.py"
 
 
 def test_a_runs_folder_is_its_own_and_a_long_path_is_shortened_in_its_name(tmp_path, monkeypatch):
@@ -50,10 +43,7 @@ def test_out_of_memory_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2 GiB\n"
 
 
-# --- Models ---
-
-
-def test_a_hub_out_of_reach_is_asked_once_and_told_in_one_line(run, monkeypatch):
+def test_a_hub_out_of_reach_is_asked_once_and_told_in_one_line(refused, monkeypatch):
     asked = []
 
     class Api:
@@ -62,7 +52,7 @@ def test_a_hub_out_of_reach_is_asked_once_and_told_in_one_line(run, monkeypatch)
             raise ConnectionError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    line = one_line(run(PASS, *SMALL, "--model", "someone/model"))
+    line = refused(PASS, *SMALL, "--model", "someone/model")
     assert asked == [("someone/model", "model")]
     assert line.endswith("the hub cannot be reached (ConnectionError: [Errno -2] Name or service not known)")
     assert line.startswith("error: cannot load --model 'someone/model'") and "neither a folder nor in the cache" in line
@@ -78,20 +68,13 @@ def test_a_new_head_is_no_news_to_the_user_and_a_missing_one_is_refused(untraine
         verifiers.learned.load_verifier(untrained, task)
 
 
-# --- Data ---
-
-
 def test_levels_that_are_no_number_are_told(tmp_path, capsys):
     levels = ["hard", 3, None, "Level ?"]
     rows = [{"problem": f"{i}?", "answer": str(i), "level": level} for i, level in enumerate(levels)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = load_task("math", str(tmp_path))
-    assert [problem.level for problem in task.train] == [None, 3, None, None]
+    assert [problem.level for problem in load_task("math", str(tmp_path)).train] == [None, 3, None, None]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{tmp_path}, train: 2 levels that are no number, such as 'hard': these problems have no level"
-
-
-# --- Disks ---
 
 
 TELLS = {
@@ -119,39 +102,32 @@ def test_a_full_disk_in_the_words_of_each_library(library, tmp_path):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-# --- Ctrl-C ---
-
-
 @pytest.mark.parametrize("where", ["harness.run.load_policy", "harness.run.Run.evaluate"])
 def test_ctrl_c_before_the_first_step_is_one_line(where, run, skilled, monkeypatch):
     monkeypatch.setattr(where, lambda *args: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    result = run(PASS, *SMALL, "--model", skilled)
+    ended = run(PASS, *SMALL, "--model", skilled)
     signal.signal(signal.SIGINT, before)
-    assert result.returncode == 130
-    assert result.stderr == "stopped: give the same command again, or --resume the folder that it was writing to\n"
+    line = "stopped: give the same command again, or --resume the folder that it was writing to\n"
+    assert (ended.returncode, ended.stderr) == (130, line)
 
 
-# --- Weights & Biases ---
-
-
-def test_track_calls_wandb_before_the_writer_is_made(run, skilled, monkeypatch):
+def test_track_calls_wandb_before_the_writer_is_made(run, refused, skilled, monkeypatch):
     """In the first process alone, and only where it is asked for; where it is not installed that is told."""
     calls, writer = [], SimpleNamespace(add_scalar=lambda name, _, step: calls.append((name, step)), flush=lambda: None)
     made = SimpleNamespace(SummaryWriter=lambda folder: calls.append(("writer", str(folder))) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", made)
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it raises ImportError
     flags = [*SMALL, "--model", skilled, "--run-name", "one"]
-    assert run(PASS, *flags, "--steps", "0").returncode == 0 and calls == []
-    line = one_line(run(PASS, *flags, "--track"))
+    run(PASS, *flags, "--steps", "0", code=0)
+    assert calls == []
+    line = refused(PASS, *flags, "--track")
     assert line == "error: --track needs what is not installed: pip install wandb tensorboard"
-    assert run(PASS, *flags, "--run-name", "board", "--tensorboard").returncode == 0
+    run(PASS, *flags, "--run-name", "board", "--tensorboard", code=0)
     assert calls[0] == ("writer", "runs/board") and ("reward", 2) in calls
     calls.clear()
-    wandb = SimpleNamespace(init=lambda **options: calls.append(("init", options)))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    result = run(PASS, *flags, "--run-name", "two", "--track")
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(("init", options))))
+    run(PASS, *flags, "--run-name", "two", "--track", code=0)
     (name, options), writes, *scalars = calls
     assert name == "init" and options["sync_tensorboard"] is True and options["name"] == "two"
     assert options["config"]["k"] == 2 and writes == ("writer", "runs/two") and ("reward", 2) in scalars

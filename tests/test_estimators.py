@@ -5,6 +5,7 @@ The other estimators of Best-of-N: test_best_of_n.py, test_bon_sft.py. Rewards o
 
 import math
 from fractions import Fraction
+from functools import partial
 
 import enumeration
 import pytest
@@ -43,14 +44,8 @@ def lemma_1(metric):
     return lambda first, rewards, k, estimator: k_sample_advantages(metric, first, rewards, k=k, estimator=estimator)
 
 
-def of_pass_at_k(_, rewards, k, estimator):
-    return pass_at_k_pg.advantages(rewards, k, estimator)
-
-
-def of_best_of_n(scores, rewards, k, _):
-    return bon_rl.advantages(rewards, scores, k, "exact")
-
-
+of_pass_at_k = lambda _, rewards, *options: pass_at_k_pg.advantages(rewards, *options)  # noqa: E731
+of_best_of_n = lambda scores, rewards, k, _: bon_rl.advantages(rewards, scores, k, "exact")  # noqa: E731
 ESTIMATORS = {  # name -> (what the objective takes, rewards, k, estimator) -> advantages; rewards; the objective
     "pass_at_k_pg, graded": (of_pass_at_k, GRADED, "pass@k"),
     "pass_at_k_pg, 0/1": (of_pass_at_k, BINARY, "pass@k"),
@@ -114,12 +109,9 @@ def test_the_mean_of_all_scripts_is_rloo():
         torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
 
 
-# --- by hand ---
-
-
 def test_only_a_sample_that_changes_the_outcome_has_an_advantage():
     A = pass_at_k_pg.advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), 4)
-    assert A.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert A.tolist() == [[1, 0, 0, 0], *[[0, 0, 0, 0]] * 3]
     assert pass_at_k_pg.advantages(torch.tensor([[1.0, 1, 0, 0]]), 2)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0, 0])
     votes = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0], [-1, -1, -1, -1]])
     A = majority_pg.advantages(votes, (votes == 0).float(), 4)
@@ -132,14 +124,14 @@ def test_only_a_sample_that_changes_the_outcome_has_an_advantage():
 def test_pass_at_k_of_binary_rewards():
     """1 - C(n-c, k) / C(n, k): all right, all wrong, no k-subset without a success, and many samples."""
     for n, c, k in ((8, 8, 4), (8, 0, 4), (4, 1, 4), (5, 2, 4), (10, 3, 5), (256, 3, 64)):
-        rewards = (torch.arange(n) < c).float().unsqueeze(0)
-        expected = 1 - math.comb(n - c, k) / math.comb(n, k)
-        assert common.pass_at_k(rewards, k).item() == pytest.approx(expected, rel=1e-12), (n, c, k)
+        found = common.pass_at_k((torch.arange(n) < c).float().unsqueeze(0), k).item()
+        assert found == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k), rel=1e-12), (n, c, k)
 
 
-@pytest.mark.parametrize(
-    "n, k, c", [(256, 64, 100), (256, 64, 128), (256, 63, 150), (1000, 64, 300), (1000, 1000, 500)]
-)
+OF_TWO_ANSWERS = [(256, 64, 100), (256, 64, 128), (256, 63, 150), (1000, 64, 300), (1000, 1000, 500)]
+
+
+@pytest.mark.parametrize("n, k, c", OF_TWO_ANSWERS)
 def test_majority_of_two_answers_is_a_hypergeometric_tail(n, k, c):
     """c of n samples are right, and all others agree: a tie counts half. No digit is lost where it is rare."""
     votes = (torch.arange(n) >= c).long().unsqueeze(0)
@@ -153,10 +145,9 @@ def test_majority_of_two_answers_is_a_hypergeometric_tail(n, k, c):
 def test_majorities_by_hand():
     """Blank responses do not vote together, an answer with several rewards is worth their mean, and where all answers
     differ each of k wins alike."""
-    votes, rewards = torch.tensor([[-1, -1, -1, 3], [-1, -1, -1, -1]]), torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0]])
-    assert majority_pg.majority_at_k(votes, rewards, 4).tolist() == pytest.approx([1, 0], abs=1e-14)
-    votes, rewards = torch.tensor([[0, 0, 0, 1]]), torch.tensor([[1.0, 0.0, 0.5, 1.0]])
-    assert majority_pg.majority_at_k(votes, rewards, 3).item() == pytest.approx(0.5)
+    votes = torch.tensor([[-1, -1, -1, 3], [-1, -1, -1, -1], [0, 0, 0, 1]])
+    rewards = torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0.5, 1]])
+    assert majority_pg.majority_at_k(votes, rewards, 4).tolist() == pytest.approx([1, 0, 0.5], abs=1e-14)
     rewards = torch.rand(1, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     actual = majority_pg.majority_at_k(torch.arange(256).unsqueeze(0), rewards, 64).item()
     assert actual == pytest.approx(rewards.mean().item(), rel=1e-11)
@@ -166,42 +157,36 @@ def test_agreeing_with_the_vote_is_another_objective():
     """The example of docs/majority.md: probabilities .5 (wrong), .3 (right), .2 (wrong), k = 3. Agreement as a reward
     pushes towards the most likely answer, here the wrong one; maj@k pushes towards the right one."""
     theta = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
-    log_pi = theta.log_softmax(-1)
     y = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
-    p = log_pi[y].sum(-1).exp().detach()
-
-    def gradient(A):
-        return torch.autograd.grad((p * (A * log_pi[y]).sum(-1)).sum(), theta, retain_graph=True)[0]
-
-    maj = gradient(majority_pg.advantages(y, (y == 1).double(), 3))
-    share = torch.nn.functional.one_hot(y, 3).sum(1)  # (27, 3) votes of each answer
+    log_p = theta.log_softmax(-1)[y]  # (27, 3)
+    share = torch.nn.functional.one_hot(y, 3).sum(1)  # (27, 3): votes of each answer
     winners = (share == share.amax(-1, keepdim=True)).double()
-    agree = (winners / winners.sum(-1, keepdim=True)).gather(1, y)  # reward: agreement with the (split) vote
-    ttrl = gradient((agree - agree.mean(-1, keepdim=True)) / 2)
+    agree = (winners / winners.sum(-1, keepdim=True)).gather(1, y)  # (27, 3): agreement with the (split) vote
+    both = majority_pg.advantages(y, (y == 1).double(), 3), common.mean_advantages(agree)
+    expected = ((log_p.sum(-1).exp().detach() * (A * log_p).sum(-1)).sum() for A in both)
+    maj, ttrl = (torch.autograd.grad(x, theta, retain_graph=True)[0] for x in expected)
     assert maj[1] > 0 > maj[0] and ttrl[0] > 0 > ttrl[1]
-
-
-# --- numbers: large groups, exact zeros ---
 
 
 def test_large_groups_stay_finite_and_exact_in_float32():
     generator = torch.Generator().manual_seed(0)
+
+    def in_float32(advantages, rewards):
+        A, exact = advantages(rewards), advantages(rewards.double())
+        torch.testing.assert_close(A.double(), exact, rtol=1e-6, atol=1e-12)
+        assert A.dtype == torch.float32 and A.isfinite().all() and A.max() > 0
+        return A
+
     rewards = torch.rand(2, 4096, generator=generator)
     for k in (2, 64, 2048, 4096):
-        A = pass_at_k_pg.advantages(rewards, k)
-        assert A.dtype == torch.float32 and A.isfinite().all() and (A >= 0).all() and A.max() > 0
-        torch.testing.assert_close(A.double(), pass_at_k_pg.advantages(rewards.double(), k), rtol=1e-6, atol=1e-12)
+        assert (in_float32(partial(pass_at_k_pg.advantages, k=k), rewards) >= 0).all()
     votes = torch.randint(-1, 12, (8, 64), generator=generator)
-    A = majority_pg.advantages(votes, (votes == 3).float(), 16)
-    exact = majority_pg.advantages(votes, (votes == 3).double(), 16)
-    assert A.dtype == torch.float32 and A.max() > 0
-    torch.testing.assert_close(A.double(), exact, rtol=1e-6, atol=1e-12)
+    in_float32(lambda rewards: majority_pg.advantages(votes, rewards, 16), (votes == 3).float())
     rewards, scores = torch.randn(2, 3, 512, generator=generator)
     for N, estimator in ((256, "exact"), (128, "variational")):
-        A, exact = (bon_rl.advantages(r, scores, N, estimator) for r in (rewards, rewards.double()))
-        assert A.dtype == torch.float32 and A.abs().max() > 0
-        torch.testing.assert_close(A.double(), exact, rtol=1e-6, atol=1e-12)
-        assert (bon_rl.advantages(torch.ones(3, 512), scores, N, estimator) == 0).all()
+        of_scores = partial(bon_rl.advantages, scores=scores, N=N, estimator=estimator)
+        in_float32(of_scores, rewards)
+        assert (of_scores(torch.ones(3, 512)) == 0).all()
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "biased"])
@@ -217,9 +202,6 @@ def test_what_rounding_leaves_of_a_zero_is_zero_at_any_scale(estimator):
         assert A.tolist() == [[0] * n] and A.dtype == torch.float64
 
 
-# --- k_sample_advantages: any objective from its metric ---
-
-
 @pytest.mark.parametrize("estimator", ["unbiased", "biased"])
 @pytest.mark.parametrize("k, n", [(1, 1), (1, 2), (2, 2), (2, 3), (5, 5)])
 def test_the_metric_is_asked_for_nothing_that_it_does_not_have(k, n, estimator):
@@ -231,8 +213,6 @@ def test_the_metric_is_asked_for_nothing_that_it_does_not_have(k, n, estimator):
     A = k_sample_advantages(metric, *samples, k=k, estimator=estimator)
     assert A.shape == (3, n) and A.dtype == torch.float64
 
-
-# --- bad input ---
 
 VOTES = torch.zeros(2, 4, dtype=torch.int64)
 OF_K = {  # name -> (rewards, k, *estimator), and an estimator that it does not have
@@ -248,15 +228,14 @@ OF_K = {  # name -> (rewards, k, *estimator), and an estimator that it does not 
 
 @pytest.mark.parametrize("name", OF_K)
 def test_bad_arguments_are_refused(name):
-    function, estimator = OF_K[name]
+    (function, estimator), rewards = OF_K[name], torch.zeros(2, 4)
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"k={k} with n=4"):
-            function(torch.zeros(2, 4), k)
+            function(rewards, k)
     if estimator:
         with pytest.raises(ValueError, match=f"unknown estimator '{estimator}'"):
-            function(torch.zeros(2, 4), 2, estimator)
+            function(rewards, 2, estimator)
     if name.endswith(("_pg", "_rl")):
-        rewards = torch.zeros(2, 4)
         rewards[1, 2] = torch.nan
         with pytest.raises(ValueError, match=r"finite.*\[1, 2\]"):
             function(rewards, 2)

@@ -1,17 +1,13 @@
-"""The real thing on a CUDA device, where there is one: `python -m pytest -q -m gpu`, a few minutes.
-
-Elsewhere all of it is skipped. What is exact on the CPU is near here: float32 weights under bfloat16 autocast.
-"""
+"""The real thing on a CUDA device: `python -m pytest -q -m gpu`, a few minutes; elsewhere all of it is skipped. What is
+exact on the CPU is near here: float32 weights under bfloat16 autocast."""
 
 import copy
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from runs import EXTRA, FLAGS, SCRIPTS, records, steps_of
-from safetensors.torch import load_file
+from runs import EXTRA, FLAGS, SCRIPTS, records, steps_of, weights_of
 from test_sampler import PROMPTS, gradient, naive_log_probs, random_policy
 
 import bon_rl
@@ -22,10 +18,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing here has run"),
 ]
-
-
-def flat_weights(folder: Path) -> torch.Tensor:
-    return torch.cat([x.flatten() for _, x in sorted(load_file(folder / "model.safetensors").items())])
 
 
 def sampled(policy: common.Policy) -> tuple[common.Rollouts, common.Rollouts]:
@@ -105,7 +97,7 @@ def test_steps_of_each_script(script, own, run, skilled, tmp_path):
     log, timings = steps_of(tmp_path / "runs/a"), (tmp_path / "runs/a/timings.jsonl").read_text().splitlines()
     assert all(r["nonzero_advantage"] > 0 and r["grad_norm"] > 0 and not r["skipped"] for r in log) and len(log) == 2
     assert json.loads(timings[-1])["peak_memory_mib"] > 1
-    moved = flat_weights(tmp_path / "runs/a/policy") - flat_weights(Path(skilled))
+    moved = weights_of("runs/a/policy") - weights_of(skilled)
     assert moved.isfinite().all() and moved.norm() > 0
 
 
@@ -121,5 +113,5 @@ def test_a_checkpoint_is_resumed(run, skilled, tmp_path):
     first, second = steps_of(whole), steps_of(cut)
     assert [r["step"] for r in second] == [1, 2, 3, 4, 5, 6] and records(cut)[0] == records(whole)[0]
     assert [r["reward"] for r in second[4:]] == pytest.approx([r["reward"] for r in first[4:]], abs=0.1)
-    start, end, resumed = (flat_weights(x) for x in (Path(skilled), whole / "policy", cut / "policy"))
+    start, end, resumed = map(weights_of, (skilled, whole / "policy", cut / "policy"))
     assert (resumed - end).norm() < 0.2 * (end - start).norm()

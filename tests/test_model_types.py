@@ -45,16 +45,13 @@ def test_models_of_every_family_train(kind, run, rewarded, tmp_path):
     assert verdict_on(folder) == verdict_on(folder, "--gradient-checkpointing") == "trains"
 
 
-@pytest.mark.parametrize(
-    "kind, changes, flags, complaint",
-    [
-        ("bert", {"is_decoder": False}, [], "differ by"),  # looks both ways
-        ("cohere", {}, [], "the log-probs of sampling and of a plain forward pass differ by"),  # scales its logits
-        ("recurrent_gemma", {}, [], "differ by"),
-        ("ctrl", {}, ["--gradient-checkpointing"], "does not support activation checkpointing"),
-        ("llama", {"vocab_size": 90}, [], "the tokenizer has 99 tokens, the model knows 90 of them"),
-    ],
-)
+@pytest.mark.parametrize("kind, changes, flags, complaint", [
+    ("bert", {"is_decoder": False}, [], "differ by"),  # looks both ways
+    ("cohere", {}, [], "the log-probs of sampling and of a plain forward pass differ by"),  # scales its logits
+    ("recurrent_gemma", {}, [], "differ by"),
+    ("ctrl", {}, ["--gradient-checkpointing"], "does not support activation checkpointing"),
+    ("llama", {"vocab_size": 90}, [], "the tokenizer has 99 tokens, the model knows 90 of them"),
+])  # fmt: skip
 def test_models_that_cannot_be_trained_are_refused_in_one_line(kind, changes, flags, complaint, run, tmp_path):
     assert complaint in verdict_on(save_tiny(kind, tmp_path / "model", **changes), *flags)
 

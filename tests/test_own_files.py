@@ -1,5 +1,4 @@
-"""Files of one's own, --estimator FILE:NAME and --task FILE:load: docs/own.md, run, and every way to get a file
-wrong."""
+"""Files of one's own, --estimator FILE:NAME and --task FILE:load: docs/own.md, run, and every way to get one wrong."""
 
 import json
 import re
@@ -52,9 +51,6 @@ def refusal(function, *args) -> str:
     return str(error.value)
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_function_its_module_and_the_hash_of_what_ran(mine):
     path = mine("from os.path import join\nX = 3\ndef f(): return X\n")
     function, module, digest = load_file(f"{path}:f")
@@ -88,9 +84,8 @@ UNUSABLE = {  # name -> code, what is given, message
 }
 
 
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_a_file_that_cannot_be_used(name, mine):
-    code, where, message = UNUSABLE[name]
+@pytest.mark.parametrize("code, where, message", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_file_that_cannot_be_used(code, where, message, mine):
     path = mine(code)
     assert message.format(path=path) in refusal(load_file, where.format(path=path))
 
@@ -105,12 +100,11 @@ RETURNS = {
 }
 
 
-@pytest.mark.parametrize("value", RETURNS)
-def test_what_an_estimator_may_not_return(value, mine):
+@pytest.mark.parametrize("value, message", RETURNS.items(), ids=RETURNS)
+def test_what_an_estimator_may_not_return(value, message, mine):
     path = mine(f"import torch\ndef f(rewards, k):\n    return {value}")
     estimate, metric, _ = load_estimator(f"{path}:f")
-    assert metric is None
-    assert RETURNS[value] in refusal(estimate, torch.tensor([[1.0, 0, 0], [1, 1, 1]]), 2)
+    assert metric is None and message in refusal(estimate, torch.tensor([[1.0, 0, 0], [1, 1, 1]]), 2)
 
 
 def test_a_metric_is_checked_and_rewards_stay_as_they_are(mine):
@@ -141,9 +135,8 @@ def checked(value):
     return with_checked_verdicts(Task("mine", [], [], lambda problems, responses: value)).verify
 
 
-@pytest.mark.parametrize("name", VERDICTS)
-def test_what_a_verifier_may_not_return(name):
-    value, message = VERDICTS[name]
+@pytest.mark.parametrize("value, message", VERDICTS.values(), ids=VERDICTS)
+def test_what_a_verifier_may_not_return(value, message):
     line = refusal(checked(value), [Problem("1", "1")] * 2, [["a", "b", "c"], ["d", "e", "f"]])
     assert line.startswith("the verifier of mine") and message in line
 
@@ -156,9 +149,6 @@ def test_what_is_right_passes_as_it_is_and_without_the_graph_of_a_model():
     assert not (verdict.rewards.requires_grad or verdict.scores.requires_grad) and verdict.rewards.tolist() == [[2, 2]]
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["all_right.py", "baselines.py"])
 def test_the_code_on_the_page_is_that_of_the_recipes(name):
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.partition("## Your own verifier")[0], re.M | re.S)
@@ -168,24 +158,18 @@ def test_the_code_on_the_page_is_that_of_the_recipes(name):
 
 def test_the_page_has_a_whole_verifier_of_few_lines(mine):
     assert len([line for line in TASK.splitlines() if line.strip()]) <= 15
-    load, *_ = load_file(f"{mine()}:load")
-    task = load("mine", None)
+    task = load_file(f"{mine()}:load")[0]("mine", None)
     verdict = task.verify([Problem("7+5=", "12")], [["12", " 12 apples", "13", "none", ""]])
     assert verdict.rewards.tolist() == [[1, 1, 0, 0, 0]] and verdict.rewards.dtype == torch.float32
     assert verdict.votes.tolist() == [[0, 0, 2, -1, -1]]
     assert {problem.prompt for problem in task.train}.isdisjoint(problem.prompt for problem in task.test)
-    for problem in task.train:
-        assert task.verify([problem], [[problem.answer]]).rewards.tolist() == [[1]]
-
-
-# --- in a run ---------------------------------------------------------------------------------------------------------
+    assert all(task.verify([problem], [[problem.answer]]).rewards.tolist() == [[1]] for problem in task.train)
 
 
 def test_an_estimator_trains_as_the_same_one_by_name(run, skilled, mine):
     where = f"{mine(ESTIMATOR)}:mine"
-    assert run(PASS, *FLAGS, "--model", skilled, "--run-name", "name").returncode == 0
-    result = run(PASS, *FLAGS, "--model", skilled, "--run-name", "file", "--estimator", where)
-    assert result.returncode == 0, result.stderr
+    for flags in (["--run-name", "name"], ["--run-name", "file", "--estimator", where]):
+        run(PASS, *FLAGS, "--model", skilled, *flags, code=0)
     assert outcome(Path("runs/name")) == outcome(Path("runs/file"))
     assert any(step["grad_norm"] > 0 for step in steps_of(Path("runs/file")))
     args = json.loads(Path("runs/file/args.json").read_text())
@@ -193,12 +177,10 @@ def test_an_estimator_trains_as_the_same_one_by_name(run, skilled, mine):
 
 
 def test_pass_hat_k_and_its_metric_stand_in_the_tables(run, skilled):
-    result = run(PASS, *FLAGS, "--model", skilled, "--estimator", f"{ROOT / 'recipes/all_right.py'}:all_right")
-    assert result.returncode == 0, result.stderr
-    folder = next(Path("runs").iterdir())
+    out = run(PASS, *FLAGS, "--model", skilled, "--estimator", f"{ROOT}/recipes/all_right.py:all_right", code=0).stdout
+    (folder,) = Path("runs").iterdir()
     assert folder.name.startswith("pass_at_k_pg-arithmetic-") and "all_right-k2" in folder.name
-    for name in ("pass@1", "pass@2", "metric@1", "metric@2", "metric@4"):
-        assert name in result.stdout
+    assert all(name in out for name in ("pass@1", "pass@2", "metric@1", "metric@2", "metric@4"))
     assert "metric@4" in records(folder)[0]["eval"]["all"]
     steps = steps_of(folder)
     assert all(step["metric@2"] <= step["reward"] <= step["pass@2"] for step in steps)
@@ -210,38 +192,34 @@ def test_an_error_in_step_3_is_one_line_and_keeps_the_steps_before(run, skilled,
     code += "def third(rewards, k):\n    calls.append(k)\n    check()\n    return mine(rewards, k)\n"
     path = mine(ESTIMATOR + code)
     flags = [*FLAGS, "--model", skilled, "--run-name", "one", "--save-every", "50", "--estimator", f"{path}:third"]
-    result = run(PASS, *flags)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
+    stderr = run(PASS, *flags, code=2).stderr
     failed = f"error: third(rewards, 2) failed at {path}, line 12: AssertionError: too many"
     saved = "(step 2 is saved: mend it, then --resume runs/one --changed-files)"
-    assert result.stderr.splitlines()[-1] == f"{failed} {saved}"
+    assert stderr.splitlines()[-1] == f"{failed} {saved}" and "Traceback" not in stderr
     progress = torch.load("runs/one/checkpoint.pt", weights_only=True)["progress"]
     assert progress["step"] == 2  # the first call was before the run began
     mine(ESTIMATOR + code.replace("< 4", "< 40"))
-    assert run(PASS, "--resume", "runs/one", "--changed-files").returncode == 0
+    run(PASS, "--resume", "runs/one", "--changed-files", code=0)
 
 
-def test_a_run_on_a_task_is_resumed_with_the_same_file_alone(run, skilled, mine):
+def test_a_run_on_a_task_is_resumed_with_the_same_file_alone(run, refused, skilled, mine):
     where, script = f"{mine()}:load", "majority_pg.py"
-    result = run(script, *SMALL, "--task", where, "--model", skilled)
-    assert result.returncode == 0, result.stderr
+    run(script, *SMALL, "--task", where, "--model", skilled, code=0)
     (folder,) = Path("runs").iterdir()
     assert "mine.py_load" in folder.name and ":" not in folder.name
     assert len(steps_of(folder)) == 2 and "pass@4" in records(folder)[0]["eval"]["all"]
     args, before = json.loads((folder / "args.json").read_text()), outcome(folder)
     assert args["task"] == where and args["files"] == {where: load_file(where)[2]}
-    assert run(script, "--resume", str(folder)).returncode == 0
+    run(script, "--resume", str(folder), code=0)
     mine(TASK + "# changed\n")
-    result = run(script, "--resume", str(folder))
-    assert result.returncode == 2 and f"{where} has changed since {folder} began" in result.stderr
-    assert len(result.stderr.splitlines()) == 1 and outcome(folder) == before
-    result = run(script, "--resume", str(folder), "--changed-files", "--steps", "3")
-    assert result.returncode == 0 and len(steps_of(folder)) == 3, result.stderr
-    assert "the result is neither file's alone" in result.stdout
+    assert f"{where} has changed since {folder} began" in refused(script, "--resume", str(folder))
+    assert outcome(folder) == before
+    out = run(script, "--resume", str(folder), "--changed-files", "--steps", "3", code=0).stdout
+    assert len(steps_of(folder)) == 3 and "the result is neither file's alone" in out
     assert json.loads((folder / "args.json").read_text())["files"] == {where: load_file(where)[2]} != args["files"]
 
 
-def test_a_learned_verifier_is_cached_for_one_version_of_the_file(run, skilled, mine, monkeypatch):
+def test_a_learned_verifier_is_cached_for_one_version_of_the_file(refused, skilled, mine, monkeypatch):
     """Its labels are those of the file's verify."""
 
     def named(name, write):
@@ -251,25 +229,22 @@ def test_a_learned_verifier_is_cached_for_one_version_of_the_file(run, skilled, 
     monkeypatch.setattr(harness.run, "cached_folder", named)
     for code in (TASK, TASK + "# changed\n"):
         where = f"{mine(code)}:load"
-        flags = [flag.replace("--k", "--N") for flag in SMALL]
-        ended = run("bon_rl.py", *flags, "--task", where, "--model", skilled, "--verifier", "learned")
-        assert ended.stderr.strip().endswith(f"-t3-lall-{load_file(where)[2][:12]}")
+        line = refused("bon_rl.py", *SMALL, "--task", where, "--model", skilled, "--verifier", "learned")
+        assert line.endswith(f"-t3-lall-{load_file(where)[2][:12]}")
 
 
-def test_best_of_n_by_scores_of_ones_own_is_not_called_pass_at_n(run, skilled, mine):
+def test_best_of_n_by_scores_of_ones_own_is_not_called_pass_at_n(run, refused, skilled, mine):
     """Of four responses the first is right, and the verifier prefers the others: pass@4 is 1, bon@4 is 0."""
     tensors = "torch.eye(1, n).repeat(B, 1), torch.zeros(B, n).long(), scores=torch.arange(n * 1.0).repeat(B, 1)"
     code = f"{VERIFY}    B, n = len(problems), len(responses[0])\n    return Verdict({tensors})\n"
     where = f"{mine(TASK.replace(VERIFY, code))}:load"
     for script, flags in ("bon_rl.py", [*SMALL, "--steps", "0"]), ("bon_sft.py", [*SMALL, "--steps", "0", "--n", "8"]):
-        result = run(script, *flags, "--task", where, "--model", skilled, "--run-name", script[:-3])
-        assert result.returncode == 0, result.stderr
+        run(script, *flags, "--task", where, "--model", skilled, "--run-name", script[:-3], code=0)
         values = records(Path("runs") / script[:-3])[0]["eval"]["all"]
-        assert {name: values[name][0] for name in ("pass@1", "pass@2", "pass@4", "bon@1", "bon@2", "bon@4")} == {
-            "pass@1": 0.25, "pass@2": 0.5, "pass@4": 1, "bon@1": 0.25, "bon@2": 0, "bon@4": 0
-        }  # fmt: skip
-    result = run("bon_rl.py", *SMALL, "--task", where, "--model", "nowhere", "--estimator", "rlb")
-    assert result.returncode == 2 and "a closed form for scores that are the rewards: use exact" in result.stderr
+        expected = {"pass@1": 0.25, "pass@2": 0.5, "pass@4": 1, "bon@1": 0.25, "bon@2": 0, "bon@4": 0}
+        assert {name: values[name][0] for name in expected} == expected
+    line = refused("bon_rl.py", *SMALL, "--task", where, "--model", "nowhere", "--estimator", "rlb")
+    assert "a closed form for scores that are the rewards: use exact" in line
 
 
 BROKEN = {
@@ -281,9 +256,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_task_is_one_line(name, run, mine):
-    code, message = BROKEN[name]
-    result = run(PASS, *SMALL, "--task", f"{mine(code)}:load", "--model", "nowhere")
-    assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
-    assert "Traceback" not in result.stderr and not Path("runs").exists()  # told before the model is looked for
+@pytest.mark.parametrize("code, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_task_is_one_line(code, message, refused, mine):
+    assert message in refused(PASS, *SMALL, "--task", f"{mine(code)}:load", "--model", "nowhere")
+    assert not Path("runs").exists()  # told before the model is looked for

@@ -43,9 +43,6 @@ def credits(f, rows, k):
     return torch.tensor(parts, dtype=torch.float64).split([n, n, 1], -1)
 
 
-# --- set functions, as f of a list and as the mean over all k-subsets --------------------------------------------
-
-
 def different_right(pairs):
     """How many different right answers among (vote, reward) pairs."""
     return float(len({vote for vote, reward in pairs if reward == 1 and vote >= 0}))
@@ -83,9 +80,6 @@ def test_one_identity_behind_three_papers(name, k, n):
     close(b, k / n * (inside - outside))
 
 
-# --- a method, its formula, our call ----------------------------------------------------------------------------------
-
-
 def test_pkpos_second_form_is_unbiased_and_not_centred():
     """Leave-one-out: (k/n) M_i - k/(n-1) M_-i."""
 
@@ -108,12 +102,10 @@ def test_chen_et_al_are_b_divided_by_a_standard_deviation(k, n):
     for c in range(1, n + 1):
         r = torch.tensor([[1.0] * c + [0.0] * (n - c)], dtype=torch.float64)
         R = 1 - math.comb(n - c, k) / math.comb(n, k)
-        sigma = math.sqrt(R * (1 - R))
-        if sigma == 0:
-            continue
-        negative = (1 - R - math.comb(n - c - 1, k - 1) / math.comb(n - 1, k - 1)) / sigma if c < n else 0
-        A = r * (1 - R) / sigma + (1 - r) * negative
-        close(A, (n - k) / k * advantages(r, k + 1, "biased") / sigma)
+        if sigma := math.sqrt(R * (1 - R)):
+            negative = (1 - R - math.comb(n - c - 1, k - 1) / math.comb(n - 1, k - 1)) / sigma
+            A = r * (1 - R) / sigma + (1 - r) * negative
+            close(A, (n - k) / k * advantages(r, k + 1, "biased") / sigma)
 
 
 def test_maxrl_and_its_relatives():
@@ -123,9 +115,8 @@ def test_maxrl_and_its_relatives():
     c = r.sum(-1, keepdim=True)
     close(advantages(r, 1, "maxrl"), torch.where(c > 0, (r - c / 6) / c.clamp(min=1), 0))
     close(40 * rs_grpo(r[1:], 40.0), advantages(r[1:], 1, "maxrl"))
-    r = torch.tensor([[1.0, 0.5, 0, 0]], dtype=torch.float64)
-    A = r / 4 + sum(advantages(r, k) / k for k in range(2, 5))
-    close(A, torch.tensor([[0.75, 0.25, 0, 0]], dtype=torch.float64))
+    r, A = torch.tensor([[[1.0, 0.5, 0, 0]], [[0.75, 0.25, 0, 0]]], dtype=torch.float64)
+    close(r / 4 + sum(advantages(r, k) / k for k in range(2, 5)), A)
 
 
 def rs_grpo(r, beta):
@@ -183,22 +174,16 @@ def test_mistakes_seen_in_the_wild(k, n):
     close(credit - others, n**2 / (k * (n - 1)) * ((1 - k / n) * above + k / n * own))
 
 
-# --- the baselines of pass@k ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("k, n", [(1, 5), (2, 5), (4, 5), (5, 5)])
 def test_the_family_has_one_worth_and_these_baselines(k, n):
     m = torch.arange(n, dtype=torch.float64)
     expected = {baselines.u: 0 * m, baselines.others: m / (n - 1), baselines.posterior: (m + 1) / (n + 1)}
-    if k < n:
-        expected[baselines.b] = m / (n - k)
+    expected |= {baselines.b: m / (n - k)} if k < n else {}
+    expected |= {baselines.u: m / (n - 1)} if k == 1 else {}  # RLOO's
     D = torch.tensor([float(x) for x in spectrum.worth_of_pass_at(n, k)], dtype=torch.float64)
     for rule, beta in expected.items():
-        if rule is baselines.u and k == 1:
-            beta = m / (n - 1)  # u(1) has RLOO's baseline
         close(spectrum.worth(partial(rule, k=k), n), D)
-        seen = spectrum.baseline(partial(rule, k=k), n)
-        close(seen[D > 0], beta[D > 0])
+        close(spectrum.baseline(partial(rule, k=k), n)[D > 0], beta[D > 0])
     r = rewards_of(5)  # its ends: RLOO and Tang
     close(baselines.others(r, 1), advantages(r, 1, "mean"))
     close(baselines.others(r, 5), advantages(r, 5))

@@ -22,32 +22,23 @@ TASK = Task("toy", [], [], None, template="Question: {prompt}\nAnswer:", instruc
 PROBLEMS = [Problem("1+1?", "2", "2"), Problem(" 6+6?\n", "12", "12")]
 WORDS = ["1+1?\n\nBe brief.", "6+6?\n\n\nBe brief."]  # what a user says of them
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% set parts = m.content.split('</think>') %}<think>\n{{ parts[0] if parts|length > 1 }}\n</think>\n\n"
-    "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-PHI = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Roles must alternate') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-NOTHING = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"  # noqa: E501
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
+THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+            "{% set parts = m.content.split('</think>') %}<think>\n{{ parts[0] if parts|length > 1 }}\n</think>\n\n"
+            "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not"
+            " enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")  # fmt: skip
+PHI = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+       "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")  # fmt: skip
+GEMMA = ("{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+         "{{ raise_exception('Roles must alternate') }}{% endif %}<start_of_turn>"
+         "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")  # fmt: skip
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+           "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")  # fmt: skip
+NOTHING = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+           "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
 
 
 def tokenizer_of(template: str | None, specials: str = "<s> </s>", front: bool = True, behind: bool = False):
@@ -58,10 +49,9 @@ def tokenizer_of(template: str | None, specials: str = "<s> </s>", front: bool =
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"answer|[\s\S]"), "isolated")
     vocabulary = tokenizer.get_vocab() | {"answer": len(tokenizer)}
     backend.model = type(backend.model)(vocabulary, unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>", pad_token="<pad>",
-        additional_special_tokens=others, chat_template=template,
-    )  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token="<unk>",
+                                        pad_token="<pad>", additional_special_tokens=others,
+                                        chat_template=template)  # fmt: skip
     single = " ".join([bos] * front + ["$A"] + [eos] * behind)
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
@@ -79,35 +69,25 @@ QWEN, PHIS = "<s> <|endoftext|> <|im_start|> <|im_end|>", "<s> <|endoftext|> <|u
 # template, special tokens, generation config's ends; what is read before and behind the user's words; how an expert's
 # response "2" is written, and all tokens that end a response
 STYLES = {
-    "Qwen, base": (
-        CHATML, QWEN, "<|endoftext|>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
-        "2<|im_end|>", "<|im_end|> <|endoftext|>",
-    ),
-    "Qwen 3": (
-        THINKING, QWEN + " <think> </think>", "<|im_end|> <|endoftext|>", "<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>", "<|im_end|> <|endoftext|>",
-    ),
+    "Qwen, base": (CHATML, QWEN, "<|endoftext|>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
+                   "2<|im_end|>", "<|im_end|> <|endoftext|>"),
+    "Qwen 3": (THINKING, QWEN + " <think> </think>", "<|im_end|> <|endoftext|>", "<|im_start|>user\n",
+               "<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>", "<|im_end|> <|endoftext|>"),
     "thinking, by default": (  # the model reads the beginning of a thought, which a finished turn leaves out
         CHATML.replace("assistant\n", "assistant\n<think>\n"), QWEN + " <think> </think>", None, "<|im_start|>user\n",
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n", "2<|im_end|>", "<|im_end|> <|endoftext|>",
-    ),
-    "Phi": (  # of which only the tokenizer knows an end
-        PHI, PHIS, None, "<|user|>\n", "<|end|>\n<|assistant|>\n",
-        "2<|end|>", "<|end|> <|endoftext|>",
-    ),
-    "Gemma": (
-        GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "<bos><start_of_turn>user\n",
-        "<end_of_turn>\n<start_of_turn>model\n", "2<end_of_turn>", "<end_of_turn> <eos>",
-    ),
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n", "2<|im_end|>", "<|im_end|> <|endoftext|>"),
+    "Phi": (PHI, PHIS, None,  # only the tokenizer knows an end
+            "<|user|>\n", "<|end|>\n<|assistant|>\n", "2<|end|>", "<|end|> <|endoftext|>"),
+    "Gemma": (GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "<bos><start_of_turn>user\n",
+              "<end_of_turn>\n<start_of_turn>model\n", "2<end_of_turn>", "<end_of_turn> <eos>"),
     "Mistral": (MISTRAL, "<s> </s>", "</s>", "<s>[INST] ", " [/INST]", " 2</s>", "</s>"),
     "nothing behind a turn": (NOTHING, "<s> </s>", "</s>", "user: ", "\nassistant:", " 2</s>", "</s>"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["", "a tokenizer that adds an end token"])
-@pytest.mark.parametrize("style", STYLES)
-def test_a_chats_turns_are_those_of_its_template(style, behind):
-    template, specials, eos, before, between, expert, stops = STYLES[style]
+@pytest.mark.parametrize("template, specials, eos, before, between, expert, stops", STYLES.values(), ids=STYLES)
+def test_a_chats_turns_are_those_of_its_template(template, specials, eos, before, between, expert, stops, behind):
     policy = policy_of(tokenizer_of(template, specials, behind=behind), eos)
     assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == stops.split()
     prompts = encode_prompts(policy, TASK, PROBLEMS, 8)
@@ -196,12 +176,9 @@ def test_which_tokens_end_a_response():
     assert ends_of_response(tokenizer, GenerationConfig()) == []
 
 
-def test_a_template_is_not_rendered_once_a_problem(monkeypatch):
-    tokenizer, rendered = tokenizer_of(GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>"), []
-    render = tokenizer.apply_chat_template
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **b: rendered.append(1) or render(*a, **b))
-    policy = policy_of(tokenizer)
-    del rendered[:]
+def test_a_template_is_not_rendered_once_a_problem(noted):
+    policy = policy_of(tokenizer_of(GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>"))
+    rendered = noted(policy.tokenizer, "apply_chat_template", lambda *_, **__: None)
     prompts = encode_prompts(policy, TASK, PROBLEMS * 50, 8)
     expert_rollouts(policy, TASK, prompts, [[problem] for problem in PROBLEMS * 50])
     assert len(rendered) == 4  # what is read, and a whole turn: for the prompts, and for the responses
@@ -215,9 +192,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("template", BROKEN)
-def test_a_template_that_fails_is_refused_in_one_line(template):
-    with pytest.raises(BadInput, match=BROKEN[template]) as refusal:
+@pytest.mark.parametrize("template, complaint", BROKEN.items(), ids=BROKEN)
+def test_a_template_that_fails_is_refused_in_one_line(template, complaint):
+    with pytest.raises(BadInput, match=complaint) as refusal:
         policy_of(tokenizer_of(template))
     assert "\n" not in str(refusal.value)
 
@@ -235,7 +212,7 @@ def test_no_chat_ignores_the_template(run, tmp_path, monkeypatch):
     plain = run("pass_at_k_pg.py", *SMALL, "--model", model, "--show-prompt", "--no-chat").stdout
     assert shown == f"user: {plain.strip()}<unk>\n" and plain.strip().endswith("=") and not Path("runs").exists()
     run("pass_at_k_pg.py", *SMALL, "--model", model, "--no-chat", "--run-name", "a", code=0)
-    assert json.loads(open("runs/a/args.json").read())["chat"] is False
+    assert json.loads(Path("runs/a/args.json").read_text())["chat"] is False
     assert run("pass_at_k_pg.py", *SMALL, "--model", "runs/a/policy", "--show-prompt").stdout == plain
 
     def told(*_, chat, **others):

@@ -1,6 +1,5 @@
 """The recipes for TRL, inside its trainers where it is installed (pip install -r benchmarks/requirements.txt): the
-optimiser's gradient beside the gradient of common.accumulate_gradient on the same samples. For verl: test_verl.py.
-"""
+optimiser's gradient beside the gradient of common.accumulate_gradient on the same samples. For verl: test_verl.py."""
 
 import importlib.util
 import sys
@@ -24,9 +23,6 @@ needs_trl = pytest.mark.skipif(
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed: pip install peft")
 TOKENS, TEMPERATURE = 7, 0.8
 PROBLEMS = ["1+2=", "47*85=", "9="]  # of several lengths
-
-
-# --- TRL --------------------------------------------------------------------------------------------------------------
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -157,14 +153,11 @@ def test_each_estimator_in_trl_has_our_gradient(name, a_step_of_each):
 
 
 @needs_trl
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"loss_type": "dapo"}, "loss_type must be 'dr_grpo', not 'dapo'"),
-        ({"importance_sampling_level": "sequence", "top_k": 20}, "importance_sampling_level must be 'token', .*top_k"),
-        ({"steps_per_generation": 12}, "gradient_accumulation_steps must be a multiple of steps_per_generation"),
-    ],
-)
+@pytest.mark.parametrize("wrong, message", [
+    ({"loss_type": "dapo"}, "loss_type must be 'dr_grpo', not 'dapo'"),
+    ({"importance_sampling_level": "sequence", "top_k": 20}, "importance_sampling_level must be 'token', .*top_k"),
+    ({"steps_per_generation": 12}, "gradient_accumulation_steps must be a multiple of steps_per_generation"),
+])  # fmt: skip
 def test_settings_with_another_gradient_are_refused(wrong, message, tmp_path):
     from trl_k_sample import KSampleTrainer, pass_at_k
 

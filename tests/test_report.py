@@ -13,8 +13,6 @@ import harness.report as report
 from harness.report import save_figure
 from verifiers import BadInput, Problem
 
-# --- Means, intervals, cells ---
-
 
 @pytest.mark.parametrize("S, t", [(2, 12.706), (5, 2.776), (10, 2.262), (11, 2.2281), (31, 2.0423), (1001, 1.9623)])
 def test_the_interval_is_students_whatever_the_number_of_values(S, t):
@@ -36,8 +34,6 @@ def test_one_value_has_no_interval_and_there_is_no_minus_zero():
     assert report.number(-0.0004) == "0.000" and report.number(torch.tensor(-0.0004), 0.0012, "+") == "+0.000 ± 0.001"
     assert report.number(-0.0006, 0.5, "+") == "-0.001 ± 0.500"
 
-
-# --- The last table of a run ---
 
 PROBLEMS = [Problem("a", "1", level=2), Problem("b", "1", level=10), Problem("c", "1", level=2)]
 BEFORE = {"pass@1": torch.tensor([0.0, 0.5, 0.25]), "bon@16": torch.tensor([0.0, 1.0, 0.5])}
@@ -72,9 +68,6 @@ def test_samples_are_a_bounded_part_of_the_responses_evenly_spaced():
     assert [record["prompt"] for record in found[:6]] == ["0", "2", "4", "7", "9", "12"]
     assert len(found) == 50
     assert found[3] == {"prompt": "7", "responses": ["7.0", "7.1", "7.2", "7.3"], "rewards": [42, 43, 44, 45]}
-
-
-# --- Figures ---
 
 
 @pytest.fixture
@@ -133,9 +126,6 @@ def test_curves_show_what_every_step_logged_with_the_evaluations_on_it(figures, 
     save_figure(write_run(tmp_path / "alone", {}, {0: {"pass@1": 0.5, "pass@2": 0.75}}, {}), {}, ["pass"], 1, "x")
     assert lines_of(figures[1].axes[0]) == {"before": ([1, 2], [0.5, 0.75])}  # an evaluation has no "after"
     assert [points.get_label() for points in figures[1].axes[1].containers] == ["pass@1, x"]  # with k = 1 once
-
-
-# --- Runs compared ---
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import SMALL, steps_of
-from safetensors.torch import load_file
+from runs import SMALL, steps_of, weights_of
 
 import bon_rl
-import common
 import harness.run
 import pass_at_k_pg
 from harness.problems import evaluation_problems, training_batch
@@ -42,9 +40,6 @@ def test_problems_that_are_made_on_demand_are_not_all_made(script, asked, run, s
     assert lazy.asked == asked
 
 
-# --- Random numbers ---
-
-
 @pytest.fixture
 def begun(skilled, monkeypatch, tmp_path):
     """begun(seed) -> a run of pass_at_k_pg.py that is ready for its first step."""
@@ -60,12 +55,11 @@ def begun(skilled, monkeypatch, tmp_path):
     return result
 
 
-def test_random_numbers_are_a_function_of_purpose_seed_step_and_rank(begun, monkeypatch):
+def test_random_numbers_are_a_function_of_purpose_seed_step_and_rank(begun, noted, monkeypatch):
     """Seeds 0 and 4 have the same low bits at some places of a word, of which torch reads 32 on the CPU. An evaluation
     has the same numbers at every step."""
-    drawn, evaluated, sample = {}, [], common.sample
     numbers = lambda generator: tuple(torch.rand(8, generator=generator.clone_state()).tolist())  # noqa: E731
-    monkeypatch.setattr(harness.run, "sample", lambda *args: evaluated.append(numbers(args[-1])) or sample(*args))
+    drawn, evaluated = {}, noted(harness.run, "sample", lambda *args: numbers(args[-1]))
     monkeypatch.setattr(harness.run, "all_gather", lambda value: [value, value])
     for seed, rank in itertools.product((0, 1, 4, 2**32), (0, 1)):
         monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
@@ -96,9 +90,6 @@ def test_problems_come_once_a_pass_and_those_of_an_evaluation_from_all_levels():
     assert chosen == evaluation_problems(problems, 4)
 
 
-# --- Logs ---
-
-
 def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, monkeypatch):
     """One process has all problems; of two, rank r has the problems r, r + 2, ..."""
     run, whole = begun(), []
@@ -119,19 +110,17 @@ def test_the_verdict_of_an_evaluation_is_in_the_order_of_the_problems(begun, mon
     assert whole == [[0, 1, 2, 3, 4]] * 2
 
 
-NO_REWARD = "--task arithmetic --levels 1 --n 4 --prompts-per-step 2 --eval-n 4 --eval-problems 1 --eval-every 0"
-NO_REWARD = NO_REWARD.split()
+NO_REWARD = [*SMALL, *"--prompts-per-step 2 --eval-problems 1 --eval-every 0".split()]
 
 
 @pytest.mark.parametrize("script", [PASS, "majority_pg.py", "bon_rl.py"])
 def test_without_a_reward_a_kl_penalty_moves_nothing(script, run, untrained, tmp_path):
     """The policy is its own reference until a reward moves it: ratios, advantages and gradients are exactly 0."""
-    flags = [*NO_REWARD, "--k", "2", "--steps", "3", "--kl-coef", "0.3", "--max-new-tokens", "3"]
+    flags = [*NO_REWARD, "--steps", "3", "--kl-coef", "0.3", "--max-new-tokens", "3"]
     run(script, *flags, "--model", untrained, "--run-name", "r", code=0)
     values = {"kl": 0, "nonzero_advantage": 0, "prompts_without_signal": 1, "grad_norm": 0}
     assert all({name: record[name] for name in values} == values for record in steps_of(tmp_path / "runs/r"))
-    before, after = (load_file(Path(x) / "model.safetensors") for x in (untrained, tmp_path / "runs/r/policy"))
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert torch.equal(weights_of("runs/r/policy"), weights_of(untrained))
 
 
 def test_a_run_without_a_signal_says_so_once(run, untrained, skilled):
@@ -164,24 +153,22 @@ def test_the_progress_bar_fits_80_columns(begun, capsys):
 def test_the_learning_rate_rises_before_it_falls():
     """4 steps of warm-up and 8 behind them, of which the first has the whole rate and the last an eighth. Without
     warm-up: test_resume.py."""
-    both = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4, lr_decay=True)
-    assert [learning_rate(step, both) for step in (1, 2, 4, 5, 6, 12)] == [0.5, 1, 2, 2, 1.75, 0.25]
-    constant = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4, lr_decay=False)
-    assert [learning_rate(step, constant) for step in (1, 4, 5, 12)] == [0.5, 2, 2, 2]
+    args, steps = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4), (1, 2, 4, 5, 6, 12)
+    for args.lr_decay, rates in ((True, [0.5, 1, 2, 2, 1.75, 0.25]), (False, [0.5, 1, 2, 2, 2, 2])):
+        assert [learning_rate(step, args) for step in steps] == rates
     assert bon_rl.PAPER["lr_decay"] is False  # Table 2
 
 
 def test_samples_are_shown_escaped(run, skilled, monkeypatch):
+    flags = [*SMALL, "--model", skilled, "--show-samples"]
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "decode", lambda policy, rollouts: [["\x1b[2J\u202e2\0", "5"] * 2] * 2)
-        flags = "--show-samples 1 --steps 0 --run-name escaped --model".split()
-        result = run(PASS, *SMALL, *flags, skilled)
-    (shown,) = [line for line in result.stdout.splitlines() if " -> " in line]
+        out = run(PASS, *flags, "1", "--steps", "0", "--run-name", "escaped").stdout
+    (shown,) = [line for line in out.splitlines() if " -> " in line]
     assert re.fullmatch(r"0  '\d\*\d=' -> '\\x1b\[2J\\u202e2\\x00'", shown)
     text = Path("runs/escaped/samples.jsonl").read_text()
     assert "\x1b" not in text and text.isascii() and len(text.splitlines()) == 2
     for steps, evaluations in (("0", 1), ("2", 2)):
-        result = run(PASS, *SMALL, "--model", skilled, "--show-samples", "2", "--steps", steps)
-        shown = [line.partition(" -> '")[0] for line in result.stdout.splitlines() if " -> '" in line]
-        assert len(shown) == 2 * evaluations and shown[0] != shown[1]
-        assert f"responses at step {steps}:" in result.stdout.splitlines()
+        lines = run(PASS, *flags, "2", "--steps", steps).stdout.splitlines()
+        shown = [line.partition(" -> '")[0] for line in lines if " -> '" in line]
+        assert len(shown) == 2 * evaluations and shown[0] != shown[1] and f"responses at step {steps}:" in lines

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import measure
 import pytest
 import torch
-import torch.nn.functional as F
 from enumeration import GRADED, THETA, expected_gradient, log_policy
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
@@ -97,10 +96,8 @@ def test_responses_end_at_a_stop_token_and_filler_is_masked(policy):
     length = rollouts.mask.sum(-1)
     assert (length >= 1).all() and length.min() < length.max() == rollouts.ids.shape[2]
     for ids, mask in zip(rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1)):
-        end = int(mask.sum())
-        assert mask[:end].all() and not mask[end:].any()
-        ends = torch.isin(ids[:end], stop)
-        assert not ends[:-1].any() and (end == 12 or ends[-1])
+        end, ends = int(mask.sum()), torch.isin(ids[mask], stop)
+        assert mask[:end].all() and not ends[:-1].any() and (end == 12 or ends[-1])
     assert (rollouts.log_probs[~rollouts.mask] == 0).all()
 
 
@@ -131,16 +128,13 @@ def test_a_number_picks_the_token_in_whose_share_it_falls(monkeypatch):
     assert ids.max() < 6 and log_probs.isnan().all()
 
 
-def test_every_prompt_is_read_once(policy, monkeypatch):
+def test_every_prompt_is_read_once(policy, noted):
     """The first forward pass has one row a different prompt; later ones have one token a row, and fewer as they end."""
-    shapes, forward = [], policy.model.base_model.forward
-    noted = lambda **inputs: shapes.append(tuple(inputs["input_ids"].shape)) or forward(**inputs)  # noqa: E731
-    monkeypatch.setattr(policy.model.base_model, "forward", noted)
+    shapes = noted(policy.model.base_model, "forward", lambda input_ids, **_: input_ids.shape)
     rollouts_of(policy, n=16)
-    assert shapes[0] == (3, 7)
-    rows = [shape[0] for shape in shapes[1:]]
-    assert all(shape[1] == 1 for shape in shapes[1:])
-    assert rows[0] <= 16 * len(PROMPTS) and rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+    rows, tokens = zip(*shapes[1:])
+    assert shapes[0] == (3, 7) and {*tokens} == {1}
+    assert rows[0] <= 16 * len(PROMPTS) and [*rows] == sorted(rows, reverse=True) and rows[-1] < rows[0]
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6, 7]] * 4, [[9, 10]]], ids=["ragged", "equal", "one"])
@@ -185,9 +179,6 @@ def test_out_of_memory_halves_the_rows_and_keeps_the_tokens(policy, monkeypatch,
     assert whole_again.sample_rows == policy.sample_rows
 
 
-# --- training step ---------------------------------------------------------------------------------------------------
-
-
 def gradient(policy, backward) -> torch.Tensor:
     policy.model.zero_grad()
     backward()
@@ -207,10 +198,10 @@ def naive_gradient(policy, rollouts, advantages, temperature):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_gradient_equals_the_naive_one_for_any_budget_and_composition(sparse, policy, monkeypatch):
+def test_gradient_equals_the_naive_one_for_any_budget_and_composition(sparse, policy, noted, monkeypatch):
     """Also with the output layer read three tokens at a time. Each different row that has an advantage is computed
     once; here three of a prompt's five are equal."""
-    rollouts, sizes, rows = rollouts_of(policy, temperature=0.8), [], []
+    rollouts = rollouts_of(policy, temperature=0.8)
     for x in (rollouts.ids, rollouts.mask):
         x[:, 3:] = x[:, :1]
     generator = torch.Generator().manual_seed(1)
@@ -219,18 +210,15 @@ def test_gradient_equals_the_naive_one_for_any_budget_and_composition(sparse, po
     expected = naive_gradient(policy, rollouts, advantages, 0.8)
     prompts, ids, mask, _ = rollouts.flat()
     different = {(*prompts[i], -1, *ids[i][mask[i]].tolist()) for i in advantages.flatten().nonzero()[:, 0].tolist()}
-    cross_entropy, states = F.cross_entropy, common.response_states
-    noted_sizes = lambda x, *a, **options: sizes.append(len(x)) or cross_entropy(x, *a, **options)  # noqa: E731
-    noted_rows = lambda model, prompts, *a: rows.extend(prompts) or states(model, prompts, *a)  # noqa: E731
-    monkeypatch.setattr(common.F, "cross_entropy", noted_sizes)
-    monkeypatch.setattr(common, "response_states", noted_rows)
+    sizes = noted(common.F, "cross_entropy", lambda x, *_, **__: len(x))
+    rows = noted(common, "response_states", lambda model, prompts, *_: len(prompts))
     for budget, tokens in ((1, None), (40, None), (100, 3), (10**6, None)):
         sizes.clear(), rows.clear()
         monkeypatch.setattr(common, "LOGITS_PER_CHUNK", 24 * (tokens or 10**6))
         actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, budget))
         assert (actual - expected).norm() <= 1e-6 * expected.norm(), budget
         assert max(sizes) == tokens or tokens is None
-        assert len(rows) == len(different) < len(prompts)
+        assert sum(rows) == len(different) < len(prompts)
     assert gradient_of(policy, rollouts, torch.zeros_like(advantages), 100) == 0
 
 
@@ -245,14 +233,13 @@ def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
         for _ in range(4):
             rollouts = common.sample(policy, prompts, 16, 8, 1.0, torch.Generator().manual_seed(1))
             g = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A))
-            outcomes.append((rollouts.log_probs, g))
+            outcomes.append(torch.cat([rollouts.log_probs.flatten(), g]))
     finally:
         torch.set_num_threads(threads)
         for process in busy:
             process.kill()
             process.wait()
-    for log_probs, g in outcomes[1:]:
-        assert torch.equal(log_probs, outcomes[0][0]) and torch.equal(g, outcomes[0][1])
+    assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 
 def test_gradient_checkpointing_recomputes_layers_in_training_alone(policy):
@@ -264,8 +251,7 @@ def test_gradient_checkpointing_recomputes_layers_in_training_alone(policy):
     hook = mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     actual = gradient(policy, lambda: gradient_of(policy, rollouts, advantages, 10**6))
-    assert len(calls) == 2
-    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+    assert len(calls) == 2 and (actual - expected).norm() <= 1e-6 * expected.norm()
     assert not any(m.training for m in policy.model.modules() if isinstance(m, torch.nn.Dropout))
     assert torch.equal(rollouts_of(policy).log_probs, rollouts.log_probs)
     policy.model.gradient_checkpointing_disable()
@@ -281,14 +267,10 @@ def test_micro_batches_by_value():
     rollouts.ids[0, 2] = rollouts.ids[0, 0]
     rollouts.ids[0, 1, 0] = rollouts.ids[1, 0, 0] = 0
     # prompt + response: rows 0 and 2, equal, 6 + 2; row 1, 6 + 1; row 4, 2 + 5; row 5, 2 + 3; row 3, 2 + 1
-    for budget, expected in (
-        (22, [[0, 2, 1], [4, 5, 3]]),
-        (20, [[0, 2, 1], [4, 5], [3]]),
-        (1, [[0, 2], [1], [4], [5], [3]]),
-    ):
-        batches = list(common.micro_batches(rollouts, torch.arange(6), budget))
-        assert [rows.tolist() for rows, *_ in batches] == expected
-    _, of_row, prompts, ids, mask = next(common.micro_batches(rollouts, torch.arange(6), 22))
+    expected = {22: [[0, 2, 1], [4, 5, 3]], 20: [[0, 2, 1], [4, 5], [3]], 1: [[0, 2], [1], [4], [5], [3]]}
+    batches = {budget: [*common.micro_batches(rollouts, torch.arange(6), budget)] for budget in expected}
+    assert {budget: [rows.tolist() for rows, *_ in found] for budget, found in batches.items()} == expected
+    _, of_row, prompts, ids, mask = batches[22][0]
     assert of_row.tolist() == [0, 0, 1] and prompts == [[3] * 6] * 2
     assert ids.tolist() == [[0, 1], [0, 6]] and mask.tolist() == [[True, True], [True, False]]
     assert [rows.tolist() for rows, *_ in common.micro_batches(rollouts, torch.tensor([3, 2]), 99)] == [[2, 3]]
@@ -336,16 +318,14 @@ def test_out_of_memory_in_training_halves_the_micro_batch_down_to_one_row(policy
         return states(model, prompts, ids, mask)
 
     monkeypatch.setattr(common, "response_states", with_little_memory)
-    little, optimizer = dataclasses.replace(policy), torch.optim.SGD(policy.model.parameters(), lr=0.0)
-    for fits in (25, 10):
-        little.micro_batch_tokens = 128
-        step = lambda: common.policy_gradient_step(little, optimizer, rollouts, advantages, 1e9)  # noqa: E731
-        if fits == 25:
-            assert (gradient(policy, step) - expected).norm() <= 1e-6 * expected.norm()
-        else:
-            with pytest.raises(BadInput, match="out of memory with one response at a time"):
-                step()
-        assert little.micro_batch_tokens == 16
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    step = lambda: common.policy_gradient_step(little, optimizer, rollouts, advantages, 1e9)  # noqa: E731
+    fits, little = 25, dataclasses.replace(policy, micro_batch_tokens=128)
+    assert (gradient(policy, step) - expected).norm() <= 1e-6 * expected.norm() and little.micro_batch_tokens == 16
+    fits, little = 10, dataclasses.replace(policy, micro_batch_tokens=128)
+    with pytest.raises(BadInput, match="out of memory with one response at a time"):
+        step()
+    assert little.micro_batch_tokens == 16
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux")

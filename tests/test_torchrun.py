@@ -40,8 +40,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
         print(harness.parallel.reduce_metrics({"reward": float(rank)}, counts), file=sys.stderr, flush=True)
         harness.parallel.stop()  # or the interpreter may abort at its end, with gloo's threads still there
 
-    returncode, _, err = runs.in_two_processes(step, tmp_path)
-    assert returncode == 0, err
+    _, err = runs.in_two_processes(step, tmp_path)
     assert err.count("{'reward': 0.5, 'timeouts': 3, 'late': 2}") == 2
     policy, rollouts, A = policy_and_rollouts()
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
@@ -53,7 +52,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in SCRIPTS[1:])])
-def test_a_run_of_two_processes_interrupted_and_resumed(script, untrained, run, monkeypatch, tmp_path):
+def test_a_run_of_two_processes_interrupted_and_resumed(script, untrained, run, refused, monkeypatch, tmp_path):
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves. Only the first
     process has a held-out problem: its samples are all there are, those of a run of one process.
 
@@ -62,13 +61,12 @@ def test_a_run_of_two_processes_interrupted_and_resumed(script, untrained, run, 
     flags = [*FLAGS, *EXTRA.get(script, []), *"--eval-problems 1 --eval-n 32 --model".split(), untrained]
     whole, cut, step = tmp_path / "runs/whole", tmp_path / "runs/cut", common.policy_gradient_step
 
-    def both(*flags, step=step, verify=parity):
+    def both(*flags, step=step, verify=parity, code=0):
         monkeypatch.setattr(common, "policy_gradient_step", step)
         monkeypatch.setattr(arithmetic, "verify", verify)
-        return runs.in_two_processes(runs.as_main(script, *flags), tmp_path)
+        return runs.in_two_processes(runs.as_main(script, *flags), tmp_path, code)
 
-    returncode, out, err = both(*flags, "--run-name", "whole")
-    assert returncode == 0, err
+    out, _ = both(*flags, "--run-name", "whole")
     assert out.count("writing to runs/whole") == 1 and os.listdir(tmp_path / "runs") == ["whole"]
     log = steps_of(whole)
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and sum(r["nonzero_advantage"] > 0 for r in log) >= 3
@@ -77,50 +75,38 @@ def test_a_run_of_two_processes_interrupted_and_resumed(script, untrained, run, 
     assert alone == together and 0 < alone["eval"]["all"]["pass@1"][0] < 1
 
     killed = runs.at_call(5, sending(signal.SIGKILL), step)
-    returncode, _, err = both(*flags, "--run-name", "cut", step=killed)
-    assert returncode == -signal.SIGKILL and not (cut / "policy").exists(), err
-    result = run(script, "--resume", "runs/cut")  # by one process
-    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/cut\n"
-    assert result.returncode == 2 and f"is a run of 2 process(es): {command}" in result.stderr
-
-    returncode, out, err = both("--resume", "runs/cut", step=runs.at_call(1, sending(signal.SIGTERM), step, rank=1))
-    assert returncode != 0 and "resuming at step 4" in out and f"stopped after step 5; to go on:\n{command}" in out, err
+    both(*flags, "--run-name", "cut", step=killed, code=-signal.SIGKILL)
+    command = f"torchrun --nproc-per-node 2 -- {ROOT / script} --resume runs/cut"
+    assert refused(script, "--resume", "runs/cut").endswith(f"is a run of 2 process(es): {command}")  # by one process
+    told = runs.at_call(1, sending(signal.SIGTERM), step, rank=1)
+    out, _ = both("--resume", "runs/cut", step=told, code=None)
+    assert "resuming at step 4" in out and f"stopped after step 5; to go on:\n{command}\n" in out
     broken = runs.at_call(2, raising(ZeroDivisionError("what a verifier says")), parity, rank=1)
-    returncode, out, err = both("--resume", "runs/cut", verify=broken)
-    assert returncode != 0 and "ZeroDivisionError: what a verifier says" in err and not (cut / "policy").exists()
-    returncode, out, err = both("--resume", "runs/cut")
-    assert returncode == 0 and "resuming at step 5" in out, err
-    assert outcome(cut) == outcome(whole)
+    _, err = both("--resume", "runs/cut", verify=broken, code=None)
+    assert "ZeroDivisionError: what a verifier says" in err and not (cut / "policy").exists()
+    out, _ = both("--resume", "runs/cut")
+    assert "resuming at step 5" in out and outcome(cut) == outcome(whole)
 
 
-def test_what_one_process_makes_for_all_does_not_hang(monkeypatch, tmp_path):
+def test_what_one_process_makes_for_all_does_not_hang(noted, monkeypatch, tmp_path):
     """A cold cache: the first process alone trains `tiny` and the verifier, each once, and the other waits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def told(function):
-        def call(*args, **others):
-            print("rank", os.environ["RANK"], function.__name__, file=sys.stderr)
-            return function(*args, **others)
-
-        return call
-
+    for owner, name in ((harness.policy, "warm_start"), (learned, "trained_verifier")):
+        noted(owner, name, lambda *_, name=name, **__: print("rank", os.environ["RANK"], name, file=sys.stderr))
     load, recipe = arithmetic.load, {"steps": 2, "batch": 8, "lr": 1e-3}
     monkeypatch.setattr(arithmetic, "load", lambda *args: dataclasses.replace(load(*args), warm_start=recipe))
     monkeypatch.setattr(arithmetic, "verify", parity)
-    monkeypatch.setattr(harness.policy, "warm_start", told(harness.policy.warm_start))
-    monkeypatch.setattr(learned, "trained_verifier", told(learned.trained_verifier))
     flags = [*SMALL, *"--steps 1 --run-name a --model tiny --verifier learned --verifier-problems 8".split()]
-    returncode, out, err = runs.in_two_processes(runs.as_main("bon_rl.py", *flags), tmp_path)
-    assert returncode == 0 and "bon@2" in out, err
+    out, err = runs.in_two_processes(runs.as_main("bon_rl.py", *flags), tmp_path)
     made = [line for line in err.splitlines() if line.startswith("rank ")]
-    assert made == ["rank 0 warm_start", "rank 0 trained_verifier"]
+    assert made == ["rank 0 warm_start", "rank 0 trained_verifier"] and "bon@2" in out
     assert steps_of(tmp_path / "runs/a")[0]["nonzero_advantage"] > 0
 
 
-@pytest.mark.parametrize(
-    "device, there, backend",
-    [("cpu", True, "gloo"), ("auto", True, "nccl"), ("cuda", True, "nccl"), ("auto", False, "gloo")],
-)
+BACKENDS = [("cpu", True, "gloo"), ("auto", True, "nccl"), ("cuda", True, "nccl"), ("auto", False, "gloo")]
+
+
+@pytest.mark.parametrize("device, there, backend", BACKENDS)
 def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch):
     """--device cpu means gloo on a machine with a GPU as well. The patience is more than what a warm start takes."""
     joined, placed = [], []
@@ -138,16 +124,15 @@ def test_a_process_says_which_one_fails(untrained, run, monkeypatch):
     """Rank 1 says that it has no such model. Rank 0 says that the verifier of rank 1 raised, and what is saved."""
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "world", lambda: (1, 2))
-        result = run("pass_at_k_pg.py", *SMALL, "--model", "no/such")
-        assert result.returncode == 2 and "error in rank 1: cannot load --model 'no/such'" in result.stderr
+        stderr = run("pass_at_k_pg.py", *SMALL, "--model", "no/such", code=2).stderr
+        assert "error in rank 1: cannot load --model 'no/such'" in stderr
     monkeypatch.setattr(harness.run, "all_gather", lambda mine: [mine] if mine is not None else [None, "KeyError: 'x'"])
-    result = run("pass_at_k_pg.py", *SMALL, "--model", untrained, "--run-name", "a")
+    stderr = run("pass_at_k_pg.py", *SMALL, "--model", untrained, "--run-name", "a", code=2).stderr
     line = "error: the verifier raised in rank 1: KeyError: 'x' (step 0 is saved: mend it, then --resume runs/a)"
-    assert result.returncode == 2 and result.stderr.splitlines()[-1] == line
+    assert stderr.splitlines()[-1] == line
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(run, monkeypatch):
+def test_a_batch_that_cannot_be_shared_is_refused(refused, monkeypatch):
     monkeypatch.setattr(harness.run, "world", lambda: (0, 2))
-    result = run("pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3")
-    assert result.returncode == 2
-    assert "--prompts-per-step must be a multiple of the 2 processes, not 3" in result.stderr
+    line = refused("pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3", "--model", "no/such")
+    assert "--prompts-per-step must be a multiple of the 2 processes, not 3" in line

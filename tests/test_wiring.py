@@ -35,7 +35,7 @@ BASELINE = {A: 0.2, B: -0.1}  # put in for the values of the value network
 RATIOS = {A: [math.log(2), 0, 0, 0], B: [0, math.log(4), 0, 0]}  # log pi - log pi_ref, put in for those of `log_ratios`
 KL = ((1 / 2 - 1 + math.log(2)) + (1 / 4 - 1 + math.log(4))) / 8  # e^-x - 1 + x of these, the mean of eight responses
 TILT = 2.2886406  # lambda_N of N = 2
-T = 0.7
+T = 0.7  # temperature
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,6 @@ def one_step(model, monkeypatch, tmp_path):
         def score(prompts, responses):
             return torch.tensor([row(SCORES[x], x, len(texts), 1) for x, texts in zip(prompts, responses)]).float()
 
-        def noted(kind, function):
-            return lambda *args: kind.append(function(*args)) or kind[-1]
-
         def ratios(policy, reference, rollouts):
             seen.ratios.append((policy, reference, rollouts))
             first = by_prompt(RATIOS, seen.prompts_of(rollouts)).unsqueeze(-1)  # (B, n, 1): all of it on one token
@@ -116,6 +113,7 @@ def one_step(model, monkeypatch, tmp_path):
 
         tokenizer = harness.policy.tiny_tokenizer()
         seen.prompts_of = lambda rollouts: [tokenizer.decode(prompt) for prompt in rollouts.prompts]
+        noted = lambda kind, function: lambda *args: kind.append(function(*args)) or kind[-1]  # noqa: E731
         real_step, real_fit, deepcopy = common.policy_gradient_step, bon_rl.ValueNetwork.fit, copy.deepcopy
         task = Task("arithmetic", PROBLEMS, PROBLEMS, verify, max_new_tokens=4)
         with monkeypatch.context() as patch:
@@ -174,8 +172,6 @@ STEPS = {
                   {A: [1, -3 / 16 * 4 / 7, *[1 / 16 * 4 / 7] * 3], B: [1, 3 / 16 * 4, *[-1 / 16 * 4] * 3]}),
     "plain SFT": (bon_sft, GRADED, {"N": 1}, {A: [1], B: [1]}),
 }  # fmt: skip
-
-
 # What the value network is fitted to: the mean reward, or the reward of the best-scored of two: of A 0 in 3 of 6 pairs,
 # .5 in 2, .25 in 1; of B 1 in 1 of 6.
 TARGETS = {"variational": {A: 5 / 24, B: 1 / 6}, "mean less a value": {A: 7 / 16, B: 1 / 2}}
@@ -320,13 +316,11 @@ def test_two_epochs_are_clipped_by_value(max_grad_norm, rate):
     advantages = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=rate)
 
-    def average_gradients(parameters):  # with another process, which has gradients of 0
+    def average(parameters):  # with another process, which has gradients of 0
         for p in parameters:
             p.grad /= 2
 
-    record = common.policy_gradient_step(
-        policy, optimizer, rollouts, advantages, max_grad_norm, 2, 0.02, average_gradients
-    )
+    record = common.policy_gradient_step(policy, optimizer, rollouts, advantages, max_grad_norm, 2, 0.02, average)
     for _ in range(2):
         ratio = (log_probs(plain, rollouts) - rollouts.log_probs).exp()  # (B, n, T), 1 at filler
         best = (ratio * advantages.unsqueeze(-1), ratio.clamp(0.98, 1.02) * advantages.unsqueeze(-1))
