@@ -54,7 +54,6 @@ def examples(count):
 
 
 # --- Texts that nobody meant to write ---
-
 ODD = ["\0", "\ud800", "\udfff", "\u202e", "\u2066", "\u2028", "\x85", "\x1b[2J", "\ufeff", "٣", "９", "\N{MINUS SIGN}"]
 BLANK = ["", " ", "\n", "\r\n", "\t", "\xa0", "\u3000"]
 MATHS = [r"\boxed{", r"\boxed ", r"\text{", r"\frac{", "{", "}", r"\{", "$", "$$", r"\$", r"\(", r"\)", r"\[", r"\]",
@@ -87,7 +86,6 @@ def check_form(verdict, responses):
 
 
 # --- Rewards of any type and size ---
-
 REWARDS = torch.tensor([[8, 0, 4, 8, 1, 0, 2], [-3, 2, -3, 2, 0, 5, 2], [0, 0, 0, 1, 0, 0, 0]]).double() / 8
 VOTES = torch.tensor([[0, 1, 2, 0, 4, 1, 6], [0, 1, 0, 1, -1, 5, 1], [0, 0, 2, 3, -1, 0, 0]])
 DTYPES = {  # factors of these rewards, and how far advantages may be from those in float64
@@ -154,8 +152,6 @@ def test_equal_answers_vote_for_the_place_of_the_first(answers):
 
 
 # --- arithmetic ---
-
-
 @examples(100)
 @given(st.one_of(RESPONSES, st.text("0123456789, \n", max_size=20)))
 @example("1," * 500_000)
@@ -175,8 +171,6 @@ def test_number_is_plain_digits_or_none(response):
 
 
 # --- Mathematics ---
-
-
 @examples(120)
 @given(RESPONSES)
 @example(r"\boxed{" + "9" * 5000 + "} answer: " + "9" * 2000)
@@ -240,8 +234,6 @@ def test_math_verdicts_on_any_responses(responses):
 
 
 # --- Programs ---
-
-
 @pytest.mark.parametrize("piece", [
     "(", "-", "x.", "1+", "a=", "@a\n", "```\nf(x)\n```\n", "`", "~~~ x\n", "it's ", "    \n", "if 1: 1\nelif ",
     "if x:\n", "for x in ", "a, ", "f(",
@@ -295,7 +287,6 @@ def test_values_of_any_expressions_are_integers_or_none(expressions):
 
 
 # --- Worker processes ---
-
 CHILD = """
 import sys, time
 print('{"result": null, "failure": null}', flush=True)
@@ -327,7 +318,6 @@ def test_no_answer_of_a_worker_hangs_its_parent_or_fills_it(tmp_path, monkeypatc
 
 
 # --- Files ---
-
 GOOD = [{"problem": "1+1?", "answer": "2", "level": "Level 5"}, {"problem": "שלום \u2028 2*3?", "answer": "6"},
         {"question": "3?", "answer": "#### 3", "solution": None}]  # fmt: skip
 LINES = [json.dumps(row, ensure_ascii=False) for row in GOOD]
@@ -488,7 +478,6 @@ def test_paths_of_any_text_are_refused(path):
 
 
 # --- Prompts ---
-
 TOKENIZER = harness.policy.tiny_tokenizer()
 
 

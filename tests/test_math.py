@@ -31,7 +31,6 @@ def rewards_and_votes(gold, answers):
 
 
 # --- Comparison ---
-
 EQUAL = [
     ["1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", ".5", "50/100", r"\frac{2}{4}"],
     ["5", "x = 5", "y = 5"],
@@ -167,7 +166,6 @@ def test_verdicts_of_reported_kinds():
 
 
 # --- The answer in a response ---
-
 MATH = [  # the answer, and responses that give it
     ("12", [
         r"so \boxed{12}.", r"\boxed{1}, no: \boxed{12}", r"\boxed{\boxed{12}}", r"\fbox{12}", r"\boxed 12$",
@@ -254,7 +252,6 @@ def test_plain_numbers_are_judged_as_math_verify_judges_them(gold, answer):
 
 
 # --- Workers ---
-
 SLOW = "10^{10^{10}}"
 
 
@@ -378,8 +375,6 @@ def test_hostile_answers(impatient):
 
 
 # --- Data ---
-
-
 def problems(tmp_path, rows, task="math", split="test"):
     (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return getattr(load_task(task, str(tmp_path)), split)
@@ -452,8 +447,6 @@ def test_the_template_shows_answers_that_the_task_can_read(tmp_path, task):
 
 
 # --- Real data ---
-
-
 @real_data
 @pytest.mark.parametrize("task, split, count", [
     ("gsm8k", "train", 1000), ("gsm8k", "test", 300), ("math", "train", 600), ("math500", "test", 200),

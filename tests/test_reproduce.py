@@ -133,8 +133,6 @@ def test_a_run_whose_policy_is_gone_is_not_evaluated_as_its_base(tmp_path, monke
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
-
-
 LINE = np.array([[0.0, 2.0], [1.0, 1.0]])  # in place of the frontier: y = 2 - x
 
 
@@ -208,8 +206,6 @@ def test_what_is_run_and_what_is_not_published(tmp_path, monkeypatch):
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(untrained, tmp_path):
     """Two seeds of 300 steps; the first try is stopped in training, the second comes to the end."""

@@ -135,8 +135,6 @@ def test_weights_that_rounding_decides_are_not_told(n):
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_is_that_of_all_draws(seed):
     n, K = 4, 4
@@ -164,8 +162,6 @@ def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
-
-
 REFUSED = {
     "first of the best": (lambda r: (torch.arange(r.shape[-1]) == r.argmax(-1, keepdim=True)).double() * r,
                           "not symmetric in the samples, or .*: with 2 of 4 right, a right sample"),
@@ -206,7 +202,6 @@ def test_rounding_of_the_advantages_is_no_worth():
 
 
 # --- in words, on the command line ------------------------------------------------------------------------------------
-
 NO_MIXTURE = "; no mixture of pass@j with positive weights"
 MAXRL = partial(advantages, k=4, estimator="maxrl")
 WORDS = {

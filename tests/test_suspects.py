@@ -36,8 +36,6 @@ def random_policies(q: torch.Tensor, count: int) -> torch.Tensor:
 
 
 # --- the task --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, expected", [("suspects", [0.49, 1, 0.7]), ("suspects_uniform", [1, 1, 1])])
 def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
     """Sam, Tom and Eve are the third, the first and the second: .49, 1 and .7, over their sum."""
@@ -114,8 +112,6 @@ def test_verdicts_on_right_wrong_and_hostile_responses():
 
 
 # --- the best policies -----------------------------------------------------------------------------------------------
-
-
 def test_the_best_pass_at_k_that_the_task_says_is_that_of_the_best_policy():
     task, problems = task_of("suspects"), optima.problems_of()
     for k in (1, 8):
@@ -175,7 +171,6 @@ def test_the_committed_predictions_are_what_theory_says():
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
-
 PARTIAL = torch.tensor([0.5, 0.15, 0.05, 0, 0, 0, 0, 0]).double()  # .3 elsewhere
 THREE = torch.tensor([0.6, 0.3, 0.1, 0, 0, 0, 0, 0]).double()
 
@@ -230,8 +225,6 @@ def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it()
 
 
 # --- exact evaluation of a model -------------------------------------------------------------------------------------
-
-
 def test_candidate_log_probs_are_those_of_the_model():
     """Of a tiny policy that has learned the names of three prompts, somewhat."""
     problems = [next(p for p in optima.problems_of() if p.level == level) for level in (2, 3, 5)]
