@@ -16,7 +16,7 @@ from verifiers.sandbox.judge import difference
 from verifiers.sandbox.pool import Result, shared
 
 REAL_DATA = os.environ.get("REAL_DATA")
-real_data = pytest.mark.skipif(not REAL_DATA, reason="needs data sets: set REAL_DATA to their folder")
+real_data = pytest.mark.skipif(not REAL_DATA, reason="REAL_DATA does not name the folder with the data sets")
 
 # fmt: off
 HUMANEVAL = dict(task_id="HumanEval/0", prompt='def double(x):\n    """ Twice x. """\n', entry_point="double",
@@ -44,6 +44,7 @@ TACO_FUNCTION = dict(
 
 
 def task_of(tmp_path: Path, name: str, *rows: dict):
+    """The task of a folder with these rows in both splits."""
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_task(name, str(tmp_path))

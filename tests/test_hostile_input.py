@@ -35,22 +35,15 @@ HANG_S = 120  # far more than any test here needs, also on a machine that is bus
 @pytest.fixture(autouse=True)
 def guard():
     """Fails a test that hangs, even inside a regular expression or an `except Exception`."""
-
-    def hangs(*_):
-        pytest.fail(f"still running after {HANG_S} s")
-
-    before = signal.signal(signal.SIGALRM, hangs)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"still running after {HANG_S} s"))
     signal.setitimer(signal.ITIMER_REAL, HANG_S, HANG_S)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 
-def examples(count):
-    """The same examples in every run, with no time limit on one, and no files."""
-    return settings(
-        derandomize=True, deadline=None, database=None, max_examples=count, suppress_health_check=list(HealthCheck)
-    )
+# The same examples in every run, with no time limit on one, and no files
+examples = partial(settings, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
 
 
 # --- Texts that nobody meant to write ---
@@ -93,13 +86,12 @@ DTYPES = {  # factors of these rewards, and how far advantages may be from those
     torch.float16: (1e-3, 100.0, 2e-3), torch.int64: (8, 800, 1e-6), torch.uint8: (8, 80, 1e-6), torch.bool: (8, 1e-6),
 }  # fmt: skip
 estimators = pytest.mark.parametrize("estimator", ["mean", "unbiased", "biased"])
-scripts = pytest.mark.parametrize("script", ["pass_at_k_pg", "majority_pg"])
+scripts = pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg], ids=lambda script: script.__name__)
 
 
 def advantages(script, rewards, k, estimator):
-    if script == "pass_at_k_pg":
-        return pass_at_k_pg.advantages(rewards, k, estimator)
-    return majority_pg.advantages(VOTES[: len(rewards), : rewards.shape[1]], rewards, k, estimator)
+    votes = [VOTES[: len(rewards), : rewards.shape[1]]] if script == majority_pg else []
+    return script.advantages(*votes, rewards, k, estimator)
 
 
 @scripts
@@ -126,7 +118,7 @@ def test_equal_rewards_have_no_advantage(script, estimator, n):
 
 @scripts
 def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script):
-    counted = REWARDS if script == "pass_at_k_pg" else REWARDS.masked_fill(VOTES < 0, 0)
+    counted = REWARDS.masked_fill(VOTES < 0, 0) if script == majority_pg else REWARDS
     mean = advantages(script, counted, 1, "mean")
     torch.testing.assert_close(advantages(script, REWARDS, 1, "unbiased"), mean, rtol=1e-12, atol=1e-12)
     assert (advantages(script, REWARDS, 1, "biased") == 0).all()
@@ -141,7 +133,7 @@ def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(
             assert found.dtype == torch.float64 and torch.equal(found, metric(rewards.double(), k))
 
 
-@examples(60)
+@examples(max_examples=60)
 @given(st.integers(0, 6).flatmap(lambda n: st.lists(st.lists(st.none() | TEXTS, min_size=n, max_size=n), max_size=3)))
 @example([["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
 def test_equal_answers_vote_for_the_place_of_the_first(answers):
@@ -152,26 +144,23 @@ def test_equal_answers_vote_for_the_place_of_the_first(answers):
 
 
 # --- arithmetic ---
-@examples(100)
+@examples(max_examples=100)
 @given(st.one_of(RESPONSES, st.text("0123456789, \n", max_size=20)))
 @example("1," * 500_000)
 @example("1," * 500_000 + "1")
 @example("1" * 10**6 + "x")
 @example("0" * 10**6)
 def test_number_is_plain_digits_or_none(response):
-    number = arithmetic.number(response)
-    parts = response.strip().split(",")
-    if all(part.isascii() and part.isdigit() for part in parts):
-        assert number == (parts[-1].lstrip("0") or "0")
-    else:
-        assert number is None
+    number, parts = arithmetic.number(response), response.strip().split(",")
+    plain = all(part.isascii() and part.isdigit() for part in parts)
+    assert number == ((parts[-1].lstrip("0") or "0") if plain else None)
     verdict = arithmetic.verify([Problem("?", "24")], [[response, "024"]])
     check_form(verdict, [[response, "024"]])
     assert verdict.rewards.tolist() == [[number == "24", 1]] and (verdict.votes[0, 0] == -1) == (number is None)
 
 
 # --- Mathematics ---
-@examples(120)
+@examples(max_examples=120)
 @given(RESPONSES)
 @example(r"\boxed{" + "9" * 5000 + "} answer: " + "9" * 2000)
 @example("\\boxed{\0" + "7}")
@@ -203,7 +192,7 @@ def test_a_whole_batch_of_the_slowest_responses_is_read_in_time(start, piece, en
             extract(text)
 
 
-@examples(200)
+@examples(max_examples=200)
 @given(st.one_of(st.lists(st.sampled_from(NUMBERS + ["(C)", r"\text{", "}", " "]), max_size=20).map("".join), TEXTS))
 @example("1" + "a" * 998 + "!")
 @example("7 " + "apples" * 150 + " 7")
@@ -218,7 +207,7 @@ def test_any_two_answers_are_compared(answer):
     assert not right and form in ("", math_task.plain_key(answer), f"text {math_task.text_key(answer)}")
 
 
-@examples(5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
+@examples(max_examples=5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
 @given(st.lists(st.lists(RESPONSES, min_size=3, max_size=3), min_size=1, max_size=2))
 @example([[r"\boxed{1" + "a" * 900 + "!}", r"\boxed{1.5/3}", r"\boxed{2" + "a" * 900 + "!}"]])
 @example([["", "\0" * 10**6, "{" * 10**6]])
@@ -251,7 +240,7 @@ READERS = {"humaneval": code.humaneval, "code_contests": code.code_contest, "tac
 CODE_PROBLEMS = [READERS.get(name, code.mbpp)(row) for name, row in CODE_ROWS]
 
 
-@examples(60)
+@examples(max_examples=60)
 @given(RESPONSES, st.sampled_from(CODE_PROBLEMS))
 def test_any_response_makes_a_program_with_the_problem_s_own_tests(response, problem):
     program, reference = code.program_of(problem, response), code.program_of(problem, problem.solution)
@@ -260,7 +249,7 @@ def test_any_response_makes_a_program_with_the_problem_s_own_tests(response, pro
     assert dataclasses.replace(program, source="") == dataclasses.replace(reference, source="")
 
 
-@examples(1)  # a sandbox a response
+@examples(max_examples=1)  # a sandbox a response
 @given(st.lists(st.lists(RESPONSES, min_size=6, max_size=6), min_size=6, max_size=6))
 @example([["\0" * 10**6, "(" * 10**6, "#" * 10**6, "```\n" * 10**5, "\ud800", "\n" * 10**6]] * 6)
 def test_code_verdicts_on_any_responses(responses):
@@ -269,7 +258,7 @@ def test_code_verdicts_on_any_responses(responses):
     assert not verdict.rewards.any() and (verdict.votes == -1).all() and set(verdict.counts) <= set(STATUSES)
 
 
-@examples(25)
+@examples(max_examples=25)
 @given(st.lists(st.one_of(RESPONSES, st.text("0123456789x+*/%()- ", max_size=12)), min_size=3, max_size=3))
 @example(["9" * 10**6, "", "9" * 32])
 @example(["x" + "\0", "\ud800", "'''"])
@@ -352,12 +341,12 @@ def problems_or_refusal(task, path, contents):
 
 def problems_of_table(folder, table, task="math"):
     """`problems_or_refusal` of a Parquet file."""
-    pyarrow.parquet.write_table(table, folder / "table.parquet")
-    return problems_or_refusal(task, folder / "table.parquet", (folder / "table.parquet").read_bytes())
+    pyarrow.parquet.write_table(table, contents := io.BytesIO())
+    return problems_or_refusal(task, folder / "table.parquet", contents.getvalue())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-@examples(60)
+@examples(max_examples=60)
 @given(contents=st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
                           TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
                           st.text("[]{}:,\"\\\n 019.eE-nul", max_size=60).map(str.encode)))  # fmt: skip
@@ -371,7 +360,7 @@ def test_files_of_any_bytes_are_refused(folder, suffix, contents):
 
 
 @pytest.mark.parametrize("suffix", FILES)
-@examples(60)
+@examples(max_examples=60)
 @given(st.data())
 def test_a_torn_or_altered_file_gives_whole_rows_or_a_refusal(folder, suffix, data):
     contents = data.draw(st.sampled_from(FILES[suffix]))
@@ -394,7 +383,7 @@ COLUMNS = st.sampled_from(["problem", "question", "answer", "solution", "level"]
 
 
 @pytest.mark.parametrize("task", ["math", "gsm8k"])
-@examples(50)
+@examples(max_examples=50)
 @given(changes=st.lists(st.dictionaries(COLUMNS | TEXTS, VALUES, max_size=4), max_size=3), whole=st.booleans())
 @example(changes=[{"level": "9" * 5000}], whole=True)
 @example(changes=[{"answer": "1.5/3"}], whole=True)
@@ -405,26 +394,20 @@ COLUMNS = st.sampled_from(["problem", "question", "answer", "solution", "level"]
 def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, changes, whole):
     """`whole`: changes to good rows, else rows with nothing but the changes."""
     good = {"problem": "1+1?", "answer": "2"}
-    table = [{**good, **change} if whole else change for change in changes]
-    text = "".join(json.dumps(row) + "\n" for row in table)
+    text = "".join(json.dumps({**good, **change} if whole else change) + "\n" for change in changes)
     problems = problems_or_refusal(task, folder / "rows.jsonl", text.encode())
     if problems is not None:
-        assert len(problems) == len(table)
+        assert len(problems) == len(changes)
         assert all(len(problem.answer) <= math_task.MAX_ANSWER_CHARS for problem in problems)
 
 
-TABLES = {  # what a JSON file cannot hold
-    "no columns": pyarrow.table({}),
-    "no rows": pyarrow.table({"problem": pyarrow.array([], pyarrow.string())}),
-    "bytes": pyarrow.table({"problem": [b"\xff"], "answer": [b"1"]}),
-    "not UTF-8": pyarrow.table({"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]}),
-    "the year 148000": pyarrow.table({"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]}),
-}
-
-
-@pytest.mark.parametrize("what", TABLES)
-def test_parquet_tables_of_the_wrong_form_are_refused(folder, what):
-    assert problems_of_table(folder, TABLES[what]) is None
+@pytest.mark.parametrize("columns", [  # what a JSON file cannot hold; the last are no UTF-8 and the year 148000
+    {}, {"problem": pyarrow.array([], pyarrow.string())}, {"problem": [b"\xff"], "answer": [b"1"]},
+    {"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]},
+    {"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]},
+])  # fmt: skip
+def test_parquet_tables_of_the_wrong_form_are_refused(folder, columns):
+    assert problems_of_table(folder, pyarrow.table(columns)) is None
 
 
 def test_parquet_numbers_and_duplicate_columns_are_read_and_huge_texts_are_whole(folder):
@@ -441,7 +424,7 @@ NESTED = st.sampled_from([[None], [[]], [{}], {"input": [1], "output": [2]}, {"i
 FIELDS = st.one_of(VALUES, JSON_TEXTS, NESTED, st.sampled_from(["-" * 10**5 + "1", "(" * 3000, "a\nb", '"""']))
 
 
-@examples(200)
+@examples(max_examples=200)
 @given(st.sampled_from(CODE_ROWS), st.data())
 def test_code_rows_with_a_field_of_any_value_give_problems_or_a_refusal(folder, named_row, data):
     name, row = named_row
@@ -465,7 +448,7 @@ def test_code_rows_that_cannot_be_problems_are_refused(folder, name, changes):
         load_task(name, str(folder / "code.jsonl"))
 
 
-@examples(60)
+@examples(max_examples=60)
 @given(RESPONSES.filter(lambda path: path.strip("./")))
 @example("~nobody-of-this-name/train.jsonl")
 @example("x" * 5000 + ".jsonl")
@@ -481,7 +464,7 @@ def test_paths_of_any_text_are_refused(path):
 TOKENIZER = harness.policy.tiny_tokenizer()
 
 
-@examples(60)
+@examples(max_examples=60)
 @given(TEXTS, st.sampled_from([64, None]))
 @example("", None)
 @example("<eos>", None)
@@ -492,10 +475,8 @@ def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
     """From the file to the tokenizer of the `tiny` policy: what a reader lets through can be encoded."""
     row = json.dumps({"problem": prompt, "answer": "1"}).encode()
     problems = problems_or_refusal("math", folder / "prompt.jsonl", row) or [Problem("", "1")]
-    config = SimpleNamespace(max_position_embeddings=context)
-    config.get_text_config = lambda: config
-    model = SimpleNamespace(config=config)
-    policy = SimpleNamespace(tokenizer=TOKENIZER, model=model)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=context))
+    policy = SimpleNamespace(tokenizer=TOKENIZER, model=SimpleNamespace(config=config))
     try:
         (ids,) = harness.policy.encode_prompts(policy, SimpleNamespace(words=None, template="{prompt}"), problems, 8)
     except BadInput as refusal:
