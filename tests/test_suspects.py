@@ -2,27 +2,22 @@
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import math
-import sys
 from functools import partial
 
+import exact
+import optima
 import pytest
 import torch
 from enumeration import best_of_value, majority_value
-from runs import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import harness.policy
 from verifiers import Problem, load_task, suspects
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-optima, exact = importlib.import_module("optima"), importlib.import_module("exact")
-
-NAMES = ("suspects", "suspects_uniform")
 task_of = functools.cache(load_task)
 Q, WEIGHTS, LEVELS = optima.held_out()
 
@@ -45,11 +40,10 @@ def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
     assert row == pytest.approx([x / sum(expected) for x in expected] + [0] * 5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["suspects", "suspects_uniform"])
 def test_problems_are_drawn_as_the_task_says_and_the_split_is_by_set(name):
     task = task_of(name)
-    again = suspects.training_problems(name), suspects.spread_problems(name)
-    assert (task.train, task.test) == again
+    assert (task.train, task.test) == (suspects.training_problems(name), suspects.spread_problems(name))
     some = sum(task.warm_start_problems[::50], ())
     for held_out, problems in (False, task.train[::7]), (True, task.test), (False, some):
         for problem in problems:
@@ -173,15 +167,13 @@ def test_the_committed_predictions_are_what_theory_says():
 # --- metrics ---------------------------------------------------------------------------------------------------------
 PARTIAL = torch.tensor([0.5, 0.15, 0.05, 0, 0, 0, 0, 0]).double()  # .3 elsewhere
 THREE = torch.tensor([0.6, 0.3, 0.1, 0, 0, 0, 0, 0]).double()
-
-
 SCORES = torch.tensor([0.2, 0.9, 0.2, 1, 1, 1, 1, 1]).double()  # two candidates tie
 
 
 def expected_value(value, k: int) -> float:
     """E[value((score, reward) of each of k tries of PARTIAL, their votes)], the hidden answer drawn from THREE, by
     enumeration; tries are candidates 0 to 2, and 3 for elsewhere, which scores lowest and agrees with nothing."""
-    total, chances, scores = 0.0, [0.5, 0.15, 0.05, 0.3], [*SCORES[:3].tolist(), -1.0]
+    total, chances, scores = 0.0, [*PARTIAL[:3].tolist(), 0.3], [*SCORES[:3].tolist(), -1.0]
     for hidden, *tries in itertools.product(range(3), *[range(4)] * k):
         rewards, votes = [float(y == hidden) for y in tries], [y if y < 3 else 3 + i for i, y in enumerate(tries)]
         chance = THREE[hidden].item() * math.prod(chances[y] for y in tries)
