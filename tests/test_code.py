@@ -146,12 +146,6 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_which_part_of_a_response_is_the_function(tmp_path):
-    task = task_of(tmp_path, "humaneval", HUMANEVAL)
-    found = dict(zip([*RIGHT, *WRONG], rewards(task, task.test[0], *RIGHT, *WRONG), strict=True))
-    assert [response for response, reward in found.items() if reward != (response in RIGHT)] == []
-
-
 SUM = "input()\nprint(sum(map(int, input().split())))\n"
 SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
 PROGRAMS = [  # that print the sum of the second line
@@ -172,11 +166,17 @@ PROGRAMS = [  # that print the sum of the second line
 ]  # fmt: skip
 
 
-def test_which_part_of_a_response_is_the_program(tmp_path):
-    tests = {"input": ["2\n1 2\n", "3\n5 5 7\n"], "output": ["3\n", "17\n"]}
-    task = task_of(tmp_path, "code_contests", {**CONTEST, "public_tests": tests, "private_tests": None})
-    found = rewards(task, task.test[0], *PROGRAMS, "print(3)")
-    assert [response for response, reward in zip(PROGRAMS, found) if not reward] == [] and found[-1] == 0
+SECOND_LINE = dict(input=["2\n1 2\n", "3\n5 5 7\n"], output=["3\n", "17\n"])
+
+
+@pytest.mark.parametrize("name, row, right, wrong", [
+    ("humaneval", HUMANEVAL, RIGHT, WRONG),
+    ("code_contests", CONTEST | dict(public_tests=SECOND_LINE, private_tests=None), PROGRAMS, ["print(3)"]),
+])  # fmt: skip
+def test_which_part_of_a_response_is_the_program(tmp_path, name, row, right, wrong):
+    task = task_of(tmp_path, name, row)
+    found = dict(zip([*right, *wrong], rewards(task, task.test[0], *right, *wrong), strict=True))
+    assert [response for response, reward in found.items() if reward != (response in right)] == []
 
 
 def test_taco_functions_have_the_imports_of_the_data_set_and_its_comparison(tmp_path):
@@ -336,11 +336,8 @@ def test_a_module_that_the_reference_imports_is_not_the_program_s(tmp_path):
     assert hidden["names"] == ["tuple_size"] and hidden["tests"].startswith("import sys\n")
     forged = "class sys: getsizeof = staticmethod(lambda x: 0)\ndef tuple_size(x): return 0"
     assert statuses([problem] * 2, [problem.solution, forged]) == ["passed", "failed"]
-
-
-def test_a_function_by_another_statement_than_def_is_the_program_s():
-    problem = code.mbpp({**SANITIZED, "code": "root = lambda n: n ** 0.5"})
-    assert json.loads(problem.answer)["names"] == ["root"]
+    by_assignment = code.mbpp({**SANITIZED, "code": "root = lambda n: n ** 0.5"})
+    assert json.loads(by_assignment.answer)["names"] == ["root"]
 
 
 def test_what_the_reference_imports_is_imported_by_tests_that_use_it():

@@ -12,7 +12,6 @@ import signal
 from functools import partial
 from types import SimpleNamespace
 
-import pyarrow
 import pyarrow.parquet
 import pytest
 import torch

@@ -7,13 +7,12 @@ import pytest
 import runs
 import torch
 from model_zoo import save_tiny
-from runs import SMALL, save_untrained
 from transformers import AutoTokenizer, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from harness.policy import save_policy, tiny_tokenizer
 from verifiers import Problem, Task, Verdict, arithmetic, learned, load_task
 
-LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]
+LEARNED = [*(f.replace("--k", "--N") for f in runs.SMALL), "--verifier", "learned"]
 
 
 def task_of(problems, verify=None) -> Task:
@@ -26,7 +25,7 @@ def parity(tmp_path_factory):
     digits = [str(i) for i in range(10)]
     problems = [Problem(str(i), "") for i in range(40)]
     rewards = torch.tensor([[float(int(d) % 2) for d in digits]] * 40)
-    base = save_untrained(tmp_path_factory.mktemp("base"))
+    base = runs.save_untrained(tmp_path_factory.mktemp("base"))
     options = dict(lr=1e-2, batch=40, epochs=6)
     return learned.trained_verifier(base, task_of(problems), problems, [digits] * 40, rewards, **options), digits
 

@@ -3,7 +3,6 @@
 import json
 import time
 
-import pyarrow
 import pyarrow.parquet
 import pytest
 

@@ -54,23 +54,12 @@ FORGERIES = {
     "builtins.isinstance = builtins.all = lambda *a: True\nbuiltins.str.__eq__\ndef f(x): return 1",
     "patched worker": "import sys\nw = sys.modules['sandbox.worker']\nw.error_of = lambda e: ['value', None]\n"
     "w.encode = lambda *a: {'status': 'passed'}\ndef f(x): raise ValueError",
-    "a verdict on every descriptor": """
-import os, json
-m = json.dumps({'status': 'passed', 'detail': '', 'value': None, 'seconds': 0, 'cpu': 0, 'nonce': ''}).encode()
-for fd in range(64):
-    try: os.write(fd, len(m).to_bytes(4, 'big') + m)
-    except OSError: pass
-def f(x): return 1
-""",
-    "the test in the frames": """
-import sys
-def f(x):
-    g = sys._getframe()
-    while g:
-        for v in g.f_locals.values():
-            if 'c0' + 'ffee' in str(v): return str(v)[str(v).index('c0' + 'ffee'):][:10]
-        g = g.f_back
-""",
+    "a verdict on every descriptor": "import os, json\nanswer = {'status': 'passed', 'detail': '', 'value': None}\n"
+    "m = json.dumps({**answer, 'seconds': 0, 'cpu': 0, 'nonce': ''}).encode()\nfor fd in range(64):\n"
+    "    try: os.write(fd, len(m).to_bytes(4, 'big') + m)\n    except OSError: pass\ndef f(x): return 1",
+    "the test in the frames": "import sys\ndef f(x):\n    g = sys._getframe()\n    while g:\n"
+    "        for v in map(str, g.f_locals.values()):\n"
+    "            if 'c0' + 'ffee' in v: return v[v.index('c0' + 'ffee'):][:10]\n        g = g.f_back",
     "the test in the judge's memory": "import os\ndef f(x): return open(f'/proc/{os.getppid() + 1}/mem', 'rb').read()",
     "garbage for an answer": "import os\ndef f(x): os.write(3, b'\\0\\0\\0\\5hello')",
     "two answers at once": "import os\ndef f(x): os.write(3, b'\\0\\0\\0\\2[]' * 2)",
@@ -291,8 +280,7 @@ import ctypes, mmap, os
 def f(x):
     page = mmap.mmap(-1, 4096, prot=7)
     page.write(bytes.fromhex("{code}"))
-    if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))() == 0:
-        os._exit(0)
+    ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))() or os._exit(0)
     return "done"
 """
     assert run(pool, source, "assert f(2) == 'done'").status == "killed"
@@ -317,13 +305,7 @@ def flags(fd): return fcntl.fcntl(fd, fcntl.F_GETFL)
 
 
 def test_a_program_holds_no_descriptors_but_its_own_and_one_core(pool):
-    source = """
-import os
-def is_open(fd):
-    try: return bool(os.fstat(fd))
-    except OSError: return False
-def f(): return [*filter(is_open, range(64))], len(os.sched_getaffinity(0))
-"""
+    source = "import os\ndef f(): return [*filter(os.path.exists, range(64))], len(os.sched_getaffinity(0))"
     assert run(pool, source, "assert f() == ([0, 1, 2, 3], 1)").passed
 
 
