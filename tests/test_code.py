@@ -240,12 +240,9 @@ def test_troubles_are_counted(tmp_path):
 # -------------------------------------------------------------------------------------------------------- real data
 # A wrapper around each function that the tests call: true becomes None, false becomes a word
 BROKEN = """
-
-def broken(function):
-    return lambda *args, **kwargs: None if function(*args, **kwargs) else "broken"
+def broken(function): return lambda *args, **kwargs: None if function(*args, **kwargs) else "broken"
 for name in {names!r}:
-    if not isinstance(globals()[name], type):
-        globals()[name] = broken(globals()[name])
+    if not isinstance(globals()[name], type): globals()[name] = broken(globals()[name])
 """
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import signal
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -41,8 +41,12 @@ def guard():
     signal.signal(signal.SIGALRM, before)
 
 
-# The same examples in every run, with no time limit on one, and no files
-examples = partial(settings, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+SAME = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+
+
+def examples(count, *known):
+    """As many examples, the same in every run, with no time limit on one and no files; and those that are known."""
+    return lambda test: reduce(lambda test, one: example(one)(test), known, settings(SAME, max_examples=count)(test))
 
 
 # --- Texts that nobody meant to write ---
@@ -132,9 +136,8 @@ def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(
             assert found.dtype == torch.float64 and torch.equal(found, metric(rewards.double(), k))
 
 
-@examples(max_examples=60)
+@examples(60, [["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
 @given(st.integers(0, 6).flatmap(lambda n: st.lists(st.lists(st.none() | TEXTS, min_size=n, max_size=n), max_size=3)))
-@example([["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
 def test_equal_answers_vote_for_the_place_of_the_first(answers):
     votes = votes_from_answers(answers)
     assert votes.dtype == torch.int64 and votes.shape[0] == len(answers)
@@ -143,12 +146,8 @@ def test_equal_answers_vote_for_the_place_of_the_first(answers):
 
 
 # --- arithmetic ---
-@examples(max_examples=100)
+@examples(100, "1," * 500_000, "1," * 500_000 + "1", "1" * 10**6 + "x", "0" * 10**6, "９", "1,٣")
 @given(st.one_of(RESPONSES, st.text("0123456789, \n", max_size=20)))
-@example("1," * 500_000)
-@example("1," * 500_000 + "1")
-@example("1" * 10**6 + "x")
-@example("0" * 10**6)
 def test_number_is_plain_digits_or_none(response):
     number, parts = arithmetic.number(response), response.strip().split(",")
     plain = all(part.isascii() and part.isdigit() for part in parts)
@@ -159,11 +158,8 @@ def test_number_is_plain_digits_or_none(response):
 
 
 # --- Mathematics ---
-@examples(max_examples=120)
+@examples(120, r"\boxed{" + "9" * 5000 + "} answer: " + "9" * 2000, "\\boxed{\0" + "7}", "<answer> \n</answer>")
 @given(RESPONSES)
-@example(r"\boxed{" + "9" * 5000 + "} answer: " + "9" * 2000)
-@example("\\boxed{\0" + "7}")
-@example("<answer> \n</answer>")
 def test_an_extracted_answer_is_short_clean_text_of_the_response(response):
     for extract in (math_task.math_answer, math_task.gsm8k_answer, reasoning_gym.answer_in):
         answer = extract(response)
@@ -191,13 +187,8 @@ def test_a_whole_batch_of_the_slowest_responses_is_read_in_time(start, piece, en
             extract(text)
 
 
-@examples(max_examples=200)
+@examples(200, "1" + "a" * 998 + "!", "7 " + "apples" * 150 + " 7", "1.5/3", "1/0", "0.0/1")
 @given(st.one_of(st.lists(st.sampled_from(NUMBERS + ["(C)", r"\text{", "}", " "]), max_size=20).map("".join), TEXTS))
-@example("1" + "a" * 998 + "!")
-@example("7 " + "apples" * 150 + " 7")
-@example("1.5/3")
-@example("1/0")
-@example("0.0/1")
 def test_any_two_answers_are_compared(answer):
     """Without algebra, or not at all; it neither raises nor hangs, and an answer is equal to itself."""
     assert math_task.without_algebra(answer, answer) == (True, "")
@@ -206,7 +197,7 @@ def test_any_two_answers_are_compared(answer):
     assert not right and form in ("", math_task.plain_key(answer), f"text {math_task.text_key(answer)}")
 
 
-@examples(max_examples=5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
+@examples(5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
 @given(st.lists(st.lists(RESPONSES, min_size=3, max_size=3), min_size=1, max_size=2))
 @example([[r"\boxed{1" + "a" * 900 + "!}", r"\boxed{1.5/3}", r"\boxed{2" + "a" * 900 + "!}"]])
 @example([["", "\0" * 10**6, "{" * 10**6]])
@@ -239,7 +230,7 @@ READERS = {"humaneval": code.humaneval, "code_contests": code.code_contest, "tac
 CODE_PROBLEMS = [READERS.get(name, code.mbpp)(row) for name, row in CODE_ROWS]
 
 
-@examples(max_examples=60)
+@examples(60)
 @given(RESPONSES, st.sampled_from(CODE_PROBLEMS))
 def test_any_response_makes_a_program_with_the_problem_s_own_tests(response, problem):
     program, reference = code.program_of(problem, response), code.program_of(problem, problem.solution)
@@ -248,21 +239,16 @@ def test_any_response_makes_a_program_with_the_problem_s_own_tests(response, pro
     assert dataclasses.replace(program, source="") == dataclasses.replace(reference, source="")
 
 
-@examples(max_examples=1)  # a sandbox a response
-@given(st.lists(st.lists(RESPONSES, min_size=6, max_size=6), min_size=6, max_size=6))
-@example([["\0" * 10**6, "(" * 10**6, "#" * 10**6, "```\n" * 10**5, "\ud800", "\n" * 10**6]] * 6)
+@examples(1, [["\0" * 10**6, "(" * 10**6, "#" * 10**6, "```\n" * 10**5, "\ud800", "\n" * 10**6]] * 6)
+@given(st.lists(st.lists(RESPONSES, min_size=6, max_size=6), min_size=6, max_size=6))  # a sandbox a response
 def test_code_verdicts_on_any_responses(responses):
     verdict = code.verify(CODE_PROBLEMS, responses)
     check_form(verdict, responses)
     assert not verdict.rewards.any() and (verdict.votes == -1).all() and set(verdict.counts) <= set(STATUSES)
 
 
-@examples(max_examples=25)
+@examples(25, ["9" * 10**6, "", "9" * 32], ["x\0", "\ud800", "'''"], ["x\n", "x\r\n#", "x;1"], ["x*0.5", "x==x", "x/1"])
 @given(st.lists(st.one_of(RESPONSES, st.text("0123456789x+*/%()- ", max_size=12)), min_size=3, max_size=3))
-@example(["9" * 10**6, "", "9" * 32])
-@example(["x" + "\0", "\ud800", "'''"])
-@example(["x\n", "x\r\n#", "x;1"])
-@example(["x*0.5", "x==x", "x/1"])
 def test_values_of_any_expressions_are_integers_or_none(expressions):
     values = code.values_of(expressions)
     for expression in expressions:
@@ -345,21 +331,16 @@ def problems_of_table(folder, table, task="math"):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-@examples(max_examples=60)
-@given(contents=st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
-                          TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
-                          st.text("[]{}:,\"\\\n 019.eE-nul", max_size=60).map(str.encode)))  # fmt: skip
-@example(contents=b'"problem, question, answer"')
-@example(contents=b"[" * 100_000)
-@example(contents=b'{"problem": ' * 100_000)
-@example(contents=b"\n" * 10**6)
-@example(contents=b"\0" * 10**6)
+@examples(60, b'"problem, question, answer"', b"[" * 10**5, b'{"problem": ' * 10**5, b"\n" * 10**6, b"\0" * 10**6)
+@given(st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
+                 TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
+                 st.text("[]{}:,\"\\\n 019.eE-nul", max_size=60).map(str.encode)))  # fmt: skip
 def test_files_of_any_bytes_are_refused(folder, suffix, contents):
     assert problems_or_refusal("math", folder / f"bytes{suffix}", contents) is None
 
 
 @pytest.mark.parametrize("suffix", FILES)
-@examples(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_a_torn_or_altered_file_gives_whole_rows_or_a_refusal(folder, suffix, data):
     contents = data.draw(st.sampled_from(FILES[suffix]))
@@ -382,7 +363,7 @@ COLUMNS = st.sampled_from(["problem", "question", "answer", "solution", "level"]
 
 
 @pytest.mark.parametrize("task", ["math", "gsm8k"])
-@examples(max_examples=50)
+@examples(50)
 @given(changes=st.lists(st.dictionaries(COLUMNS | TEXTS, VALUES, max_size=4), max_size=3), whole=st.booleans())
 @example(changes=[{"level": "9" * 5000}], whole=True)
 @example(changes=[{"answer": "1.5/3"}], whole=True)
@@ -423,7 +404,7 @@ NESTED = st.sampled_from([[None], [[]], [{}], {"input": [1], "output": [2]}, {"i
 FIELDS = st.one_of(VALUES, JSON_TEXTS, NESTED, st.sampled_from(["-" * 10**5 + "1", "(" * 3000, "a\nb", '"""']))
 
 
-@examples(max_examples=200)
+@examples(200)
 @given(st.sampled_from(CODE_ROWS), st.data())
 def test_code_rows_with_a_field_of_any_value_give_problems_or_a_refusal(folder, named_row, data):
     name, row = named_row
@@ -447,12 +428,8 @@ def test_code_rows_that_cannot_be_problems_are_refused(folder, name, changes):
         load_task(name, str(folder / "code.jsonl"))
 
 
-@examples(max_examples=60)
+@examples(60, "~nobody-of-this-name/train.jsonl", "x" * 5000 + ".jsonl", "x" * 10**6, "\0.jsonl")
 @given(RESPONSES.filter(lambda path: path.strip("./")))
-@example("~nobody-of-this-name/train.jsonl")
-@example("x" * 5000 + ".jsonl")
-@example("x" * 10**6)
-@example("\0.jsonl")
 def test_paths_of_any_text_are_refused(path):
     with pytest.raises(BadInput) as refusal:
         rows.load_rows("unused/id", "train", f"/nowhere/{path}" if path[0] != "~" and len(path) < 9000 else path)
@@ -463,7 +440,7 @@ def test_paths_of_any_text_are_refused(path):
 TOKENIZER = harness.policy.tiny_tokenizer()
 
 
-@examples(max_examples=60)
+@examples(60)
 @given(TEXTS, st.sampled_from([64, None]))
 @example("", None)
 @example("<eos>", None)

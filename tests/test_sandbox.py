@@ -162,23 +162,20 @@ def test_right_programs_pass_and_fail_with_another_number(pool, source, tests):
 
 
 # ----------------------------------------------------------------------------------------------------------- the pool
-MIXED = [
-    (Program("def f(x): return x * x", "assert f(3) == 9", ("f",)), "passed"),
-    (Program("import random\ndef f(x): return random.random()", "value = f(3)", ("f",)), "passed"),
-    (Program("def f(x): return x", "import random\nvalue = f(random.random())", ("f",)), "passed"),
-    (Program("def f(x): return x + 1", "import random\nvalue = f(random.random())", ("f",)), "passed"),
-    (Program("def f(x): return {str(i) for i in range(x)}", "value = list(f(9))", ("f",)), "passed"),
-    (Program("def f(x): return x", "assert f(3) == 9", ("f",)), "failed"),
-    (Program("import socket\ndef f(x): return socket.socket()", "assert f(3) == 9", ("f",)), REFUSED),
-    (Program("def f(x): return [0] * 10**9", "assert f(3) == 9", ("f",)), "out of memory"),
-    (Program("def f(x):\n    while True: pass", "assert f(3) == 9", ("f",)), "timed out"),
-    (Program("print(input())", cases=(("7", "7"), ("8", "8"))), "passed"),
-]
+OF_9, DRAW = "assert f(3) == 9", "import random\nvalue = f(random.random())"
+MIXED = {Program(source, tests, ("f",)): status for source, tests, status in [
+    ("def f(x): return x * x", OF_9, "passed"), ("def f(x): return x", OF_9, "failed"),
+    ("import random\ndef f(x): return random.random()", "value = f(3)", "passed"),
+    ("def f(x): return x", DRAW, "passed"), ("def f(x): return x + 1", DRAW, "passed"),
+    ("def f(x): return {str(i) for i in range(x)}", "value = list(f(9))", "passed"),
+    ("import socket\ndef f(x): return socket.socket()", OF_9, REFUSED),
+    ("def f(x): return [0] * 10**9", OF_9, "out of memory"), ("def f(x):\n    while True: pass", OF_9, "timed out"),
+]}  # fmt: skip
 
 
 def test_a_verdict_depends_on_its_program_alone():
     """Whatever the number of workers and the order of programs, and a second time."""
-    expected, found = {program: status for program, status in MIXED}, {}
+    expected, found = MIXED | {Program("print(input())", cases=(("7", "7"), ("8", "8"))): "passed"}, {}
     for count in (1, 3):
         with Sandbox(LEVEL, workers=count, limits=LIMITS) as pool:
             for programs in ([*expected], [*reversed(expected)]):
