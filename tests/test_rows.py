@@ -5,6 +5,7 @@ import time
 
 import pyarrow.parquet
 import pytest
+from runs import at_call
 
 from verifiers import BadInput
 from verifiers.rows import load_rows
@@ -71,6 +72,9 @@ def test_unreachable_hub_fails_without_retries(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", no_network)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited to try again"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # as it is elsewhere
+    config, seen = datasets.config, []
+    look = at_call(1, lambda *_: seen.append(config.HF_HUB_OFFLINE), datasets.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", look)
     with pytest.raises(BadInput, match="cannot load nobody/nothing from the hub .*service not known.*--data PATH"):
         load_rows("nobody/nothing", "train")
-    assert not datasets.config.HF_HUB_OFFLINE
+    assert seen == [True] and not config.HF_HUB_OFFLINE
