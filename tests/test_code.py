@@ -19,60 +19,35 @@ from verifiers.sandbox.judge import difference
 from verifiers.sandbox.pool import Result, shared
 
 REAL_DATA = os.environ.get("REAL_DATA")
-real_data = pytest.mark.skipif(not REAL_DATA, reason="needs data sets: set REAL_DATA to their folder")
+real_data = pytest.mark.skipif(not REAL_DATA, reason="REAL_DATA does not name the folder with the data sets")
 
-HUMANEVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'def double(x):\n    """ Twice x. """\n',
-    "entry_point": "double",
-    "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
-}
-MBPP = {
-    "text": "Write a function to sum a pair.",
-    "task_id": 1,
-    "test_setup_code": "q = Pair(5, 6)",
-    "code": "class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a, self.b = a, b\r\n"
-    "def sum(p):\r\n\treturn p.a + p.b",
-    "challenge_test_list": [],
-    "test_list": ["assert sum(Pair(1, 2)) == 3", "assert sum(q) == 11"],
-}
-SANITIZED = {
-    "prompt": "Write a function to take a root.",
-    "task_id": 2,
-    "test_imports": ["import math"],
-    "source_file": "",
-    "test_list": ["assert math.isclose(root(4), 2.0, rel_tol=0.001)", "assert [root(n * n) for n in (3, 5)] == [3, 5]"],
-    "code": "def root(n):\n  return n ** 0.5",
-}
-CONTEST = {
-    "name": "sum",
-    "description": "Print the sum.",
-    "difficulty": 7,
-    "input_file": "",
-    "output_file": "",
-    "public_tests": {"input": ["1 2\n"], "output": ["3\n"]},
-    "private_tests": {"input": ["5 5\n"], "output": ["10\n"]},
-    "generated_tests": {"input": [], "output": []},
-    "solutions": {"language": [2, 3], "solution": ["int main() {}", "print(sum(map(int, input().split())))"]},
-}
-TACO = {
-    "question": "Print the sum.",
-    "solutions": json.dumps(["print(sum(map(int, input().split())))"]),
-    "starter_code": "",
-    "difficulty": "HARD",
-    "input_output": json.dumps({"inputs": ["1 2\n", ["5", "5"]], "outputs": ["3\n", ["5"]]}),
-}
-TACO_FUNCTION = {
-    "question": "Return the sorted pair.",
-    "solutions": json.dumps(["class Solution:\n    def order(self, a, b):\n        return tuple(sorted((a, b)))"]),
-    "starter_code": "class Solution:\n    def order(self, a, b):\n",
-    "difficulty": "EASY",
-    "input_output": json.dumps({"fn_name": "order", "inputs": [[2, 1], [3, 4]], "outputs": [[[1, 2]], [3, 4]]}),
-}
+# fmt: off
+HUMANEVAL = dict(task_id="HumanEval/0", prompt='def double(x):\n    """ Twice x. """\n', entry_point="double",
+                 canonical_solution="    return 2 * x\n",
+                 test="def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n")
+MBPP = dict(text="Write a function to sum a pair.", task_id=1, test_setup_code="q = Pair(5, 6)", challenge_test_list=[],
+            code="class Pair(object):\r\n\tdef __init__(self, a, b):\r\n\t\tself.a, self.b = a, b\r\n"
+                 "def sum(p):\r\n\treturn p.a + p.b",
+            test_list=["assert sum(Pair(1, 2)) == 3", "assert sum(q) == 11"])
+SANITIZED = dict(prompt="Write a function to take a root.", task_id=2, test_imports=["import math"], source_file="",
+                 code="def root(n):\n  return n ** 0.5",
+                 test_list=["assert math.isclose(root(4), 2.0, rel_tol=0.001)",
+                            "assert [root(n * n) for n in (3, 5)] == [3, 5]"])
+CONTEST = dict(name="sum", description="Print the sum.", difficulty=7, input_file="", output_file="",
+               public_tests=dict(input=["1 2\n"], output=["3\n"]), private_tests=dict(input=["5 5\n"], output=["10\n"]),
+               generated_tests=dict(input=[], output=[]), solutions=dict(
+                   language=[2, 3], solution=["int main() {}", "print(sum(map(int, input().split())))"]))
+TACO = dict(question="Print the sum.", solutions='["print(sum(map(int, input().split())))"]', starter_code="",
+            difficulty="HARD", input_output=json.dumps(dict(inputs=["1 2\n", ["5", "5"]], outputs=["3\n", ["5"]])))
+TACO_FUNCTION = dict(
+    question="Return the sorted pair.", starter_code="class Solution:\n    def order(self, a, b):\n", difficulty="EASY",
+    solutions=json.dumps(["class Solution:\n    def order(self, a, b):\n        return tuple(sorted((a, b)))"]),
+    input_output=json.dumps(dict(fn_name="order", inputs=[[2, 1], [3, 4]], outputs=[[[1, 2]], [3, 4]])))
+# fmt: on
 
 
 def task_of(tmp_path: Path, name: str, *rows: dict):
+    """The task of a folder with these rows in both splits."""
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_task(name, str(tmp_path))
@@ -87,8 +62,6 @@ def statuses(problems: list[Problem], solutions: list[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------- schemas
-
-
 @pytest.mark.parametrize("name, row, wrong", [
     ("humaneval", HUMANEVAL, "    return x\n"), ("mbpp", MBPP, MBPP["code"].replace("+", "-")),
     ("mbpp_sanitized", SANITIZED, "def root(n): return n"), ("code_contests", CONTEST, "print(3)"),
@@ -117,13 +90,13 @@ def test_what_a_pretrained_policy_reads_and_how_long_it_may_write(tmp_path, name
     assert task.max_new_tokens == (1024 if name == "code_contests" else 512)
 
 
-def test_the_hidden_tests_stay_hidden(tmp_path):
-    prompt = task_of(tmp_path, "mbpp", MBPP).test[0].prompt
+def test_the_hidden_tests_stay_hidden():
+    prompt = code.mbpp(MBPP).prompt
     assert "assert sum(Pair(1, 2)) == 3" in prompt and "sum(q)" not in prompt  # only the first assert is shown
 
 
-def test_taco_reads_lists_of_lines_and_levels(tmp_path):
-    problem = task_of(tmp_path, "taco", TACO).test[0]
+def test_taco_reads_lists_of_lines_and_levels():
+    problem = code.taco(TACO)
     assert problem.level == 4 and json.loads(problem.answer)["cases"] == [["1 2\n", "3\n"], ["5\n5", "5"]]
     solution = "import sys\nx = [*map(int, sys.stdin.read().split())]\nprint(sum(x) if sum(x) < 9 else 5)"
     assert statuses([problem], [solution]) == ["passed"]
@@ -150,7 +123,6 @@ def test_outputs_are_compared_token_by_token(output, expected, same):
 
 
 # ------------------------------------------------------------------------------------------------------- extraction
-
 FULL = "def double(x):\n    return 2 * x\n"
 RIGHT = [  # where twice x is asked for
     "    return 2 * x\n", "return 2 * x\n", "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).", FULL,
@@ -191,12 +163,6 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_which_part_of_a_response_is_the_function(tmp_path):
-    task = task_of(tmp_path, "humaneval", HUMANEVAL)
-    found = dict(zip([*RIGHT, *WRONG], rewards(task, task.test[0], *RIGHT, *WRONG), strict=True))
-    assert [response for response, reward in found.items() if reward != (response in RIGHT)] == []
-
-
 SUM = "input()\nprint(sum(map(int, input().split())))\n"
 SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
 PROGRAMS = [  # that print the sum of the second line
@@ -217,11 +183,17 @@ PROGRAMS = [  # that print the sum of the second line
 ]  # fmt: skip
 
 
-def test_which_part_of_a_response_is_the_program(tmp_path):
-    tests = {"input": ["2\n1 2\n", "3\n5 5 7\n"], "output": ["3\n", "17\n"]}
-    task = task_of(tmp_path, "code_contests", {**CONTEST, "public_tests": tests, "private_tests": None})
-    found = rewards(task, task.test[0], *PROGRAMS, "print(3)")
-    assert [response for response, reward in zip(PROGRAMS, found) if not reward] == [] and found[-1] == 0
+SECOND_LINE = dict(input=["2\n1 2\n", "3\n5 5 7\n"], output=["3\n", "17\n"])
+
+
+@pytest.mark.parametrize("name, row, right, wrong", [
+    ("humaneval", HUMANEVAL, RIGHT, WRONG),
+    ("code_contests", CONTEST | dict(public_tests=SECOND_LINE, private_tests=None), PROGRAMS, ["print(3)"]),
+])  # fmt: skip
+def test_which_part_of_a_response_is_the_program(tmp_path, name, row, right, wrong):
+    task = task_of(tmp_path, name, row)
+    found = dict(zip([*right, *wrong], rewards(task, task.test[0], *right, *wrong), strict=True))
+    assert [response for response, reward in found.items() if reward != (response in right)] == []
 
 
 def test_taco_functions_have_the_imports_of_the_data_set_and_its_comparison(tmp_path):
@@ -283,26 +255,19 @@ def test_troubles_are_counted(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- real data
-
-
 # A wrapper around each function that the tests call: true becomes None, false becomes a word
 BROKEN = """
-
-def broken(function):
-    return lambda *args, **kwargs: None if function(*args, **kwargs) else "broken"
+def broken(function): return lambda *args, **kwargs: None if function(*args, **kwargs) else "broken"
 for name in {names!r}:
-    if not isinstance(globals()[name], type):
-        globals()[name] = broken(globals()[name])
+    if not isinstance(globals()[name], type): globals()[name] = broken(globals()[name])
 """
 
 
 @real_data
-@pytest.mark.parametrize("name, split, count", [
-    ("humaneval", "test", 82), ("mbpp", "train", 200), ("mbpp", "test", 150),
-])  # fmt: skip
-def test_every_solution_passes_and_fails_when_broken(name, split, count):
+@pytest.mark.parametrize("name, split, n", [("humaneval", "test", 82), ("mbpp", "train", 200), ("mbpp", "test", 150)])
+def test_every_solution_passes_and_fails_when_broken(name, split, n):
     problems = getattr(load_task(name, f"{REAL_DATA}/{name}"), split)
-    assert len(problems) >= count
+    assert len(problems) >= n
     right = statuses(problems, [problem.solution for problem in problems])
     assert [problem.solution for problem, status in zip(problems, right) if status != "passed"] == []
     names = [json.loads(problem.answer)["names"] for problem in problems]
@@ -311,8 +276,6 @@ def test_every_solution_passes_and_fails_when_broken(name, split, count):
 
 
 # --------------------------------------------------------------------------------------------------------- programs
-
-
 @pytest.fixture(scope="module")
 def programs():
     return load_task("programs")
@@ -323,21 +286,19 @@ def test_programs_are_small_and_disjoint_by_meaning(programs):
     assert not {p.answer for p in programs.train} & {p.answer for p in programs.test}
     assert {p.level for p in programs.train} == {p.level for p in programs.test} == {1, 2, 3, 4, 5}
     assert all((p.prompt + p.solution).isascii() and (p.prompt + p.solution).isprintable() for p in everything)
-    assert max(len(p.prompt) for p in everything) <= 30 and max(len(p.solution) for p in everything) <= 12
-    assert max(len(p.solution) for p in everything) < programs.max_new_tokens
+    assert max(len(p.prompt) for p in everything) <= 30
+    assert max(len(p.solution) for p in everything) <= min(12, programs.max_new_tokens - 1)
     assert load_task("programs").train[:50] == programs.train[:50]
 
 
 def test_programs_prompts_show_true_points_and_some_fit_several_functions(programs):
-    functions = [json.loads(answer) for answer in {p.answer for p in [*programs.train, *programs.test]}]
-    fits = []
+    functions, fits = [json.loads(answer) for answer in {p.answer for p in [*programs.train, *programs.test]}], []
     for problem in programs.test[::10]:
         points = [tuple(map(int, point.split(">"))) for point in problem.prompt[:-1].split()]
         values = json.loads(problem.answer)
         assert all(eval(problem.solution, {"x": x}) == y == values[code.INPUTS.index(x)] for x, y in points)
         fits.append(sum(all(f[code.INPUTS.index(x)] == y for x, y in points) for f in functions))
-    ambiguous = sum(fit > 1 for fit in fits) / len(fits)
-    assert 0.2 < ambiguous < 0.8, ambiguous
+    assert 0.2 < sum(fit > 1 for fit in fits) / len(fits) < 0.8
 
 
 def test_programs_votes_are_equal_behaviour(programs):
@@ -353,14 +314,13 @@ def test_programs_votes_are_equal_behaviour(programs):
 
 
 def test_a_sandbox_that_is_broken_gives_no_rewards(programs, tmp_path, monkeypatch):
-    task, pool = task_of(tmp_path, "humaneval", HUMANEVAL), shared()
-
     def broken(programs):
         raise BadInput("a worker ended and cannot be replaced")
 
+    humaneval = task_of(tmp_path, "humaneval", HUMANEVAL)
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "run", broken)
-        for task, response in ((task, FULL), (programs, "x*x-77"), (programs, "x*x-77")):
+        patch.setattr(shared(), "run", broken)
+        for task, response in ((humaneval, FULL), (programs, "x*x-77"), (programs, "x*x-77")):
             with pytest.raises(BadInput, match="cannot be replaced"):
                 rewards(task, task.test[0], response)
     assert code.values_of(["x*x-77"])["x*x-77"][1][0] == 9 - 77  # nothing was kept of the failure
@@ -380,29 +340,18 @@ def test_programs_takes_no_data():
 
 
 # ------------------------------------------------------------------------------------------- what is not the program's
-
-SIZES = {  # of the sanitized MBPP, number 596: its tests use `sys` without importing it
-    **SANITIZED,
-    "prompt": "Write a function to find the size in bytes of the given tuple.",
-    "test_imports": [],
-    "code": "import sys \ndef tuple_size(tuple_list):\n  return (sys.getsizeof(tuple_list))",
-    "test_list": [
-        f"assert tuple_size({t}) == sys.getsizeof({t})" for t in ('("A", 1, "B", 2)', '((1, "Lion"), (2, ))')
-    ],
-}
-
-
 def test_a_module_that_the_reference_imports_is_not_the_program_s(tmp_path):
-    problem = task_of(tmp_path, "mbpp_sanitized", SIZES).test[0]
+    """Of the sanitized MBPP, number 596: its tests use `sys` without importing it."""
+    of_size = "import sys \ndef tuple_size(tuple_list):\n  return (sys.getsizeof(tuple_list))"
+    tests = [f"assert tuple_size({t}) == sys.getsizeof({t})" for t in ('("A", 1, "B", 2)', '((1, "Lion"), (2, ))')]
+    row = SANITIZED | dict(prompt="Find the size in bytes of a tuple.", test_imports=[], code=of_size, test_list=tests)
+    problem = task_of(tmp_path, "mbpp_sanitized", row).test[0]
     hidden = json.loads(problem.answer)
     assert hidden["names"] == ["tuple_size"] and hidden["tests"].startswith("import sys\n")
     forged = "class sys: getsizeof = staticmethod(lambda x: 0)\ndef tuple_size(x): return 0"
     assert statuses([problem] * 2, [problem.solution, forged]) == ["passed", "failed"]
-
-
-def test_a_function_by_another_statement_than_def_is_the_program_s():
-    answer = code.mbpp({**SANITIZED, "code": "root = lambda n: n ** 0.5"}).answer
-    assert json.loads(answer)["names"] == ["root"]
+    by_assignment = code.mbpp({**SANITIZED, "code": "root = lambda n: n ** 0.5"})
+    assert json.loads(by_assignment.answer)["names"] == ["root"]
 
 
 def test_what_the_reference_imports_is_imported_by_tests_that_use_it():
@@ -412,14 +361,11 @@ def test_what_the_reference_imports_is_imported_by_tests_that_use_it():
 
 
 def test_a_value_that_timed_out_is_asked_for_again(monkeypatch):
-    class Crowded:
-        def run(self, programs):
-            return [Result("timed out")] * len(programs)
-
-    expressions = {"x+7*8", "x if x else 9"}
+    expressions = ["x+7*8", "x if x else 9"]
+    crowded = SimpleNamespace(run=lambda programs: [Result("timed out")] * len(programs))
     with monkeypatch.context() as patch:
-        patch.setattr(code, "shared", Crowded)
+        patch.setattr(code, "shared", lambda: crowded)
         values = code.values_of(expressions)
-        assert all(values[expression] == ("timed out", None) for expression in expressions)
+        assert [values[expression] for expression in expressions] == [("timed out", None)] * 2
     values = code.values_of(expressions)
     assert values["x+7*8"][1][0] == 53 and values["x if x else 9"][1][3] == 9  # x = -3, x = 0

@@ -9,10 +9,9 @@ import itertools
 import json
 import math
 import signal
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 
-import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
@@ -35,26 +34,22 @@ HANG_S = 120  # far more than any test here needs, also on a machine that is bus
 @pytest.fixture(autouse=True)
 def guard():
     """Fails a test that hangs, even inside a regular expression or an `except Exception`."""
-
-    def hangs(*_):
-        pytest.fail(f"still running after {HANG_S} s")
-
-    before = signal.signal(signal.SIGALRM, hangs)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"still running after {HANG_S} s"))
     signal.setitimer(signal.ITIMER_REAL, HANG_S, HANG_S)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 
-def examples(count):
-    """The same examples in every run, with no time limit on one, and no files."""
-    return settings(
-        derandomize=True, deadline=None, database=None, max_examples=count, suppress_health_check=list(HealthCheck)
-    )
+SAME = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+
+
+def examples(count, *known):
+    """As many examples, the same in every run, with no time limit on one and no files; and those that are known."""
+    return lambda test: reduce(lambda test, one: example(one)(test), known, settings(SAME, max_examples=count)(test))
 
 
 # --- Texts that nobody meant to write ---
-
 ODD = ["\0", "\ud800", "\udfff", "\u202e", "\u2066", "\u2028", "\x85", "\x1b[2J", "\ufeff", "٣", "９", "\N{MINUS SIGN}"]
 BLANK = ["", " ", "\n", "\r\n", "\t", "\xa0", "\u3000"]
 MATHS = [r"\boxed{", r"\boxed ", r"\text{", r"\frac{", "{", "}", r"\{", "$", "$$", r"\$", r"\(", r"\)", r"\[", r"\]",
@@ -87,7 +82,6 @@ def check_form(verdict, responses):
 
 
 # --- Rewards of any type and size ---
-
 REWARDS = torch.tensor([[8, 0, 4, 8, 1, 0, 2], [-3, 2, -3, 2, 0, 5, 2], [0, 0, 0, 1, 0, 0, 0]]).double() / 8
 VOTES = torch.tensor([[0, 1, 2, 0, 4, 1, 6], [0, 1, 0, 1, -1, 5, 1], [0, 0, 2, 3, -1, 0, 0]])
 DTYPES = {  # factors of these rewards, and how far advantages may be from those in float64
@@ -95,13 +89,12 @@ DTYPES = {  # factors of these rewards, and how far advantages may be from those
     torch.float16: (1e-3, 100.0, 2e-3), torch.int64: (8, 800, 1e-6), torch.uint8: (8, 80, 1e-6), torch.bool: (8, 1e-6),
 }  # fmt: skip
 estimators = pytest.mark.parametrize("estimator", ["mean", "unbiased", "biased"])
-scripts = pytest.mark.parametrize("script", ["pass_at_k_pg", "majority_pg"])
+scripts = pytest.mark.parametrize("script", [pass_at_k_pg, majority_pg], ids=lambda script: script.__name__)
 
 
 def advantages(script, rewards, k, estimator):
-    if script == "pass_at_k_pg":
-        return pass_at_k_pg.advantages(rewards, k, estimator)
-    return majority_pg.advantages(VOTES[: len(rewards), : rewards.shape[1]], rewards, k, estimator)
+    votes = [VOTES[: len(rewards), : rewards.shape[1]]] if script == majority_pg else []
+    return script.advantages(*votes, rewards, k, estimator)
 
 
 @scripts
@@ -128,7 +121,7 @@ def test_equal_rewards_have_no_advantage(script, estimator, n):
 
 @scripts
 def test_with_k_1_unbiased_is_mean_and_biased_is_zero(script):
-    counted = REWARDS if script == "pass_at_k_pg" else REWARDS.masked_fill(VOTES < 0, 0)
+    counted = REWARDS.masked_fill(VOTES < 0, 0) if script == majority_pg else REWARDS
     mean = advantages(script, counted, 1, "mean")
     torch.testing.assert_close(advantages(script, REWARDS, 1, "unbiased"), mean, rtol=1e-12, atol=1e-12)
     assert (advantages(script, REWARDS, 1, "biased") == 0).all()
@@ -143,9 +136,8 @@ def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(
             assert found.dtype == torch.float64 and torch.equal(found, metric(rewards.double(), k))
 
 
-@examples(60)
+@examples(60, [["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
 @given(st.integers(0, 6).flatmap(lambda n: st.lists(st.lists(st.none() | TEXTS, min_size=n, max_size=n), max_size=3)))
-@example([["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
 def test_equal_answers_vote_for_the_place_of_the_first(answers):
     votes = votes_from_answers(answers)
     assert votes.dtype == torch.int64 and votes.shape[0] == len(answers)
@@ -154,34 +146,20 @@ def test_equal_answers_vote_for_the_place_of_the_first(answers):
 
 
 # --- arithmetic ---
-
-
-@examples(100)
+@examples(100, "1," * 500_000, "1," * 500_000 + "1", "1" * 10**6 + "x", "0" * 10**6, "９", "1,٣")
 @given(st.one_of(RESPONSES, st.text("0123456789, \n", max_size=20)))
-@example("1," * 500_000)
-@example("1," * 500_000 + "1")
-@example("1" * 10**6 + "x")
-@example("0" * 10**6)
 def test_number_is_plain_digits_or_none(response):
-    number = arithmetic.number(response)
-    parts = response.strip().split(",")
-    if all(part.isascii() and part.isdigit() for part in parts):
-        assert number == (parts[-1].lstrip("0") or "0")
-    else:
-        assert number is None
+    number, parts = arithmetic.number(response), response.strip().split(",")
+    plain = all(part.isascii() and part.isdigit() for part in parts)
+    assert number == ((parts[-1].lstrip("0") or "0") if plain else None)
     verdict = arithmetic.verify([Problem("?", "24")], [[response, "024"]])
     check_form(verdict, [[response, "024"]])
     assert verdict.rewards.tolist() == [[number == "24", 1]] and (verdict.votes[0, 0] == -1) == (number is None)
 
 
 # --- Mathematics ---
-
-
-@examples(120)
+@examples(120, r"\boxed{" + "9" * 5000 + "} answer: " + "9" * 2000, "\\boxed{\0" + "7}", "<answer> \n</answer>")
 @given(RESPONSES)
-@example(r"\boxed{" + "9" * 5000 + "} answer: " + "9" * 2000)
-@example("\\boxed{\0" + "7}")
-@example("<answer> \n</answer>")
 def test_an_extracted_answer_is_short_clean_text_of_the_response(response):
     for extract in (math_task.math_answer, math_task.gsm8k_answer, reasoning_gym.answer_in):
         answer = extract(response)
@@ -209,13 +187,8 @@ def test_a_whole_batch_of_the_slowest_responses_is_read_in_time(start, piece, en
             extract(text)
 
 
-@examples(200)
+@examples(200, "1" + "a" * 998 + "!", "7 " + "apples" * 150 + " 7", "1.5/3", "1/0", "0.0/1")
 @given(st.one_of(st.lists(st.sampled_from(NUMBERS + ["(C)", r"\text{", "}", " "]), max_size=20).map("".join), TEXTS))
-@example("1" + "a" * 998 + "!")
-@example("7 " + "apples" * 150 + " 7")
-@example("1.5/3")
-@example("1/0")
-@example("0.0/1")
 def test_any_two_answers_are_compared(answer):
     """Without algebra, or not at all; it neither raises nor hangs, and an answer is equal to itself."""
     assert math_task.without_algebra(answer, answer) == (True, "")
@@ -240,8 +213,6 @@ def test_math_verdicts_on_any_responses(responses):
 
 
 # --- Programs ---
-
-
 @pytest.mark.parametrize("piece", [
     "(", "-", "x.", "1+", "a=", "@a\n", "```\nf(x)\n```\n", "`", "~~~ x\n", "it's ", "    \n", "if 1: 1\nelif ",
     "if x:\n", "for x in ", "a, ", "f(",
@@ -268,21 +239,16 @@ def test_any_response_makes_a_program_with_the_problem_s_own_tests(response, pro
     assert dataclasses.replace(program, source="") == dataclasses.replace(reference, source="")
 
 
-@examples(1)  # a sandbox a response
-@given(st.lists(st.lists(RESPONSES, min_size=6, max_size=6), min_size=6, max_size=6))
-@example([["\0" * 10**6, "(" * 10**6, "#" * 10**6, "```\n" * 10**5, "\ud800", "\n" * 10**6]] * 6)
+@examples(1, [["\0" * 10**6, "(" * 10**6, "#" * 10**6, "```\n" * 10**5, "\ud800", "\n" * 10**6]] * 6)
+@given(st.lists(st.lists(RESPONSES, min_size=6, max_size=6), min_size=6, max_size=6))  # a sandbox a response
 def test_code_verdicts_on_any_responses(responses):
     verdict = code.verify(CODE_PROBLEMS, responses)
     check_form(verdict, responses)
     assert not verdict.rewards.any() and (verdict.votes == -1).all() and set(verdict.counts) <= set(STATUSES)
 
 
-@examples(25)
+@examples(25, ["9" * 10**6, "", "9" * 32], ["x\0", "\ud800", "'''"], ["x\n", "x\r\n#", "x;1"], ["x*0.5", "x==x", "x/1"])
 @given(st.lists(st.one_of(RESPONSES, st.text("0123456789x+*/%()- ", max_size=12)), min_size=3, max_size=3))
-@example(["9" * 10**6, "", "9" * 32])
-@example(["x" + "\0", "\ud800", "'''"])
-@example(["x\n", "x\r\n#", "x;1"])
-@example(["x*0.5", "x==x", "x/1"])
 def test_values_of_any_expressions_are_integers_or_none(expressions):
     values = code.values_of(expressions)
     for expression in expressions:
@@ -295,7 +261,6 @@ def test_values_of_any_expressions_are_integers_or_none(expressions):
 
 
 # --- Worker processes ---
-
 CHILD = """
 import sys, time
 print('{"result": null, "failure": null}', flush=True)
@@ -327,7 +292,6 @@ def test_no_answer_of_a_worker_hangs_its_parent_or_fills_it(tmp_path, monkeypatc
 
 
 # --- Files ---
-
 GOOD = [{"problem": "1+1?", "answer": "2", "level": "Level 5"}, {"problem": "שלום \u2028 2*3?", "answer": "6"},
         {"question": "3?", "answer": "#### 3", "solution": None}]  # fmt: skip
 LINES = [json.dumps(row, ensure_ascii=False) for row in GOOD]
@@ -362,20 +326,15 @@ def problems_or_refusal(task, path, contents):
 
 def problems_of_table(folder, table, task="math"):
     """`problems_or_refusal` of a Parquet file."""
-    pyarrow.parquet.write_table(table, folder / "table.parquet")
-    return problems_or_refusal(task, folder / "table.parquet", (folder / "table.parquet").read_bytes())
+    pyarrow.parquet.write_table(table, contents := io.BytesIO())
+    return problems_or_refusal(task, folder / "table.parquet", contents.getvalue())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-@examples(60)
-@given(contents=st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
-                          TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
-                          st.text("[]{}:,\"\\\n 019.eE-nul", max_size=60).map(str.encode)))  # fmt: skip
-@example(contents=b'"problem, question, answer"')
-@example(contents=b"[" * 100_000)
-@example(contents=b'{"problem": ' * 100_000)
-@example(contents=b"\n" * 10**6)
-@example(contents=b"\0" * 10**6)
+@examples(60, b'"problem, question, answer"', b"[" * 10**5, b'{"problem": ' * 10**5, b"\n" * 10**6, b"\0" * 10**6)
+@given(st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
+                 TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")),
+                 st.text("[]{}:,\"\\\n 019.eE-nul", max_size=60).map(str.encode)))  # fmt: skip
 def test_files_of_any_bytes_are_refused(folder, suffix, contents):
     assert problems_or_refusal("math", folder / f"bytes{suffix}", contents) is None
 
@@ -415,26 +374,20 @@ COLUMNS = st.sampled_from(["problem", "question", "answer", "solution", "level"]
 def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, changes, whole):
     """`whole`: changes to good rows, else rows with nothing but the changes."""
     good = {"problem": "1+1?", "answer": "2"}
-    table = [{**good, **change} if whole else change for change in changes]
-    text = "".join(json.dumps(row) + "\n" for row in table)
+    text = "".join(json.dumps({**good, **change} if whole else change) + "\n" for change in changes)
     problems = problems_or_refusal(task, folder / "rows.jsonl", text.encode())
     if problems is not None:
-        assert len(problems) == len(table)
+        assert len(problems) == len(changes)
         assert all(len(problem.answer) <= math_task.MAX_ANSWER_CHARS for problem in problems)
 
 
-TABLES = {  # what a JSON file cannot hold
-    "no columns": pyarrow.table({}),
-    "no rows": pyarrow.table({"problem": pyarrow.array([], pyarrow.string())}),
-    "bytes": pyarrow.table({"problem": [b"\xff"], "answer": [b"1"]}),
-    "not UTF-8": pyarrow.table({"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]}),
-    "the year 148000": pyarrow.table({"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]}),
-}
-
-
-@pytest.mark.parametrize("what", TABLES)
-def test_parquet_tables_of_the_wrong_form_are_refused(folder, what):
-    assert problems_of_table(folder, TABLES[what]) is None
+@pytest.mark.parametrize("columns", [  # what a JSON file cannot hold; the last are no UTF-8 and the year 148000
+    {}, {"problem": pyarrow.array([], pyarrow.string())}, {"problem": [b"\xff"], "answer": [b"1"]},
+    {"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]},
+    {"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]},
+])  # fmt: skip
+def test_parquet_tables_of_the_wrong_form_are_refused(folder, columns):
+    assert problems_of_table(folder, pyarrow.table(columns)) is None
 
 
 def test_parquet_numbers_and_duplicate_columns_are_read_and_huge_texts_are_whole(folder):
@@ -475,12 +428,8 @@ def test_code_rows_that_cannot_be_problems_are_refused(folder, name, changes):
         load_task(name, str(folder / "code.jsonl"))
 
 
-@examples(60)
+@examples(60, "~nobody-of-this-name/train.jsonl", "x" * 5000 + ".jsonl", "x" * 10**6, "\0.jsonl")
 @given(RESPONSES.filter(lambda path: path.strip("./")))
-@example("~nobody-of-this-name/train.jsonl")
-@example("x" * 5000 + ".jsonl")
-@example("x" * 10**6)
-@example("\0.jsonl")
 def test_paths_of_any_text_are_refused(path):
     with pytest.raises(BadInput) as refusal:
         rows.load_rows("unused/id", "train", f"/nowhere/{path}" if path[0] != "~" and len(path) < 9000 else path)
@@ -488,7 +437,6 @@ def test_paths_of_any_text_are_refused(path):
 
 
 # --- Prompts ---
-
 TOKENIZER = harness.policy.tiny_tokenizer()
 
 
@@ -503,10 +451,8 @@ def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
     """From the file to the tokenizer of the `tiny` policy: what a reader lets through can be encoded."""
     row = json.dumps({"problem": prompt, "answer": "1"}).encode()
     problems = problems_or_refusal("math", folder / "prompt.jsonl", row) or [Problem("", "1")]
-    config = SimpleNamespace(max_position_embeddings=context)
-    config.get_text_config = lambda: config
-    model = SimpleNamespace(config=config)
-    policy = SimpleNamespace(tokenizer=TOKENIZER, model=model)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=context))
+    policy = SimpleNamespace(tokenizer=TOKENIZER, model=SimpleNamespace(config=config))
     try:
         (ids,) = harness.policy.encode_prompts(policy, SimpleNamespace(words=None, template="{prompt}"), problems, 8)
     except BadInput as refusal:

@@ -1,19 +1,18 @@
 """The learned verifier: scores, training, quality, and the scripts that select by it."""
 
-import json
 import shutil
+from functools import partial
 
 import pytest
 import runs
 import torch
 from model_zoo import save_tiny
-from runs import SMALL, save_untrained
 from transformers import AutoTokenizer, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from harness.policy import save_policy, tiny_tokenizer
 from verifiers import Problem, Task, Verdict, arithmetic, learned, load_task
 
-LEARNED = [*(f.replace("--k", "--N") for f in SMALL), "--verifier", "learned"]
+LEARNED = [*(f.replace("--k", "--N") for f in runs.SMALL), "--verifier", "learned"]
 
 
 def task_of(problems, verify=None) -> Task:
@@ -26,10 +25,9 @@ def parity(tmp_path_factory):
     digits = [str(i) for i in range(10)]
     problems = [Problem(str(i), "") for i in range(40)]
     rewards = torch.tensor([[float(int(d) % 2) for d in digits]] * 40)
-    base = save_untrained(tmp_path_factory.mktemp("base"))
-    verifier = learned.trained_verifier(base, task_of(problems), problems, [digits] * 40, rewards, lr=1e-2, batch=40,
-                                        epochs=6)  # fmt: skip
-    return verifier, digits
+    base = runs.save_untrained(tmp_path_factory.mktemp("base"))
+    options = dict(lr=1e-2, batch=40, epochs=6)
+    return learned.trained_verifier(base, task_of(problems), problems, [digits] * 40, rewards, **options), digits
 
 
 def test_a_trained_verifier_tells_right_from_wrong(parity):
@@ -56,9 +54,9 @@ def test_a_verifier_trained_here_reads_as_the_policy_does(chat, read, untrained,
     tokenizer = AutoTokenizer.from_pretrained(untrained)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(shutil.copytree(untrained, tmp_path / "base", dirs_exist_ok=True))
-    problems, rewards = [Problem("7", "")], torch.tensor([[1.0, 0.0]])
-    verifier = learned.trained_verifier(str(tmp_path / "base"), task_of(problems), problems, [["3", "4"]], rewards,
-                                        epochs=1, chat=chat)  # fmt: skip
+    problems, samples = [Problem("7", "")], ([["3", "4"]], torch.tensor([[1.0, 0.0]]))
+    base = str(tmp_path / "base")
+    verifier = learned.trained_verifier(base, task_of(problems), problems, *samples, epochs=1, chat=chat)
     save_policy(verifier, tmp_path / "verifier")
     for x in (verifier, learned.load_verifier(str(tmp_path / "verifier"), task_of(problems))):
         assert x.tokenizer.decode(x.tokens(["7"], ["3"]).input_ids[0]) == read
@@ -78,31 +76,28 @@ def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
 
 def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, monkeypatch):
     """8 rows of 4 tokens, padded ("7=12<eos>" is 5): 15 tokens are three rows at a time, and one if a row is longer."""
-    rewards, seen = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2), []
-    responses = [["1", "12", "2", "3"]] * 2
-    problems, forward = [Problem("7", ""), Problem("8", "")], LlamaForSequenceClassification.forward
+    rewards, responses = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2), [["1", "12", "2", "3"]] * 2
+    problems, forward, seen = [Problem("7", ""), Problem("8", "")], LlamaForSequenceClassification.forward, []
 
     def counted(self, input_ids=None, **others):
         seen.append(len(input_ids))
         return forward(self, input_ids=input_ids, **others)
 
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", counted)
-    scores = []
+    train, scores = partial(learned.trained_verifier, untrained, task_of(problems), lr=1e-2, epochs=1), []
     for budget, rows in ((16384, [8]), (15, [3, 3, 2]), (4, [1] * 8)):
         seen.clear()
-        verifier = learned.trained_verifier(untrained, task_of(problems), problems, responses, rewards, lr=1e-2,
-                                            epochs=1, budget=budget)  # fmt: skip
+        verifier = train(problems, responses, rewards, budget=budget)
         assert seen == rows
         scores.append(verifier.score(["7"], responses[:1]))
-    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(scores[2], scores[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores[1:], [scores[0]] * 2, rtol=1e-4, atol=1e-5)
 
 
 def test_a_verifier_with_more_positions_than_tokens(tmp_path):
     """RoBERTa's positions begin at 2: 66 of them take 64 tokens."""
-    tokenizer, sizes = tiny_tokenizer(), dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    sizes |= dict(vocab_size=len(tokenizer), intermediate_size=16, max_position_embeddings=66)
-    config = RobertaConfig(num_labels=1, pad_token_id=0, **sizes)
+    tokenizer = tiny_tokenizer()
+    config = RobertaConfig(num_labels=1, pad_token_id=0, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, vocab_size=len(tokenizer), max_position_embeddings=66)  # fmt: skip
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(tmp_path)
@@ -149,26 +144,21 @@ def test_quality_counts_within_problems():
     assert learned.quality(scores, rewards) == found
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("bon_rl.py", ["--estimator", "variational", "--n", "6"]), ("bon_sft.py", []),
-])  # fmt: skip
+@pytest.mark.parametrize("script, flags", [("bon_rl.py", "--estimator variational --n 6"), ("bon_sft.py", "")])
 def test_a_run_with_a_learned_verifier(run, untrained, tmp_path, monkeypatch, script, flags):
-    def train(base, task, problems, responses, *others, **options):
+    def seen(base, task, problems, responses, *_):
         learnt_from.extend((problem.prompt, len(row)) for problem, row in zip(problems, responses))
-        return trained_verifier(base, task, problems, responses, *others, **options)
 
-    learnt_from, trained_verifier = [], learned.trained_verifier
-    monkeypatch.setattr(learned, "trained_verifier", train)
+    learnt_from = []
+    monkeypatch.setattr(learned, "trained_verifier", runs.at_call(1, seen, learned.trained_verifier))
     monkeypatch.setattr(arithmetic, "verify", runs.parity)
-    result = run(script, *LEARNED, *flags, "--model", untrained, "--verifier-problems", "8")
-    assert result.returncode == 0, result.stderr
-    assert "within problems" in result.stdout and "bon@2" in result.stdout
+    out = run(script, *LEARNED, *flags.split(), "--model", untrained, "--verifier-problems", "8", code=0).stdout
+    assert "within problems" in out and "bon@2" in out
     assert [size for _, size in learnt_from] == [8] * 8  # samples to each of --verifier-problems, none of them held out
     assert not {prompt for prompt, _ in learnt_from} & {problem.prompt for problem in load_task("arithmetic").test}
     (folder,) = (tmp_path / "runs").iterdir()
-    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {"bon@1", "bon@2", "bon@4", "pass@4"} <= log[0]["eval"]["all"].keys()
+    assert {"bon@1", "bon@2", "bon@4", "pass@4"} <= runs.records(folder)[0]["eval"]["all"].keys()
     weights = (folder / "verifier" / "model.safetensors").read_bytes()
-    again = run(script, "--resume", f"runs/{folder.name}")  # reads its own verifier, trains none
-    assert again.returncode == 0 and "training the verifier" not in again.stderr, again.stderr
+    again = run(script, "--resume", f"runs/{folder.name}", code=0)  # reads its own verifier, trains none
+    assert "training the verifier" not in again.stderr
     assert weights == (folder / "verifier" / "model.safetensors").read_bytes()

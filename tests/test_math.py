@@ -1,7 +1,6 @@
 """math_tasks.py and workers.py: which answer a response gives, whether it is right, how it votes, and what can fail."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,15 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_code import REAL_DATA, real_data, task_of
 from test_sandbox import gone, linux
 
 from verifiers import BadInput, Problem, load_task
 from verifiers import math_tasks as math_task
 from verifiers.math_tasks import boxed, gsm8k_answer, math_answer, verify
 from verifiers.workers import Workers
-
-REAL_DATA = os.environ.get("REAL_DATA")
-real_data = pytest.mark.skipif(not REAL_DATA, reason="REAL_DATA does not name the folder with GSM8K, MATH and graders")
 
 
 def rewards_and_votes(gold, answers):
@@ -31,23 +28,15 @@ def rewards_and_votes(gold, answers):
 
 
 # --- Comparison ---
-
 EQUAL = [
-    ["1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", ".5", "50/100", r"\frac{2}{4}"],
-    ["5", "x = 5", "y = 5"],
+    ["1/2", "0.5", r"\frac12", r"\dfrac{1}{2}", ".5", "50/100", r"\frac{2}{4}"], ["5", "x = 5", "y = 5"],
     ["18", r"\$18", "18 dollars", r"18\text{ dollars}", "18.0", "x = 18", r"18\%", "18 percent", r"18^\circ"],
-    ["C", "(C)", r"\text{(C)}", r"\textbf{C}"],
-    ["1000", "1,000", "1{,}000", "1000.0", "10^3"],
-    ["1/3", "0.3333333", "0.333333", r"\frac{1}{3}"],
-    ["Evelyn", r"\text{Evelyn}", "evelyn"],
-    [r"2\sqrt{2}", r"\sqrt{8}", "2.828427"],
-    ["(x+1)^2", "x^2+2x+1"],
-    [r"\{1,2\}", "2, 1"],
-    ["(1, 2)", r"(1, \frac42)"],
-    ["x < 3", "3 > x"],
-    [r"\text{no solution}", "no solution"],
+    ["C", "(C)", r"\text{(C)}", r"\textbf{C}"], ["1000", "1,000", "1{,}000", "1000.0", "10^3"],
+    ["1/3", "0.3333333", "0.333333", r"\frac{1}{3}"], ["Evelyn", r"\text{Evelyn}", "evelyn"],
+    [r"2\sqrt{2}", r"\sqrt{8}", "2.828427"], ["(x+1)^2", "x^2+2x+1"], [r"\{1,2\}", "2, 1"],
+    ["(1, 2)", r"(1, \frac42)"], ["x < 3", "3 > x"], [r"\text{no solution}", "no solution"],
     *([other] for other in ("12:00", "12:30", "0", "0.0000001", "0.0000002", "(2, 1)", r"\infty", r"-\infty", "0.333")),
-]
+]  # fmt: skip
 ANSWERS = [form for forms in EQUAL for form in forms]
 
 
@@ -169,7 +158,6 @@ def test_verdicts_of_reported_kinds():
 
 
 # --- The answer in a response ---
-
 MATH = [  # the answer, and responses that give it
     ("12", [
         r"so \boxed{12}.", r"\boxed{1}, no: \boxed{12}", r"\boxed{\boxed{12}}", r"\fbox{12}", r"\boxed 12$",
@@ -258,7 +246,6 @@ def test_plain_numbers_are_judged_as_math_verify_judges_them(gold, answer):
 
 
 # --- Workers ---
-
 SLOW = "10^{10^{10}}"
 
 
@@ -290,13 +277,10 @@ def test_what_the_machine_had_no_time_for_is_asked_again(impatient):
     """A worker that is stopped uses no CPU time: its answer is late, and no verdict is kept of it."""
     impatient.map([["1", r"\sqrt{2}"]])
     impatient.children[0].send_signal(signal.SIGSTOP)
-    impatient.limit_s = 0.01  # of the parent's patience alone
-    problem, row = Problem("?", "3"), [r"\boxed{\sqrt{9}}"]
-    verdict = verify([problem], [row], math_answer)
-    assert verdict.counts == {"late": 1} and verdict.votes.tolist() == [[-1]] and verdict.rewards.tolist() == [[0]]
-    impatient.limit_s = 60.0
-    verdict = verify([problem], [row], math_answer)
-    assert verdict.counts == {} and verdict.rewards.tolist() == [[1]]
+    for limit, counts, votes, rewards in ((0.01, {"late": 1}, [[-1]], [[0]]), (60.0, {}, [[0]], [[1]])):
+        impatient.limit_s = limit  # the shorter one of the parent's patience alone
+        verdict = verify([Problem("?", "3")], [[r"\boxed{\sqrt{9}}"]], math_answer)
+        assert (verdict.counts, verdict.votes.tolist(), verdict.rewards.tolist()) == (counts, votes, rewards)
 
 
 def test_an_interrupted_call_ends_its_workers_at_once(impatient):
@@ -313,8 +297,7 @@ def test_an_interrupted_call_ends_its_workers_at_once(impatient):
 
 
 def test_results_do_not_depend_on_the_number_of_workers_or_the_thread():
-    pairs = [["777", math_task.clean(form)] for form in ANSWERS]
-    found = {}
+    pairs, found = [["777", math_task.clean(form)] for form in ANSWERS], {}
     for count in (1, 3):
         workers = Workers("math", count=count)
         thread = threading.Thread(target=lambda: found.__setitem__(count, workers.map(pairs)))
@@ -382,13 +365,6 @@ def test_hostile_answers(impatient):
 
 
 # --- Data ---
-
-
-def problems(tmp_path, rows, task="math", split="test"):
-    (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return getattr(load_task(task, str(tmp_path)), split)
-
-
 WORKED = "2*2=<<2*2=4>>4\n#### 1,004"
 ROWS = [  # a row, and its problem
     ({"problem": "a", "answer": "1"}, ["a", "1"]),
@@ -403,28 +379,28 @@ ROWS = [  # a row, and its problem
 
 def test_each_schema_gives_its_problem(tmp_path):
     rows, expected = zip(*ROWS)
-    assert problems(tmp_path, rows) == [Problem(*fields) for fields in expected]
-    assert problems(tmp_path, rows[3:4], "gsm8k") == [Problem("d", "1004", "2*2=4\n#### 1,004", 3)]
+    assert task_of(tmp_path, "math", *rows).test == [Problem(*fields) for fields in expected]
+    assert task_of(tmp_path, "gsm8k", rows[3]).test == [Problem("d", "1004", "2*2=4\n#### 1,004", 3)]
     mine = [{"problem": "a", "answer": answer} for answer in ("$18", "18 dollars", "25\\%", "-1/2")]
-    assert [problem.answer for problem in problems(tmp_path, mine, "gsm8k")] == ["18", "18", "25", "-1/2"]
+    assert [problem.answer for problem in task_of(tmp_path, "gsm8k", *mine).test] == ["18", "18", "25", "-1/2"]
 
 
 @pytest.mark.parametrize("row, task, message", [
-    ({"problem": "a", "answer": ""}, "math", "test row 2: empty answer"),
-    ({"problem": "a", "solution": "no box"}, "math", "test row 2: empty answer"),
-    ({"problem": " ", "answer": "1"}, "math", "test row 2: empty problem"),
+    ({"problem": "a", "answer": ""}, "math", "train row 2: empty answer"),
+    ({"problem": "a", "solution": "no box"}, "math", "train row 2: empty answer"),
+    ({"problem": " ", "answer": "1"}, "math", "train row 2: empty problem"),
     ({"prompt": "a", "answer": "1"}, "math", "row 2: no column problem or question; found prompt, answer"),
     ({"problem": "a", "result": "1"}, "math", "row 2: no column answer or solution; found problem, result"),
     ({"problem": "a", "answer": "x + 1"}, "gsm8k", "row 2: the answer 'x .* is not a number; --task math"),
     ({"problem": "a", "answer": "(C)"}, "gsm8k", "row 2: the answer '.C.' is not a number"),
     ({"problem": "a", "answer": "1" * 2000}, "math", "row 2: an answer of 2000 characters"),
-    ({"problem": {"text": "a"}, "answer": "1"}, "math", "test row 2: problem is a dict"),
-    ({"problem": "\ud800", "answer": "1"}, "math", "test row 2: half a character"),
+    ({"problem": {"text": "a"}, "answer": "1"}, "math", "train row 2: problem is a dict"),
+    ({"problem": "\ud800", "answer": "1"}, "math", "train row 2: half a character"),
     ({"a\nb": 1}, "math", "row 2: no column problem or question, answer or solution; found a b"),
 ])  # fmt: skip
 def test_a_bad_row_is_told_in_one_line(tmp_path, row, task, message):
     with pytest.raises(BadInput, match=message) as error:
-        problems(tmp_path, [{"problem": "a", "answer": "1"}, row], task)
+        task_of(tmp_path, task, {"problem": "a", "answer": "1"}, row)
     assert "\n" not in str(error.value)
 
 
@@ -439,25 +415,25 @@ def test_splits_that_are_missing(tmp_path):
         load_task("math", str(tmp_path))
 
 
-def test_without_the_library_the_line_says_how_to_install_it(monkeypatch):
+@pytest.mark.parametrize("library, task, data", [
+    ("math-verify", "gsm8k", "anywhere"), ("reasoning-gym", "reasoning_gym/leg_counting", None),
+])  # fmt: skip
+def test_without_the_library_the_line_says_how_to_install_it(monkeypatch, library, task, data):
     monkeypatch.setattr(math_task.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match="pip install math-verify=="):
-        load_task("gsm8k", "anywhere")
+    with pytest.raises(BadInput, match=f"pip install {library}=="):
+        load_task(task, data)
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "math"])
-def test_the_template_shows_answers_that_the_task_can_read(tmp_path, task):
-    problems(tmp_path, [{"problem": "a", "answer": "1"}])
-    task = load_task(task, str(tmp_path))
+@pytest.mark.parametrize("task, golds", [("gsm8k", "22 9 40".split()), ("math", ["7", r"\frac{1}{4}", "a^2 - a - 6"])])
+def test_the_template_shows_answers_that_the_task_can_read(tmp_path, task, golds):
+    task = task_of(tmp_path, task, {"problem": "a", "answer": "1"})
     shots = task.template.split("\n\n")
     assert shots[-1] == "Question: {prompt}\nAnswer:" and len(shots) == 4
-    for shot, answer in zip(shots, ["22", "9", "40"] if task.name == "gsm8k" else ["7", r"\frac{1}{4}", "a^2 - a - 6"]):
-        assert task.verify([Problem("?", answer)], [[shot.partition("Answer:")[2] + "\n\n" + shots[0]]]).rewards == 1
+    for shot, gold in zip(shots, golds):
+        assert task.verify([Problem("?", gold)], [[shot.partition("Answer:")[2] + "\n\n" + shots[0]]]).rewards == 1
 
 
 # --- Real data ---
-
-
 @real_data
 @pytest.mark.parametrize("task, split, count", [
     ("gsm8k", "train", 1000), ("gsm8k", "test", 300), ("math", "train", 600), ("math500", "test", 200),

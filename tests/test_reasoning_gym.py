@@ -1,4 +1,5 @@
-"""verifiers/reasoning_gym.py: deterministic, disjoint problems and the library's own scores, whatever the answer."""
+"""verifiers/reasoning_gym.py: deterministic, disjoint problems and the library's own scores, whatever the answer.
+Without the library: test_math.py."""
 
 import importlib.metadata
 import importlib.util
@@ -12,10 +13,9 @@ from verifiers import reasoning_gym as gym
 from verifiers.workers import Workers
 
 installed = importlib.util.find_spec("reasoning_gym") is not None
-needs_library = pytest.mark.skipif(not installed, reason="the optional reasoning-gym library is not installed")
+pytestmark = pytest.mark.skipif(not installed, reason="the optional reasoning-gym library is not installed")
 
 
-@needs_library
 @pytest.mark.parametrize("name", ["leg_counting", "dice", "string_splitting"])
 def test_right_and_wrong_answers(name):
     """Right in the end, right with a problem of its own after it, wrong, without an answer."""
@@ -29,12 +29,10 @@ def test_right_and_wrong_answers(name):
     assert verdict.votes[:, [0, 1, 3]].eq(torch.tensor([0, 0, -1])).all()
 
 
-@needs_library
 def test_a_data_set_may_keep_no_reference_answers():
     assert {problem.answer for problem in load_task("reasoning_gym/propositional_logic").test} == {""}
 
 
-@needs_library
 def test_problems_are_the_same_every_time_and_test_is_held_out():
     first, second = load_task("reasoning_gym/string_splitting"), load_task("reasoning_gym/string_splitting")
     assert first.test == second.test and second.train[7] == first.train[7] == first.train[7 - len(first.train)]
@@ -42,19 +40,15 @@ def test_problems_are_the_same_every_time_and_test_is_held_out():
     assert len(held_out) == len(first.test) and not any(problem.prompt in held_out for problem in first.train[:100])
 
 
-@needs_library
 def test_train_replaces_problems_of_the_test_set():
-    from verifiers.reasoning_gym import TrainProblems
-
-    plain = TrainProblems("leg_counting", set())
+    plain = gym.TrainProblems("leg_counting", set())
     held_out = {plain[0].prompt, plain[1].prompt}
-    assert TrainProblems("leg_counting", held_out)[0].prompt == plain[2].prompt
+    assert gym.TrainProblems("leg_counting", held_out)[0].prompt == plain[2].prompt
     with pytest.raises(IndexError):
         plain[len(plain)]
     assert len(list(itertools.islice(plain, 3))) == 3
 
 
-@needs_library
 def test_hostile_answers_cost_only_themselves(monkeypatch):
     """A scorer that hangs (10**7 turns of a cube) and one that raises give no vote."""
     monkeypatch.setattr(gym, "GYM", Workers("reasoning_gym", limit_s=1.0))
@@ -77,16 +71,13 @@ def writes_files(path) -> list[str]:
 
 
 @pytest.mark.slow
-@needs_library
 def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
     """All data sets but `composite`, which has no problems of its own."""
     from reasoning_gym.factory import DATASETS
 
     names = sorted(set(DATASETS) - {"composite"})
     workers = Workers("reasoning_gym", limit_s=20.0)
-    asked = [
-        [name, 0, index, answer] for name in names for index in range(5) for answer in writes_files(tmp_path / name)
-    ]
+    asked = [[name, 0, i, answer] for name in names for i in range(5) for answer in writes_files(tmp_path / name)]
     results = workers.map(asked)
     workers.close()
     assert {path.name for path in tmp_path.iterdir()} == set(gym.EVALUATED)
@@ -97,7 +88,6 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
 RUNS_IT = "is refused: its scorer runs the answer as code .eval or sympy"
 
 
-@needs_library
 @pytest.mark.parametrize("name, data, why", [
     ("n_queens", None, f"'n_queens' {RUNS_IT}"), ("countdown", None, f"'countdown' {RUNS_IT}"),
     ("leg_counts", None, "no data set 'leg_counts'; try leg_counting"), ("leg_counting", "folder", "leave --data out"),
@@ -107,14 +97,7 @@ def test_what_is_refused(name, data, why):
         load_task(f"reasoning_gym/{name}", data)
 
 
-@needs_library
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.26")
     with pytest.raises(BadInput, match="reasoning-gym 0.1.26 were not checked.*pip install reasoning-gym==0.1.25"):
         load_task("reasoning_gym/dice")
-
-
-def test_missing_library_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match="pip install reasoning-gym=="):
-        load_task("reasoning_gym/leg_counting")

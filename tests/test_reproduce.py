@@ -18,7 +18,6 @@ from runs import ROOT, SMALL, parsed, steps_of
 
 from verifiers import Problem
 
-measure = reproduce.measure
 PREDICTIONS = json.loads(reproduce.optima.PREDICTIONS.read_text())
 
 
@@ -37,14 +36,8 @@ def test_every_run_is_a_command_that_its_script_takes_and_varies_with_the_seed()
 
 
 def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
-    read = set()
-
-    class Recorder(reproduce.Seed):
-        def at(self, name, metric, levels=(), where="held-out"):
-            read.add(name)
-            return 0.0
-
-    seed = Recorder(None, 0)
+    read, seed = set(), reproduce.Seed(None, 0)
+    seed.at = lambda name, metric, levels=(), where="held-out": read.add(name) or 0.0
     for claim, _, value in claims.claims():
         assert value(seed) == 0 and claim in claims.PAPERS
     points = {*reproduce.POLICIES} | {"learned-mean", "mean-50", "k8-50"}
@@ -55,17 +48,13 @@ def test_every_comparison_is_predicted_and_is_about_runs_that_are_made():
 
 
 def test_votes_at_equal_kl_are_compared_by_their_distance_to_the_frontier():
-    """Mean training is .01 under the frontier at KL .1 and .03 at .3, majority .005 under it at KL .2: .015 ahead."""
-    best = {0.1: 0.5, 0.2: 0.6, 0.3: 0.65, 0.4: 0.66}
-    places = {"vote-mean-0.8": (0.1, 0.01), "vote-mean-0.5": (0.3, 0.03), "vote-mean-0.3": (0.4, 0.03),
-              "vote-biased-0.5": (0.2, 0.005)}  # fmt: skip
-
-    class Known(reproduce.Seed):
-        def at(self, name, metric, levels=(), where="held-out"):
-            kl, distance = places[name]
-            return {"kl": kl, reproduce.BEST_MEAN: best[kl], "maj@8": best[kl] - distance}[metric]
-
-    assert Known(None, 0).votes_at_equal_kl(0.5) == pytest.approx(0.015)
+    """Mean training is .02 under the frontier at KL .1 and .03 at .3, majority .005 under it at KL .2: .02 ahead."""
+    found, seed = {}, reproduce.Seed(None, 0)
+    for run, kl, best, distance in (("mean-0.8", 0.1, 0.5, 0.02), ("mean-0.5", 0.3, 0.65, 0.03),
+                                    ("mean-0.3", 0.4, 0.66, 0.03), ("biased-0.5", 0.2, 0.6, 0.005)):  # fmt: skip
+        found[f"vote-{run}"] = {"kl": kl, reproduce.BEST_MEAN: best, "maj@8": best - distance}
+    seed.at = lambda name, metric: found[name][metric]
+    assert seed.votes_at_equal_kl(0.5) == pytest.approx(0.02)
 
 
 def test_the_claims_of_the_bandit_by_hand(monkeypatch):
@@ -102,8 +91,7 @@ def test_best_of_n_by_a_verifier_by_hand(monkeypatch, tmp_path):
     tom, eve, *_ = reproduce.posterior([problem.prompt for problem in problems]).mean(0).tolist()
     (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()
     monkeypatch.setattr(reproduce.optima, "problems_of", lambda: problems)
-    found = {"tiny_policy_folder": tmp_path / "tiny", "load_policy": None, "encode_prompts": None}
-    for name, value in found.items():
+    for name, value in (("tiny_policy_folder", tmp_path / "tiny"), ("load_policy", None), ("encode_prompts", None)):
         monkeypatch.setattr(reproduce, name, lambda *_, value=value: value)
     monkeypatch.setattr(reproduce.common, "sample", lambda *_, **__: None)
     monkeypatch.setattr(reproduce.common, "decode", lambda *_: [["Tom"] * 40 + ["Eve"] * 16 + ["Zoe"] * 8] * 2)
@@ -133,18 +121,13 @@ def test_a_run_whose_policy_is_gone_is_not_evaluated_as_its_base(tmp_path, monke
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
-
-
-LINE = np.array([[0.0, 2.0], [1.0, 1.0]])  # in place of the frontier: y = 2 - x
-
-
 def rows_of(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
 
 
 def test_tables_by_hand(monkeypatch):
     """Of two values one apart by .2 the interval is 12.706 x .1414 / sqrt(2) = 1.271."""
-    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: LINE)
+    monkeypatch.setattr(reproduce.frontier, "curve", lambda k: np.array([[0.0, 2.0], [1.0, 1.0]]))  # y = 2 - x
     made = [("M1", "x", 0.2, 0.05, 0.4, True), ("M1", "y", -0.1, 0.05, 0.001, False), ("E1", "z", 0, 0.05, None, True)]
     policy = {"points": [[0.4, 0.6, 0.8], [0.6, 0.8, 1.0]], "held-out": [0.5, 0.7], "training": [0.6, 0.6]}
     policies = [{"policy": "unbiased, k = 2", "k": 2, **policy}, {"policy": "SFT", "k": None, **policy}]
@@ -161,13 +144,10 @@ def test_tables_by_hand(monkeypatch):
     assert found["policies"][1] == ["SFT", *points, "-", "-", "0.800 ± 2.541", "0.600 ± 2.541"]
 
 
-def published() -> dict[str, str]:
-    found = {name: measure.published(name, "docs/results.md") for name in ("claims", "policies")}
-    return found | {"claims-short": measure.published("claims-short", "README.md")}
-
-
 def test_tables_on_the_pages_are_those_of_results_json():
-    assert reproduce.tables(json.loads((ROOT / "benchmarks" / "results.json").read_text())) == published()
+    pages = {"claims": "docs/results.md", "policies": "docs/results.md", "claims-short": "README.md"}
+    tables = reproduce.tables(json.loads((ROOT / "benchmarks" / "results.json").read_text()))
+    assert tables == {name: reproduce.measure.published(name, page) for name, page in pages.items()}
 
 
 def test_rows_of_claims_and_policies_are_means_over_the_seeds_that_are_done(tmp_path):
@@ -197,19 +177,16 @@ def test_what_is_run_and_what_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "bandit_rows", lambda: [])
     monkeypatch.setattr(reproduce.frontier, "save_figure", lambda path, panels: None)
     monkeypatch.setattr(reproduce.Runs, "make_all", lambda runs: seen.append((runs.names, runs.seeds)))
-    reproduce.main(reproduce.Args(out=tmp_path, baselines=True))
-    reproduce.main(reproduce.Args(out=tmp_path, quick=True))
-    reproduce.main(reproduce.Args(out=tmp_path, report=True))
-    assert seen == [(["k8", "baseline-b", "baseline-others", "baseline-posterior"], range(5)),
-                    ([*reproduce.QUICK], range(3))]  # fmt: skip
+    for what in ("baselines", "quick", "report"):
+        reproduce.main(reproduce.Args(out=tmp_path, **{what: True}))
+    baselines = ["k8", "baseline-b", "baseline-others", "baseline-posterior"]
+    assert seen == [(baselines, range(5)), ([*reproduce.QUICK], range(3))]
     for wrong in ({"quick": True, "publish": True}, {"baselines": True, "publish": True}, {"seeds": 1}, {"jobs": 0}):
         with pytest.raises(reproduce.BadInput):
             reproduce.main(reproduce.Args(out=tmp_path, **wrong))
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(untrained, tmp_path):
     """Two seeds of 300 steps; the first try is stopped in training, the second comes to the end."""

@@ -1,6 +1,5 @@
 """The sandbox: right programs of kinds that models write pass, and each fails when one thing is wrong in it; the pool
-survives its own accidents. Attacks: test_sandbox_attacks.py. SANDBOX=<level> runs both at a level other than the
-strongest.
+survives its own accidents. Attacks: test_sandbox_attacks.py. SANDBOX=<level> runs both at another than the strongest.
 """
 
 import contextlib
@@ -43,8 +42,6 @@ def run(pool: Sandbox, source: str, tests: str = f"assert f(2) == {SECRET!r}", n
 
 
 # ------------------------------------------------------------------------------------------------ honest programs
-
-
 def test_a_right_program_passes_and_its_value_comes_back(pool):
     source = "def f(x):\n    return [x, (x, {'a': 10**30})]"
     result = run(pool, source, "value = f(2)\nassert value[1] == (2, {'a': 10**30})")
@@ -106,11 +103,11 @@ def test_ways_to_read(pool, source):
 
 @pytest.mark.slow
 def test_large_libraries_can_be_used():
+    of_sympy = "from sympy import Integer, Float\ndef f(x): return [Integer(x) + 3, Float(0.5)]"
+    of_torch = "import torch\ndef f(x): return torch.tensor([3, x]).tolist()"
     with Sandbox(LEVEL, workers=1) as pool:
-        source = "from sympy import Integer, Float\ndef f(x): return [Integer(x) + 3, Float(0.5)]"
-        assert run(pool, source, "assert f(2) == [5, 0.5]").passed
-        source = "import torch\ndef f(x): return torch.tensor([3, x]).tolist()"
-        assert run(pool, source, "assert f(2) == [3, 2]").passed
+        assert run(pool, of_sympy, "assert f(2) == [5, 0.5]").passed
+        assert run(pool, of_torch, "assert f(2) == [3, 2]").passed
 
 
 VECTOR = """
@@ -124,18 +121,6 @@ class V:
     def __exit__(self, *error): self.x.append(3)
 class W(V): pass
 """
-
-
-DATACLASS = """
-from dataclasses import dataclass
-@dataclass
-class Point:
-    x: int
-    y: object = None
-def f(x): return [Point(3, Point(x))]
-"""
-
-
 KINDS = [  # of results, and tests of them
     *((source, "assert f(2) == [3, 2]") for source in (  # threads that look like processes
         "from multiprocessing.dummy import Pool\ndef f(x):\n    with Pool(3) as pool: return pool.map(abs, [-3, x])",
@@ -148,7 +133,8 @@ KINDS = [  # of results, and tests of them
     ("class P:\n    def __init__(s, a, b): s.a, s.b = a, b\n    def swap(s): return P(s.b, s.a)\n"
      "def f(pairs): return [p.a + 3 for p in pairs]", "p = P(1, 2)\np.a = 7\nassert f([p, P(3, 4)]) == [10, 6]\n"
      "assert p.swap().a == 2 and p == p and p != P(7, 2)"),
-    (DATACLASS, "assert f(2) == [Point(3, Point(2))] and f(2)[0] != Point(2)"),
+    ("from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: int\n    y: object = None\n"
+     "def f(x): return [Point(3, Point(x))]", "assert f(2) == [Point(3, Point(2))] and f(2)[0] != Point(2)"),
     ("import json\ndef f(x): return json.loads(x) + 3",
      "try:\n    f('{')\nexcept ValueError:\n    assert f('1') == 4\nelse:\n    assert False"),
     ("def f(x): return b'\\xff'.decode() if x == 3 else x",
@@ -176,24 +162,20 @@ def test_right_programs_pass_and_fail_with_another_number(pool, source, tests):
 
 
 # ----------------------------------------------------------------------------------------------------------- the pool
-
-MIXED = [
-    (Program("def f(x): return x * x", "assert f(3) == 9", ("f",)), "passed"),
-    (Program("import random\ndef f(x): return random.random()", "value = f(3)", ("f",)), "passed"),
-    (Program("def f(x): return x", "import random\nvalue = f(random.random())", ("f",)), "passed"),
-    (Program("def f(x): return x + 1", "import random\nvalue = f(random.random())", ("f",)), "passed"),
-    (Program("def f(x): return {str(i) for i in range(x)}", "value = list(f(9))", ("f",)), "passed"),
-    (Program("def f(x): return x", "assert f(3) == 9", ("f",)), "failed"),
-    (Program("import socket\ndef f(x): return socket.socket()", "assert f(3) == 9", ("f",)), REFUSED),
-    (Program("def f(x): return [0] * 10**9", "assert f(3) == 9", ("f",)), "out of memory"),
-    (Program("def f(x):\n    while True: pass", "assert f(3) == 9", ("f",)), "timed out"),
-    (Program("print(input())", cases=(("7", "7"), ("8", "8"))), "passed"),
-]
+OF_9, DRAW = "assert f(3) == 9", "import random\nvalue = f(random.random())"
+MIXED = {Program(source, tests, ("f",)): status for source, tests, status in [
+    ("def f(x): return x * x", OF_9, "passed"), ("def f(x): return x", OF_9, "failed"),
+    ("import random\ndef f(x): return random.random()", "value = f(3)", "passed"),
+    ("def f(x): return x", DRAW, "passed"), ("def f(x): return x + 1", DRAW, "passed"),
+    ("def f(x): return {str(i) for i in range(x)}", "value = list(f(9))", "passed"),
+    ("import socket\ndef f(x): return socket.socket()", OF_9, REFUSED),
+    ("def f(x): return [0] * 10**9", OF_9, "out of memory"), ("def f(x):\n    while True: pass", OF_9, "timed out"),
+]}  # fmt: skip
 
 
 def test_a_verdict_depends_on_its_program_alone():
     """Whatever the number of workers and the order of programs, and a second time."""
-    expected, found = {program: status for program, status in MIXED}, {}
+    expected, found = MIXED | {Program("print(input())", cases=(("7", "7"), ("8", "8"))): "passed"}, {}
     for count in (1, 3):
         with Sandbox(LEVEL, workers=count, limits=LIMITS) as pool:
             for programs in ([*expected], [*reversed(expected)]):

@@ -1,6 +1,5 @@
 """benchmarks/spectrum.py: what an estimator maximises, against autograd, enumeration and exact fractions."""
 
-import itertools
 import json
 import math
 from decimal import Decimal, localcontext
@@ -10,7 +9,7 @@ from functools import partial
 import pytest
 import spectrum
 import torch
-from enumeration import BINARY, exact_gradient, expected_gradient
+from enumeration import BINARY, K, all_tuples, exact_gradient, expected_gradient
 from runs import ROOT
 
 import bon_rl
@@ -31,8 +30,8 @@ def rule(right, wrong):
     return advantages
 
 
-def at_least(m, n):
-    """(b, n actions) -> 1 if more than m of them are right."""
+def more_than(m):
+    """(b, actions) -> 1 if more than m of them are right."""
     return lambda b, y: float(sum(BINARY[b, a].item() for a in y) > m)
 
 
@@ -48,16 +47,14 @@ def test_the_gradient_is_that_of_the_objective_by_autograd(seed):
     assert D.tolist() == [right[m + 1] - wrong[m] for m in range(n)]
     for m, beta in enumerate(spectrum.baseline(advantages, n).tolist()):
         assert math.isnan(beta) if D[m] == 0 else beta == pytest.approx(-wrong[m] / D[m].item())
-    by_tails = sum(D[m] * exact_gradient(at_least(m, n), n) for m in range(n))
-    w = spectrum.spectrum(D)
-    by_passes = sum(float(w[j - 1]) * exact_gradient(at_least(0, j), j) for j in range(1, n + 1))
+    by_tails = sum(D[m] * exact_gradient(more_than(m), n) for m in range(n))
+    by_passes = sum(float(w) * exact_gradient(more_than(0), j) for j, w in enumerate(spectrum.spectrum(D), 1))
     assert estimate.norm() > 0.1
     torch.testing.assert_close(estimate, by_tails, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(estimate, by_passes, rtol=1e-10, atol=1e-11)
 
 
 def test_utility_does_not_cancel_with_256_samples():
-    """It agrees with exact fractions to 1e-10 of the value."""
     n = 256
     D = [Fraction((-1) ** m * (m % 7), 3) + 2 for m in range(n)]
     for p in (Fraction(1, 1000), Fraction(1, 2), Fraction(99, 100)):
@@ -81,11 +78,7 @@ def exact_grpo(n):
         return [Fraction(right[m + 1] - wrong[m]) for m in range(n)]
 
 
-def rs_grpo_mean(c):
-    """Mean of e^r over 8 samples, c of them right."""
-    return 1 + c * (math.e - 1) / 8
-
-
+RS_GRPO_MEAN = [1 + c * (math.e - 1) / 8 for c in range(9)]  # of e^r over 8 samples, c of them right
 E = [[0] * i + [1] + [0] * (7 - i) for i in range(8)]
 OF_PASS_AT_4 = [Fraction(x, 70) for x in (35, 20, 10, 4, 1, 0, 0, 0)]
 TABLE = {  # row of docs/papers.md -> rules, their D at n = 8 and k = 4, and w where it is known by hand
@@ -93,7 +86,7 @@ TABLE = {  # row of docs/papers.md -> rules, their D at n = 8 and k = 4, and w w
     "Dr. GRPO": ([spectrum.dr_grpo], [Fraction(7, 64)] * 8, [Fraction(7, 8), *E[0][1:]]),
     "GRPO": ([spectrum.grpo], exact_grpo(8), None),
     "RS-GRPO, β = 1": (
-        [spectrum.rs_grpo], [(math.e / rs_grpo_mean(m + 1) - 1 / rs_grpo_mean(m)) / 8 for m in range(8)], None,
+        [spectrum.rs_grpo], [(math.e / RS_GRPO_MEAN[m + 1] - 1 / RS_GRPO_MEAN[m]) / 8 for m in range(8)], None,
     ),
     "MaxRL": (
         [partial(advantages, estimator="maxrl")], [Fraction(7, 8), *(Fraction(1, m + 1) for m in range(1, 8))],
@@ -135,23 +128,19 @@ def test_weights_that_rounding_decides_are_not_told(n):
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_is_that_of_all_draws(seed):
-    n, K = 4, 4
-    draw = torch.Generator().manual_seed(seed)
-    right, wrong = torch.randint(-9, 10, (2, n + 1), generator=draw).tolist()
+    n, draw = 4, torch.Generator().manual_seed(seed)
+    advantages = rule(*torch.randint(-9, 10, (2, n + 1), generator=draw).tolist())
     policy = torch.rand(K, dtype=torch.float64, generator=draw).softmax(0)
     is_right = torch.tensor([True, False, seed % 2 == 0, False])
-    y = torch.tensor(list(itertools.product(range(K), repeat=n)))  # (K^n, n)
+    y = all_tuples(n)  # (K^n, n)
     scores = torch.eye(K, dtype=torch.float64)[y] - policy  # (K^n, n, K)
-    g = (rule(right, wrong)(is_right[y].double()).unsqueeze(-1) * scores).sum(1)  # (K^n, K)
+    g = (advantages(is_right[y].double()).unsqueeze(-1) * scores).sum(1)  # (K^n, K)
     chance = policy[y].prod(-1)  # (K^n,)
     mean = chance @ g
-    variance = chance @ (g - mean).square().sum(-1)
-    expected = (variance.sqrt() / mean.norm()).item()
-    assert spectrum.noise(rule(right, wrong), n, policy, is_right) == pytest.approx(expected, rel=1e-10)
+    expected = (chance @ (g - mean).square().sum(-1)).sqrt() / mean.norm()
+    assert spectrum.noise(advantages, n, policy, is_right) == pytest.approx(expected.item(), rel=1e-10)
 
 
 def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
@@ -164,8 +153,6 @@ def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
-
-
 REFUSED = {
     "first of the best": (lambda r: (torch.arange(r.shape[-1]) == r.argmax(-1, keepdim=True)).double() * r,
                           "not symmetric in the samples, or .*: with 2 of 4 right, a right sample"),
@@ -194,9 +181,9 @@ def test_what_lies_outside_of_the_condition_is_refused(name):
 
 def test_a_worth_of_zero_has_no_baseline():
     """Beside two right samples all have 5, right or wrong: D is 0, and there is no baseline. Beside none all have 0."""
-    right, wrong = [0, 0, 3, 5, 1], [0, 2, 5, 0, 0]
-    assert spectrum.worth(rule(right, wrong), 4).tolist() == [0, 1, 0, 1]
-    beta = spectrum.baseline(rule(right, wrong), 4).tolist()
+    advantages = rule([0, 0, 3, 5, 1], [0, 2, 5, 0, 0])
+    beta = spectrum.baseline(advantages, 4).tolist()
+    assert spectrum.worth(advantages, 4).tolist() == [0, 1, 0, 1]
     assert math.isnan(beta[0]) and beta[1:] == [-2, math.inf, 0]
 
 
@@ -206,7 +193,6 @@ def test_rounding_of_the_advantages_is_no_worth():
 
 
 # --- in words, on the command line ------------------------------------------------------------------------------------
-
 NO_MIXTURE = "; no mixture of pass@j with positive weights"
 MAXRL = partial(advantages, k=4, estimator="maxrl")
 WORDS = {
@@ -229,15 +215,10 @@ def test_what_is_maximised_in_words(words):
 
 
 MINE = """
-import torch
-def mine(rewards, k):
-    return (rewards - rewards.mean(-1, keepdim=True)) / k
-def whitened(rewards, k):
-    return (rewards - rewards.mean()) / rewards.std()
-def flat(rewards, k):
-    return rewards.sum(-1)
-def same(rewards, k):
-    return torch.ones_like(rewards)
+def mine(rewards, k): return (rewards - rewards.mean(-1, keepdim=True)) / k
+def whitened(rewards, k): return (rewards - rewards.mean()) / rewards.std()
+def flat(rewards, k): return rewards.sum(-1)
+def same(rewards, k): return 0 * rewards + 1
 """
 
 
@@ -277,15 +258,12 @@ def test_the_command_lists_the_estimators_of_this_repository_and_draws(told, tmp
     assert (tmp_path / "x/spectrum.png").read_bytes()[:4] == b"\x89PNG"
 
 
-BAD = [
-    (["mine.py:whitened"], "refused: dependent on the other rows of the batch"),
-    (["mine.py:flat"], "must return a float tensor (256, 8) for rewards (256, 8), not float64 (256,)"),
-    (["mine.py:mine", "--k", "9"], "--k must lie in 1..n, not 9 with --n 8"),
-    (["--json"], "--json is for one estimator"),
-]
-
-
-@pytest.mark.parametrize("flags, message", BAD)
+@pytest.mark.parametrize("flags, message", [
+    ("mine.py:whitened", "refused: dependent on the other rows of the batch"),
+    ("mine.py:flat", "must return a float tensor (256, 8) for rewards (256, 8), not float64 (256,)"),
+    ("--json", "--json is for one estimator"),
+    ("mine.py:mine --k 9", "--k must lie in 1..n, not 9 with --n 8"),
+])  # fmt: skip
 def test_bad_input_is_one_line(flags, message, told):
-    (line,) = told(*flags, code=2).stderr.splitlines()
+    (line,) = told(*flags.split(), code=2).stderr.splitlines()
     assert line.startswith("error: ") and message in line

@@ -2,27 +2,22 @@
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import math
-import sys
 from functools import partial
 
+import exact
+import optima
 import pytest
 import torch
 from enumeration import best_of_value, majority_value
-from runs import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import harness.policy
 from verifiers import Problem, load_task, suspects
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-optima, exact = importlib.import_module("optima"), importlib.import_module("exact")
-
-NAMES = ("suspects", "suspects_uniform")
 task_of = functools.cache(load_task)
 Q, WEIGHTS, LEVELS = optima.held_out()
 
@@ -36,8 +31,6 @@ def random_policies(q: torch.Tensor, count: int) -> torch.Tensor:
 
 
 # --- the task --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, expected", [("suspects", [0.49, 1, 0.7]), ("suspects_uniform", [1, 1, 1])])
 def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
     """Sam, Tom and Eve are the third, the first and the second: .49, 1 and .7, over their sum."""
@@ -47,11 +40,10 @@ def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
     assert row == pytest.approx([x / sum(expected) for x in expected] + [0] * 5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["suspects", "suspects_uniform"])
 def test_problems_are_drawn_as_the_task_says_and_the_split_is_by_set(name):
     task = task_of(name)
-    again = suspects.training_problems(name), suspects.spread_problems(name)
-    assert (task.train, task.test) == again
+    assert (task.train, task.test) == (suspects.training_problems(name), suspects.spread_problems(name))
     some = sum(task.warm_start_problems[::50], ())
     for held_out, problems in (False, task.train[::7]), (True, task.test), (False, some):
         for problem in problems:
@@ -114,8 +106,6 @@ def test_verdicts_on_right_wrong_and_hostile_responses():
 
 
 # --- the best policies -----------------------------------------------------------------------------------------------
-
-
 def test_the_best_pass_at_k_that_the_task_says_is_that_of_the_best_policy():
     task, problems = task_of("suspects"), optima.problems_of()
     for k in (1, 8):
@@ -175,18 +165,15 @@ def test_the_committed_predictions_are_what_theory_says():
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
-
 PARTIAL = torch.tensor([0.5, 0.15, 0.05, 0, 0, 0, 0, 0]).double()  # .3 elsewhere
 THREE = torch.tensor([0.6, 0.3, 0.1, 0, 0, 0, 0, 0]).double()
-
-
 SCORES = torch.tensor([0.2, 0.9, 0.2, 1, 1, 1, 1, 1]).double()  # two candidates tie
 
 
 def expected_value(value, k: int) -> float:
     """E[value((score, reward) of each of k tries of PARTIAL, their votes)], the hidden answer drawn from THREE, by
     enumeration; tries are candidates 0 to 2, and 3 for elsewhere, which scores lowest and agrees with nothing."""
-    total, chances, scores = 0.0, [0.5, 0.15, 0.05, 0.3], [*SCORES[:3].tolist(), -1.0]
+    total, chances, scores = 0.0, [*PARTIAL[:3].tolist(), 0.3], [*SCORES[:3].tolist(), -1.0]
     for hidden, *tries in itertools.product(range(3), *[range(4)] * k):
         rewards, votes = [float(y == hidden) for y in tries], [y if y < 3 else 3 + i for i, y in enumerate(tries)]
         chance = THREE[hidden].item() * math.prod(chances[y] for y in tries)
@@ -230,8 +217,6 @@ def test_the_frontier_falls_from_the_best_of_one_try_and_nothing_lies_above_it()
 
 
 # --- exact evaluation of a model -------------------------------------------------------------------------------------
-
-
 def test_candidate_log_probs_are_those_of_the_model():
     """Of a tiny policy that has learned the names of three prompts, somewhat."""
     problems = [next(p for p in optima.problems_of() if p.level == level) for level in (2, 3, 5)]

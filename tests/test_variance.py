@@ -43,9 +43,8 @@ def test_only_leave_one_out_is_unbiased_where_the_failure_rate_is_estimated(name
 def learned():
     """A small policy that knows the names of four prompts somewhat, its task, the prompts' problems."""
     problems = [next(p for p in variance.optima.problems_of() if p.level == level) for level in (2, 3, 4, 5)]
-    groups = [suspects.candidates(problem) for problem in problems]
-    task = dataclasses.replace(load_task("suspects"), train=[], warm_start_problems=groups)
-    task.warm_start = {"steps": 20, "batch": 8, "lr": 1e-2}
+    groups, recipe = [suspects.candidates(problem) for problem in problems], {"steps": 20, "batch": 8, "lr": 1e-2}
+    task = dataclasses.replace(load_task("suspects"), train=[], warm_start_problems=groups, warm_start=recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.policy, "TINY", harness.policy.TINY | {"hidden_size": 32, "num_hidden_layers": 2})
         return harness.policy.warm_start(task), task, problems

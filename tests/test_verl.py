@@ -19,9 +19,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]  # what conftest.py does elsewhere
 
-pytest.importorskip(
-    "verl", reason="verl is not installed: it takes an environment of its own, see the top of this file"
-)
+pytest.importorskip("verl", reason="verl is not installed: it takes an environment of its own, see the top")
 pytestmark = pytest.mark.slow
 
 import numpy as np  # noqa: E402
@@ -82,9 +80,8 @@ def reported(name):
         answers = [[None if i == b else (i * i + b) % 3 for i in range(N)] for b in range(B)]
         rewards.fill_diagonal_(0)  # no answer is not right
         votes = votes_from_answers(answers)
-        values = [
-            [verl_k_sample.packed(bool(r), verl_k_sample.vote(a)) for r, a in zip(*x)] for x in zip(rewards, answers)
-        ]
+        numbers = [[verl_k_sample.vote(answer) for answer in row] for row in answers]
+        values = [[verl_k_sample.packed(bool(r), a) for r, a in zip(*x)] for x in zip(rewards, numbers)]
     elif function == "best_of_n":
         scores = scores.exp().float()  # positive, as the sigmoid of a reward model's would be
         values = [[verl_k_sample.packed(bool(r), s.item()) for r, s in zip(*x)] for x in zip(rewards, scores)]
@@ -104,13 +101,12 @@ def test_each_estimator_in_verl_equals_ours_and_its_loss_has_our_gradient(name):
     torch.testing.assert_close(theirs / N, expected, rtol=0, atol=1e-6)
 
     log_probs = torch.full(mask.shape, -1.0, requires_grad=True)
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=N, ppo_micro_batch_size_per_gpu=4, loss_agg_mode="seq-mean-token-sum"
-    )
+    whole = {"loss_agg_mode": "seq-mean-token-sum"}
+    config = ActorConfig(strategy="fsdp", rollout_n=N, ppo_micro_batch_size_per_gpu=4, **whole)
     config.global_batch_info.update(dp_size=1, batch_num_tokens=None, global_batch_size=B * N, loss_scale_factor=None)
     for rows in torch.arange(B * N).split(4):  # micro-batches that split groups
         part = (x[rows] for x in (log_probs.detach(), log_probs, theirs, mask))
-        compute_policy_loss_vanilla(*part, loss_agg_mode=config.loss_agg_mode, config=config)[0].backward()
+        compute_policy_loss_vanilla(*part, **whole, config=config)[0].backward()
     torch.testing.assert_close(log_probs.grad, -expected / B, rtol=0, atol=1e-6)
 
 
