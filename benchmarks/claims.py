@@ -1,5 +1,4 @@
-"""What the papers claim, and the comparison that decides it. Each is stated once and read twice: of the optima, before
-any run (optima.py), and of the runs (reproduce.py)."""
+"""What the papers claim, and what decides it: of the optima before any run (optima.py), then of the runs (reproduce.py)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
