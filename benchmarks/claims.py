@@ -1,4 +1,4 @@
-"""What the papers claim, and what decides it: of the optima before any run (optima.py), then of the runs (reproduce.py)."""
+"""What the papers claim, and what decides it: of the optima before any run (optima.py), of the runs (reproduce.py)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
