@@ -263,3 +263,12 @@ def test_a_lock_that_does_not_hold_is_refused(monkeypatch):
     monkeypatch.setattr(lock, "readable", lambda: ["/"])
     with pytest.raises(BadInput, match="the lock does not hold"):
         Sandbox("landlock", workers=1)
+
+
+def test_a_worker_starts_whatever_numbers_its_descriptors_have(pool):
+    """A trainer with 60 open files, or with many workers, hands over the numbers that a worker uses for its own."""
+    with contextlib.ExitStack() as held:
+        while (number := held.enter_context(open(os.devnull)).fileno()) < 64:
+            if number > 56:
+                with Sandbox(pool.level, workers=1) as other:
+                    assert other.run([RIGHT])[0].passed

@@ -21,7 +21,6 @@ from .codec import OPERATORS, as_json, decode, encode, from_json, receive, send
 REPLY_BYTES = 16 << 20  # the longest answer to one call that is read
 GRACE = 1.0  # seconds after a program's deadline in which the judge must be done with it, or it ends itself
 ENDED = struct.Struct("id")  # from the fork server: wait status, CPU seconds
-TASKS = 63  # the descriptor of /proc/loadavg, where the limit on processes also counts others
 PATIENCE = struct.Struct("d")  # to the fork server: how many seconds a program has to end by itself
 TROUBLES = {"MemoryError": "out of memory", "PermissionError": "refused"}
 NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?")
@@ -162,13 +161,14 @@ class Run:
         return os.waitstatus_to_exitcode(status), cpu
 
 
-def judged(control: socket.socket, job: dict) -> dict:
-    """The result of one job: a program with tests, or with cases of standard input and output."""
+def judged(control: socket.socket, job: dict, loadavg: int) -> dict:
+    """The result of one job: a program with tests, or with cases of standard input and output. loadavg: see `judge`."""
     start, spent = time.monotonic(), 0.0
     for case in job["cases"] or [None]:
         run = Run(control, job, start + job["total"])
         try:
-            run.guard(send, run.channel, {"source": job["source"], "stdin": case and case[0], "tasks": tasks_now()})
+            asked = {"source": job["source"], "stdin": case and case[0], "tasks": tasks_now(loadavg)}
+            run.guard(send, run.channel, asked)
             status, detail, value = outcome(run, case)
         except BaseException:  # Ended, or an exception whose text is the program's to tell
             status, detail, value = "failed", "", None
@@ -190,10 +190,10 @@ def judged(control: socket.socket, job: dict) -> dict:
     return {"status": status, "detail": detail, "value": value, **seconds, "nonce": job["nonce"]}
 
 
-def tasks_now() -> int:
+def tasks_now(loadavg: int) -> int:
     """Processes and threads that the limit on a program's counts beside its own; 0 if it cannot be known."""
     with contextlib.suppress(OSError):
-        return int(os.pread(TASKS, 99, 0).split()[3].partition(b"/")[2])
+        return int(os.pread(loadavg, 99, 0).split()[3].partition(b"/")[2])
     return 0
 
 
@@ -250,10 +250,11 @@ def difference(output: bytes, expected: bytes) -> str:
     return ""
 
 
-def judge(jobs: socket.socket, control: socket.socket) -> None:
-    """Judge jobs until the pool hangs up."""
+def judge(jobs: socket.socket, control: socket.socket, loadavg: int) -> None:
+    """Judge jobs until the pool hangs up. loadavg: the descriptor of /proc/loadavg where the limit on processes also
+    counts others, else -1."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(EOFError):
         while True:
             job = receive(jobs)
-            send(jobs, judged(control, job), as_json)
+            send(jobs, judged(control, job, loadavg), as_json)

@@ -32,7 +32,7 @@ import threading
 import types
 
 from .codec import OPERATORS, as_json, decode, encode, from_json, receive, send
-from .judge import ENDED, PATIENCE, TASKS, judge
+from .judge import ENDED, PATIENCE, judge
 from .lock import filter_loader, restrict_files, unprivileged_user
 
 # Imported before the fork. Few: each shared library and each page makes every fork dearer.
@@ -40,7 +40,7 @@ PRELOAD = "bisect collections copy functools heapq itertools math operator rando
 DEVICES = {os.devnull: 2, "/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 LATE = 3  # exit code of a worker whose judge did not end in time
 CHANNEL = 3  # the descriptor of a program's socket to the judge: the lowest that the fork server has free
-CONTROL = TASKS - 1  # the descriptor of the fork server's own socket to the judge
+CONTROL = 63  # the descriptor of the fork server's own socket to the judge; below it, nothing of the worker stays open
 open_descriptor = os.open  # which the worker replaces for programs
 C_STACK = 64 << 20  # bytes: a recursion through `lru_cache` or `map` takes 500 a level, and contests raise the limit
 
@@ -118,7 +118,7 @@ def run_program(load_filter, limits: list[tuple[int, tuple[int, int]]], channel:
     os.setpgid(0, 0)
     os.dup2(stdout, 1)
     os.dup2(open_descriptor(os.devnull, os.O_RDWR), 2)  # opened anew, without flags that the last program set
-    os.closerange(CHANNEL + 1, TASKS + 1)  # the judge's ends too: the program, waiting, must see the judge hang up
+    os.closerange(CHANNEL + 1, CONTROL + 1)  # the judge's ends too: the program, waiting, must see the judge hang up
     job = receive(channel)
     stdin = job["stdin"]
     redirect(stdin)
@@ -253,12 +253,10 @@ def error_of(error: BaseException) -> list[str]:
     return ["error", kind.__name__, text, str(type(error).__name__)]
 
 
-def main() -> None:
-    """sys.argv[1]: JSON of the settings that `sandbox._Worker` makes. What goes wrong is the last line on stderr."""
-    settings = json.loads(sys.argv[1])
+def furnish(packages: list[str]) -> None:
+    """Make this process what programs find themselves in: modules, devices, an empty environment, one random state."""
     del sys.path[0]  # of this package
-    jobs = socket.socket(fileno=settings["jobs"])
-    sys.path += [path for path in settings["packages"] if path not in sys.path]
+    sys.path += [path for path in packages if path not in sys.path]
     os.environ.clear()
     sys.argv[:] = sys.orig_argv[:] = ["program.py"]
     builtins.open = io.open = with_devices(open, open)
@@ -267,19 +265,27 @@ def main() -> None:
     locks.SEM_VALUE_MAX = 1 << 30
     for name in "Lock RLock Semaphore BoundedSemaphore Condition Event Barrier".split():  # its own are files
         setattr(locks, name, lambda *args, ctx=None, kind=getattr(threading, name): kind(*args))
-    if hasattr(os, "sched_setaffinity"):  # judge and program take turns: on one core, neither has to wake another
-        os.sched_setaffinity(0, {settings["core"]})
     for name in PRELOAD:
         __import__(name)
     sys.modules["random"].seed(0)  # for all programs: the same verdict each time
+
+
+def main() -> None:
+    """sys.argv[1]: JSON of the settings that `pool._Worker` makes. What goes wrong is the last line on stderr. The
+    order is the lock: what needs rights comes first, then the locks, then the judge, and last the programs' limits."""
+    settings = json.loads(sys.argv[1])
+    jobs = socket.socket(fileno=settings["jobs"])
+    if hasattr(os, "sched_setaffinity"):  # judge and program take turns: on one core, neither has to wake another
+        os.sched_setaffinity(0, {settings["core"]})
+    furnish(settings["packages"])
     os.setsid()  # away from the terminal and its signals
     os.chdir("/")
-    load_filter = lambda: None  # noqa: E731
+    load_filter, loadavg = lambda: None, -1
     with contextlib.suppress(OSError):  # in namespaces of its own, a worker sees no /proc and counts nobody else
-        os.dup2(os.open("/proc/loadavg", os.O_RDONLY), TASKS)
+        loadavg = os.open("/proc/loadavg", os.O_RDONLY)
     if settings["isolated"]:
         if os.geteuid() == 0 and unprivileged_user():
-            os.closerange(TASKS, TASKS + 1)
+            loadavg = -1
         load_filter = filter_loader(bytes.fromhex(settings["program_filter"]))
         restrict_files(settings["ruleset"])
         filter_loader(bytes.fromhex(settings["worker_filter"]))(at_parents_end=0)
@@ -298,7 +304,7 @@ def main() -> None:
             resource.setrlimit(*lowered(resource.RLIMIT_AS, settings["memory"]))  # answers may be large
             load_filter()
             send(jobs, {}, as_json)
-            judge(jobs, theirs)
+            judge(jobs, theirs, loadavg)
         finally:
             os._exit(0)
     theirs.close()
