@@ -1,7 +1,7 @@
 """Figure 1 of Tang et al. (ICML 2025, arXiv 2503.19595) on a 100-armed bandit. See docs/bandit.md.
 
 Arms have fixed rewards drawn from N(0, 1); a softmax policy starts uniform and takes k = 4 samples a step, with
-learning rate 1. All three metrics are computed exactly from the policy, over many seeds at once; none is sampled.
+learning rate 1. All three metrics are computed exactly from the policy's probabilities, for many seeds at once.
 
     mean         A_i = (1/k) (r_i - mean_{j != i} r_j)          gradient of the mean reward
     mean x k     A_i = r_i - mean_{j != i} r_j                  the same as a sum over samples: k times as long
@@ -46,7 +46,7 @@ class Args:
 
 
 def advantages(rewards: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Advantages (S, k) of one estimator for rewards (S, k), n = k; to be used as sum_i A_i grad log pi(y_i)."""
+    """Advantages (S, k) of an estimator for rewards (S, k) of S bandits, n = k, float64: sum_i A_i grad log pi(y_i)."""
     if estimator.startswith("mean"):
         return mean_advantages(rewards) * (rewards.shape[-1] if estimator == "mean x k" else 1)
     return k_sample_advantages(pass_at_k, rewards, k=rewards.shape[-1], estimator=estimator)
@@ -56,7 +56,7 @@ def advantages(rewards: torch.Tensor, estimator: str) -> torch.Tensor:
 
 
 def exact_metrics(log_pi: torch.Tensor, rewards: torch.Tensor, k: int) -> torch.Tensor:
-    """Mean reward, max@k and KL from the uniform policy, (3, S), of policies log_pi (S, arms).
+    """Mean reward, max@k and KL from the uniform policy, (3, S) float64, of S policies log_pi (S, arms).
 
     rewards: (S, arms), sorted upwards. With F the cumulative probability, max@k = sum_a r_a (F_a^k - F_{a-1}^k)."""
     pi = log_pi.exp()

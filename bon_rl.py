@@ -49,8 +49,8 @@ class Args(RunArgs):
     For a verifier that is the 0/1 reward: rlb (BoN-RLB), rlb-p (BoN-RLB(P)), rlb-all (rlb-p from all samples)"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward, or a reward model
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
-    verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
-    verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
+    verifier_problems: int = 8000  # training problems, with 8 samples each, to train it on
+    verifier_lr: float = 1e-3  # its learning rate; 1e-5 suits pretrained models
     baseline: Literal["loo", "value"] = "loo"  # of mean and variational: the other samples, or a value network
     value_lr: float = 1e-4  # learning rate of the value network's AdamW
     warm_up_steps: int = 0  # steps over which the learning rate rises linearly to lr
@@ -81,14 +81,14 @@ def advantages(
       rlb-p        A_i = w_i r_i N p^(N-1) (1-p) / (1 - p^N)                                          (Chow, BoN-RLB(P))
       rlb-all      A_i = N p^(N-1) (r_i - (1-p)) / n                                   the same mean, from all samples
 
-    f is the reward of the best-scored sample, p the failure rate, w_i the chance that y_i wins among N of the n: a sum
-    with these weights estimates E_{y ~ pi_bon}. g- adds N p^N/(1-p) grad p and g+ takes N p^(N-1)/(1-p) grad p away:
-    together they are grad (1 - p^N) = -N p^(N-1) grad p. rewards: (B, n), the environment's, n >= N, any real
-    numbers. scores: (B, n), the verifier's; equal scores share the win. rlb* need rewards 0 and 1, and scores that
-    increase with them. baseline: (B,), b of mean and variational, independent of these samples. p_fail: (B,), the known
-    p (default: the share of failures among the n samples, clipped to [0.01, 0.99]). Returns (B, n), of the dtype of
-    `rewards` (float32 for integers and bools). Raises ValueError unless 1 <= N <= n, for rewards or scores that are not
-    finite, and if an estimator lacks what it needs."""
+    f is the reward of the highest-scored sample, p the failure rate, w_i the chance that y_i wins among N of the n. A
+    sum with these weights estimates E_{y ~ pi_bon}. g- adds N p^N/(1-p) grad p, g+ subtracts N p^(N-1)/(1-p) grad p:
+    together they are grad (1 - p^N) = -N p^(N-1) grad p.
+    rewards: (B, n), the environment's, n >= N, any real numbers. scores: (B, n), the verifier's; equal scores share the
+    win. rlb* need rewards 0 and 1, and scores in the same order. baseline: (B,), b of mean and variational, independent
+    of these samples. p_fail: (B,), p if known (default: the share of failures among the n samples, clipped to [0.01,
+    0.99]). Returns (B, n), of the dtype of rewards (float32 for integers and bools). Raises ValueError unless 1 <= N <=
+    n, for rewards or scores that are not finite, and if an estimator lacks what it needs."""
     rewards, scores = checked_rewards(rewards, N), checked_rewards(scores, N, "scores")
     if baseline is not None and estimator not in ("mean", "variational"):
         raise ValueError(f"estimator {estimator!r} has no use for a baseline")
@@ -167,7 +167,7 @@ def move_towards(anchor: common.Policy, policy: common.Policy, rate: float) -> N
 
 
 class ValueNetwork(torch.nn.Module):
-    """b(x): a scalar head, zero at first, on what the output layer reads at the prompt's last token, of a copy."""
+    """b(x): a scalar head, zero at first, on the last hidden state of the prompt, in a copy of the policy's base."""
 
     def __init__(self, policy: common.Policy):
         super().__init__()
@@ -185,8 +185,8 @@ class ValueNetwork(torch.nn.Module):
     def fit(
         self, optimizer: torch.optim.Optimizer, policy: common.Policy, prompts: list[list[int]], rewards: torch.Tensor
     ) -> tuple[torch.Tensor, float]:
-        """One step towards the rewards (B,) of Best-of-N, by squared error. Returns the values (B,) and the mean error
-        before the step, from the same pass. Micro-batches are as large as the policy's."""
+        """One step on the squared error to rewards (B,). Returns the values (B,) float32 on the CPU and the mean error
+        before it, from one pass in micro-batches of the policy's size. Raises BadInput if one row does not fit."""
         ids, parameters = torch.zeros(len(prompts), 1, 1, dtype=torch.int64), list(self.parameters())
         rollouts, rewards = common.Rollouts(prompts, ids, ids == 0, ids.float()), rewards.to(self.head.weight)
 

@@ -41,8 +41,8 @@ class Args(RunArgs):
     """JSONL or Parquet: problem, response, optionally answer; m rows of a problem weigh 1/m (default: the task's)"""
     verifier: Literal["environment", "learned"] = "environment"  # what selects: the reward itself or a reward model
     verifier_model: str | None = None  # that reward model, a hub id or folder (default: trained here on own samples)
-    verifier_problems: int = 8000  # training problems to sample 8 responses to each, for training it
-    verifier_lr: float = 1e-3  # learning rate of training it; 1e-5 suits pretrained models
+    verifier_problems: int = 8000  # training problems, with 8 samples each, to train it on
+    verifier_lr: float = 1e-3  # its learning rate; 1e-5 suits pretrained models
     eval_N: int | None = None  # the N of the table and the figure (default: --N)
 
 
@@ -105,7 +105,7 @@ def joined(first: common.Rollouts, second: common.Rollouts) -> common.Rollouts:
 
 def mean_over_experts(coefficients: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Coefficients (E, 1 + n) of E experts and their prompts' samples, averaged over the experts of each of B prompts:
-    (B, m + n). counts: (B,) int64, the experts of each prompt, E in all and m at most.
+    (B, m + n) float32. counts: (B,) int64, the experts of each prompt, E in all and m at most.
 
     Example: counts (2, 1), n = 1 and rows (1, .2), (1, .4), (1, .6) give (.5, .5, .3), (1, 0, .6)."""
     B, m = len(counts), int(counts.max())
@@ -117,8 +117,8 @@ def mean_over_experts(coefficients: torch.Tensor, counts: torch.Tensor) -> torch
 
 
 def experts_of(path: str, task: Task, problems: Sequence[Problem]) -> dict[str, list[Problem]]:
-    """The file's responses by prompt: a problem for each row, with the response as its solution. Its answer is the
-    row's, or else the one of the prompt's first problem that the response solves, or of the first. Raises BadInput."""
+    """Prompt -> a problem for each of its rows in the file, with the response as its solution. Its answer is
+    the row's, else the answer of the prompt's first problem that it solves, else of the first. Raises BadInput."""
     rows, of_prompt, result = load_rows("", "train", path, flag="--experts"), {}, {}
     require_columns(rows, ["problem", "response"], path)
     for problem in problems:

@@ -174,8 +174,8 @@ class Rollouts:
     """n responses to each of B prompts, as token ids: nothing is ever decoded and tokenized again.
 
     prompts: B lists of token ids. ids: (B, n, T) int64. mask: (B, n, T) bool, true at the tokens of a response, its
-    end token included, and false at the filler behind. log_probs: (B, n, T) float32, of the distribution that was
-    sampled from, 0 at filler. temperature: of that distribution. Training differentiates the same one."""
+    end token included, and false at the padding. log_probs: (B, n, T) float32, of the distribution that was
+    sampled from, 0 at padding. temperature: of that distribution. Training differentiates the same one."""
 
     prompts: list[list[int]]
     ids: torch.Tensor
@@ -235,7 +235,7 @@ class CompactCache(DynamicCache):
 
 
 def can_share_prompts(model: torch.nn.Module) -> bool:
-    """Whether training may read a prompt once for all its rows. Every layer must be attention: a linear layer updates
+    """Whether training may read a prompt once for all its rows. Every layer must be attention: linear attention updates
     its state in place, which cannot be differentiated. Gradient checkpointing must be off: it rules a cache out."""
     plain = (type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in CompactCache(config=model.config).layers)
     return all(plain) and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
@@ -294,7 +294,7 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
             log_p = (logits(model, hidden[:, -1]) / temperature).log_softmax(-1)  # (rows, V)
             total = log_p.exp().cumsum_(-1)  # (rows, V): the distribution function, up to rounding of its end
             token = torch.searchsorted(total, uniform[rows, t].unsqueeze(-1) * total[:, -1:], right=True)  # (rows, 1)
-            token = token.clamp(max=total.shape[-1] - 1)  # where the scores are not numbers
+            token = token.clamp(max=total.shape[-1] - 1)  # where the logits are nan
             live = rows[alive]
             ids[live, t] = token[alive, 0]
             mask[live, t] = True
@@ -308,7 +308,7 @@ def sampled_rows(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor
                 rows, token, seen, position = rows[alive], token[alive], seen[alive], position[alive]
                 alive = alive[alive]
             seen, position = F.pad(seen, (0, 1), value=True), position + 1
-            # A model of linear layers alone (Mamba) would take the mask for this token's.
+            # A model without attention (Mamba) would apply the whole mask to this one token.
             inputs = {"input_ids": token, "attention_mask": None if all(cache.is_linear) else seen.long()}
             inputs["position_ids"] = position
             hidden = model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state
@@ -395,7 +395,7 @@ def response_states(
         inputs = {"input_ids": ids[:, :-1], "attention_mask": seen, "position_ids": position}
         rest = model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state
         return torch.cat([first, rest], 1)[mask]  # (R, 1, H) and (R, T-1, H) -> (R, T, H) -> (M, H)
-    # Filler stands on the right, where causal attention never looks: no mask is needed, and fast kernels apply.
+    # Padding stands on the right, where causal attention never looks: no mask is needed, and fast kernels apply.
     rows = [[*prompt, *row[keep][:-1].tolist()] for prompt, row, keep in zip(prompts, ids.cpu(), mask.cpu())]
     states = model.base_model(input_ids=padded(rows)[0].to(ids.device), use_cache=False).last_hidden_state
     before = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device).unsqueeze(-1)  # (R, 1)
@@ -463,8 +463,8 @@ def policy_gradient_step(
     """`epochs` optimiser steps on the same rollouts, PPO-clipped by `clip` if there are several (Tang).
 
     advantages: (B, n), sum convention. average_gradients: several processes call it before gradients are clipped.
-    Returns the metrics of the last step: loss, grad_norm, nonzero_advantage (share of the rows), skipped (1 if the
-    gradient was not finite: the policy then stays as it was). Raises BadInput if one row does not fit."""
+    Returns loss and grad_norm of the last step, nonzero_advantage (share of the rows), and skipped (1 if a gradient
+    was not finite: its step leaves the policy as it was). Raises BadInput if one row does not fit."""
     skipped, parameters = 0, list(policy.model.parameters())
 
     def gradient() -> float:
@@ -484,10 +484,10 @@ def policy_gradient_step(
 
 @torch.no_grad()
 def log_ratios(policy: Policy, reference: Policy, rollouts: Rollouts) -> torch.Tensor:
-    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) on the CPU, 0 at filler.
+    """log pi(token) - log pi_ref(token) of each response token, (B, n, T) float32 on the CPU, 0 at padding.
 
     Both policies make the same pass over the same rows and round alike: a policy that has not moved has ratios of
-    exactly 0. With the log-probs of sampling they would be 1e-7, and AdamW would turn that into full steps."""
+    exactly 0. With the log-probs of sampling they would be 1e-7, which AdamW turns into full steps. Raises BadInput."""
 
     def compute() -> torch.Tensor:
         ratios = torch.zeros(rollouts.mask.flatten(0, 1).shape)  # (R, T)

@@ -102,7 +102,7 @@ def with_answer(ways: torch.Tensor, drawn: torch.Tensor, reward: torch.Tensor) -
     """One more answer joins the count: new[m, s] = sum_{u < t} P(u) ways[m, s-u] + P(t) ways[m-1, s-t].
 
     ways: (S, 2, ties+1, k+1), see `majority_at_k`. drawn: (S, t+1), P(u) that u of the answer's samples are drawn.
-    reward: (S,), the reward of the answer, added to the value where the answer ties."""
+    reward: (S,), of the answer, added to the value where the answer ties. All float64; new has the shape of ways."""
     P, t = drawn[:, None, None, :, None], drawn.shape[-1] - 1  # (S, 1, 1, t+1, 1)
     new = P[..., 0, :] * ways
     for u in range(1, t):

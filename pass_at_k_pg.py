@@ -14,7 +14,7 @@ split; (2) the advantages below; (3) nothing is divided by a standard deviation 
 
     python pass_at_k_pg.py --k 4                      # unbiased; pass@4 rises
     python pass_at_k_pg.py --k 4 --estimator mean     # the baseline: pass@1 rises, pass@32 falls
-    python pass_at_k_pg.py --k 4 --estimator maxrl    # all k at once (arXiv 2602.02710); --k only names a column
+    python pass_at_k_pg.py --k 4 --estimator maxrl    # MaxRL (arXiv 2602.02710): all k; --k only chooses columns
     python pass_at_k_pg.py --k 4 --estimator recipes/all_right.py:all_right    # your own file, see docs/own.md
 """
 
@@ -56,7 +56,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
       unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
       biased    as unbiased, minus the mean advantage of each subset: the gradient of pass@(k-1); 0 for k = 1 (Tang)
-      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k; with c of n rewards 1, the others 0: (r_i - c/n) / c,
+      maxrl     sum_{j=2..n} biased_j / (j-1), whatever k is; if c of n rewards are 1 and the others 0: (r_i - c/n) / c,
                 and 0 for c = 0                                                                             (MaxRL)
 
     rewards: (B, n), n >= k, any real numbers. Returns (B, n) of the same dtype (float32 for integers and bools).
