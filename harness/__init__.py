@@ -1,1 +1,1 @@
-"""What makes a script a program: policies on disk, several processes, runs that survive, reports. Imports `common`."""
+"""What the scripts share as programs: models on disk, several processes, runs that can be resumed, reports."""

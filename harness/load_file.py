@@ -16,7 +16,7 @@ from verifiers import BadInput, Task, Verdict, one_line
 def load_file(where: str) -> tuple[Callable, ModuleType, str]:
     """The function that "FILE:NAME" names, the module made of the file, and the SHA-256 of the file's bytes, in hex.
 
-    The bytes that run are hashed. Raises BadInput for a file that cannot be read or run, and a name of no function."""
+    The bytes that run are hashed. Raises BadInput for a file that cannot be read or run, or has no such function."""
     path, _, name = where.rpartition(":")
     if not path or not name:
         raise BadInput(f"{where!r} is not FILE:NAME, as in my_file.py:my_function")

@@ -70,7 +70,7 @@ def disagreement(policy: Policy) -> str:
     """How the model's ways to compute log-probs differ; "" if they agree.
 
     The ways are sampling with a cache, the training pass over several rows and over one (with gradient checkpointing if
-    it is on), and a plain forward pass of each row without filler. The gradients of the last two are compared."""
+    it is on), and a plain forward pass of each row without padding. The gradients of the last two are compared."""
     V = policy.model.config.get_text_config().vocab_size
     half = dataclasses.replace(policy, stop_ids=list(range(0, V, 2)))  # responses of different lengths
     short, long = ([V // 2 + i for i in range(length)] for length in (3, 8))
@@ -107,7 +107,7 @@ def disagreement(policy: Policy) -> str:
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Write model and tokenizer, of a `LearnedVerifier` as well: `from_pretrained(folder)` loads them anywhere."""
+    """Write the model and tokenizer of a policy or `LearnedVerifier`: `from_pretrained(folder)` loads them anywhere."""
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
@@ -132,8 +132,8 @@ def chat(tokenizer) -> tuple[str, str, str]:
 
 
 def ends_of_response(tokenizer, generation_config) -> list[int]:
-    """The tokens that end a response: first the token that also ends an expert's, the first added token but whitespace
-    that the chat template writes after an assistant's turn (Qwen: <|im_end|>); then the end-of-sequence tokens."""
+    """The tokens that end a response. The first one also ends an expert's response: with a chat template, the first
+    added token, whitespace aside, behind an assistant's turn (Qwen: <|im_end|>). End-of-sequence tokens follow."""
     after = tokenizer(chat(tokenizer)[2], add_special_tokens=False).input_ids if tokenizer.chat_template else []
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     eos = generation_config.eos_token_id if generation_config else None
@@ -144,8 +144,8 @@ def ends_of_response(tokenizer, generation_config) -> list[int]:
 def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list[str], list[str]]:
     """The text that a policy reads for each problem, and the whitespace between it and a response.
 
-    A chat template, if there is one, writes both. Else a tokenizer of characters (`tiny`) gets the bare prompt, another
-    one the task's words or its template, with a space after a word."""
+    A chat template, if there is one, writes both. Else a policy with a tokenizer of characters (`tiny`) reads the bare
+    prompt; any other reads the task's words or template, with a space behind a word."""
     if tokenizer.chat_template:
         read, gap, _ = chat(tokenizer)
         words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
@@ -198,8 +198,8 @@ def expert_rollouts(
     """The solutions of B groups of problems, each group with one prompt, as rollouts (B, m, T). An end token is added;
     log_probs are 0. m is the size of the largest group; smaller ones are filled up with rows without tokens.
 
-    A solution has the tokens that it has behind its prompt, unless the two share one: read alone, Llama's tokenizers
-    would begin it with a space. Raises BadInput if a prompt and its response do not fit the model's context."""
+    A solution is tokenized behind its prompt, unless one token spans both: alone, Llama's tokenizers would begin it
+    with a space. Raises BadInput if a prompt and its response do not fit the model's context."""
     problems, m = [problem for group in groups for problem in group], max(map(len, groups))
     texts, spaces = texts_read(policy.tokenizer, task, problems)
     alone = [space + problem.solution for space, problem in zip(spaces, problems)]

@@ -38,7 +38,7 @@ def mean_and_interval(values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_level(problems: Sequence[Problem]) -> dict[str, torch.Tensor]:
-    """Places of all problems ("all") and, if there are several levels, of each one's ("1", "2", ...)."""
+    """Indices of all problems ("all") and, if there are several levels, of each level's ("1", "2", ...), int64."""
     levels = sorted({problem.level for problem in problems if problem.level is not None})
     levels = levels if len({problem.level for problem in problems}) > 1 else []
     places = {str(x): torch.tensor([i for i, p in enumerate(problems) if p.level == x]) for x in levels}

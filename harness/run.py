@@ -59,7 +59,7 @@ class RunArgs:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"  # where to compute
     show_prompt: bool = False  # print the first training prompt as the policy reads it, and stop
-    show_samples: int = 0  # so many responses to held-out problems are printed, with rewards, at each evaluation
+    show_samples: int = 0  # responses to held-out problems to print, with rewards, at each evaluation
     save_every: int = 50  # steps between checkpoints; only the last is kept
     resume: str | None = None  # runs/NAME: continue from its checkpoint, with its arguments; --steps may be larger
     changed_files: bool = False  # resume although your own file (FILE:NAME) has changed since the run began
@@ -267,7 +267,7 @@ class Run:
             except ImportError as error:
                 flag, needs = ("track", "wandb tensorboard") if args.track else ("tensorboard", "tensorboard")
                 raise BadInput(f"--{flag} needs what is not installed: pip install {needs}") from error
-        # A verifier that cannot run is told before the model is loaded.
+        # A verifier that cannot run is reported before the model is loaded.
         trial = None if args.show_prompt else self.task.verify(self.test[:1], [[""]])
         self.own_scores = trial is not None and trial.scores is not trial.rewards
 
@@ -306,7 +306,7 @@ class Run:
         return all_gather(new_run_folder(self.args, self.parts) if world()[0] == 0 else None)[0]
 
     def reference(self, name: str) -> Policy:
-        """A copy of the policy before training, for a KL to it; checkpoints hold it, for --model's files may change."""
+        """A copy of the policy before training, for a KL to it; checkpoints hold it, as --model's files may change."""
         policy = copy.deepcopy(self.policy)
         self.state[name] = policy.model
         return policy
@@ -344,7 +344,7 @@ class Run:
         self.task = learned.with_scores(task, verifier)
 
     def steps(self, metrics: Callable[[Verdict], Metrics], description: str) -> Iterator[int]:
-        """1, 2, ... args.steps, less those done before, with evaluations, a progress bar and checkpoints in between.
+        """1, 2, ... args.steps, without those done before, with evaluations, a progress bar and checkpoints in between.
 
         metrics: an evaluation's verdict -> values of each problem, by name. On SIGINT or SIGTERM the step is finished
         and saved, and the script ends; at a second one it ends at once."""
@@ -392,13 +392,13 @@ class Run:
         tqdm.write("stopping when this step is done (again: at once, losing it)")
 
     def batch(self, step: int) -> tuple[Sequence[Problem], list[list[int]], torch.Generator]:
-        """This process's share of a step: B problems, their prompts as token ids, and the numbers to sample by."""
+        """This process's share of a step: B problems, their prompts as token ids, and a generator to sample by."""
         problems = shard(training_batch(self.train, step - 1, self.args.prompts_per_step, self.args.seed))
         generator = seeded_generator(self.policy.device, "training", self.args.seed, step, world()[0])
         return problems, self.encoded(problems), generator
 
     def verdict(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Verdict:
-        """The verdict on n responses to each of B problems. All processes must call it; verify_s becomes its seconds.
+        """The verdict on n responses to each of B problems. All processes must call it. `verify_s` becomes its seconds.
 
         If the verifier raises, the run saves a checkpoint and ends with that error."""
         began, none = time.perf_counter(), torch.zeros(0, self.args.eval_n)
@@ -470,7 +470,7 @@ class Run:
         self.progress["before" if step == 0 else "after"] = self.evaluate()
 
     def evaluate(self) -> Metrics:
-        """Log and return the metrics of eval_n samples a held-out problem, drawn by the same numbers each time."""
+        """Log and return the metrics of eval_n samples a held-out problem, from the same random numbers each time."""
         args, (rank, processes), problems = self.args, world(), shard(self.test)
         generator = seeded_generator(self.policy.device, "evaluation", args.seed, rank)
         prompts, T = self.encoded(problems), args.temperature

@@ -1,4 +1,4 @@
-"""Tasks: problems in, rewards and votes out. One verifier is a model, learned.py; no other file knows of models.
+"""Tasks: problems in, rewards and votes out. Only learned.py, a reward model as a verifier, and hub.py know of models.
 
 A task is whatever `load_task` returns: two sequences of `Problem` and one function, `verify`, that reads responses.
 Your own task is a file with a function `load(name, data) -> Task`, for `--task FILE:load`; see docs/own.md. A task for
@@ -69,7 +69,7 @@ class Verdict:
 class Task:
     """Problems and their verifier.
 
-    verify(problems, responses): the `Verdict` on n strings for each of B `Problem`s, those of a whole step at once.
+    verify(problems, responses): the `Verdict` on n strings for each of B `Problem`s, a whole step at once.
     template: what a model without a chat template reads; "{prompt}" stands for the problem's prompt.
     words(prompt): what a pretrained model without a chat template reads, where the bare prompt suits `tiny` alone.
     instruction: what a model with a chat template reads after the prompt, in the same user turn.
@@ -99,7 +99,7 @@ class Task:
 def load_task(name: str, data: str | None = None, sandbox: str = "auto") -> Task:
     """The task of this name. data: a local file or folder in place of the task's default source. sandbox: for tasks
     that run programs, the level of isolation (see sandbox/__init__.py), which is started and named here. Raises
-    BadInput for an unknown name, for data that cannot be read or is of no use, and for a level not to be had."""
+    BadInput for an unknown name, for data that cannot be read or is of no use, and for an unavailable level."""
     module = TASKS.get(name) or TASKS.get(name.partition("/")[0] + "/")
     if module is None:
         raise BadInput(f"unknown task {name!r}: choose one of {', '.join(sorted(TASKS))}, or FILE:load")
@@ -143,7 +143,7 @@ def with_checked_verdicts(task: Task, only_01: str = "") -> Task:
 
 
 def votes_from_answers(answers: Sequence[Sequence[Hashable | None]]) -> torch.Tensor:
-    """Votes (B, n) int64 of B rows of n parsed answers: the place of the row's first equal answer, -1 for None."""
+    """Votes (B, n) int64 of B rows of n parsed answers: the index of the row's first equal answer, -1 for None."""
     import torch
 
     votes = [[-1 if answer is None else row.index(answer) for answer in row] for row in answers]

@@ -1,7 +1,7 @@
 """Embedded tasks, small enough for a laptop.
 
 `arithmetic`: multiplication at five levels of difficulty. The prompt is "47*85=", the response "3995". The last number
-of a response is its answer and its vote, without leading zeros. One with anything but numbers between commas has none.
+of a response is its answer and its vote, without leading zeros. Unless it is numbers between commas, it has none.
 
 `sums`: sums and products at three levels, in words, for pretrained models with a chat template. The prompt is "What is
 47 + 85?", the response "132". The last number in a response is its answer, whatever stands around it: "47 + 85 = 132."
@@ -36,7 +36,7 @@ TEST_PER_LEVEL = 1_000
 
 
 def problems_of_level(name: str, level: int, held_out: bool, rng: random.Random) -> list[Problem]:
-    """All problems of a task's level on one side of the split, shuffled. Held out is a fixed fifth, b*a with a*b."""
+    """All problems of a task's level on one side of the split, shuffled. A fixed fifth is held out, b*a with a*b."""
     operation, first, second = (SUMS if name == "sums" else FACTORS)[level]
     keys = {(a, b): f"{min(a, b)}{operation}{max(a, b)}" for a in first for b in second}
     pairs = [pair for pair, key in keys.items() if (zlib.crc32(key.encode()) % 5 == 0) == held_out]

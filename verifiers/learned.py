@@ -2,7 +2,7 @@
 
 It reads a prompt and a response and gives a score, by which Best-of-N selects: BoN-RL-V of Chow et al. (arXiv
 2412.15287). `trained_verifier` trains one on a policy's own samples with the rewards of a task's verifier;
-`load_verifier` loads any reward model by hub id or folder. It makes errors: `quality` says how many.
+`load_verifier` loads any reward model by hub id or folder. It makes errors: `quality` measures them by the AUC.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class LearnedVerifier:
     model: torch.nn.Module
     tokenizer: object
     task: Task
-    budget: int = 16384  # tokens in one pass, filler included
+    budget: int = 16384  # tokens in one pass, padding included
 
     def tokens(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, torch.Tensor]:
         """Ids and mask (R, L) of each prompt with its response: by the chat template if there is one, else by the
@@ -46,7 +46,7 @@ class LearnedVerifier:
         ).to(self.model.device)  # fmt: skip
 
     def logits(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Scores (R',) of R prompts with their responses, as many at a time as the budget allows, and their places."""
+        """Scores (R',) of R prompts with their responses, as many at a time as the budget allows, and their slice."""
         tokens = self.tokens(prompts, responses)
         rows = max(1, self.budget // tokens["input_ids"].shape[1])
         for part in (slice(i, i + rows) for i in range(0, len(prompts), rows)):
@@ -69,8 +69,8 @@ class LearnedVerifier:
 def load_verifier(
     name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False, budget: int = 16384
 ) -> LearnedVerifier:
-    """The reward model of this hub id or folder, in float32, in evaluation mode. new_head: one that is not there is a
-    random one. budget: see `LearnedVerifier`. Raises BadInput."""
+    """The reward model of this hub id or folder, in float32, in evaluation mode. new_head: a head that is not there
+    is a random one. budget: see `LearnedVerifier`. Raises BadInput."""
     auto = "AutoModelForSequenceClassification"
     model, tokenizer = load_pretrained("the verifier", name, auto, device, new_head, num_labels=1)
     verifier = LearnedVerifier(model, tokenizer, task, budget)

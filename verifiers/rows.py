@@ -20,9 +20,9 @@ def load_rows(
 ) -> list[dict]:
     """The rows of one split, one dict each, column -> value.
 
-    data: None for the hub's `hub_id` (and `config`), else a local file or folder. A folder with other splits only gives
-    []. flag: the one that named `data`, for errors. Raises BadInput for a path that is missing, empty or unreadable and
-    for a hub out of reach."""
+    data: None for the hub's `hub_id` (and `config`), else a local file or folder. A folder with other splits alone
+    gives []. flag: the one that named `data`, for errors. Raises BadInput for a path that is missing, empty or
+    unreadable and for a hub out of reach."""
     if data is None:
         return hub_rows(hub_id, split, config)
     try:
@@ -103,7 +103,7 @@ def unreachable(kind: str, hub_id: str) -> Exception | None:
     try:
         huggingface_hub.HfApi().repo_info(hub_id, repo_type=kind, timeout=HUB_TIMEOUT_S)
     except huggingface_hub.errors.HfHubHTTPError:
-        pass  # what it says, whoever loads from it will tell
+        pass  # the caller's own request will say what is wrong
     except Exception as error:  # no network, by whatever name the HTTP library of the day has for it
         return error
 

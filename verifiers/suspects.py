@@ -2,11 +2,11 @@
 
 One of the people listed did it. The prompt lists 2 to 8 of 16 names in random order, "Eve Tom Ann:"; how many is its
 level. The response is one name, "Tom". Who did it stays hidden, as tests do in programming: one try and many tries ask
-for different policies. Every candidate stands in the prompt: only the choice is left to learn.
+for different policies. The prompt has every candidate: only the choice is left to learn.
 
-`suspects`: NAMES are ordered by falling guilt; the i-th has the weight .7^i, i = 0..15. `tiny` is warm-started on
-prompts with all their candidates: it knows those listed and prefers none. `suspects_uniform`: all are equally likely.
-Held out is a fifth of all sets of names, whatever their order.
+`suspects`: the i-th of NAMES has the weight .7^i, i = 0..15. `tiny` is warm-started on prompts with all their
+candidates: it then names each listed one equally often. `suspects_uniform`: all are equally likely. A fifth of all sets
+of names is held out, in any order.
 """
 
 import random
@@ -54,7 +54,7 @@ def suspect(response: str) -> str | None:
 
 
 def posterior(prompts: Sequence[str], name: str = "suspects") -> torch.Tensor:
-    """q_y = P(answer = y | prompt), the weight over the sum of the `listed` ones, 0 behind them: (P, 8) float64."""
+    """q_y = P(answer = y | prompt), its weight over the sum of the `listed` ones; then zeros: (P, 8) float64."""
     q = torch.zeros(len(prompts), MOST, dtype=torch.float64)
     for row, prompt in zip(q, prompts):
         weights = torch.tensor([PRIOR[name][y] for y in listed(prompt)], dtype=torch.float64)
@@ -101,7 +101,7 @@ def all_sets(held_out: bool) -> dict[int, list[tuple[str, ...]]]:
 
 
 def training_problems(name: str) -> list[Problem]:
-    """As many problems of each level: a random set in a random order, and an answer that is drawn from q."""
+    """Equally many problems of each level: a random set in a random order, and an answer that is drawn from q."""
     rng, drawn = random.Random(0), []
     for level, sets in all_sets(held_out=False).items():
         for names in rng.choices(sets, k=TRAIN_PER_LEVEL):
@@ -112,8 +112,8 @@ def training_problems(name: str) -> list[Problem]:
 
 def spread_problems(name: str, held_out: bool = True) -> list[Problem]:
     """Up to TEST_PER_LEVEL problems of each level, with different prompts, evenly spread: every n-th set, by the chance
-    of its likeliest name. Answers follow the golden ratio, by which each has its share: random draws would move any
-    score by a point or two. A level with fewer sets also has each set backwards: level 2 has all its orders."""
+    of its likeliest name. Answers follow multiples of the golden ratio, which give each its share: random draws would
+    move scores by a point or two. A level with fewer sets also has each set backwards: level 2 has all its orders."""
     rng, chosen = random.Random(0), []
     for level, sets in all_sets(held_out).items():
         q = {names: sorted((PRIOR[name][y] for y in names), reverse=True) for names in sets}
