@@ -54,7 +54,7 @@ def advantages(rewards: torch.Tensor, k: int, estimator: str = "unbiased") -> to
     """Advantages A of the pass@k policy gradient, to be used as sum_i A_i grad log pi(y_i): a sum over the n samples.
 
       mean      A_i = (1/n) (r_i - mean_{j != i} r_j)                                                        (RLOO)
-      unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]         (n = k: Tang)
+      unbiased  A_i = (k/n) mean over k-subsets T containing i of [ max T - max (T without i) ]; k = 1: as mean  (Tang)
       biased    as unbiased, minus the mean advantage of each subset: the gradient of pass@(k-1); 0 for k = 1 (Tang)
       maxrl     sum_{j=2..n} biased_j / (j-1), whatever k is; if c of n rewards are 1 and the others 0: (r_i - c/n) / c,
                 and 0 for c = 0                                                                             (MaxRL)

@@ -1,7 +1,7 @@
 """Embedded tasks, small enough for a laptop.
 
 `arithmetic`: multiplication at five levels of difficulty. The prompt is "47*85=", the response "3995". The last number
-of a response is its answer and its vote, without leading zeros. Unless it is numbers between commas, it has none.
+of a response is its answer and its vote, without leading zeros. A response that is no list of numbers has none.
 
 `sums`: sums and products at three levels, in words, for pretrained models with a chat template. The prompt is "What is
 47 + 85?", the response "132". The last number in a response is its answer, whatever stands around it: "47 + 85 = 132."

@@ -170,7 +170,7 @@ def problem_of(
     prompt: str, solution: str, tests: str = "", names=(), setup="", prefix="", cases=(), level=None, imports=""
 ) -> Problem:
     """A problem whose `answer` is JSON of what `program_of` needs to judge a response. Raises TypeError or ValueError
-    for what is no text, an empty prompt, and half a character (UnicodeEncodeError), which no tokenizer reads."""
+    for what is no text, an empty prompt, and a lone surrogate (UnicodeEncodeError), which no tokenizer reads."""
     if not all(isinstance(text, str) for text in (prompt, solution, *itertools.chain(*cases))):
         raise TypeError("the prompt, the solution, inputs and outputs must be texts")
     if not prompt.encode().strip():
@@ -180,8 +180,8 @@ def problem_of(
 
 
 def imports_of(solution: str, names: set[str]) -> list[str]:
-    """The top-level imports by which the reference solution binds some of these names: tests that use them run them
-    themselves, since a program could bind the names to anything."""
+    """The top-level imports by which the reference solution binds some of these names. Tests that use the names run the
+    imports themselves, since a program could bind the names to anything."""
     nodes = [node for node in tree(solution).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     bound = [{(alias.asname or alias.name).partition(".")[0] for alias in node.names} for node in nodes]
     return [ast.unparse(node) for node, its in zip(nodes, bound) if its & names]
@@ -213,7 +213,7 @@ def program_of(problem: Problem, response: str) -> Program:
 FENCE = re.compile(r"(.*?)(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*([\w+#.{}-]*)([^`\n]*)\n?")
 READS_INPUT = re.compile(r"\b(?:input|open)\s*\(|\bstdin\b(?!\s*=)")
 BUILTINS = set(dir(builtins))
-WHOLE = (ast.Return, ast.Yield, ast.Lambda)  # what a mere signature has not
+WHOLE = (ast.Return, ast.Yield, ast.Lambda)  # what a mere signature lacks
 CODE_START = re.compile(
     r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[A-Za-z_]\w*(?:, ?\w+)* ?=(?!=)|"
     r"print\(|[a-z_][\w.]*\(.*\)$|(?:for \w+(?:, ?\w+)* in|while|if|with|try)\b.*:\n[ \t])"
@@ -377,7 +377,7 @@ def load_programs(name: str) -> Task:
     """The task `programs`: from points of a small integer function, such as "1>3 5>11:", to a Python expression in x,
     such as "2*x+1"; always the same problems in the same order. Usually more than one short expression fits the points;
     the hidden tests, on INPUTS, tell which one was meant. A function belongs to train or to test, not both. Votes:
-    expressions with equal values on INPUTS are equal answers; one without values of integers below 2**63 is none."""
+    expressions with equal values on INPUTS are equal; one with other values than integers below 2**63 is none."""
     rng = random.Random(0)
     train, test, seen = [], [], set()
     for level, forms in FORMS.items():
@@ -408,8 +408,8 @@ def verify_programs(problems: Sequence[Problem], responses: Sequence[Sequence[st
 
 def values_of(expressions: Iterable[str]) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """Expression -> the sandbox's status and the values on INPUTS, None where they are not all integers below LARGEST.
-    Those of programs that passed are kept for later calls: a policy repeats itself. Expressions of ARITHMETIC share
-    programs, by 32, since they cannot touch each other; each of the others has a program of its own."""
+    Values of programs that passed are kept for later calls: a policy repeats itself. Expressions of ARITHMETIC share
+    programs, 32 to each, since they cannot touch each other; each of the others has a program of its own."""
     if len(_values) > 100_000:
         _values.clear()
     new = [expression for expression in expressions if _values.get(expression, ("failed",))[0] != "passed"]

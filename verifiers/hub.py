@@ -28,7 +28,7 @@ def load_pretrained(what: str, name: str, auto: str, device: torch.device | str,
     here, source = folder.is_dir(), str(folder) if folder.is_dir() else name
     if not here and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # a path, not a hub id
         raise BadInput(f"{problem}: {folder} {'is a file' if folder.exists() else 'does not exist'}")
-    transformers.logging.set_verbosity_error()  # the rest is told here, or of no use
+    transformers.logging.set_verbosity_error()  # the messages below say the rest
     transformers.logging.disable_progress_bar()
     silent = None if here else unreachable("model", name)
     options |= {"local_files_only": silent is not None}  # else it asks again and again, and writes a line each time

@@ -8,7 +8,7 @@ Data (`--data PATH` gives any task local files instead, see rows.py):
 Your own problems: columns `problem` (or `question`), `answer`, optionally `solution` and `level` ("Level 5", "5", 5).
 `answer` may be a GSM8K solution that ends in "#### N"; without it, the last \\boxed{} of `solution` is the answer.
 
-The answer in a response. A response ends at a "Question:" of its own; of its last 10 000 characters, the first rule
+The answer in a response. A response ends at a "Question:" of its own. Of its last 10 000 characters, the first rule
 that finds something decides:
   math     the last \\boxed{}; what follows the last "####"; what follows the last "answer is" or "answer:"; the last
            $...$ or number, whichever ends later
@@ -369,7 +369,7 @@ MISREAD = {  # what math-verify takes for something else, or not at all
 
 
 def for_algebra(answer: str) -> str:
-    """An answer as math-verify reads it rightly."""
+    """An answer in a form that math-verify reads rightly."""
     answer = REPEATING.sub(as_fraction, answer)
     for pattern, plain in MISREAD.items():
         answer = re.sub(pattern, plain, answer)
@@ -410,7 +410,7 @@ def judged(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple[bool
 
 
 def with_variables(answer: str, names: set[str]) -> str:
-    """An answer in which variables at the end are in braces, by which math-verify knows them from units. names: the
+    """An answer with braces around variables at its end, by which math-verify knows them from units. names: the
     letters that are variables of the problem."""
     if not (match := VARIABLES.fullmatch(answer)):
         return answer

@@ -47,14 +47,14 @@ class GymProblem(Problem):
 
 
 def problems_at(name: str, seed: int, indices: Sequence[int]) -> list[GymProblem]:
-    """The problems at these indices, without those that cannot be made."""
+    """The problems at these indices; the ones that cannot be made are left out."""
     entries = zip(indices, GYM.map([[name, seed, index] for index in indices]))
     made = [(index, *entry) for index, (entry, failure) in entries if not failure]
     return [GymProblem(text.strip(), answer or "", dataset=name, seed=seed, index=i) for i, text, answer in made]
 
 
 class TrainProblems(Sequence):
-    """`TRAIN_SIZE` problems, made on demand; in place of one that is in the test set, the next that is not."""
+    """`TRAIN_SIZE` problems, made on demand. The next problem replaces one that is in the test set."""
 
     def __init__(self, name: str, held_out: set[str]):
         self.name, self.held_out = name, held_out

@@ -2,9 +2,9 @@
 
 `Workers(function).map(jobs)` is the parent's side: a thread for each child. Run as a script, this file is the child: it
 reads one JSON job per line on stdin, calls one of `FUNCTIONS` and answers with one JSON line. It imports neither torch
-nor this package. A job has `limit_s` of CPU time and CROWD times that of wall time, for a busy machine shall change no
-verdict; an answer has `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child ends with its parent, idle (end
-of stdin) or stuck (its own alarm). All this is no sandbox for hostile programs.
+nor this package. A job may take `limit_s` seconds of CPU time and CROWD times as many of wall time, for busy
+machines. An answer may have `REPLY_BYTES`, a child `MEMORY_BYTES` of address space. A child ends with its
+parent, idle (end of stdin) or stuck (its own alarm). This is no sandbox for hostile programs.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ CHILD_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NU
 
 
 class Workers:
-    """Children that call one of `FUNCTIONS`: started when first needed, at most `count` (the CPUs, 8 at most)."""
+    """Children that call one of `FUNCTIONS`: started when first needed, at most `count` (the CPUs, up to 8)."""
 
     def __init__(self, function: str, limit_s: float = 5.0, count: int | None = None):
         self.function, self.limit_s, self.count = function, limit_s, count or min(os.cpu_count() or 1, 8)
@@ -91,7 +91,7 @@ class Workers:
         return child
 
     def drop(self, child: subprocess.Popen) -> int:
-        """End a child. Its exit code, negative for a signal."""
+        """End a child and return its exit code, negative for a signal."""
         self.children.remove(child)
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()
@@ -107,8 +107,8 @@ class Workers:
 
 
 def answer(child: subprocess.Popen, seconds: float) -> dict:
-    """The next line of a child. Raises TimeoutError where it takes longer, EOFError where the child ends or has more to
-    say than REPLY_BYTES, ValueError or RecursionError for what is no JSON."""
+    """The next line of a child. Raises TimeoutError if it takes longer, EOFError if the child ends or says more than
+    REPLY_BYTES, ValueError or RecursionError for what is no JSON."""
     line, deadline = b"", time.monotonic() + seconds
     while not line.endswith(b"\n"):
         left = deadline - time.monotonic()  # looked at for each part, as one may drip in

@@ -21,8 +21,8 @@ What is covered at every level:
   Tests draw random numbers from a seed that the program does not know.
 - Time and size: wall and CPU time, address space, threads and processes (not as root at level `rlimits`), open files,
   bytes printed, one core. No bytes are written to files. The judge has the same address space and a second more.
-- Leftovers. The program's process group is killed and reaped before the next program starts. A worker that dies or is
-  late costs the program that it judged, and is replaced. Where memory runs out, Linux ends workers first.
+- Leftovers. The program's process group is killed and reaped before the next program starts. A worker that is late
+  costs its program, one that dies gives it a second run; both are replaced. Out of memory, Linux ends workers first.
 
 Covered at `landlock` (Linux 5.13 with Landlock, libseccomp, packages landlockpy and pyseccomp):
 - Files. Only the interpreter's library and installed packages can be read. Nothing can be written or locked.
@@ -35,8 +35,8 @@ Covered at `bubblewrap` (the program `bwrap`, and all of `landlock`):
 What is not covered at `rlimits` (any Unix, only by name; the one level of macOS):
 - Hostile programs. They can do whatever you can. Use it for programs that you would run yourself.
 Not covered at `landlock` and `rlimits`:
-- Names. They tell whether a file exists, its size and times, and which process numbers are taken.
-- An ordinary user's threads count together. A program with very many can keep the user's other programs from theirs.
+- Names. A program can learn whether a file exists, its size and times, and which process numbers are taken.
+- An ordinary user's threads count together. A program with very many can keep the user's other programs from more.
 Not covered at any level:
 - Crowding. A right program can time out; a wrong one never passes. The wall time is enough for two busy programs per
   core. One that had little CPU time runs again, alone (`Sandbox.run`); what starves even then is judged too low.

@@ -24,7 +24,7 @@ ENDED = struct.Struct("id")  # from the fork server: wait status, CPU seconds
 PATIENCE = struct.Struct("d")  # to the fork server: how many seconds a program has to end by itself
 TROUBLES = {"MemoryError": "out of memory", "PermissionError": "refused"}
 NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,9})?")
-code_of = functools.lru_cache(512)(functools.partial(compile, filename="<tests>", mode="exec"))  # once a problem
+code_of = functools.lru_cache(512)(functools.partial(compile, filename="<tests>", mode="exec"))  # once per problem
 
 
 class Ended(BaseException):
@@ -152,7 +152,7 @@ class Run:
 
     def end(self) -> tuple[int, float]:
         """The program's exit code (negative: the signal) and CPU seconds, once it has ended. A program that hung up
-        ends by itself, in its time: its code shall not depend on who was faster. Others are killed."""
+        ends by itself, in its time: its code must not depend on who was faster. Others are killed."""
         late = self.deadline - time.monotonic() if self.trouble == "ended" else 0
         self.control.send(PATIENCE.pack(max(late, 0)))
         status, cpu = ENDED.unpack(self.control.recv(ENDED.size))

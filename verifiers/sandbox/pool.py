@@ -84,7 +84,7 @@ class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers at one level of isolation.
 
     level: "auto" or one of LEVELS; afterwards the level in force. workers: how many programs run at once, default two
-    per core; each is kept to one core. Raises BadInput for a level not to be had."""
+    per core; each is kept to one core. Raises BadInput for an unavailable level."""
 
     def __init__(self, level: str = "auto", workers: int | None = None, limits: Limits = Limits()) -> None:
         if level != "auto" and level not in LEVELS:
@@ -111,7 +111,7 @@ class Sandbox(contextlib.AbstractContextManager):
         blame: a worker cannot be replaced, or tests need a module that is missing.
 
         A program that timed out with less than half its wall time of CPU time may have starved. It runs again, alone:
-        for a sixteenth of its wall time, as sleepers shall take little from the others, then a quarter, then all of it.
+        for a sixteenth of its wall time, because sleeping programs delay the others, then a quarter, then all of it.
         All these runs together may take as long as the first ones did."""
         with self._lock:
             start = time.monotonic()
@@ -174,12 +174,12 @@ class Sandbox(contextlib.AbstractContextManager):
         self.close()
 
     def _fill(self) -> None:
-        """Start what workers are missing."""
+        """Start the workers that are missing."""
         while len(self._workers) < self.count:
             self._workers.append(self._start())
 
     def _start(self) -> "_Worker":
-        """A worker that has locked itself in, proven by a program that tries the lock. Raises BadInput: why not."""
+        """A worker that has locked itself in, proven by a program that tries the lock. Raises BadInput if it fails."""
         core = min(self._cores, key=[worker.core for worker in self._workers].count)
         try:
             worker = _Worker(self.level, self.limits, core)
@@ -239,7 +239,7 @@ class _Worker:
         command = [sys.executable, "-BsPc", START, json.dumps(settings), str(FOLDER)]
         if level == "bubblewrap":
             command = lock.bubblewrap(readable) + command
-        if os.path.exists("/proc/self/oom_score_adj"):  # where memory runs out, not the trainer shall be the victim
+        if os.path.exists("/proc/self/oom_score_adj"):  # when memory runs out, a worker dies, not the trainer
             command = ["/bin/sh", "-c", 'echo 1000 >/proc/self/oom_score_adj; exec "$@"', "sh", *command]
         environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "LD_BIND_NOW": "1"}  # the whole of it
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -258,7 +258,7 @@ class _Worker:
             raise OSError(said[-1] if said else "it did not start") from None
 
     def fileno(self) -> int:
-        """What tells that there is an answer."""
+        """The descriptor that is readable when there is an answer."""
         return self.jobs.fileno()
 
     def submit(self, program: Program, limits: Limits) -> None:
@@ -283,7 +283,7 @@ class _Worker:
             return None
 
     def stop(self) -> int:
-        """End the worker: it kills and reaps its own children when its standard input closes. Its exit code."""
+        """End the worker: it kills and reaps its children when its standard input closes. Returns its exit code."""
         self.jobs.close()
         self.process.stdin.close()
         try:

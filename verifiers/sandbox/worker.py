@@ -11,7 +11,7 @@ import sys
 
 if __package__ == "sandbox":  # in a worker, and not where the pool or a test imports this file
     # Hooks that `threading` and `random` leave for each new child cost more than the rest of it; a process with one
-    # thread has no use for the one, and programs shall share one random state.
+    # thread does not need the first, and programs should share one random state.
     os.register_at_fork = lambda **_: None
 
 import _socket  # without the classes and enumerations around it, to be copied at each fork
@@ -227,7 +227,7 @@ def serve(channel: socket.socket, code: types.CodeType, namespace: dict) -> None
 
 
 def fields(value) -> list | None:
-    """Class and fields of a dataclass that compares by them, None of another object: the judge compares the lists."""
+    """Class and fields of a dataclass that compares by them, None for other objects: the judge compares the lists."""
     kind = type(value)
     if not hasattr(kind, "__dataclass_fields__") or not kind.__dataclass_params__.eq:
         return None
