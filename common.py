@@ -340,7 +340,7 @@ def micro_batches(rollouts: Rollouts, rows: torch.Tensor, budget: int) -> Iterat
     tokens, or of one row. A micro-batch has U * (longest prompt + longest response) tokens.
 
     Equal rows are computed once: a policy that has learnt to answer often repeats a response. Yields for R' rows, U of
-    them different: rows, (R',) int64, their places among the R; of_row, (R',) int64, each one's place among the U;
+    them different: rows, (R',) int64, their indices in the R; of_row, (R',) int64, each one's index in the U;
     prompts, U lists of ids; ids and mask, (U, T), T the longest response among them."""
     prompts, ids, mask, _ = rollouts.flat()
     same: dict[tuple, list[int]] = {}
