@@ -144,7 +144,7 @@ def variational_advantages(r: torch.Tensor, s: torch.Tensor, N: int, baseline: t
         b = b_pair = baseline.double().view(-1, 1, 1)
     beaten = (best.view(-1, G, 1, 1) >= s.unsqueeze(1)).double()  # (B, G, G, N): winner g, sample j of g'
     other = ~torch.eye(G, dtype=torch.bool, device=r.device)
-    gain = (R.unsqueeze(-1) - b_pair) * other / (n - N)  # (B, G, G): per sample y', of which a winner has n - N
+    gain = (R.unsqueeze(-1) - b_pair) * other / (n - N)  # (B, G, G): per y', n - N of them for each winner
     tilt = best_of_n_tilt(N) * (gain.unsqueeze(-1) * beaten).sum(1)  # (B, G, G, N) -> (B, G, N)
     return ((won * (r - b) + tilt) / G).flatten(1)  # (B, G, N) -> (B, n)
 

@@ -26,7 +26,7 @@ def load_file(where: str) -> tuple[Callable, ModuleType, str]:
         raise BadInput(f"cannot read {path!r} of {where!r}: {error}") from error
     module = ModuleType(str(Path(path).resolve()))  # a name that no other module has, whatever the file is called
     module.__file__ = path
-    sys.modules[module.__name__] = module  # where dataclasses look for it
+    sys.modules[module.__name__] = module  # dataclasses look it up there
     called(lambda: exec(compile(source, path, "exec"), vars(module)), path, "running the file")
     if not callable(vars(module).get(name)):
         own = [x for x, value in vars(module).items() if getattr(value, "__globals__", None) is vars(module)]

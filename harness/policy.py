@@ -245,7 +245,7 @@ def tiny_tokenizer() -> "transformers.PreTrainedTokenizerFast":
 
 
 def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
-    """Where the warm-started `tiny` policy for this task lies, named by a hash of its recipe; see `cached_folder`."""
+    """The folder of this task's warm-started `tiny`, named by a hash of its recipe (`cached_folder`). Raises BadInput."""
     if task.warm_start is None:
         raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
     problems = [[(problem.prompt, problem.solution) for problem in group] for group in warm_start_groups(task)]
@@ -259,7 +259,7 @@ def full_disk_told(path: Path) -> Iterator[None]:
     """Around code that writes to a path: if no space is left, BadInput with the path, whichever library raised."""
     try:
         yield
-    except Exception as error:  # torch tells of another error, in which this one lies
+    except Exception as error:  # torch raises another error, whose context is this one
         if "No space left on device" not in f"{error} {error.__context__}":
             raise
         raise BadInput(f"no space left on the disk of {path}: make room, then go on") from error
@@ -281,7 +281,7 @@ def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
         write(Path(scratch) / folder.name)
         try:
             os.rename(Path(scratch) / folder.name, folder)
-        except OSError:  # another process was first; its result is the same
+        except OSError:  # another process was first, with the same result
             if not folder.is_dir():
                 raise
 

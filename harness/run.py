@@ -522,7 +522,7 @@ class Run:
 
     def restore(self) -> None:
         """Load the checkpoint, if there is one, and cut the logs back to it. If args.steps has changed, print what that
-        means and note it in args.json. Raises BadInput if a model of another size lies where --model was."""
+        means and note it in args.json. Raises BadInput if --model now has another size."""
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]

@@ -269,7 +269,7 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
 
 
 def blocks_of(response: str, strings: bool = True) -> list[tuple[str, str]]:
-    """Tag and text of what stands before the first code fence, and of each block. A fence begins a line, or ends it:
+    """Tag and text of the part before the first code fence, and of each block. A fence begins a line, or ends it:
     then it closes a block or, with a tag, opens one. Fences in triple-quoted strings are text."""
     blocks, fence, quotes = [("", [])], "", 0
     for line in response.splitlines(keepends=True):

@@ -157,7 +157,7 @@ def gsm8k_answer(response: str) -> str | None:
 
 
 def end_of(response: str) -> str:
-    """The part of a response in which its answer is looked for: a base model may run on into a problem of its own."""
+    """The part of a response that may have its answer: a base model may go on and write a problem of its own."""
     return in_plain_digits(response.split("\nQuestion:", 1)[0][-MAX_RESPONSE_CHARS:])
 
 
@@ -323,7 +323,7 @@ def as_fraction(decimal: re.Match) -> str:
 @functools.lru_cache(maxsize=CACHED_PAIRS)
 def plain_keys(answer: str) -> tuple[str, ...]:
     """What decides the equality of answers that need no algebra, numbers and choice letters; () for others. A
-    percentage has two, as it stands and as a part of 1."""
+    percentage has two, 28 and 0.28 for 28%."""
     text = unwrapped(REPEATING.sub(as_fraction, answer))
     if letter := LETTER.fullmatch(text):
         return (letter[1],)
@@ -338,7 +338,7 @@ def plain_keys(answer: str) -> tuple[str, ...]:
 
 
 def plain_key(answer: str) -> str | None:
-    """The first of `plain_keys`, by which a wrong answer votes, or None."""
+    """The first of `plain_keys`, a wrong answer's vote, or None."""
     return next(iter(plain_keys(answer)), None)
 
 

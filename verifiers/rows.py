@@ -104,7 +104,7 @@ def unreachable(kind: str, hub_id: str) -> Exception | None:
         huggingface_hub.HfApi().repo_info(hub_id, repo_type=kind, timeout=HUB_TIMEOUT_S)
     except huggingface_hub.errors.HfHubHTTPError:
         pass  # the caller's own request will say what is wrong
-    except Exception as error:  # no network, by whatever name the HTTP library of the day has for it
+    except Exception as error:  # no network: HTTP libraries raise many types
         return error
 
 

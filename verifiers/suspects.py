@@ -33,7 +33,7 @@ INSTRUCTION = "One of these people did it. Name the one you suspect: answer with
 
 
 def is_held_out(names: Sequence[str]) -> bool:
-    """Whether this set of names belongs to the test set, in whatever order: a fixed fifth of all sets."""
+    """Whether this set of names, in any order, belongs to the test set: a fixed fifth of all sets."""
     return zlib.crc32(" ".join(sorted(names)).encode()) % 5 == 0
 
 

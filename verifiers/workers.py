@@ -152,7 +152,7 @@ def check_math(gold: str, answer: str) -> list:
     options = {"timeout_seconds": None, "allow_set_relation_comp": True}  # x < 3 is the interval (-oo, 3)
     correct = math_verify.verify(parsed(gold), found, **options)
     forms = [form_of(answer), form_of(gold)]
-    numbers = all(re.fullmatch("-?[0-9]+(?:/[0-9]+)?", form) for form in forms)  # of which the forms decide
+    numbers = all(re.fullmatch("-?[0-9]+(?:/[0-9]+)?", form) for form in forms)  # the forms decide for two numbers
     return [correct and not (numbers and forms[0] != forms[1] and "%" not in gold + answer), forms[0]]
 
 
@@ -227,7 +227,7 @@ FUNCTIONS = {"math": (check_math, "math_verify"), "reasoning_gym": (ask_gym, "re
 def serve(name: str, limit_s: float) -> None:
     """Answer jobs until the end of stdin."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints stays out of the replies
+    os.dup2(2, 1)  # keeps what a library prints out of the replies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     with contextlib.suppress(ValueError, OSError):  # macOS refuses it
         import resource  # not on Windows

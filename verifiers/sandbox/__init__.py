@@ -30,7 +30,7 @@ Covered at `landlock` (Linux 5.13 with Landlock, libseccomp, packages landlockpy
   no new processes or programs, no signals, no other process's memory, no shared memory, no io_uring, nothing that later
   kernels add. As root, a worker first becomes a user of its own, who can only read the interpreter.
 Covered at `bubblewrap` (the program `bwrap`, and all of `landlock`):
-- Mount, PID, network, IPC and UTS namespaces (and, but for root, user): other files and processes do not exist.
+- Mount, PID, network, IPC and UTS namespaces (and user, except as root): other files and processes do not exist.
 
 What is not covered at `rlimits` (any Unix, only by name; the one level of macOS):
 - Hostile programs. They can do whatever you can. Use it for programs that you would run yourself.

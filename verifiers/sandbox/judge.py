@@ -28,7 +28,7 @@ code_of = functools.lru_cache(512)(functools.partial(compile, filename="<tests>"
 
 
 class Ended(BaseException):
-    """The program is of no more use. A BaseException: no test's `except Exception` goes on without it."""
+    """The run of the program is over. A BaseException: no test's `except Exception` catches it."""
 
 
 class Remote:

@@ -1,5 +1,5 @@
-"""The lock on a worker: its rules, made by the pool, and how a worker puts itself under them. See `sandbox`. Imports
-that only the pool needs stand in its functions: what the workers hold, every fork copies."""
+"""The lock on a worker: its rules, made by the pool, and how a worker puts itself under them. See `sandbox`. Functions
+import what only the pool needs: every fork copies what a worker holds."""
 
 import contextlib
 import ctypes
