@@ -245,7 +245,7 @@ def tiny_tokenizer() -> "transformers.PreTrainedTokenizerFast":
 
 
 def tiny_policy_folder(task: Task, seed: int = 0) -> Path:
-    """The folder of this task's warm-started `tiny`, named by a hash of its recipe (`cached_folder`). Raises BadInput."""
+    """The folder of this task's `tiny`, named by a hash of its warm-start recipe (`cached_folder`). Raises BadInput."""
     if task.warm_start is None:
         raise BadInput(f"--model tiny cannot learn task {task.name!r}: give a pretrained one by --model NAME_OR_FOLDER")
     problems = [[(problem.prompt, problem.solution) for problem in group] for group in warm_start_groups(task)]
