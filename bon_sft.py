@@ -7,7 +7,7 @@ draws N responses from pi and keeps the one that a verifier scores highest, over
     J = E_{x, y*} [ log pi_bon(y* | x) ]
 
 Its gradient, sum_i A_i grad log pi(y_i), is a sum over the expert and n samples of the policy, see `coefficients`. With
-N = 1 it is plain SFT, to the bit, and nothing is sampled.
+N = 1 it is plain SFT, to the bit, and training draws no samples.
 
 Unlike bon_rl.py: the sum has an expert's response, and the verifier's score is the only reward.
 

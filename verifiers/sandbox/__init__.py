@@ -49,6 +49,6 @@ Not covered at any level:
   Any other object equals only itself or, if both are dataclasses, one with equal fields. A test that asks whether it is
   true or calls its methods is told what the program likes. `in` compares its items here. Operators need two objects of
   the program: from `f(2) - 4` it would learn what is expected. Functions cannot be handed over.
-- Time, entropy and addresses: such programs may not behave the same twice. `random`, `numpy.random` and `hash` start
-  the same each time.
+- Time, entropy and addresses: programs that read them may not behave the same twice. `random`, `numpy.random` and
+  `hash` start the same each time.
 """
