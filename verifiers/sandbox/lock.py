@@ -83,8 +83,8 @@ def readable() -> list[str]:
 
 
 def ruleset(readable: list[str]):
-    """A Landlock ruleset, for a worker to bind itself by: only these paths can be opened, for reading. Newer kernels also
-    refuse TCP and signals outside. Made here: with landlockpy in it, a worker would copy a quarter more at each fork."""
+    """A Landlock ruleset for a worker to bind itself by: only these paths can be opened, for reading. Newer kernels
+    refuse TCP and signals outside. Made here: with landlockpy, a worker would copy a quarter more at each fork."""
     from landlockpy import AccessFS, Ruleset, Scope
 
     ruleset = Ruleset(scoped=Scope.ABSTRACT_UNIX_SOCKET | Scope.SIGNAL)
