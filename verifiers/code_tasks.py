@@ -3,14 +3,14 @@
 The sandbox (`verifiers.sandbox`) runs a response; the reward is 1 when all tests pass and 0 otherwise.
 
 **What counts as the program.** One rule for all tasks but `programs`:
-1. Candidates are the blocks between code fences (backticks or tildes, indented or not), and the text before the first
-   fence where it continues the prompt, defines the asked function, or runs. Without fences the whole text is the
-   candidate, from its first line of code on.
+1. Candidates are the blocks between code fences (backticks or tildes, indented or not) and the code in the text around
+   them: from a line that looks like code up to the first that does not parse, remarks at the end aside ("Time: O(n)").
+   For HumanEval the text before the first fence is one if it continues the prompt.
 2. For a function, a candidate that defines it (`def name` or `name =`; a signature without a body counts less) goes
    first, then one that parses; for standard input, one that reads it, prints, calls something outside of definitions,
-   and is no quotation of another. Then a python tag goes before no tag, and the last before earlier ones.
-3. Blocks that define what it uses are put in front, and for HumanEval the prompt: a continuation, a whole function, and
-   a repeated prompt all work. A continuation is moved to the prompt's indentation.
+   and is no quotation of another. The last of these counts. Where none does so, a python tag goes before no tag.
+3. Candidates that define what it uses, or what else the tests ask for, are put in front. For HumanEval the prompt is
+   as well: a continuation, moved to its indentation, a whole function, and a repeated prompt all work.
 4. Everything from the first line that does not parse is dropped, and all after the response's first 50 000 characters.
 
 TACO's functions have the imports of the data set's own harness; its dicts compare by the text of their keys, floats to
@@ -158,7 +158,7 @@ def same(got, wanted):
     return got == wanted or near and abs(got - wanted) <= 1e-6 * max(1, abs(wanted))
 try:
     function = Solution().{name}
-except NameError:
+except (NameError, AttributeError):
     function = {name}
 for given, wanted in {pairs!r}:
     got, wanted = plain(function(*given)), plain(wanted)
@@ -211,82 +211,149 @@ def program_of(problem: Problem, response: str) -> Program:
 
 
 FENCE = re.compile(r"(.*?)(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*([\w+#.{}-]*)([^`\n]*)\n?")
-READS_INPUT = re.compile(r"\b(?:input|open)\s*\(|\bstdin\b(?!\s*=)")
+ON_FENCE = re.compile(
+    r"(?m)^(```\w*)[ \t]+((?:def|class|from|import) .*?|\w+ = .*?|print\(.*?)(```)?$"
+)  # code in its line
+SPACES = {0xFEFF: None, 0x200B: None, 0xA0: " "}  # no-break and without width, which Python refuses
+PYTHON = re.compile(r"(?:\W*lang(?:uage)?-)?\W*(?:python|py|pypy)[\d.]*\W*", re.IGNORECASE)
+READS_INPUT = re.compile(r"\binput\s*\(|=\s*input\b|\bstdin\b(?!\s*=)|\bopen\s*\(\s*(?:0|['\"]/dev/stdin)|\bos\.read\(")
 BUILTINS = set(dir(builtins))
 WHOLE = (ast.Return, ast.Yield, ast.Lambda)  # what a mere signature lacks
-CODE_START = re.compile(
-    r"(?m)^(?:def \w+ *\(|class \w+ *[:(]|import \w[\w., ]*$|from [\w.]+ import |@\w|[A-Za-z_]\w*(?:, ?\w+)* ?=(?!=)|"
-    r"print\(|[a-z_][\w.]*\(.*\)$|(?:for \w+(?:, ?\w+)* in|while|if|with|try)\b.*:\n[ \t])"
+ACTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)  # an expression without these does nothing
+CODE_LINE = re.compile(
+    r"[ \t]*(?:@\w|(?:def|class|import|from|for|while|if|with|try|match|return)\b|[\w*(\[][^=(]*(?:=(?!=)|\(|:.*=))"
 )
+MAX_PARSED = 1_000_000  # characters of a response's text that are parsed in search of code
 
 
 def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     """The program in a response, by the rule at the top: it defines one of `names`, behind `prefix`, or reads input."""
     name = "|".join(map(re.escape, names)) or "(?!)"
     defined = re.compile(rf"(?m)^([ \t]*(def|class)[ \t]+({name})\b|({name})[ \t]*(:[^=\n]*)?=(?!=))")
-    response = re.split(r"(?m)^\[DONE\]", response.replace("\ufeff", ""), maxsplit=1)[0]  # it ends MBPP's own examples
-    (_, head), *blocks = blocks_of(re.sub(r"\A(?:[ \t]*\n)+", "", response))
-    if (start := CODE_START.search(head)) and head[:1] not in (" ", "\t"):
-        before = parsed(head[: start.start()])
-        words = before and not is_run(before) and all(isinstance(node, ast.Expr) for node in before.body)
-        if words or not before and not parsed(head):
-            head = head[start.start() :]
-    goes_on = head[:1] in (" ", "\t") if prefix else not names and is_run(parsed(head))
-    if not blocks or goes_on or defined.search(head):
-        blocks = [("", head), *blocks]
-    blocks = blocks[-MAX_BLOCKS:]
+    response = re.split(r"(?m)^\[DONE\]", response.translate(SPACES), maxsplit=1)[0]  # it ends MBPP's own examples
+    response = re.sub(r"(?m)^>(?!>) ?", "", response) if re.search("(?m)^> ?```", response) else response
+    response = ON_FENCE.sub(lambda it: "\n".join(filter(None, it.groups())), response)
+    parts = blocks_of(re.sub(r"\A(?:[ \t]*\n)+", "", response))
+    head, blocks = parts[0][1], []
+    if prefix and not defined.search(head):
+        body = continuation(head, prefix)
+        if body := code_in_front(prefix + body)[len(prefix) :]:
+            blocks, parts = [("", body)], parts[1:]
+    for tag, text in parts:
+        own = code_in(text) if tag is None else [re.sub(r"\A\s*python3?\s*\n", "", text)]
+        blocks += [(tag or "", code) for code in own]
+    blocks = blocks[-MAX_BLOCKS:] or [("", head)]
     trees = [parsed(text) for _, text in blocks]
     bound, used = zip(*map(names_in, trees))
-    free = [used[i] - bound[i] - BUILTINS for i in range(len(blocks))]
+    changed = [changed_in(syntax) for syntax in trees]
+    free = [used[i] - bound[i] - BUILTINS | changed[i] for i in range(len(blocks))]
 
     def with_needed(last: int) -> list[int]:
-        """A block behind the others that define what it uses: earlier ones, and later ones that call nothing."""
-        found, missing = [last], free[last]
-        for number in [*reversed(range(last)), *range(last + 1, len(blocks))]:
-            if missing & bound[number] and (number < last or not is_run(trees[number])):
-                found, missing = [number, *found], missing | free[number]
+        """A block behind the others that define what it uses: later ones, then earlier ones, the nearest first."""
+        found, missing = [last], free[last] | {*names} - bound[last]
+        for number in [*range(last + 1, len(blocks)), *reversed(range(last))]:
+            if missing & (bound[number] | changed[number]) or "*" in bound[number] and not is_run(trees[number]):
+                found, missing = [number, *found], missing - bound[number] | free[number]
         return found
 
     def rank(number: int) -> tuple:
         (tag, text), syntax = blocks[number], trees[number]
-        language = 2 if tag.lower().strip("{}.") in ("python", "python3", "py") else not tag
+        language = 2 if PYTHON.fullmatch(tag) else not tag
         if names:
             whole = syntax is None or any(isinstance(node, WHOLE) for node in ast.walk(syntax))
             defines = bool(defined.search(text)) * (1 + whole)
-            return defines, prefix and text[:1] in (" ", "\t"), syntax is not None, language, number
+            body = prefix and text[:1] in (" ", "\t")
+            return defines, body, syntax is not None, not (defines or body) and language, number
         needed = [blocks[i][1] for i in with_needed(number)]
-        quoted = any(text.strip() in other for _, other in blocks if other != text)
-        run = is_run(syntax) and not quoted and any("print" in part or "write" in part for part in needed)
+        run = is_run(syntax) and not is_quoted(number) and any("print" in part or "write" in part for part in needed)
         reads = [run and bool(READS_INPUT.search(part)) for part in needed]
-        return reads[-1], any(reads), language, run, number
+        return reads[-1], any(reads), not any(reads) and language, run, number
+
+    def is_quoted(number: int) -> bool:
+        """Whether a block repeats a part of another. Half of an earlier one, if of several lines, corrects that one."""
+        text, others = blocks[number][1].strip(), [other.strip() for _, other in blocks]
+        larger = [i for i, other in enumerate(others) if text in other and text != other]
+        size = text.count("\n") and 2 * text.count("\n") + 1
+        return any(i > number or size < others[i].count("\n") for i in larger)
 
     *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
-    helpers, source = "".join(textwrap.dedent(blocks[i][1]) + "\n" for i in helpers), blocks[chosen][1]
+    helpers = [
+        definitions(trees[i]) if i > chosen and is_run(trees[i]) else textwrap.dedent(blocks[i][1]) for i in helpers
+    ]
+    helpers, source = "".join(f"{text}\n" for text in helpers), blocks[chosen][1]
     if prefix and not defined.search(source):
         return continuation(source, prefix) + ("\n" + helpers if helpers else "")
     source = textwrap.dedent(source)
     return helpers + (source.lstrip() if source.lstrip("\n")[:1] in (" ", "\t") else source)
 
 
-def blocks_of(response: str, strings: bool = True) -> list[tuple[str, str]]:
-    """Tag and text of the part before the first code fence, and of each block. A fence begins a line, or ends it:
-    then it closes a block or, with a tag, opens one. Fences in triple-quoted strings are text."""
-    blocks, fence, quotes = [("", [])], "", 0
+def blocks_of(response: str, strings: bool = True) -> list[tuple[str | None, str]]:
+    """Tag and text of each code block and, with the tag None, of the text around them, the text in front first. A fence
+    begins a line, or ends it: then it closes a block or, with a tag, opens one. Fences in triple-quoted strings, in
+    blocks and in the text in front, are text."""
+    blocks, fence, quotes = [(None, [])], "", 0
     for line in response.splitlines(keepends=True):
         mark = FENCE.fullmatch(line) if "```" in line or "~~~" in line else None
         before, marks, tag, rest = mark.groups() if mark else ("", "", "", "")
         inside = strings and quotes % 2 or not marks.startswith(fence or ("`", "~"))
         if inside or before.strip() and (rest.strip() or fence and tag or marks in before):
             before, marks = line, ""
-        if before.strip(" \t") and (fence or len(blocks) == 1):
+        if before.strip(" \t"):
             blocks[-1][1].append(before)
-            quotes += before.count('"""') + before.count("'''")
+            quotes += (before.count('"""') + before.count("'''")) * bool(fence or len(blocks) == 1)
         if marks:
             fence, quotes = marks if not fence or tag and not rest.strip() else "", 0
-            blocks += [(tag, [])] if fence else []
+            blocks += [(tag if fence else None, [])]
     if strings and quotes % 2:
         return blocks_of(response, strings=False)
     return [(tag, "".join(lines)) for tag, lines in blocks]
+
+
+def code_in(text: str) -> list[str]:
+    """The pieces of code in a text without fences: each goes from a line that looks like code (CODE_LINE), or the lines
+    as far indented as it, up to the first that does not parse."""
+    lines, found, i, left = text.splitlines(keepends=True), [], 0, MAX_PARSED
+    while i < len(lines):
+        code = ""
+        if CODE_LINE.match(lines[i]) and left > 0:
+            indent = re.match(r"[ \t]*", lines[i])[0]
+            if i == 0 and lines[1:] and lines[1].strip() and not lines[1].startswith(indent):  # decoding left a space
+                lines[0], indent = lines[0].lstrip(), ""
+            rest = itertools.takewhile(lambda line: not line.strip() or line.startswith(indent), lines[i:])
+            left -= len(rest := "".join(rest))
+            found += [code] if (code := code_in_front(rest)) else []
+        i += code.count("\n") or 1
+    return found
+
+
+def code_in_front(text: str) -> str:
+    """The lines of a text up to the first that does not parse, remarks at their end aside; "" if they do nothing."""
+    lines, plain = text.splitlines(keepends=True), textwrap.dedent(text).splitlines(keepends=True)
+    for _ in range(20):
+        try:
+            body = tree("".join(plain)).body
+        except SyntaxError as error:
+            plain = plain[: max(min(error.lineno or 1, len(plain)) - 1, 0)]
+            continue
+        except (ValueError, MemoryError, RecursionError, SystemError):
+            break
+        while body and is_remark(body[-1]):
+            plain = plain[: body.pop().lineno - 1]
+        return "".join(lines[: len(plain)]) if body else ""
+    return ""
+
+
+def is_remark(statement: ast.stmt) -> bool:
+    """Whether a statement does nothing, as "Time: O(n)", "Output", and "[END]" behind a program do."""
+    if isinstance(statement, ast.Expr):
+        return not any(isinstance(node, ACTS) for node in ast.walk(statement))
+    return isinstance(statement, ast.AnnAssign) and statement.value is None
+
+
+def definitions(syntax: ast.Module) -> str:
+    """The imports, functions and classes of a program."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    return ast.unparse([node for node in syntax.body if isinstance(node, kinds)])
 
 
 def continuation(source: str, prefix: str) -> str:
@@ -297,8 +364,8 @@ def continuation(source: str, prefix: str) -> str:
         return source
     source = source.expandtabs(4) if source[:1] == "\t" else source
     width, wanted = (len(line) - len(line.lstrip(" ")) for line in (source, last))
-    lines = 0 if width and re.search(rf"\n {{{width}}}\S", source) else 1
-    return re.sub(rf"(?m)^ {{{width}}}", " " * (wanted or 4), source, count=lines)
+    whole = re.search(rf"\n {{{width}}}\S" if width else r"(?m)^(?:return|yield)\b", source)  # else its first line
+    return re.sub(rf"(?m)^ {{{width}}}", " " * (wanted or 4), source, count=not whole)
 
 
 def parsed(source: str) -> ast.Module | None:
@@ -309,13 +376,31 @@ def parsed(source: str) -> ast.Module | None:
         return None
 
 
-def names_in(syntax: ast.Module | None) -> tuple[set[str], set[str]]:
+def names_in(syntax: ast.AST | None) -> tuple[set[str], set[str]]:
     """The names that a program binds, and all names in it."""
     nodes = list(ast.walk(syntax)) if syntax else []
     names = [node for node in nodes if isinstance(node, ast.Name)]
     bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     bound |= {value for node in nodes for key in ("name", "asname", "arg") if (value := getattr(node, key, None))}
     return bound, {node.id for node in names}
+
+
+def changed_in(syntax: ast.Module | None) -> set[str]:
+    """The names that a program changes without having made them: `s = s * 2`, `s += 1`, `a.sort()`."""
+    made, changed = set(), set()
+    for node in syntax.body if syntax else []:
+        bound, used = names_in(node)
+        if isinstance(node, ast.Assign):
+            used = names_in(node.value)[1]
+        elif isinstance(node, ast.Expr):
+            bound = {
+                x.value.id for x in ast.walk(node) if isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name)
+            }
+        elif not isinstance(node, ast.AugAssign):
+            used = set()
+        changed |= bound & used - made
+        made |= bound
+    return changed
 
 
 def is_run(syntax: ast.Module | None) -> bool:

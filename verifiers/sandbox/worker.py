@@ -95,7 +95,7 @@ def with_devices(open_path, open_number):
     """`open_path` for programs. Devices are copies of descriptors; standard input starts anew, like a file."""
 
     def opened(file, *args, **kwargs):
-        number = DEVICES.get(file) if isinstance(file, str) else None
+        number = DEVICES.get(str(file))  # a text or a Path
         if number is None:
             return open_path(file, *args, **kwargs)
         if number == 0:
@@ -136,7 +136,7 @@ def run_program(load_filter, limits: list[tuple[int, tuple[int, int]]], channel:
         __import__("tempfile").tempdir = "/"  # dill, which torch imports, asks for one, though it writes nothing there
     code = compiled(job["source"])
     module = types.ModuleType("program" if stdin is None else "__main__")
-    sys.modules[module.__name__] = module
+    module.__file__, sys.modules[module.__name__] = "program.py", module
     if stdin is None:
         with contextlib.suppress(EOFError):  # the judge hung up
             serve(channel, code, module.__dict__)
@@ -144,6 +144,8 @@ def run_program(load_filter, limits: list[tuple[int, tuple[int, int]]], channel:
     exit_code = 0
     try:
         exec(code, module.__dict__)
+        for end in threading._threading_atexits:  # of thread pools, whose threads wait for work
+            end()
         for thread in threading.enumerate():
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
@@ -154,14 +156,16 @@ def run_program(load_filter, limits: list[tuple[int, tuple[int, int]]], channel:
         exit_code = 1
     try:
         atexit._run_exitfuncs()  # where some programs print their buffered output
-        module.__dict__.clear()  # others print it when their objects end: files that nobody closed, `__del__`
-        gc.collect()
-        for file in (sys.stdout, sys.__stdout__):
-            if not file.closed:
-                file.flush()
+        if not getattr(sys.stdout, "closed", sys.stdout is None):
+            sys.stdout.flush()  # maybe the program's own, which needs the program's names
     except BaseException as error:
         send(channel, error_of(error), as_json)
         exit_code = 1
+    with contextlib.suppress(BaseException):  # as at Python's own end
+        sys.stdout = sys.__stdout__
+        module.__dict__.clear()  # others print it when their objects end: files that nobody closed, `__del__`
+        gc.collect()
+        sys.stdout.flush()
     os._exit(exit_code & 255)
 
 
@@ -178,6 +182,9 @@ def redirect(stdin: str | None) -> None:
         os.dup2(file, 0)
         os.close(file)
         sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)  # it can seek
+        sys.stdout = sys.__stdout__ = open(
+            1, "w", encoding="utf-8", errors="surrogateescape", closefd=False
+        )  # it cannot
 
 
 def compiled(source: str) -> types.CodeType:
