@@ -1,7 +1,6 @@
 """What goes wrong around a run, and the one line that tells it: models that are not there, full disks, Ctrl-C."""
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -11,15 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import SMALL
+from test_resume import raising, sending
 
 import harness.policy
 import harness.run
-import pass_at_k_pg
-import verifiers.hub
-import verifiers.rows
 from harness.policy import full_disk_told
 from harness.run import RunArgs
-from verifiers import BadInput, load_task
+from verifiers import BadInput, learned, load_task
 
 PASS = "pass_at_k_pg.py"
 
@@ -31,16 +28,6 @@ def test_a_runs_folder_is_its_own_and_a_long_path_is_shortened_in_its_name(tmp_p
     monkeypatch.setattr(Path, "exists", lambda self: False)  # another run makes it in this moment
     args = RunArgs(run_name="one")
     assert [harness.run.new_run_folder(args, []).name for _ in range(2)] == ["one", "one-2"]
-
-
-def test_out_of_memory_is_one_line(monkeypatch, capsys):
-    def main(args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(sys, "argv", ["x.py"])
-    with pytest.raises(SystemExit, match="2"):
-        harness.run.run_cli(main, RunArgs)
-    assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2 GiB\n"
 
 
 def test_a_hub_out_of_reach_is_asked_once_and_told_in_one_line(refused, monkeypatch):
@@ -60,21 +47,12 @@ def test_a_hub_out_of_reach_is_asked_once_and_told_in_one_line(refused, monkeypa
 
 def test_a_new_head_is_no_news_to_the_user_and_a_missing_one_is_refused(untrained, capfd):
     task = load_task("arithmetic")
-    head = verifiers.learned.load_verifier(untrained, task, new_head=True).model.score.weight
+    head = learned.load_verifier(untrained, task, new_head=True).model.score.weight
     assert head.shape == (1, 16)
     told = capfd.readouterr()
     assert "MISSING" not in told.out + told.err and "score" not in told.out + told.err
     with pytest.raises(BadInput, match="cannot load the verifier .*: ValueError: its weights lack score.weight"):
-        verifiers.learned.load_verifier(untrained, task)
-
-
-def test_levels_that_are_no_number_are_told(tmp_path, capsys):
-    levels = ["hard", 3, None, "Level ?"]
-    rows = [{"problem": f"{i}?", "answer": str(i), "level": level} for i, level in enumerate(levels)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [problem.level for problem in load_task("math", str(tmp_path)).train] == [None, 3, None, None]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"{tmp_path}, train: 2 levels that are no number, such as 'hard': these problems have no level"
+        learned.load_verifier(untrained, task)
 
 
 TELLS = {
@@ -102,14 +80,20 @@ def test_a_full_disk_in_the_words_of_each_library(library, tmp_path):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-@pytest.mark.parametrize("where", ["harness.run.load_policy", "harness.run.Run.evaluate"])
-def test_ctrl_c_before_the_first_step_is_one_line(where, run, skilled, monkeypatch):
-    monkeypatch.setattr(where, lambda *args: os.kill(os.getpid(), signal.SIGINT))
+STOPPED = "stopped: give the same command again, or --resume the folder that it was writing to"
+TOO_MUCH = "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.parametrize("where, action, code, line", [
+    ("load_policy", sending(signal.SIGINT), 130, STOPPED), ("Run.evaluate", sending(signal.SIGINT), 130, STOPPED),
+    ("load_policy", raising(torch.OutOfMemoryError(TOO_MUCH)), 2, f"error: {TOO_MUCH}"),
+])  # fmt: skip
+def test_the_end_before_the_first_step_is_one_line(where, action, code, line, run, skilled, monkeypatch):
+    monkeypatch.setattr(f"harness.run.{where}", action)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     ended = run(PASS, *SMALL, "--model", skilled)
     signal.signal(signal.SIGINT, before)
-    line = "stopped: give the same command again, or --resume the folder that it was writing to\n"
-    assert (ended.returncode, ended.stderr) == (130, line)
+    assert (ended.returncode, ended.stderr) == (code, line + "\n")
 
 
 def test_track_calls_wandb_before_the_writer_is_made(run, refused, skilled, monkeypatch):
@@ -132,9 +116,5 @@ def test_track_calls_wandb_before_the_writer_is_made(run, refused, skilled, monk
     assert name == "init" and options["sync_tensorboard"] is True and options["name"] == "two"
     assert options["config"]["k"] == 2 and writes == ("writer", "runs/two") and ("reward", 2) in scalars
     monkeypatch.setattr(harness.run, "world", lambda: (1, 1))
-    monkeypatch.setattr(harness.run, "all_gather", lambda value: [Path("runs/two") if value is None else value])
-    args = pass_at_k_pg.Args(task="arithmetic", model=skilled, track=True, n=4, k=2, eval_n=4, eval_problems=1)
-    second = harness.run.Run(args)
-    monkeypatch.setattr(harness.run, "all_gather", lambda value: [value])
-    next(second.steps(lambda verdict: {"pass@1": verdict.rewards.mean(-1)}, ""))
-    assert second.writer is None and len(calls) == 2 + len(scalars)
+    run(PASS, "--resume", "runs/two", code=0)
+    assert len(calls) == 2 + len(scalars)

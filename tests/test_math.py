@@ -377,9 +377,11 @@ ROWS = [  # a row, and its problem
 ]  # fmt: skip
 
 
-def test_each_schema_gives_its_problem(tmp_path):
+def test_each_schema_gives_its_problem(tmp_path, capsys):
     rows, expected = zip(*ROWS)
     assert task_of(tmp_path, "math", *rows).test == [Problem(*fields) for fields in expected]
+    told = f"{tmp_path}, train: 2 levels that are no number, such as 'Level ?': these problems have no level"
+    assert capsys.readouterr().err.splitlines() == [told, told.replace("train", "test")]
     assert task_of(tmp_path, "gsm8k", rows[3]).test == [Problem("d", "1004", "2*2=4\n#### 1,004", 3)]
     mine = [{"problem": "a", "answer": answer} for answer in ("$18", "18 dollars", "25\\%", "-1/2")]
     assert [problem.answer for problem in task_of(tmp_path, "gsm8k", *mine).test] == ["18", "18", "25", "-1/2"]
