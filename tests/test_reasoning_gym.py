@@ -88,13 +88,13 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
 RUNS_IT = "is refused: its scorer runs the answer as code .eval or sympy"
 
 
-@pytest.mark.parametrize("name, data, why", [
-    ("n_queens", None, f"'n_queens' {RUNS_IT}"), ("countdown", None, f"'countdown' {RUNS_IT}"),
-    ("leg_counts", None, "no data set 'leg_counts'; try leg_counting"), ("leg_counting", "folder", "leave --data out"),
+@pytest.mark.parametrize("name, why", [
+    ("n_queens", f"'n_queens' {RUNS_IT}"), ("countdown", f"'countdown' {RUNS_IT}"),
+    ("leg_counts", "no data set 'leg_counts'; try leg_counting"),
 ])  # fmt: skip
-def test_what_is_refused(name, data, why):
+def test_what_is_refused(name, why):
     with pytest.raises(BadInput, match=why):
-        load_task(f"reasoning_gym/{name}", data)
+        load_task(f"reasoning_gym/{name}")
 
 
 def test_another_version_is_refused(monkeypatch):

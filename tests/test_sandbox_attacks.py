@@ -12,7 +12,6 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -373,26 +372,6 @@ def test_each_case_has_its_own_time():
 
 
 # ------------------------------------------------------------------------------------------------------------ crowding
-def stop_the_next_program(worker) -> None:
-    """It waits, forked ahead: of the fork server's two children the second. As if others left it no time."""
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        tree = [worker.process.pid, *descendants(worker.process.pid)]
-        families = [descendants(pid) for pid in tree]
-        pairs = [family for family in families if len(family) == 2 and not any(map(descendants, family))]
-        if pairs:
-            return os.kill(pairs[0][1], signal.SIGSTOP)
-    pytest.fail("no program waits")
-
-
-def test_a_program_that_starved_runs_again_alone(pool, no_worker_ends):
-    of_cases = Program("print(3)", cases=(("", "3"),) * 2, wall=0.7)
-    for program in (Program(RIGHT.source, RIGHT.tests, RIGHT.names, wall=0.7), of_cases):
-        for worker in pool._workers:
-            stop_the_next_program(worker)
-        assert [result.status for result in pool.run([program] * 2)] == ["passed"] * 2
-
-
 def test_what_runs_again(pool, monkeypatch):
     """What timed out with less than half its wall time of CPU time, if others ran: for a sixteenth, a quarter, all. All
     this takes no longer than the first runs did."""
