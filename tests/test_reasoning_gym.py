@@ -85,11 +85,8 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
     assert len(names) > 100 and not set(names) - scored - {"prime_factorization"}  # its scorer raises: no numbers
 
 
-RUNS_IT = "is refused: its scorer runs the answer as code .eval or sympy"
-
-
 @pytest.mark.parametrize("name, why", [
-    ("n_queens", f"'n_queens' {RUNS_IT}"), ("countdown", f"'countdown' {RUNS_IT}"),
+    *((name, "is refused: its scorer runs the answer as code .eval or sympy") for name in ("n_queens", "countdown")),
     ("leg_counts", "no data set 'leg_counts'; try leg_counting"),
 ])  # fmt: skip
 def test_what_is_refused(name, why):

@@ -85,10 +85,10 @@ PRINTS = [  # 3, and end
 
 @pytest.mark.parametrize("source", [
     "import sys\nx = sys.stdin.read()\nsys.stdin.seek(0)\nprint(int(input()) + int(x))",
-    "print(2 * int(open('/dev/stdin').readline()))", "import io\nprint(2 * int(io.open('/dev/stdin').readline()))",
-    "x = int(input())\nprint(x + int(open('/dev/stdin').read()))",
-    "import os\nprint(2 * int(os.read(os.open('/dev/stdin', os.O_RDONLY), 9)))",
+    "import io\nprint(2 * int(io.open('/dev/stdin').readline()))",
     "import sys\nsys.stdin = open(0)\nprint(2 * int(input()))",
+    "import os\nprint(2 * int(os.read(os.open('/dev/stdin', os.O_RDONLY), 9)))",
+    "x = int(input())\nprint(x + int(open('/dev/stdin').read()))",
     "import os\nprint(2 * int(os.read(0, os.fstat(0).st_size)))",
     "import sys, threading\ndef main(): print(2 * int(sys.stdin.read()))\n"
     "threading.stack_size(2**26)\nthreading.Thread(target=main).start()",
@@ -257,10 +257,7 @@ def test_no_level_weaker_than_asked_for(monkeypatch):
             Sandbox(level)
     with pytest.raises(BadInput, match="unknown sandbox 'docker'"):
         Sandbox("docker")
-    lock.filters.cache_clear()
-
-
-def test_a_lock_that_does_not_hold_is_refused(monkeypatch):
+    monkeypatch.undo()
     monkeypatch.setattr(lock, "readable", lambda: ["/"])
     with pytest.raises(BadInput, match="the lock does not hold"):
         Sandbox("landlock", workers=1)
