@@ -53,63 +53,59 @@ def test_a_model_without_a_pad_token_runs(run, tmp_path):
 
 # What is checked for all scripts, and called --k or --N as they have it; and what some check. Files: see the test.
 OF_EACH = [
-    (["--k", "8", "--n", "4"], "--n must be at least 8 (--k 8 takes that many samples), not 4"),
-    (["--k", "8", "--n", "9", "--eval-n", "4"], "--eval-n must be at least 8"),
-    (["--k", "0"], "--k must be at least 1, not 0"),
-    (["--k", "1", "--n", "1", "--kl-coef", "1"], "--kl-coef needs --n 2 or more"),
-    (["--max-new-tokens", "64"], "exceed the model's context of 64"),
+    ("--k 8 --n 4", "--n must be at least 8 (--k 8 takes that many samples), not 4"),
+    ("--k 8 --n 9 --eval-n 4", "--eval-n must be at least 8"),
+    ("--k 0", "--k must be at least 1, not 0"),
+    ("--k 1 --n 1 --kl-coef 1", "--kl-coef needs --n 2 or more"),
+    ("--max-new-tokens 64", "exceed the model's context of 64"),
 ]
 OF_ALL = [
-    (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
-    (["--lr", "nan"], "--lr must be a positive number, not nan"),
-    (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
-    *((["--task", name, "--levels", "--data", "x.jsonl"], f"task '{name}' makes its own problems: leave --data out")
+    ("--temperature 0", "--temperature must be a positive number, not 0.0"),
+    ("--lr nan", "--lr must be a positive number, not nan"),
+    ("--task sudoku", "unknown task 'sudoku': choose one of arithmetic, "),
+    *((f"--task {name} --levels --data x.jsonl", f"task '{name}' makes its own problems: leave --data out")
       for name in ("suspects", "programs", "reasoning_gym/dice")),
-    (["--levels", "9"], "no training problems at --levels 9"),
-    (["--model", "no/such-model"], "cannot load --model 'no/such-model'"),
-    (["--kl-coef", "nan"], "--kl-coef must be at least 0, not nan"),
-    (["--kl-coef", "inf"], "--kl-coef must be at least 0 and finite, not inf"),
-    (["--model", f"tiny-{10**20}"], f"cannot load --model 'tiny-{10**20}'"),
-    (["--run-name", "a/../../b"], "--run-name"),
-    (["--no-chat"], "no chat template: leave --no-chat out"),
-    *((["--model", name], f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c")),
-    (["--model", "./no_test/train.jsonl"], "train.jsonl is a file"),
-    (["--model", "no_end"], "has no end-of-sequence token"),
-    (["--model", "no_tokenizer"], "tokenizer.save_pretrained('no_tokenizer') writes one"),
-    (["--model", "no_weights"], "no file named model.safetensors"),
-    (["--model", "a_weight_less"], "its weights lack model.layers.0.self_attn.q_proj.weight"),
-    (["--levels", "--task", "gsm8k", "--data", "no_test/train.jsonl", "--model", "tiny"],
-     "--model tiny cannot learn task 'gsm8k'"),
-    (["--levels", "--task", "gsm8k", "--data", "no_test"],
-     "the task has no held-out problems here: add test.jsonl to no_test"),
-    (["--levels", "--task", "math500", "--data", "no_train"],
-     "the task has no training problems here: --steps 0 evaluates on held-out ones"),
-    (["--estimator", "mode"], "--estimator must be mean, unbiased, biased, maxrl or FILE:NAME, not 'mode'"),
-    (["--sandbox", "landlock"], "--sandbox does nothing without a task that runs programs"),
+    ("--levels 9", "no training problems at --levels 9"),
+    ("--model no/such-model", "cannot load --model 'no/such-model'"),
+    ("--kl-coef nan", "--kl-coef must be at least 0, not nan"),
+    ("--kl-coef inf", "--kl-coef must be at least 0 and finite, not inf"),
+    (f"--model tiny-{10**20}", f"cannot load --model 'tiny-{10**20}'"),
+    ("--run-name a/../../b", "--run-name"),
+    ("--no-chat", "no chat template: leave --no-chat out"),
+    *((f"--model {name}", f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c")),
+    ("--model ./no_test/train.jsonl", "train.jsonl is a file"),
+    ("--model no_end", "has no end-of-sequence token"),
+    ("--model no_tokenizer", "tokenizer.save_pretrained('no_tokenizer') writes one"),
+    ("--model no_weights", "no file named model.safetensors"),
+    ("--model a_weight_less", "its weights lack model.layers.0.self_attn.q_proj.weight"),
+    ("--levels --task gsm8k --data no_test/train.jsonl --model tiny", "--model tiny cannot learn task 'gsm8k'"),
+    ("--levels --task gsm8k --data no_test", "the task has no held-out problems here: add test.jsonl to no_test"),
+    ("--levels --task math500 --data no_train", "the task has no training problems here: --steps 0 evaluates"),
+    ("--estimator mode", "--estimator must be mean, unbiased, biased, maxrl or FILE:NAME, not 'mode'"),
+    ("--sandbox landlock", "--sandbox does nothing without a task that runs programs"),
 ]  # fmt: skip
 
 OF_SOME = [
-    (PASS, ["--k", "1", "--n", "1", "--estimator", "maxrl"], "--estimator maxrl with --n 1 is zero by definition"),
-    *((x, ["--k", "1", "--estimator", "biased"], "--estimator biased with --k 1 is zero by") for x in (PASS, MAJ)),
-    (RL, ["--estimator", "recipes/all_right.py:all_right"], "recipes/all_right.py:all_right"),  # a file: pass@k's alone
-    (RL, ["--estimator", "variational", "--n", "7"], "needs --n 6 or a larger multiple of --N, not 7"),
-    (RL, ["--estimator", "variational", "--baseline", "value", "--n", "2"], "needs --n 4 or a larger multiple"),
-    (RL, ["--baseline", "value"], "--baseline value is for --estimator mean and variational"),
-    (RL, ["--estimator", "rlb", "--verifier", "learned"], "rlb is a closed form for --verifier environment"),
-    (RL, ["--log-kl", "--anchor-rate", "2"], "--anchor-rate must lie between 0 and 1, not 2.0"),
-    (RL, ["--k", "1", "--n", "1", "--kl-coef-end", "1"], "--kl-coef needs --n 2 or more"),
-    (RL, ["--verifier", "learned", "--verifier-model", "no/such"], "cannot load the verifier 'no/such'"),
-    (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
-    (SFT, ["--eval-N", "5"], "--eval-N must lie between 1 and --eval-n 4, not 5"),
-    (SFT, ["--likelihood", "exact", "--verifier", "learned"], "exact is a closed form for --verifier environment"),
-    (SFT, ["--experts", "no.jsonl"], "no.jsonl does not exist: --experts takes a JSONL or Parquet file, or a folder"),
-    (SFT, ["--N", "1", "--n", "6"], "--n does nothing without --N 2 or more"),
-    (SFT, ["--N", "1", "--n", "None", "--likelihood", "exact"], "--likelihood does nothing without --N 2 or more"),
-    (RL, ["--verifier", "learned", "--verifier-model", "x", "--verifier-lr", "1"],
-     "--verifier-lr does nothing without a verifier that is trained here"),
-    (RL, ["--verifier-model", "x"], "--verifier-model does nothing without --verifier learned; leave it out"),
-    (RL, ["--kl-coef", "1", "--log-kl"], "--log-kl does nothing without --kl-coef 0: else the KL is logged anyway"),
-    (RL, ["--kl-coef", "1", "--kl-delay", "5"], "--kl-delay does nothing without --kl-coef-end"),
+    (PASS, "--k 1 --n 1 --estimator maxrl", "--estimator maxrl with --n 1 is zero by definition"),
+    *((x, "--k 1 --estimator biased", "--estimator biased with --k 1 is zero by") for x in (PASS, MAJ)),
+    (RL, "--estimator recipes/all_right.py:all_right", "recipes/all_right.py:all_right"),  # a file: pass@k's alone
+    (RL, "--estimator variational --n 7", "needs --n 6 or a larger multiple of --N, not 7"),
+    (RL, "--estimator variational --baseline value --n 2", "needs --n 4 or a larger multiple"),
+    (RL, "--baseline value", "--baseline value is for --estimator mean and variational"),
+    (RL, "--estimator rlb --verifier learned", "rlb is a closed form for --verifier environment"),
+    (RL, "--log-kl --anchor-rate 2", "--anchor-rate must lie between 0 and 1, not 2.0"),
+    (RL, "--k 1 --n 1 --kl-coef-end 1", "--kl-coef needs --n 2 or more"),
+    (RL, "--verifier learned --verifier-model no/such", "cannot load the verifier 'no/such'"),
+    (SFT, "--n 2", "--n must be more than --N 2, not 2"),
+    (SFT, "--eval-N 5", "--eval-N must lie between 1 and --eval-n 4, not 5"),
+    (SFT, "--likelihood exact --verifier learned", "exact is a closed form for --verifier environment"),
+    (SFT, "--experts no.jsonl", "no.jsonl does not exist: --experts takes a JSONL or Parquet file, or a folder"),
+    (SFT, "--N 1 --n 6", "--n does nothing without --N 2 or more"),
+    (SFT, "--N 1 --n None --likelihood exact", "--likelihood does nothing without --N 2 or more"),
+    (RL, "--verifier learned --verifier-model x --verifier-lr 1", "--verifier-lr does nothing without a verifier that"),
+    (RL, "--verifier-model x", "--verifier-model does nothing without --verifier learned; leave it out"),
+    (RL, "--kl-coef 1 --log-kl", "--log-kl does nothing without --kl-coef 0: else the KL is logged anyway"),
+    (RL, "--kl-coef 1 --kl-delay 5", "--kl-delay does nothing without --kl-coef-end"),
 ]  # fmt: skip
 REFUSED = [*((x, *case) for x in (PASS, RL) for case in OF_EACH), *((PASS, *case) for case in OF_ALL), *OF_SOME]
 
@@ -128,14 +124,14 @@ SPOILT = {  # folder -> what is done to the model in it
 }
 
 
-@pytest.mark.parametrize("script, flags, complaint", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize("script, flags, complaint", REFUSED)
 def test_bad_input_is_one_clear_line(script, flags, complaint, run, untrained, tmp_path):
     for name in ("no_test/train.jsonl", "no_train/test.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps({"problem": "1+1=", "answer": "2", "solution": ""}) + "\n")
-    for name in SPOILT.keys() & {*flags}:
+    for name in SPOILT.keys() & {*flags.split()}:
         SPOILT[name](Path(shutil.copytree(untrained, tmp_path / name)))
-    stderr = run(script, *SMALL, "--model", untrained, *flags, code=2).stderr
+    stderr = run(script, *SMALL, "--model", untrained, *flags.split(), code=2).stderr
     assert of_script(script, complaint) in stderr
     assert len(stderr.splitlines()) == 1 or not stderr.startswith("error:")  # the parser's own has a frame
     assert not (tmp_path / "runs").exists()
@@ -175,7 +171,7 @@ def test_an_evaluation_on_training_problems_says_so(one_file, run, untrained, tm
         assert line not in out and "2 held-out problems; " in out
 
 
-@pytest.mark.parametrize("script, flags", [(RL, ["--estimator", "rlb"]), (SFT, ["--likelihood", "exact"])])
+@pytest.mark.parametrize("script, flags", [(RL, "--estimator rlb"), (SFT, "--likelihood exact")])
 def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, untrained, monkeypatch):
     """In a training step, behind the trial and the first evaluation."""
     verify, calls = arithmetic.verify, []
@@ -186,7 +182,7 @@ def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, un
         return Verdict(verdict.rewards + (len(calls) > 2) / 2, verdict.votes)
 
     monkeypatch.setattr(arithmetic, "verify", higher)
-    stderr = run(script, *SMALL, *flags, "--model", untrained, code=2).stderr
+    stderr = run(script, *SMALL, *flags.split(), "--model", untrained, code=2).stderr
     *_, line = stderr.splitlines()
     assert "is for rewards and scores 0 and 1, 'arithmetic' has others" in line
     assert "(step 0 is saved: mend it, then --resume runs/" in line and "Traceback" not in stderr

@@ -23,7 +23,7 @@ import common
 import harness.policy
 import majority_pg
 import pass_at_k_pg
-from verifiers import BadInput, Problem, arithmetic, load_task, reasoning_gym, rows, votes_from_answers, workers
+from verifiers import BadInput, Problem, arithmetic, load_task, reasoning_gym, rows, workers
 from verifiers import code_tasks as code
 from verifiers import math_tasks as math_task
 from verifiers.sandbox.pool import STATUSES, Program
@@ -136,15 +136,6 @@ def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(
         for k in (1, 3, 6):
             found = metric(rewards, k)
             assert found.dtype == torch.float64 and torch.equal(found, metric(rewards.double(), k))
-
-
-@examples(60, [["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
-@given(st.integers(0, 6).flatmap(lambda n: st.lists(st.lists(st.none() | TEXTS, min_size=n, max_size=n), max_size=3)))
-def test_equal_answers_vote_for_the_place_of_the_first(answers):
-    votes = votes_from_answers(answers)
-    assert votes.dtype == torch.int64 and votes.shape[0] == len(answers)
-    for row, answer_row in zip(votes.tolist(), answers):
-        assert row == [-1 if answer is None else answer_row.index(answer) for answer in answer_row]
 
 
 # --- arithmetic ---

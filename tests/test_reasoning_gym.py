@@ -65,9 +65,7 @@ def test_hostile_answers_cost_only_themselves(monkeypatch):
     gym.GYM.close()
 
 
-def writes_files(path) -> list[str]:
-    """Answers that make a file or folder at this path, if they are run as code."""
-    return [f"open({str(path)!r}, 'w')", f"[open({str(path)!r}, 'w')]", f"__import__('os').mkdir({str(path)!r})"]
+WRITE = "open({!r}, 'w')", "[open({!r}, 'w')]", "__import__('os').mkdir({!r})"  # a file or folder, where they are run
 
 
 @pytest.mark.slow
@@ -77,7 +75,7 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
 
     names = sorted(set(DATASETS) - {"composite"})
     workers = Workers("reasoning_gym", limit_s=20.0)
-    asked = [[name, 0, i, answer] for name in names for i in range(5) for answer in writes_files(tmp_path / name)]
+    asked = [[name, 0, i, code.format(str(tmp_path / name))] for name in names for i in range(5) for code in WRITE]
     results = workers.map(asked)
     workers.close()
     assert {path.name for path in tmp_path.iterdir()} == set(gym.EVALUATED)

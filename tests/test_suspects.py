@@ -22,14 +22,6 @@ task_of = functools.cache(load_task)
 Q, WEIGHTS, LEVELS = optima.held_out()
 
 
-def random_policies(q: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, *q.shape): of any sharpness, on the candidates of q."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(count, *q.shape, dtype=torch.float64, generator=generator)
-    scale = 6 * torch.rand(count, 1, 1, dtype=torch.float64, generator=generator)
-    return (scale * logits).where(q > 0, -torch.inf).softmax(-1)
-
-
 # --- the task --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, expected", [("suspects", [0.49, 1, 0.7]), ("suspects_uniform", [1, 1, 1])])
 def test_the_posterior_is_by_the_weights_of_those_listed(name, expected):
@@ -148,7 +140,9 @@ def test_each_optimum_is_stationary_and_above_its_neighbours(name):
     multiplier = (slope * optimum).sum(-1, keepdim=True)
     torch.testing.assert_close(slope.where(inside, multiplier), multiplier.expand_as(slope), atol=1e-5, rtol=1e-5)
     assert (slope.where((Q > 0) & ~inside, -torch.inf) <= multiplier + 1e-6).all()
-    others = random_policies(Q, 2 if "maj" in name else 100)  # (100, P, 8)
+    normal = torch.randn(2 if "maj" in name else 100, *Q.shape, generator=torch.Generator().manual_seed(0)).double()
+    logits = torch.linspace(0, 6, len(normal)).view(-1, 1, 1) * normal  # (100, P, 8), of any sharpness
+    others = logits.where(Q > 0, -torch.inf).softmax(-1)
     for share in (1.0, 0.1, 0.01):
         assert (objective((1 - share) * optimum + share * others) <= objective(optimum) + 1e-9).all()
 
