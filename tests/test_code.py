@@ -76,23 +76,19 @@ def test_the_solution_of_each_schema_passes_and_a_wrong_one_fails(tmp_path, name
     assert verdict.votes.tolist() == [[-1, -1], [-1, -1]] and verdict.votes.dtype == torch.int64
 
 
-@pytest.mark.parametrize("name, row", [("humaneval", HUMANEVAL), ("mbpp", MBPP), ("code_contests", CONTEST)])
-def test_what_a_pretrained_policy_reads_and_how_long_it_may_write(tmp_path, name, row):
-    """It goes on with HumanEval's prompts, and begins a line behind the others. A chat model is told what to do."""
+@pytest.mark.parametrize("name, row, read, tokens", [
+    ("humaneval", HUMANEVAL, HUMANEVAL["prompt"], 512), ("code_contests", CONTEST, "Print the sum.\n", 1024),
+    ("mbpp", MBPP, f"{MBPP['text']}\nYour code should pass this test:\nassert sum(Pair(1, 2)) == 3\n", 512),
+])  # fmt: skip
+def test_what_a_pretrained_policy_reads_and_how_long_it_may_write(tmp_path, name, row, read, tokens):
+    """It goes on with HumanEval's prompts, and begins a line behind the others. Of MBPP's tests it sees the first. A
+    chat model is told what to do."""
     task = task_of(tmp_path, name, row)
-    (problem,) = task.test
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"x": 0}, unk_token="x")))
-    read = texts_read(tokenizer, task, [problem])[0]
-    assert read == [problem.prompt if name == "humaneval" else problem.prompt + "\n"]
+    assert texts_read(tokenizer, task, task.test)[0] == [read] and task.max_new_tokens == tokens
     tokenizer.chat_template = "user {{ messages[0].content }} assistant "
     ask = "Write the program in Python, in one code block."
-    assert texts_read(tokenizer, task, [problem])[0] == [f"user {problem.prompt}\n\n{ask} assistant "]
-    assert task.max_new_tokens == (1024 if name == "code_contests" else 512)
-
-
-def test_the_hidden_tests_stay_hidden():
-    prompt = code.mbpp(MBPP).prompt
-    assert "assert sum(Pair(1, 2)) == 3" in prompt and "sum(q)" not in prompt  # only the first assert is shown
+    assert texts_read(tokenizer, task, task.test)[0] == [f"user {task.test[0].prompt}\n\n{ask} assistant "]
 
 
 def test_taco_reads_lists_of_lines_and_levels():
@@ -109,11 +105,11 @@ def test_contests_that_cannot_be_judged_are_left_out_and_counted(tmp_path, capsy
 
 
 @pytest.mark.parametrize("output, expected, same", [
-    ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("1000001", "1000000", False),
-    ("YES", "yes", False), ("1 2", "1 2 3", False), ("1 2 3", "1 2", False), ("", "", True), ("1e3", "1000.0", True),
-    ("1000", "1e3", True), ("-.5", "-0.5", True), ("5.", "5.0", True), ("1e-9", "0.0", True), ("nan", "nan", True),
+    ("1 2\n3", "1   2 3\n", True), ("1.0000001", "1.0", True), ("0.999", "1.0", False), ("YES", "yes", False),
+    ("1 2", "1 2 3", False), ("1 2 3", "1 2", False), ("", "", True), ("1e3", "1000.0", True), ("1000", "1e3", True),
+    ("-.5", "-0.5", True), ("5.", "5.0", True), ("1e-9", "0.0", True), ("nan", "nan", True),
     # a tolerance only for what is expected as a float
-    ("1e3", "1000", False), ("1000000.5", "1000000", False), ("3.0", "3", False), ("3.0", "3.", True),
+    ("1000001", "1000000", False), ("3.0", "3", False), ("3.0", "3.", True),
     # digits as everybody writes them
     ("1_0.0", "10.0", False), ("\uff11.0", "1.0", False), ("\u0661.5", "1.5", False), ("nan", "1.0", False),
     ("inf", "1e999", False), ("1\u00a02", "1 2", False), ("0x1p0", "1.0", False), ("1" * 70 + ".0", "1" * 70, False),
@@ -138,7 +134,7 @@ RIGHT = [  # where twice x is asked for
     "\n   \n    return 2 * x\n```\nDone.",
     "    return 2 * x\n\nif __name__ == '__main__':\n    import doctest\n    doctest.testmod()\n```\n\nIt doubles.",
     # the first space lost in decoding, or another indentation
-    "   y = 2 * x\n    return y", "   if x:\n        return 2 * x\n    return 0", "     y = 2 * x\n     return y",
+    "   if x:\n        return 2 * x\n    return 0", "     y = 2 * x\n     return y",
     "  y = 2 * x\n  return y\n\nprint(double(2))",
     "\tif x:\n\t\treturn 2 * x\n\treturn 0", "    double = 2 * x\n    return double",
     # fences that are none, and fences that are
@@ -332,11 +328,6 @@ def test_the_shared_pool_keeps_its_level_until_another_is_named():
     weakest = shared("rlimits")
     assert weakest.level == "rlimits" and shared() is weakest and first._workers == []
     assert shared(first.level).level == first.level and weakest._workers == []
-
-
-def test_programs_takes_no_data():
-    with pytest.raises(BadInput, match="leave --data out"):
-        load_task("programs", "somewhere")
 
 
 # ------------------------------------------------------------------------------------------- what is not the program's

@@ -21,7 +21,7 @@ VALUES = [
     *(None, True, 3, -(10**30), 1.5, float("inf"), "text \ud800", b"bytes", 2j, range(3, 9, 2)),
     *([1, (2, [3.0])], {"a": {1: ()}}, {1, 2}, frozenset({"x"}), deque([1]), Point(1, (2, "b"))),
     *(Decimal("1.50"), Fraction(-1, 3), datetime.date(2020, 2, 29), datetime.time(23, 5, 1, 7)),
-    *(datetime.datetime(2020, 2, 29, 1, 2, 3), datetime.timedelta(-1, 5, 9)),
+    *(datetime.datetime(2020, 2, 29, 1, 2, 3), datetime.timedelta(-1, 5, 9), {"b": 1}.keys(), {"a": [2]}.items()),
 ]
 
 
@@ -36,36 +36,30 @@ def test_values_come_back_with_their_types(value):
     assert type(back) is type(value) or (type(back).__name__, type(back)._fields) == ("Point", Point._fields)
 
 
-def test_views_of_a_dict_compare_like_its_own():
-    for mapping in ({"a": 1, "b": [2]}, OrderedDict(a=1, b=[2])):
-        assert there_and_back(mapping.keys()) == {"a", "b"} and list(there_and_back(mapping.keys())) == ["a", "b"]
-        assert there_and_back(mapping.keys()) != ["a", "b"] and ("a", 1) in there_and_back(mapping.items())
-
-
 def test_subclasses_come_back_as_what_they_are_built_on():
     class Text(str):
         def __eq__(self, other):
             return True
 
-    back = there_and_back([Text("a"), OrderedDict(a=1)])
-    assert back == ["a", {"a": 1}] and [type(item) for item in back] == [str, dict]
+    ordered = OrderedDict(b=1, a=[2])
+    text, mapping, keys, items = there_and_back([Text("a"), ordered, ordered.keys(), ordered.items()])
+    assert [type(text), text, type(mapping), mapping] == [str, "a", dict, {"b": 1, "a": [2]}]
+    assert keys == mapping.keys() and items == mapping.items() and list(keys) == ["b", "a"]
     aware = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
     assert there_and_back([object(), lambda: 0, aware]) == ["object 7"] * 3
 
 
 @pytest.mark.parametrize("data", [
-    ["fractions.Fraction", ["1e999999999", 1]], ["fractions.Fraction", [["list", []], 1]],
-    ["fractions.Fraction", [1, 0]], ["decimal.Decimal", "1e999999999"], ["decimal.Decimal", [0, [1], 999999999]],
-    ["decimal.Decimal", "9" * (DIGITS + 1)], ["int", "f" * (DIGITS + 1)], ["int", [7]],
-    ["builtins.complex", [10**400, 1]], ["builtins.complex", ["1j"]], ["fractions.Fraction", ["1e999999999"]],
-    ["builtins.eval", ["1"]], ["builtins.bytes", [1 << 40]], ["datetime.date", [10**30, 1, 1]], ["list", "abc"],
+    ["fractions.Fraction", ["1e999999999", 1]], ["fractions.Fraction", [1, 0]], ["decimal.Decimal", "1e999999999"],
+    ["decimal.Decimal", [0, [1], 999999999]], ["decimal.Decimal", "9" * (DIGITS + 1)], ["int", "f" * (DIGITS + 1)],
+    ["int", [7]], ["builtins.complex", [10**400, 1]], ["builtins.eval", ["1"]], ["list", "abc"],
     *(["namedtuple", ["P", names, [1]]] for names in (["x" * 2000], ["a"] * 999, ["__class__"], ["x=exit()"])),
     ["set", [["list", []]]], ["dict", [[1]]], ["dict", {"a": 1, "b": [3]}], {"kind": "list"}, ["unknown", []], [],
-    [[], []], ["list"],
+    [[], []], ["list"], b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"", b"9" * 5000, b"[1,",
 ], ids=lambda data: repr(data)[:60])  # fmt: skip
 def test_what_encodes_no_value_is_refused(data):
-    with pytest.raises((ValueError, TypeError, ArithmeticError)):
-        decode(from_json(json.dumps(data).encode()), None)
+    with pytest.raises((ValueError, TypeError, ArithmeticError, RecursionError)):
+        decode(from_json(data if isinstance(data, bytes) else json.dumps(data).encode()), None)
 
 
 @pytest.mark.parametrize("kind", ["set", "frozenset", "keys", "dict"])
@@ -110,9 +104,3 @@ def test_any_reply_is_a_value_or_refused_and_needs_little_memory(reply):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < (1 << 20) + 100 * len(data)
-
-
-@pytest.mark.parametrize("data", [b"[" * 10**5, b'{"a":' * 10**5, b"\xff", b"", b"9" * 5000, b"[1,"])
-def test_what_is_no_json_is_refused(data):
-    with pytest.raises((ValueError, RecursionError)):
-        from_json(data)

@@ -23,7 +23,7 @@ import common
 import harness.policy
 import majority_pg
 import pass_at_k_pg
-from verifiers import BadInput, Problem, arithmetic, load_task, reasoning_gym, rows, votes_from_answers, workers
+from verifiers import BadInput, Problem, arithmetic, load_task, reasoning_gym, rows, workers
 from verifiers import code_tasks as code
 from verifiers import math_tasks as math_task
 from verifiers.sandbox.pool import STATUSES, Program
@@ -45,8 +45,10 @@ SAME = settings(derandomize=True, deadline=None, database=None, suppress_health_
 
 
 def examples(count, *known):
-    """As many examples, the same in every run, with no time limit on one and no files; and those that are known."""
-    return lambda test: reduce(lambda test, one: example(one)(test), known, settings(SAME, max_examples=count)(test))
+    """As many examples, the same in every run, with no time limit on one and no files; and those that are known, where
+    a tuple holds several arguments."""
+    tuples = [one if isinstance(one, tuple) else (one,) for one in known]
+    return lambda test: reduce(lambda test, one: example(*one)(test), tuples, settings(SAME, max_examples=count)(test))
 
 
 # --- Texts that nobody meant to write ---
@@ -136,15 +138,6 @@ def test_metrics_of_any_dtype_are_float64_and_those_of_the_same_float64_rewards(
             assert found.dtype == torch.float64 and torch.equal(found, metric(rewards.double(), k))
 
 
-@examples(60, [["1" * 10**6, None, "1" * 10**6 + "\0", "1" * 10**6]])
-@given(st.integers(0, 6).flatmap(lambda n: st.lists(st.lists(st.none() | TEXTS, min_size=n, max_size=n), max_size=3)))
-def test_equal_answers_vote_for_the_place_of_the_first(answers):
-    votes = votes_from_answers(answers)
-    assert votes.dtype == torch.int64 and votes.shape[0] == len(answers)
-    for row, answer_row in zip(votes.tolist(), answers):
-        assert row == [-1 if answer is None else answer_row.index(answer) for answer in answer_row]
-
-
 # --- arithmetic ---
 @examples(100, "1," * 500_000, "1," * 500_000 + "1", "1" * 10**6 + "x", "0" * 10**6, "９", "1,٣")
 @given(st.one_of(RESPONSES, st.text("0123456789, \n", max_size=20)))
@@ -197,11 +190,15 @@ def test_any_two_answers_are_compared(answer):
     assert not right and form in ("", math_task.plain_key(answer), f"text {math_task.text_key(answer)}")
 
 
-@examples(5)  # what is in a box may take the worker processes, and 5 seconds, for all that is known
+BOXES = [  # what is in a box may take the worker processes, and 5 seconds, for all that is known
+    "x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400, "^" * 99,
+    "9^9^9^9", r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{0}", "\0" * 9 + "7", r"2^{1000000}", "1.5/3",
+    *(digit + "a" * 900 + "!" for digit in "12"), "9" * 1000, "9" * 10**6,
+]  # fmt: skip
+
+
+@examples(5, [[rf"\boxed{{{text}}}" for text in BOXES]], [["", "\0" * 10**6, "{" * 10**6, "#### " + "9" * 5000]])
 @given(st.lists(st.lists(RESPONSES, min_size=3, max_size=3), min_size=1, max_size=2))
-@example([[r"\boxed{1" + "a" * 900 + "!}", r"\boxed{1.5/3}", r"\boxed{2" + "a" * 900 + "!}"]])
-@example([["", "\0" * 10**6, "{" * 10**6]])
-@example([[r"\boxed{" + "9" * 1000 + "}", r"\boxed{" + "9" * 10**6 + "}", "#### " + "9" * 5000]])
 def test_math_verdicts_on_any_responses(responses):
     for extract in (math_task.math_answer, math_task.gsm8k_answer):
         verdict = math_task.verify([Problem("?", "24.125")] * len(responses), responses, extract)
@@ -324,12 +321,6 @@ def problems_or_refusal(task, path, contents):
     return problems
 
 
-def problems_of_table(folder, table, task="math"):
-    """`problems_or_refusal` of a Parquet file."""
-    pyarrow.parquet.write_table(table, contents := io.BytesIO())
-    return problems_or_refusal(task, folder / "table.parquet", contents.getvalue())
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 @examples(60, b'"problem, question, answer"', b"[" * 10**5, b'{"problem": ' * 10**5, b"\n" * 10**6, b"\0" * 10**6)
 @given(st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda data: b"PAR1" + data + b"PAR1"),
@@ -362,15 +353,13 @@ VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.di
 COLUMNS = st.sampled_from(["problem", "question", "answer", "solution", "level"])
 
 
+HUGE = [{"level": "9" * 5000}, {"answer": "1.5/3"}, {"answer": "1" + "a" * 900 + "!"},
+        {"answer": "<" * 10**6 + "#### 1"}, {"solution": r"\boxed{" * 10**4 + "}" * 10**4, "answer": None}]  # fmt: skip
+
+
 @pytest.mark.parametrize("task", ["math", "gsm8k"])
-@examples(50)
-@given(changes=st.lists(st.dictionaries(COLUMNS | TEXTS, VALUES, max_size=4), max_size=3), whole=st.booleans())
-@example(changes=[{"level": "9" * 5000}], whole=True)
-@example(changes=[{"answer": "1.5/3"}], whole=True)
-@example(changes=[{"answer": "1" + "a" * 900 + "!"}], whole=True)
-@example(changes=[{"answer": "<" * 10**6 + "#### 1"}], whole=True)
-@example(changes=[{"solution": r"\boxed{" * 10_000 + "}" * 10_000, "answer": None}], whole=True)
-@example(changes=[{"x" * 10**5: 1}], whole=False)
+@examples(50, *(([change], True) for change in HUGE), ([{"x" * 10**5: 1}], False))
+@given(st.lists(st.dictionaries(COLUMNS | TEXTS, VALUES, max_size=4), max_size=3), st.booleans())
 def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, changes, whole):
     """`whole`: changes to good rows, else rows with nothing but the changes."""
     good = {"problem": "1+1?", "answer": "2"}
@@ -381,20 +370,17 @@ def test_math_rows_of_any_values_give_problems_or_a_refusal(folder, task, change
         assert all(len(problem.answer) <= math_task.MAX_ANSWER_CHARS for problem in problems)
 
 
-@pytest.mark.parametrize("columns", [  # what a JSON file cannot hold; the last are no UTF-8 and the year 148000
-    {}, {"problem": pyarrow.array([], pyarrow.string())}, {"problem": [b"\xff"], "answer": [b"1"]},
-    {"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]},
-    {"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]},
+@pytest.mark.parametrize("table, problems", [  # what a JSON file cannot hold
+    *((pyarrow.table(columns), None) for columns in (  # the last are no UTF-8 and the year 148000
+        {}, {"problem": pyarrow.array([], pyarrow.string())}, {"problem": [b"\xff"], "answer": [b"1"]},
+        {"problem": pyarrow.array([b"\xff"]).view(pyarrow.utf8()), "answer": ["1"]},
+        {"problem": pyarrow.array([2**62], pyarrow.timestamp("us")), "answer": ["1"]})),
+    (pyarrow.table({"problem": ["a" * 10**6], "answer": [2.5], "extra": ["b"]}), [Problem("a" * 10**6, "2.5")]),
+    (pyarrow.table([["a"], ["1"], ["b"]], ["problem", "answer", "problem"]), [Problem("b", "1")]),
 ])  # fmt: skip
-def test_parquet_tables_of_the_wrong_form_are_refused(folder, columns):
-    assert problems_of_table(folder, pyarrow.table(columns)) is None
-
-
-def test_parquet_numbers_and_duplicate_columns_are_read_and_huge_texts_are_whole(folder):
-    columns = [pyarrow.array(["a" * 10**6]), pyarrow.array([2.5]), pyarrow.array(["b"])]
-    table = pyarrow.table(columns, ["problem", "answer", "extra"])
-    assert problems_of_table(folder, table, "gsm8k") == [Problem("a" * 10**6, "2.5")]
-    assert len(problems_of_table(folder, pyarrow.table(columns, ["problem", "answer", "problem"]))) == 1
+def test_parquet_tables_give_whole_problems_or_a_refusal(folder, table, problems):
+    pyarrow.parquet.write_table(table, contents := io.BytesIO())
+    assert problems_or_refusal("gsm8k", folder / "table.parquet", contents.getvalue()) == problems
 
 
 JSON_TEXTS = st.sampled_from(["[]", "{}", "null", "[1]", '{"inputs": 5}', '{"inputs": [1], "outputs": [null]}',
@@ -415,14 +401,13 @@ def test_code_rows_with_a_field_of_any_value_give_problems_or_a_refusal(folder, 
         assert isinstance(program, Program) and all(type(text) is str for case in program.cases for text in case)
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("mbpp", {"code": None}), ("mbpp", {"test_list": []}), ("humaneval", {"prompt": ""}),
-    ("humaneval", {"prompt": "\ud800"}), ("code_contests", {"public_tests": "x"}),
-    ("code_contests", {"public_tests": {"input": [1], "output": [2]}}), ("taco", {"input_output": "[1]"}),
-    ("humaneval", None), ("mbpp", None), ("code_contests", None), ("taco", None),  # a row of another schema
+@pytest.mark.parametrize("name, row", [
+    ("mbpp", MBPP | {"test_list": []}), ("humaneval", HUMANEVAL | {"prompt": ""}),
+    ("humaneval", HUMANEVAL | {"prompt": "\ud800"}),
+    ("code_contests", CONTEST | {"public_tests": {"input": [1], "output": [2]}}),
+    *((name, {"question": 7, "answer": "7"}) for name in ("humaneval", "mbpp", "code_contests", "taco")),  # another's
 ])  # fmt: skip
-def test_code_rows_that_cannot_be_problems_are_refused(folder, name, changes):
-    row = {**dict(CODE_ROWS[:5])[name], **changes} if changes else {"question": 7, "answer": "7"}
+def test_code_rows_that_cannot_be_problems_are_refused(folder, name, row):
     (folder / "code.jsonl").write_text(json.dumps(row))
     with pytest.raises(BadInput, match=f"{name}, .*row 1: .* has the schema"):
         load_task(name, str(folder / "code.jsonl"))
@@ -440,13 +425,8 @@ def test_paths_of_any_text_are_refused(path):
 TOKENIZER = harness.policy.tiny_tokenizer()
 
 
-@examples(60)
+@examples(60, ("", None), ("<eos>", None), ("\ud800", None), ("x" * 10**6, 64), ("\u202e" * 10**4, None))
 @given(TEXTS, st.sampled_from([64, None]))
-@example("", None)
-@example("<eos>", None)
-@example("\ud800", None)
-@example("x" * 10**6, 64)
-@example("\u202e" * 10**4, None)
 def test_any_prompt_of_a_file_is_tokens_or_refused(folder, prompt, context):
     """From the file to the tokenizer of the `tiny` policy: what a reader lets through can be encoded."""
     row = json.dumps({"problem": prompt, "answer": "1"}).encode()

@@ -1,5 +1,6 @@
 """The learned verifier: scores, training, quality, and the scripts that select by it."""
 
+import math
 import shutil
 from functools import partial
 
@@ -67,23 +68,16 @@ def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):
     scores = verifier.score(["7", "8888"], [digits, digits])
     assert torch.equal(scores, verifier.score(["7", "8888"], [digits, digits]))
     torch.testing.assert_close(verifier.score(["7"], [digits[:3]])[0], scores[0, :3], rtol=1e-4, atol=1e-5)
-    small = learned.LearnedVerifier(verifier.model, verifier.tokenizer, verifier.task, budget=30)
-    torch.testing.assert_close(small.score(["7", "8888"], [digits, digits]), scores, rtol=1e-4, atol=1e-5)
     twice = verifier.score(["7"], [["3", "12", "3"]])
     assert twice[0, 0] == twice[0, 2] != twice[0, 1]  # equal responses tie to the bit
     assert verifier.score(["7"], [["", "\0\u202e", "9" * 10_000, "é" * 50]]).isfinite().all()
 
 
-def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, monkeypatch):
+def test_the_budget_changes_the_passes_and_not_the_verifier(untrained, noted):
     """8 rows of 4 tokens, padded ("7=12<eos>" is 5): 15 tokens are three rows at a time, and one if a row is longer."""
     rewards, responses = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2), [["1", "12", "2", "3"]] * 2
-    problems, forward, seen = [Problem("7", ""), Problem("8", "")], LlamaForSequenceClassification.forward, []
-
-    def counted(self, input_ids=None, **others):
-        seen.append(len(input_ids))
-        return forward(self, input_ids=input_ids, **others)
-
-    monkeypatch.setattr(LlamaForSequenceClassification, "forward", counted)
+    problems = [Problem("7", ""), Problem("8", "")]
+    seen = noted(LlamaForSequenceClassification, "forward", lambda *_, input_ids, **__: len(input_ids))
     train, scores = partial(learned.trained_verifier, untrained, task_of(problems), lr=1e-2, epochs=1), []
     for budget, rows in ((16384, [8]), (15, [3, 3, 2]), (4, [1] * 8)):
         seen.clear()
@@ -131,13 +125,9 @@ def test_training_needs_problems_with_both_outcomes():
             learned.trained_verifier("unused", task_of([]), [Problem("1", "")], [["1", "2"]], rewards)
 
 
-def test_auc_counts_ties_one_half():
-    assert learned.auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([0.0, 0, 1, 1])) == 0.75
-    assert learned.auc(torch.tensor([1.0, 1, 1, 0]), torch.tensor([1.0, 0, 0, 1])) == 0.25  # ties count one half
-    assert learned.auc(torch.ones(2), torch.ones(2)) != learned.auc(torch.ones(2), torch.ones(2))  # nan
-
-
-def test_quality_counts_within_problems():
+def test_auc_counts_ties_one_half_and_quality_counts_within_problems():
+    assert learned.auc(torch.tensor([1.0, 1, 1, 0]), torch.tensor([1.0, 0, 0, 1])) == 0.25
+    assert math.isnan(learned.auc(torch.ones(2), torch.ones(2)))
     scores = torch.tensor([[3.0, 2.0, -9.0], [-3.0, -2.0, -1.0], [5.0, 5.0, 5.0]])
     rewards = torch.tensor([[1.0, 0, 0], [0, 1, 1], [1, 1, 1]])
     found = "verifier on 9 held-out samples: AUC 0.889, within problems 1.000 (the 2 with right and wrong samples)"

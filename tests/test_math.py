@@ -62,39 +62,36 @@ def test_votes_do_not_depend_on_order_or_company_and_decide_the_reward(gold):
 # gold answer, right responses, wrong ones, the prompt where it matters
 BOXED = [
     ("1234567", [r"1\,{,}234{,}567", r"1,\,234,\,567", r"1\ 234\ 567", r"1{\,}234{\,}567"], []),
-    (r"\frac{10000}{3}", [r"\frac{10{,}000}{3}"], [r"\frac{10}{3}"]), ("11111111100", [r"11,\! 111,\! 111,\! 100"], []),
-    ("32348", [r"32,\! 348", r"32,\!348"], []),
+    ("32348", [r"32,\! 348", r"32,\!348"], []), ("10901", [r"10\,901", "10~901", "10 901"], []),
+    ("12345.5", [r"12\,345.5"], []), ("12345", [r"\$12{,}345"], []), ("32349", [], ["32, 349"]),
+    ("(100,200)", [r"(100,\,200)"], []), ("1,2", [r"1,\,2"], []), ("12,345", ["12,345"], ["12, 345"]),
+    ("12, 345", ["12,345", "345, 12"], []), ("5 6", ["5 6"], []), ("19", [], [r"10\;9"]),
     (r"(-\infty,-2)\cup(2,\infty)", ["|x|>2", r"x<-2 \text{ or } x>2", r"x<-2 \lor x>2", r"x<-2,\ x>2"],
      [r"x<-2 \text{ and } x>3", "x<-2, y>2"]),
-    (r"864 \mbox{ inches}^2", [], [r"864 \mbox{ inches}^3"]), (r"12\frac{3}{5}", ["12 3/5"], []),
-    ("5", ["5m", "5 cm", "5cm", r"5\text{ cm}^2", "5 cm^2", "x=5", "5=x", "5 km/h"],
-     ["5abc", "5t", "18 dollars", "x^2+y^2=5", "5 million"]),
-    ("3pqr", [], ["3"]), (r"0.\bar{3}", [], [r"0.\bar{4}"]),
-    ("5", [], ["5m"], "Let $m$ be an integer. How large is it?"),
-    ("1", [], [r"\dbinom{n}{n}"], r"What is $\dbinom{n}{n}$ for any positive integer $n$?"),
-    ("5", ["a^2+b^2=5"], [], "What is $a^2 + b^2$?"), ("18", ["18 dollars"], ["180", "-18"]),
+    (r"(-\infty,3)", ["x<3", r"x \in (-\infty,3)"], [r"x\le 3", r"x \in (-\infty,3]"]),
+    (r"(-\infty,3]", [r"x\le 3"], []), ("x<3", [r"(-\infty,3)"], []), (r"\le 3", [r"\leq 3"], []),
+    ("[2,5)", [r"2\le x<5", r"x\ge2 \text{ and } x<5"], [r"2\le x\le5", r"x\ge2 \text{ or } x<5"]),
+    ("5", ["5m", "5 cm", "5cm", r"5\text{ cm}^2", "5 cm^2", "x=5", "5=x", "5 km/h", r"5 \text{ square cm}", "|AB| = 5"],
+     ["5abc", "5t", "18 dollars", "x^2+y^2=5", "5 million", r"5\text{ dollars and }30\text{ cents}",
+      r"5\text{ ft }2\text{ in}"]),
+    ("5", [], ["5m"], "Let $m$ be an integer. How large is it?"), ("5", ["a^2+b^2=5"], [], "What is $a^2 + b^2$?"),
+    ("3", [r"\log_2 8", "3rd"], [r"\log_2 9", "3 8", "x<3", r"\ge 3", "3pqr"]), ("3pqr", [], ["3"]),
     (r"2\pi r h", [r"2\pi r h"], [r"2\pi r"]), (r"12.5\%", ["12.5", "0.125"], [r"0.125\%", "1.25"]),
     ("12.5", [r"12.5\%"], []), ("0.125", [r"12.5\%"], []), (r"0.\overline{27}", [r"\frac{3}{11}"], ["0"]),
     (r"\frac16", ["0.1666...", r"0.1\overline{6}", r"0.1\bar6"], []), (r"\frac13", ["0.(3)"], []),
-    (r"0.\overline{3}", [], ["0.3"]), (r"\frac{1}{7}", [r"0.\overline{142857}", r"0.\dot{1}4285\dot{7}"], []),
+    (r"0.\overline{3}", [], ["0.3"]), (r"\frac{1}{7}", [r"0.\dot{1}4285\dot{7}"], []),
     (r"x+\frac13", [r"x+0.\overline{3}"], []), ("1", ["0.999...", r"0.\dot{9}"], ["2 1/2"]),
     ("2516_8", ["2516", "2516_{8}", "(2516)_8"], ["2516_9", r"2516_{\text{9}}"]), ("2516", ["2516_8"], []),
-    ("A_1", [], ["A_2"]), ("11", [], ["5 6"]), ("19", [], [r"10\;9"]), ("5 6", ["5 6"], []), ("1.6e-19", [], ["0.0"]),
-    (r"1.6\times10^{-19}", ["1.6e-19"], ["0", r"3.2\times10^{-19}"]),
+    ("A_1", [], ["A_2"]), (r"1.6\times10^{-19}", ["1.6e-19"], ["0", r"3.2\times10^{-19}"]), ("1000", ["1e3"], []),
     ("2^{-30}", [r"\frac{1}{1073741824}", r"\frac{1}{2^{30}}"], ["0.0", "0"]), ("0", ["0.0"], ["2^{-30}"]),
-    ("10^{-8}", [], [r"2\cdot 10^{-8}"]), ("1000", ["1e3"], []), ("1024", ["2^{10}=1024"], []),
-    (r"(-\infty,3)", ["x<3"], [r"x\le 3"]), (r"(-\infty,3]", [r"x\le 3"], []), ("x<3", [r"(-\infty,3)"], []),
-    ("3", [], ["x<3", r"\ge 3", "3pqr"]), (r"\le 3", [r"\leq 3"], []),
-    ("[2,5)", [r"2\le x<5", r"x\ge2 \text{ and } x<5"], [r"2\le x\le5", r"x\ge2 \text{ or } x<5"]),
+    ("1024", ["2^{10}=1024"], []), ("11", ["2x + z = 11"], ["5 6"]), ("2x + z = 11", [], ["11"]),
     (r"1\pm\sqrt2", [r"\frac{2\pm\sqrt8}{2}", r"1+\sqrt2, 1-\sqrt2"], [r"1+\sqrt2"]), ("x^2", ["x²"], ["2x"]),
     ("-2", ["\N{EN DASH}2"], []), (r"\infty", ["∞"], []), ("0.001", ["10^-3", "10⁻³"], []),
-    (r"\ln 2", [r"\log_e 2"], []), ("2", [], [r"\log_e 2"]), (r"\emptyset", [r"\varnothing"], []),
-    ("3", [r"\log_2 8", "3rd"], [r"\log_2 9", "3 8"]), ("10901", [r"10\,901", "10~901", "10 901"], []),
-    ("(100,200)", [r"(100,\,200)"], []), ("1,2", [r"1,\,2"], []), ("100200", [], [r"(100,\,200)"]),
-    ("12345.5", [r"12\,345.5"], []), ("12345", [r"\$12{,}345"], []), ("2.5", ["2 1/2", r"2\frac12"], []),
-    (r"\frac{5}{2}", ["2\xbd"], []), ("-2.5", [r"-2\frac12"], []), ("-1.5", [], [r"-2\frac12"]),
-    (r"\frac12", ["\xbd"], []), ("C", [], ["(B) 12", "(D)"]), ("12", [r"\textbf{(B)}\ 12", r"(\text{B})\ 12"], []),
+    (r"\ln 2", [r"\log_e 2"], []), (r"\emptyset", [r"\varnothing"], []), ("-2.5", [r"-2\frac12"], []),
+    ("2.5", ["2 1/2", r"2\frac12", "2\xbd"], []), (r"\frac12", ["\xbd"], ["1:2"]), ("C", [], ["(B) 12", "(D)"]),
     ("B", [r"\textbf{(B)}\ 12", "B. 12", "B)", r"\text{Option B}"], ["(B) or (C)"]),
+    ("12", [r"\textbf{(B)}\ 12", r"(\text{B})\ 12", "approximately 12", r"\text{about } 12", "≈12"],
+     ["approximately 13", "<12, 12>"]),
     ("5000", ["5000", r"500 \cdot 10"], ["255^2 - 245^2", "255^{2}-245^{2}", "(255^2-245^2)"],
      "What is the value of $255^2 - 245^2$?"),
     ("10", [], [r"\binom{5}{2}"], r"Compute $\dbinom{5}{2}$."), ("12", [], [r"3\cdot4"], r"Compute $3 \times 4$."),
@@ -103,37 +100,27 @@ BOXED = [
     ("x+1", ["1+x"], [], "Let $f(x)=1+x$. Find $f^{-1}$"), (r"\frac12", ["1/2"], [], "Find $1/2$."),
     ("0.5", ["1/2"], [], "How large is $x^{1/2}$?"), ("0.5", [], ["1/2"], "Write $1/2$ as a decimal."),
     (r"\frac{4}{11}", [], [r"\frac{8}{22}"], r"Simplify $\frac{8}{22}$."),
-    ("x^2+y^2", ["x^2+y^2"], [], "Let $x^2+y^2$"),
-    ("7x(x-1)(x-2)", [], ["7x^3 - 21x^2 + 14x"], "Factor $7x^3 - 21x^2 + 14x$."),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", [
      r"\begin{pmatrix}1\\[0.5em]2\end{pmatrix}", r"\begin{pmatrix}1\\*[4pt]2\end{pmatrix}",
      r"\begin{pmatrix}1\\[\smallskipamount]2\end{pmatrix}", r"\begin{pmatrix}1\cr 2\end{pmatrix}"],
      [r"\begin{pmatrix}1\\ [4pt] 3\end{pmatrix}"]),
     (r"144\mbox{ m}^3", [r"144\text{ m}^3", "144", "144 m^3"], ["144 cm^2"]), ("5 cm^2", ["5 cm^{2}"], ["5 cm^3"]),
-    ("4 + 2i", ["4+2i"], []), ("2i", ["2i"], ["2"]), (r"3 \text{ or } 4", ["4,3"], []),
-    ("5n", ["5n", r"n\cdot 5"], ["5"]), ("5 million", ["5000000"], []), ("5{,}000{,}000", ["5 million"], []),
-    ("2", [], [""]), ("32349", [], ["32, 349"]), ("11", ["2x + z = 11"], []), ("2x + z = 11", [], ["11"]),
-    ("0.5", ["1.5/3"], []), (r"\frac12", [], ["1:2"]), ("1:2", ["1:2", "2 : 4"], ["2:3"]),
-    (r"\frac12", ["1:2", "2 : 4"], ["1:3"], "What is the ratio of $a$ to $b$?"),
-    ("12,345", ["12,345"], ["12, 345"]), ("12, 345", ["12,345", "345, 12"], []), ("20", ["<20>"], ["<20", "<2>0"]),
+    ("4 + 2i", ["4+2i"], []), ("2i", ["2i"], ["2"]), ("5n", ["5n", r"n\cdot 5"], ["5"]), ("0.5", ["1.5/3"], []),
+    ("5 million", ["5000000"], []), ("5{,}000{,}000", ["5 million"], []), ("1:2", ["1:2", "2 : 4"], ["2:3"]),
+    (r"\frac12", ["1:2", "2 : 4"], ["1:3"], "What is the ratio of $a$ to $b$?"), ("20", ["<20>"], ["<20", "<2>0"]),
     (r"\frac{14}{3}", [  # fonts, sizes, colours, distances and delimiters are no part of an answer
-        rf"{before}\frac{{14}}{{3}}{behind}" for before, behind in (
-            (r"\mathbf{", "}"), (r"\boldsymbol{", "}"), (r"\bm{", "}"), (r"{\bf ", "}"), (r"\textbf{", "}"),
-            (r"\color{red}{", "}"), (r"\textcolor{blue}{", "}"), (r"\underline{", "}"), (r"\large ", ""), ("{{", "}}"),
-            (r"\[", r"\]"), (r"\(", r"\)"), ("", r" \qquad"), (r"\quad ", ""), (r"\phantom{0}", ""),
-            (r"\hspace{1cm}", ""), (r"\begin{aligned}", r"\end{aligned}"), (r"\text{The answer is }", ""),
-            (r"\text{Area: }", ""),
+        form.replace("X", r"\frac{14}{3}") for form in (
+            r"\mathbf{X}", r"\boldsymbol{X}", r"\bm{X}", r"{\bf X}", r"\textbf{X}", r"\color{red}{X}", r"\underline{X}",
+            r"\textcolor{blue}{X}", r"\large X", "{{X}}", r"\[X\]", r"\(X\)", r"X \qquad", r"\quad X", r"\phantom{0}X",
+            r"\hspace{1cm}X", r"\begin{aligned}X\end{aligned}", r"\text{The answer is }X", r"\text{Area: }X",
         )], [r"\mathbf{\frac{14}{5}}", r"\mathbf{-}\frac{14}{3}"]),
-    ("3,4", [r"3 \text{ or } 4", r"3\text{ and }4"], []),
+    ("3,4", [r"3 \text{ or } 4", r"3\text{ and }4"], []), (r"3 \text{ or } 4", ["4,3"], []),
     (r"28\%", [r"\frac{7\cdot 4}{100}"], [r"\frac{7\cdot 5}{100}"]),
     ("(1,2)", [r"\langle 1,2\rangle", "(x,y) = (1,2)", "x = 1, y = 2"], [r"\langle 2,1\rangle", "(x,y) = (2,1)"]),
-    ("2", [r"x^2=4 \implies x=2", r"N \equiv 2 \pmod 7", "2 (mod 7)", r"2 \pmod{7}"], [r"N \equiv 5 \pmod 2"]),
-    (r"2 \pmod 7", ["2 (mod 7)", "2"], ["2 (mod 5)"]), (r"(-\infty,3)", [r"x \in (-\infty,3)"], [r"x \in (-\infty,3]"]),
-    ("5", [r"5 \text{ square cm}", "|AB| = 5"], [r"5\text{ dollars and }30\text{ cents}", r"5\text{ ft }2\text{ in}"]),
-    ("(6,-1)", [r"\bigl(6,-1\bigr)", r"\Big(6,-1\Big)"], [r"\bigl(-1,6\bigr)"]),
-    (r"\text{Evelyn}", [r"\textbf{Evelyn}", r"{\text{Evelyn}}"], []), ("10,080", [r"10,080 \quad"], []),
+    ("2", [r"x^2=4 \implies x=2", r"N \equiv 2 \pmod 7", "2 (mod 7)", r"2 \pmod{7}"],
+     [r"N \equiv 5 \pmod 2", r"\log_e 2", ""]),
+    (r"2 \pmod 7", ["2 (mod 7)", "2"], ["2 (mod 5)"]), ("(6,-1)", [r"\bigl(6,-1\bigr)", r"\Big(6,-1\Big)"], []),
     (r"\frac{1}{3600}", [r"\frac{1}{60^2}"], [r"\frac{1}{3601}", r"\frac{1}{60^2+1}", "0.00028"]),
-    ("12", ["approximately 12", r"\text{about } 12", "≈12"], ["approximately 13", "<12, 12>"]),
 ]  # fmt: skip
 
 
@@ -162,14 +149,12 @@ MATH = [  # the answer, and responses that give it
     ("12", [
         r"so \boxed{12}.", r"\boxed{1}, no: \boxed{12}", r"\boxed{\boxed{12}}", r"\fbox{12}", r"\boxed 12$",
         r"\boxed{12} then cut off \boxed{5", r"\boxed{} and the answer is 12", r"}}}{ \boxed{12}",
-        r"\boxed{12}. I used \boxed as asked.", r"\boxed{12} is put in \boxed form",
-        "\\boxed{12}\n\nQuestion: 1+1?\nAnswer: \\boxed{2}", "#### 12\nThe answer is 11", "The answer is 12. Then 7.",
-        "**Answer:** 12", "Answer:\n$$\n12\n$$", "The answer is 12, which is even.", "Thus the value of $x$ is 12.",
-        "Final Answer: The volume of $ABCD$ is 12. I hope it is correct.", "Final Answer: There are 12 ways.",
-        "The answer is that there are 12 ways.", "The final answer is: It takes 12 minutes.",
-        "The answer is 12, since 3 * 4 = 12.", "The answer is therefore 12.", "<answer>12</answer> of 20",
-        "The answer is 12 because 5 of them left.", "The answer is x = 12 which is even.", "The answer is `12`.",
-        "The answer is 12 for all n.",
+        r"\boxed{12} is put in \boxed form", "\\boxed{12}\n\nQuestion: 1+1?\nAnswer: \\boxed{2}",
+        "#### 12\nThe answer is 11", "The answer is 12. Then 7.", "**Answer:** 12", "Answer:\n$$\n12\n$$",
+        "Thus the value of $x$ is 12.", "Final Answer: The volume of $ABCD$ is 12. I hope it is correct.",
+        "Final Answer: There are 12 ways.", "The final answer is: It takes 12 minutes.", "The answer is therefore 12.",
+        "The answer is 12, since 3 * 4 = 12.", "The answer is 12 because 5 of them left.", "<answer>12</answer> of 20",
+        "The answer is x = 12 which is even.", "The answer is `12`.", "The answer is 12 for all n.",
     ]),
     (r"\frac12", [r"The answer is $\frac12$. I hope it is correct.", r"This makes \frac{1}{2}",
                   "<answer>\n\\frac12\n</answer>", r"<answer>\(\frac12\)</answer> and 3"]),
@@ -186,24 +171,20 @@ MATH = [  # the answer, and responses that give it
 ]  # fmt: skip
 GSM8K = [
     ("42", ["6 * 7 = 42\n#### 42", "#### 6 * 7 = 42 (checked: 42 / 7 = 6)", "#### She has 3 boxes of 14, that is 42",
-            "#### 42 = 6 * 7", "#### 42 apples, not 43", "#### She has 42.", "#### 42 [6 x 7]",
+            "#### 42 = 6 * 7", "#### 42 apples, not 43", "#### 42 [6 x 7]",
             "#### 42\n\nQuestion: 1+1?\nAnswer:\n#### 2"]),
     ("5", ["#### 5, which is 3 more", "#### none. The answer is 5.", "#### 5 because 3 of them left", "#### _5_",
            "#### The amount for each person is 5", "#### The number which remains is 5", "#### 5 for each of the 3"]),
-    ("5.5", ["#### 5\xbd"]),
-    ("2.5", ["#### 2 1/2", "#### 2\xbd cups", "#### 2 and 1/2", "#### 2 and a half"]),
-    ("1500000", [r"\boxed{1.5\text{ million}}", "#### $1.5 million dollars"]),
-    ("1000000", ["#### 1 000 000", "#### $1M"]), ("1234567", ["#### 1,234,567"]),
-    ("1234", [r"\[ 1000 + 234 = 1\,234 \]", "The total is 1{,}234 dollars"]), ("1234.5", ["#### $1,234.50"]),
-    ("4200", [r"\boxed{4\,200}", "#### 4\u202f200"]),
-    ("0.5", ["#### \xbd", "#### 1/2", r"\boxed{\frac{1}{2}} of 20"]),
+    ("2.5", ["#### 2 1/2", "#### 2\xbd cups", "#### 2 and 1/2", "#### 2 and a half"]), ("1500", ["#### 1.5k"]),
+    ("1500000", [r"\boxed{1.5\text{ million}}", "#### $1.5 million dollars"]), ("1234.5", ["#### $1,234.50"]),
+    ("1000000", ["#### 1 000 000", "#### $1M"]), ("4200", [r"\boxed{4\,200}", "#### 4\u202f200"]),
+    ("1234", [r"\[ 1000 + 234 = 1\,234 \]", "The total is 1{,}234 dollars"]), ("9500", [r"\$9{,}500"]),
+    ("0.5", ["#### \xbd", "#### 1/2", r"\boxed{\frac{1}{2}} of 20"]), ("300", ["#### 3 hundred"]),
     ("1000", ["#### 1e3", "#### 1 × 10³"]), ("24", ["#### 2 dozen", "#### 24, i.e. 2 dozen"]),
-    ("18", ["#### 18 m^2", "#### $18.00 per day", "The answer is 18 dollars for 2 days.",
-            r"\boxed{18\text{ dollars}} of 20"]), ("10", ["#### 10:00 AM"]),
-    ("1500", ["#### 1.5k"]), ("300", ["#### 3 hundred"]), ("20", ["#### <20>", "The answer is <$20>"]),
-    ("12", ["#### 12 is the sum", "#### 4 * 3 = $12"]),
-    ("9500", [r"\$9{,}500"]), ("8", ["#### 2^3"]), ("0.001", ["#### 10^{-3}"]), ("9", ["#### 3 x 3 = 9"]),
-    ("50", ["#### 50%"]), ("25", ["#### 10 * 2 = 20 + 5 = 25"]), ("3", ["#### 3/1", "It takes 10-3 days"]),
+    ("18", ["#### 18 m^2", "#### $18.00 per day", "The answer is 18 dollars for 2 days."]), ("10", ["#### 10:00 AM"]),
+    ("12", ["#### 12 is the sum", "#### 4 * 3 = $12"]), ("20", ["#### <20>", "The answer is <$20>"]),
+    ("8", ["#### 2^3"]), ("0.001", ["#### 10^{-3}"]), ("9", ["#### 3 x 3 = 9"]), ("50", ["#### 50%"]),
+    ("25", ["#### 10 * 2 = 20 + 5 = 25"]), ("3", ["#### 3/1", "It takes 10-3 days"]),
     ("-3", ["#### -3", "#### - 3", "The answer is -$3 now", "The answer is \N{MINUS SIGN}3"]),
 ]  # fmt: skip
 NO_ANSWER = {
@@ -339,29 +320,16 @@ print(*[child.pid for child in workers.children], flush=True)
 
 
 @linux
-@pytest.mark.parametrize("then", ["pass", f"workers.map([['1', {SLOW!r}]] * 2)", "raise KeyboardInterrupt", "input()"])
+@pytest.mark.parametrize("then", [f"workers.map([['1', {SLOW!r}]] * 2)", "input()"], ids=["stuck", "idle"])
 def test_workers_die_with_the_parent(then):
-    """It ends by itself, is killed amid a stuck check, is interrupted, is killed while the workers are idle."""
     code = PARENT.format(root=str(Path(__file__).parents[1]), then=then)
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=null) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        if "map" in then or "input" in then:
-            time.sleep(0.3)
-            parent.send_signal(signal.SIGKILL)
+        time.sleep(0.3)
+        parent.kill()
         parent.wait()
         assert len(pids) == 2 and gone(pids)
-
-
-ODD = ["x" * 900, "{" * 500, "(" * 300, "1+" * 490 + "1", "\u202e12", "\ud800", "\\", "%", "1/0", "a," * 400, "^" * 99,
-       "9^9^9^9", r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{0}", "\0" * 9 + "7", r"2^{1000000}"]  # fmt: skip
-
-
-def test_hostile_answers(impatient):
-    impatient.limit_s = 5.0
-    rows = [[rf"\boxed{{{answer}}}"] * 2 + [r"\boxed{12}"] for answer in ODD]
-    verdict = verify([Problem("?", "12")] * len(rows), rows, math_answer)
-    assert verdict.rewards.tolist() == [[0, 0, 1]] * len(rows) and (verdict.votes[:, 0] == verdict.votes[:, 1]).all()
 
 
 # --- Data ---
@@ -377,9 +345,11 @@ ROWS = [  # a row, and its problem
 ]  # fmt: skip
 
 
-def test_each_schema_gives_its_problem(tmp_path):
+def test_each_schema_gives_its_problem(tmp_path, capsys):
     rows, expected = zip(*ROWS)
     assert task_of(tmp_path, "math", *rows).test == [Problem(*fields) for fields in expected]
+    told = f"{tmp_path}, train: 2 levels that are no number, such as 'Level ?': these problems have no level"
+    assert capsys.readouterr().err.splitlines() == [told, told.replace("train", "test")]
     assert task_of(tmp_path, "gsm8k", rows[3]).test == [Problem("d", "1004", "2*2=4\n#### 1,004", 3)]
     mine = [{"problem": "a", "answer": answer} for answer in ("$18", "18 dollars", "25\\%", "-1/2")]
     assert [problem.answer for problem in task_of(tmp_path, "gsm8k", *mine).test] == ["18", "18", "25", "-1/2"]

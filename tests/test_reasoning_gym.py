@@ -65,9 +65,7 @@ def test_hostile_answers_cost_only_themselves(monkeypatch):
     gym.GYM.close()
 
 
-def writes_files(path) -> list[str]:
-    """Answers that make a file or folder at this path, if they are run as code."""
-    return [f"open({str(path)!r}, 'w')", f"[open({str(path)!r}, 'w')]", f"__import__('os').mkdir({str(path)!r})"]
+WRITE = "open({!r}, 'w')", "[open({!r}, 'w')]", "__import__('os').mkdir({!r})"  # a file or folder, where they are run
 
 
 @pytest.mark.slow
@@ -77,7 +75,7 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
 
     names = sorted(set(DATASETS) - {"composite"})
     workers = Workers("reasoning_gym", limit_s=20.0)
-    asked = [[name, 0, i, answer] for name in names for i in range(5) for answer in writes_files(tmp_path / name)]
+    asked = [[name, 0, i, code.format(str(tmp_path / name))] for name in names for i in range(5) for code in WRITE]
     results = workers.map(asked)
     workers.close()
     assert {path.name for path in tmp_path.iterdir()} == set(gym.EVALUATED)
@@ -85,16 +83,13 @@ def test_no_scorer_but_the_refused_ones_runs_an_answer(tmp_path):
     assert len(names) > 100 and not set(names) - scored - {"prime_factorization"}  # its scorer raises: no numbers
 
 
-RUNS_IT = "is refused: its scorer runs the answer as code .eval or sympy"
-
-
-@pytest.mark.parametrize("name, data, why", [
-    ("n_queens", None, f"'n_queens' {RUNS_IT}"), ("countdown", None, f"'countdown' {RUNS_IT}"),
-    ("leg_counts", None, "no data set 'leg_counts'; try leg_counting"), ("leg_counting", "folder", "leave --data out"),
+@pytest.mark.parametrize("name, why", [
+    *((name, "is refused: its scorer runs the answer as code .eval or sympy") for name in ("n_queens", "countdown")),
+    ("leg_counts", "no data set 'leg_counts'; try leg_counting"),
 ])  # fmt: skip
-def test_what_is_refused(name, data, why):
+def test_what_is_refused(name, why):
     with pytest.raises(BadInput, match=why):
-        load_task(f"reasoning_gym/{name}", data)
+        load_task(f"reasoning_gym/{name}")
 
 
 def test_another_version_is_refused(monkeypatch):
