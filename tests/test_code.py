@@ -119,11 +119,11 @@ def test_outputs_are_compared_token_by_token(output, expected, same):
 
 
 # ------------------------------------------------------------------------------------------------------- extraction
-FULL = "def double(x):\n    return 2 * x\n"
+FULL, SAME = "def double(x):\n    return 2 * x\n", "def double(x): return x\n"
 RIGHT = [  # where twice x is asked for
     "    return 2 * x\n", "return 2 * x\n", "    y = x\n    return y + x\n\n\nThis doubles x (it's easy).", FULL,
     HUMANEVAL["prompt"] + "    return 2 * x", f"```python\n{FULL}```\nFor example:\n```\nprint(double(2))\n```",
-    f"```python\ndef double(x): return x\n```\nNo, wait:\n```py\n{FULL}```", f"The code:\n```\n{FULL}",
+    f"```python\n{SAME}```\nNo, wait:\n```py\n{FULL}```", f"The code:\n```\n{FULL}",
     "```python\n    return 2 * x\n```", f"~~~\n{FULL}a = '\\\n```\n'\n~~~",
     f"```python\nfrom __future__ import annotations\nfrom __future__ import division\n{FULL}```",
     "1. So:\n\n   ```python\n" + textwrap.indent(FULL, "   ") + "   ```\n\n2. Done.", "double = lambda x: 2 * x",
@@ -151,8 +151,20 @@ RIGHT = [  # where twice x is asked for
     "```python\ndef double(x):\n    return twice(x)\n```\n```python\ndef twice(x):\n    return 2 * x\n```",
     f"```python\n{FULL}```\nThe signature:\n```python\ndef double(x):\n    ...\n```",
     f"```python\n{FULL}```\nIn JavaScript:\n```js\nfunction f(x) {{}}\ndef double(x):\n```",
+    f"```python\n{SAME}```\nNo:\n```\n{FULL}```", f"```python\n{SAME}```\nNo:\n\n{FULL}",
+    "```python\nfrom math import *\n```\n```python\ndef double(x):\n    return int(fsum([x, x]))\n```",
+    "```python\ndef double(x): return twice(x)\n```\n```python\ndef twice(x): return 2 * x\nprint(1 / 0)\n```",
+    "```python\nTWO = 1\n```\n```python\ndef double(x): return TWO * x\n```\nNo:\n```python\nTWO = 2\n```",
+    # code in a text
+    "    return 2 * x\n\nTime: O(1)\nDone\n", f"{FULL}\nOutput\n6\n[END]", f" Sure! Here it is:\n\n{FULL}",
+    f"It is:\n\n{textwrap.indent(FULL, '    ')}\nThat is all.", "y = 2 * x\nreturn y", f"Let\nx = the number\n\n{FULL}",
+    f"It is:\nfrom math import pi  # unused\n{FULL}", "It is:\nzero, *_ = [0]\ndef double(x): return 2 * x + zero",
+    # around fences
+    textwrap.indent(f"```python\n{FULL}```", "> "), f"```python {FULL}```", f"'''python\n{FULL}'''",
+    f"```\npython\n{FULL}```", f"```python\n\u200b{FULL}```".replace("    ", "\xa0" * 4),
 ]  # fmt: skip
 WRONG = [
+    f"```python\n{FULL}```\nNo:\n```\n{SAME}```",
     "", "   ", "```", "def double(x):", "Two times x.", "    return x", "\0", "\ud800", "return 2 * x" * 2, "(" * 5000,
     "-" * 5000 + "1", "```\n" * 5000, FULL.replace("double", "triple"), "double == lambda x: 2 * x",
     "from __future__ import braces\n" + FULL,
@@ -161,6 +173,7 @@ WRONG = [
 
 SUM = "input()\nprint(sum(map(int, input().split())))\n"
 SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
+DRIVER = "input()\nprint(total(input().split()))\n"
 PROGRAMS = [  # that print the sum of the second line
     f"```python\n{SUM}```\nSample input:\n```\n2\n1 2\n```\nSample output:\n```\n3\n```",
     f"```python\n{SUM}```\nTry it:\n```bash\necho '2 1 2' | python sum.py\n```", f"```\n{SUM}```\n```text\n3\n```",
@@ -176,6 +189,14 @@ PROGRAMS = [  # that print the sum of the second line
     f"The program:\n\nif True:\n{textwrap.indent(SUM, '    ')}That is all.",
     f"```python\n{SUM}```\nIn steps:\n```python\nprint(sum(map(int, input().split())))\n```",
     f"```python\n{SUM}```\nWhat reads a line:\n```python\nline = input()\n```",
+    f"{SUM}Complexity: O(n)", f"{SUM}\nExample:\n```\n2\n1 2\n```", f"Try\n```\n2\n1 2\n```\n{SUM}",
+    f"```python\nx = 1 / 0\n{SUM}```\nWithout its first line:\n```python\n{SUM}```",
+    "```python\ninput()\na = input().split()\n```\nThen\n```python\na.append('0')\n```\nand\n"
+    "```python\na = [*map(int, a)]\n```\nand\n```python\nprint(sum(a))\n```",
+    f"```python\ndef total(a): return 0\n{DRIVER}```\nNo:\n"
+    f"```python\ndef total(a): return sum(map(int, a))\n```\n```python\n{DRIVER}```",
+    "```python\nI = input\nI()\nprint(sum(map(int, I().split())))\n```\nas in\n```python\nprint(3)\n```",
+    f"```python\n{SUM}```\nTo test it:\n```python\nopen('input.txt', 'w').write('2')\nprint(3)\n```",
 ]  # fmt: skip
 
 
@@ -184,7 +205,8 @@ SECOND_LINE = dict(input=["2\n1 2\n", "3\n5 5 7\n"], output=["3\n", "17\n"])
 
 @pytest.mark.parametrize("name, row, right, wrong", [
     ("humaneval", HUMANEVAL, RIGHT, WRONG),
-    ("code_contests", CONTEST | dict(public_tests=SECOND_LINE, private_tests=None), PROGRAMS, ["print(3)"]),
+    ("code_contests", CONTEST | dict(public_tests=SECOND_LINE, private_tests=None), PROGRAMS, [
+        "print(3)", f"```python\n{SUM}```\nNo:\n```\n{SUM.replace('sum', 'max')}```"]),
 ])  # fmt: skip
 def test_which_part_of_a_response_is_the_program(tmp_path, name, row, right, wrong):
     task = task_of(tmp_path, name, row)

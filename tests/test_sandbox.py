@@ -94,6 +94,14 @@ PRINTS = [  # 3, and end
     "threading.stack_size(2**26)\nthreading.Thread(target=main).start()",
     "import sys, atexit, io\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\n"
     "out.write(str(2 * int(sys.stdin.read())))",
+    "from pathlib import Path\nprint(2 * int(Path('/dev/stdin').read_text()), end=__file__.removeprefix('program.py'))",
+    "from concurrent.futures import ThreadPoolExecutor as P\nfor x in P(2).map(int, [input()]): print(2 * x)",
+    # an output of the program's own
+    "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\nprint(2 * int(input()))",
+    "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach())\nprint(2 * int(input()))",
+    "import os, sys\nclass Out:\n    text = ''\n    def write(self, text): self.text += text\n"
+    "    def flush(self): os.write(1, self.text.encode())\nsys.stdout = Out()\nprint(2 * int(input()))",
+    "import sys\nprint(2 * int(input()))\nsys.stdout.flush()\nsys.stdout = None",
 ])  # fmt: skip
 def test_ways_to_read(pool, source):
     assert run(pool, source, "", cases=(("3\n", "6"), ("4\n", "8"))).passed

@@ -265,16 +265,17 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
             body = prefix and text[:1] in (" ", "\t")
             return defines, body, syntax is not None, not (defines or body) and language, number
         needed = [blocks[i][1] for i in with_needed(number)]
-        run = is_run(syntax) and not is_quoted(number) and any("print" in part or "write" in part for part in needed)
+        run = is_run(syntax) and not is_quoted(number, needed) and any("print" in x or "write" in x for x in needed)
         reads = [run and bool(READS_INPUT.search(part)) for part in needed]
         return reads[-1], any(reads), not any(reads) and language, run, number
 
-    def is_quoted(number: int) -> bool:
-        """Whether a block repeats a part of another. Half of an earlier one, if of several lines, corrects that one."""
-        text, others = blocks[number][1].strip(), [other.strip() for _, other in blocks]
-        larger = [i for i, other in enumerate(others) if text in other and text != other]
-        size = text.count("\n") and 2 * text.count("\n") + 1
-        return any(i > number or size < others[i].count("\n") for i in larger)
+    def is_quoted(number: int, needed: list[str]) -> bool:
+        """Whether a block repeats a part of another. It corrects an earlier one if it has several lines, half of that
+        one's or more, or if what it needs stands in blocks beside that one."""
+        text, size = blocks[number][1].strip(), blocks[number][1].strip().count("\n")
+        larger = [(i, x.strip().count("\n")) for i, (_, x) in enumerate(blocks) if text in x and text != x.strip()]
+        larger = [(i, lines) for i, lines in larger if len(needed) == 1 or blocks[i][1] in needed]
+        return any(i > number or size == 0 or 2 * size + 1 < lines for i, lines in larger)
 
     *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
     helpers = [
