@@ -102,31 +102,31 @@ MATH_INSTRUCTION = r"Think step by step and put the final answer in \boxed{}."
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+"
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-SCALE = rf"\s*(?:{'|'.join(SCALES)})s?(?![A-Za-z])"
+SCALES |= {"bn": 10**9, "lakh": 10**5, "crore": 10**7}
+SCALE = rf"\s*(?i:{'|'.join(SCALES)})s?(?![A-Za-z])"
 EXPONENT = r"(?:[eE]|\s*(?:\\times|\\cdot|[x*×])\s*10\s*\^\s*\{?\s*)([-+]?[0-9]{1,3})(?![0-9_])\}?"
 # in "x-3" there is no -3, and in "x12" no 12 and no 2
 NUMBER = re.compile(
     rf"(?:(?<![A-Za-z0-9_)}}])-)?(?<![A-Za-z0-9_^])(?<!\^\{{)"
-    rf"\\?[$€£]?(?:[0-9]+ [0-9]+/[0-9]+|(?:[0-9]+\s*)?\\[dt]?frac\{{-?[0-9.]+\}}\{{[0-9.]+\}}|{DIGITS})(?:{EXPONENT})?"
-    rf"(?:\^\{{?-?[0-9]+\}}?)?(?:{SCALE})*"
+    rf"\\?[$€£₹¥]?(?:[0-9]+ [0-9]+/[0-9]+|(?:[0-9]+\s*)?\\[dt]?frac\{{-?[0-9.]+\}}\{{[0-9.]+\}}|{DIGITS})"
+    rf"(?:{EXPONENT})?(?:\^\{{?-?[0-9]+\}}?)?(?:{SCALE})*"
 )
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 # what stands before an item of a list, "x = ", and, behind a \0, between it and the next: words, signs, the same "x = "
 LISTED = re.compile(
-    r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:[\s,;$]|(?:and|or)\b|\\(?:[][(),; ]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
+    r"(?s)(?:.*(\b[A-Za-z]\s*=\s*)|.*)\0(?:[\s,;$*]|(?:and|or)\b|\\(?:[][(),; ]|quad|text\s*\{\s*(?:and|or)\s*\})|\1)*"
 )
 UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$]*[0-9\\][^\s{}$]*|[A-Zxyz](?![A-Za-z]))")
 ANSWER_IS = re.compile(r"(?:answer(?:s\s+are\b|\s+is\b|s?\s*(?:\*+\s*)?:)|<answer>)[\s:*]*(?=\S)", re.IGNORECASE)
-COUNTING = re.compile(r"\b(?:is|are|was|were|has|have|takes?|needs?|gets?|about|exactly|only|therefore|thus|just) \Z")
 MATH_SPAN = re.compile(
     r"\$\$([^$]+)\$\$|\$((?:\\\$|[^$])+)\$|\\\(((?:(?!\\[()]).)+)\\\)|\\\[((?:(?!\\[\[\]]).)+)\\\]", re.DOTALL
 )
 DIGIT_GAP = re.compile(  # [ \n], as \s would have the other spaces in common with the alternatives before it
-    r"(?<=[0-9])(,?)[ \n]*(?:\{?(?:\\[,;:! ]|[~\xa0\u2009\u202f])\}?[ \n]*)+(,?)[ \n]*(?=[0-9]{3}(?![0-9]))"
+    r"(?<=[0-9])(,?)[ \n]*(?:\{?(?:\\[,;:! ]|['~\xa0\u2009\u202f])\}?[ \n]*)+(,?)[ \n]*(?=[0-9]{3}(?![0-9]))"
 )
 TYPESETTING = re.compile(  # fonts, sizes, colours, distances; where it takes what is shown, the braces stay
     r"\\(?:(?:boldsymbol|bm|pmb|boldmath|math(?:bf|it|sf|tt|normal)|underline|emph|ensuremath|bf|it|rm|sf|tt|tiny|small|"
-    r"normalsize|[lL]arge|LARGE|[hH]uge|[bB]igg?[lrm]?|(?:display|text|script)style|hfill)(?![A-Za-z])|"
+    r"(?:black)?square|normalsize|[lL]arge|LARGE|[hH]uge|[bB]igg?[lrm]?|(?:display|text|script)style|hfill)(?![A-Za-z])|"
     r"(?:text|math)(?:bf|it|rm|sf)?(?=\{[^{}]*\{)|(?:(?:text)?color|[hv]?phantom|[hv]space\*?) ?\{[^{}]*\}|"
     r"(?:begin|end)\{(?:align|gather|split)[a-z*]*\})"
 )
@@ -135,11 +135,31 @@ IN_BRACES = re.compile(
 )
 ROW_GAP = re.compile(r"\\\\\*?\s*\[\s*(?:-?[0-9.]+\s*[a-z]{2}|\\[a-z]+)\s*\]|\\cr(?![a-z])")
 SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FRACTION SLASH}": "/", "∞": r"\infty"})
-SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "half": "1/2", "quarter": "1/4"}
+SPELLED = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion", "half": "1/2", "quarter": "1/4"}
 BEHIND = re.compile(r"(?<=[0-9])([^0-9]*?)\s(?:per|for|every|each|after|because|since|which)\s.*")
 REMARK = re.compile(
-    r"\s[(\[](?!or\b)(?=[^][()]*[A-Za-z=+*])[^][()]*[)\]]|[,;]\s*(?:which|not|because|since|as)\b.*|" + BEHIND.pattern
+    r"\s[(\[](?!(?:or|maybe|perhaps|possibly)\b)(?=[^][()]*[A-Za-z=+*/×÷·-])[^][()]*[)\]]|"
+    r"[,;]\s*(?:which|not|because|since|as)\b.*|" + BEHIND.pattern
 )
+
+
+# a number that begins an answer, behind which follow a place, a condition, or a calculation
+PLACED = re.compile(
+    r"^(\W*[0-9][0-9,./]*(?: [A-Za-z]+)?)"
+    r"(?: (?:(?:when|if)\b.*|(?:out of|of the|in|with|on|at|before|within|during|among|across)\b[^=]*)|(?:;|:(?! ?[0-9]{2}\b)| [—→]) .*)$"
+)
+# words in front of a number that say no more of it
+NEUTRAL = re.compile(
+    r"(?!.*\b(?:[b-zB-Z]|not|no|than|least|most|between|under|over|above|below|plus|minus|times|negative|root|pi|option|"
+    r"choice|log|sin|cos|tan)\b)[A-Za-z ,:#']* \Z"
+)
+NEGATED = re.compile(
+    r"(?i)(answer )(?:is not|isn't|is never|cannot be|can't be)\b(?:\.(?=[0-9])|[^.,;\n])*?"
+    r"(?:,? but (?:rather )?|(?=[.,;\n]|\Z))"
+)
+HEADING = re.compile(r"\W*(?:(?:Step|Part|Case)\b|[0-9]+[.)] +\W*[A-Za-z])")
+# where a base model goes on with another problem
+ANOTHER = re.compile(r"\n[^\w\n]*(?:Question|Problem|Q|Human|User)(?: [0-9]+)?\W*:")
 
 
 def math_answer(response: str) -> str | None:
@@ -158,15 +178,22 @@ def gsm8k_answer(response: str) -> str | None:
 
 def end_of(response: str) -> str:
     """The part of a response that may have its answer: a base model may go on and write a problem of its own."""
-    return in_plain_digits(response.split("\nQuestion:", 1)[0][-MAX_RESPONSE_CHARS:])
+    answered = re.search(r"####|\\boxed|answer is|\Z", response).start()
+    ends = (it.start() for it in ANOTHER.finditer(response) if it[0] == "\nQuestion:" or it.start() > answered)
+    response = response[: next(ends, None)][-MAX_RESPONSE_CHARS:]
+    response = NEGATED.sub(lambda it: f"{it[1]}is " if "but" in it[0] else "", response)
+    return in_plain_digits(response)
 
 
 def in_plain_digits(text: str) -> str:
     """A text without typesetting (fonts, colours, gaps between digits and rows); ½ is 1/2, and ² is ^{2}."""
+    text = re.sub(r"\{\\(?:rm|bf|it|sf)\s+([^{}]*)\}|\\math(?:it|sf)\{([A-Za-z]{2,})\}", r"\\text{\1\2}", text)
     text = TYPESETTING.sub("", text)
     text = ROW_GAP.sub(r"\\\\", DIGIT_GAP.sub(r"\1\2", text.replace("{,}", ",")))
     text = re.sub("[¼-¾⅐-⅞]", lambda sign: f" {unicodedata.normalize('NFKC', sign[0])}", text)
     text = re.sub("[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda signs: f"^{{{unicodedata.normalize('NFKC', signs[0])}}}", text)
+    text = re.sub(r"(\\text\s*\{[^{}]*)(\^\{[23]\})\s*\}", r"\1}\2", re.sub(r"(?:\\text\s*)?\{:\}", ":", text))
+    text = re.sub(r"(?<=[0-9])\^(?:o(?![A-Za-z])|\{o\})", r"^\\circ", text)
     return text.translate(SIGNS)
 
 
@@ -212,8 +239,10 @@ def formulas(text: str, start: int = 0) -> list[tuple[int, int, str]]:
 
 
 def after_hashes(text: str) -> str | None:
-    """The rest of the line after the last "####", or None."""
-    return text.rpartition("####")[2].partition("\n")[0] if "####" in text else None
+    """The rest of the line after the last "####", or None; None also for a heading that a box or an answer follows."""
+    line, _, rest = text.rpartition("####")[2].partition("\n")
+    heading = HEADING.match(line) and ("\\boxed" in rest or ANSWER_IS.search(rest))
+    return None if "####" not in text or heading else line
 
 
 def stated(text: str) -> str | None:
@@ -227,17 +256,18 @@ def stated(text: str) -> str | None:
     subject, _, predicate = sentence.partition(" is ")
     if predicate and not re.search("[0-9]", subject):
         sentence = predicate
-    sentence = BEHIND.sub(r"\1", sentence)
+    sentence = re.sub(r"(?<=[0-9]) [(\[](?:=|[^][()]*[A-Za-z]{2}).*", "", sentence)
+    sentence = PLACED.sub(r"\1", BEHIND.sub(r"\1", sentence))
     words = re.match("[A-Za-z ,:]*", sentence)[0]
     if MATH_SPAN.match(sentence, len(words)):
         return formulas(sentence, len(words))[0][2]
-    return COUNTING.search(words) and number_in(sentence) or sentence
+    return NEUTRAL.match(words) and number_in(sentence) or sentence
 
 
 def last_math(text: str) -> str | None:
     """The last formula or number, whichever ends last."""
     found = [item[1:] for item in formulas(text)[-1:]]
-    found += [(number.end(), number[0]) for number in NUMBER.finditer(text)][-1:]
+    found += [item[1:] for item in lists([(*it.span(), it[0]) for it in NUMBER.finditer(text)], text)][-1:]
     return max(found, key=lambda item: item[0])[1] if found else None
 
 
@@ -248,31 +278,42 @@ def number_in(answer: str) -> str | None:
     words = unwrapped(clean(answer))
     if "\\" in words:
         return words.rpartition("=")[2]
-    words = re.sub("^- ", "-", words.replace(":00", ""))
-    for glued in (r"(?<=[0-9]) ?([kKM])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
+    words = re.sub(
+        r"\b(?:USD|EUR|GBP|CAD|AUD|CHF|INR|Rs|RM)\.? ?(?=[0-9])", "", re.sub("^- ", "-", words.replace(":00", ""))
+    )
+    words = PLACED.sub(r"\1", re.sub(r"\b(?:minus|negative) (?=[0-9])", "-", words))
+    for glued in (r"(?<=[0-9]) ?([kKMB])\b", r" and (?:an? )?(half|quarter|[0-9]+/[0-9])"):
         words = re.sub(glued, lambda part: f" {SPELLED.get(part[1], part[1])}", words)
     words = re.sub(r"\b[0-9]{1,3}(?: [0-9]{3})+\b", lambda digits: digits[0].replace(" ", ""), words)
-    bound = re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]|^(?:not|(?:less|more|fewer|greater) than) ", words)
+    bound = re.search(r"(?:^|\s)[<>≤≥] ?\$?[0-9]|^(?:not|under|below|above|(?:less|more|fewer|greater) than) ", words)
+    bound = bound or re.search(r"[0-9] (?:squared|cubed|factorial|score|gross)\b", words)
     without = "" if bound else REMARK.sub(r"\1", words)
     sides = [[number[0] for number in NUMBER.finditer(side)] for side in re.split(r"=|\b(?:is|are|equals)\b", without)]
     # equal numbers are one; a longer one than MAX_ANSWER_CHARS is no answer
     sides = [[*{plain_key(text[:MAX_ANSWER_CHARS]) or text: text for text in side}.values()] for side in sides]
     found = [numbers[0] for numbers in (sides[-1], sides[0]) if len(numbers) == 1]
-    return found[0] if found else "" if NUMBER.search(words) else None
+    percent = "%" if found and re.search(re.escape(found[0]) + " ?(?:%|percent)", words) else ""
+    return found[0] + percent if found else "" if NUMBER.search(words) else None
 
 
 # --- Comparison ---
 
-WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
+WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 UNITS = "m s g h l L cm mm km dm kg mg lb ft yd mi in oz hr ml mL cc min sec mph kmh kph rpm hrs lbs gal deg am pm"
 UNITS += " th st nd rd"
-UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')}|(?:[ckm]m|in|ft|mi) ?\^\{{?[23]\}}?)(?:/[a-z]+)?(?![A-Za-z])"
+SQUARED = r"(?:[ckm]m|in|ft|mi|(?<= )m) ?\^\{?[23]\}?"
+UNIT = rf"\s*(?:[A-Za-z]{{3,}}|{UNITS.replace(' ', '|')}|{SQUARED})(?:/[a-z]+)?(?![A-Za-z])"
 PLAIN_NUMBER = re.compile(
-    rf"(?:(?:\\approx|≈|approximately|about|roughly)\s*)?([-+]?)\s*[€£]?(?:([0-9]+) (?=[0-9]+/))?"
+    rf"(?:(?:\\approx|≈|approximately|about|roughly)\s*)?([-+]?)\s*[€£₹¥]?(?:([0-9]+) (?=[0-9]+/))?"
     rf"([0-9]{{1,3}}(?: [0-9]{{3}})+|{DIGITS})(?:{EXPONENT})?((?:{SCALE})*)(\s*(?:\\?%|percent))?((?:{UNIT})*)"
 )
-NOT_A_UNIT = re.compile("percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base", re.IGNORECASE)
-
+NO_UNIT = "percent|pct|hundred|thousand|illion|half|halves|thirds|quarters|base|squared|cubed|factorial|gross|score"
+NO_UNIT += "|(?:ten|hundred|thousand|four|fif|six|seven|eigh|nin)ths?"
+NOT_A_UNIT = re.compile(NO_UNIT, re.IGNORECASE)
+UNREADABLE = re.compile(  # two numbers with no more than a unit between them, a number word, an arrow
+    r"[0-9] *(?: |\\text\{(?! ?(?:and|or) ?\})[^{}]*\} *)[0-9]|\\to\b|"
+    rf"[0-9]\s*(?:\\text\s*\{{)?\s*(?!percent|pct)(?:{NO_UNIT})\b"
+)
 FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([0-9.,]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9.]+)\s*\}|([0-9]))")
 REPEATING = re.compile(  # 0.1\overline{6}, 0.\dot{1}2\dot{3}, 0.1(6), 0.1666...
     r"(?<![0-9.])([0-9]*)\.([0-9]{0,20}?)(?:\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?|"
@@ -280,27 +321,46 @@ REPEATING = re.compile(  # 0.1\overline{6}, 0.\dot{1}2\dot{3}, 0.1(6), 0.1666...
 )
 VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A-Za-z\\])([A-Za-z]+)", re.DOTALL)
 LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-Z])\s*\)?[.:]?")
-CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])[).:])\s+(?!(?:or|and)\b|[-+*/^=<>(]\s*[^0-9])(.+)")
+CHOICE = re.compile(r"(?:\(\s*[A-Z]\s*\)|[A-Z][).:])\s+(?!(?:or|and)\b|[-+*/^=<>(]\s*[^0-9])(.+)")
+CHOSEN = re.compile(  # the letter of a choice, and what follows it, which is no other choice
+    r"(?:(?i:the|answer|correct|option|choice|letter|is|clearly|\*)[ :*]*)*\(?\s*([A-Z])\s*+\)?+[*:.]*+"
+    r"(?!\s*(?:,|;|and|or|&|\\&|/|-)?\s*\(?[A-Z]\b)"
+    r"(?:\s*(?![A-Za-z=+^<>]|\\[a-p])[^A-Za-z=].*|\s+(?:because|since|as|for)\b.*)?"
+)
 ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:{'|'.join(SCALES)})s\b", re.IGNORECASE)
 # what is dropped: the base of a number, a modulus, the exponent of a unit
 DROPPED = re.compile(
     r"[0-9]\)?_\{?\s*([0-9]+)\s*\}?|[(p]mod[ {]*([0-9]+)|[0-9}]\s*(?:[A-Za-z]{2,}|m)\s*\^\s*\{?([0-9])\}?$"
 )
 RATIO = re.compile("(?<=[0-9]) ?: ?(?=[0-9])")
+TO = re.compile(r"(?<=[0-9])\s*(?:\\text\s*\{\s*to\s*\}|\bto\b|\\colon|\\text\s*\{:\}|\{:\})\s*(?=[0-9])")
+LABEL = re.compile(
+    r"^(?:\\text\s*\{[^{}]*\}|[A-Za-z]+|[a-zA-Z](?:\^\{[^{}]*\})?\([a-z0-9]+\)|"
+    r"\\lim_\{.*\} ?(?:[a-z]\([a-z]\)|[a-z]_[a-z]))\s*(?:=|\\equiv)\s*(?!.*=)"
+)
+CONDITION = re.compile(  # behind an answer
+    r"(?<=.)(?:\s|\\q?quad)*(?:,?\s*\\(?:text|mbox)\s*\{\s*\(?(?:when|at|attained|where|since|because|if|for|out of|"
+    r"or about|or approximately)\b.*|\(\s*\\approx.*\)|,\s*[a-z]\s*\\(?:neq?|in)(?![a-z]).*|"
+    r"(?<=[\sd])\(\s*[a-z]\s*(?:[=<>]|\\(?:neq?|in|[lg]eq?)(?![a-z]))[^()]*\))$"
+)
+BASE = re.compile(r"(?<=[0-9A-Z])\s*(?:_\s*)?\{?(?:\\text\s*\{\s*)?\(?\s*(?:in )?base\s*\}?\s*([0-9]+)\s*\)?\s*\}?\}?")
+ORDERED = re.compile(r"\bfrom (?:least|smallest|greatest|largest) to\b|\border the\b", re.IGNORECASE)
 IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow)(?![a-z])")
 RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|neq?|leqslant|geqslant)(?![a-z])|[<>≤≥≠]")
 OPERATION = re.compile(r"\\(?!left|right|pi|text|mbox|circ|display|infty)[A-Za-z]+|[-+*/^!]|\)\(")
 TASK = re.compile(  # at the end of a text without spaces: the formula that follows is to be computed
-    r"(?:Expand|Factor|Simplify|Comput|Evaluat|Calculat|Find|Convert|Whatis|Write)[A-Za-z:,]*(?:\\[\[(])?$"
+    r"(?:Expand|Factor|Simplify|Comput|Evaluat|Calculat|Find|Convert|Whatis|Write)[A-Za-z:,]*(?:\\[\[(])?$",
+    re.IGNORECASE,
 )
 
 
 @functools.lru_cache(maxsize=4096)
 def clean(answer: str) -> str:
     """An answer without dollar signs, thin spaces, line breaks and final punctuation."""
-    answer = re.sub(r"\\?\$|\\!|\0", "", in_plain_digits(answer))
+    answer = re.sub(r"\\?\$|\\!|\0|(?<!\\)\\[()\[\]]", "", in_plain_digits(answer))
     answer = " ".join(re.sub(r"(?<!\\)\\[,;: ]|~", " ", answer).split())
-    answer = re.sub(r"^\\text ?\{[^{}]*(?:\bis|[:=]) ?\} ?", "", answer)
+    answer = re.sub(r"\{?(?<![0-9a-z])([0-9a-z]+)\s*\\choose\s*([0-9a-z]+)\}?", r"\\binom{\1}{\2}", answer)
+    answer = re.sub(r"^\\text ?\{(?![A-Z]:)[^{}]*(?:\bis|[:=]) ?\} ?", "", answer)
     answer = re.sub(r"^< ?([^<>,]*) ?>$", r"\1", re.sub(r"^(?:\\q?quad ?)+|(?: ?\\q?quad)+$", "", answer))
     while inner := IN_BRACES.fullmatch(answer):
         answer = inner[1].strip()
@@ -333,7 +393,7 @@ def plain_keys(answer: str) -> tuple[str, ...]:
     top, _, bottom = re.sub("[, ]", "", number[3]).partition("/")  # Fraction() itself does not read "1.5/3"
     value = (int(number[2] or 0) + Fraction(top) / int(bottom or 1)) * (-1 if number[1] == "-" else 1)
     value *= Fraction(10) ** int(number[4] or 0)
-    value *= math.prod(SCALES[word.rstrip("s")] for word in re.findall("[a-z]+", number[5]))
+    value *= math.prod(SCALES[word.rstrip("s")] for word in re.findall("[a-z]+", number[5].lower()))
     return (number_key(value), number_key(value / 100)) if number[6] else (number_key(value),)
 
 
@@ -347,11 +407,40 @@ def text_key(answer: str) -> str:
     """An answer as a text: equal ones need no algebra either. Words are compared without case."""
     text = unwrapped(answer)
     if re.fullmatch("[A-Za-z ]{3,}", text):
-        return text.lower()
+        return re.sub(r"\b(?:a|an|the|it|is|was|are|on)\b ?", "", text.lower()).strip()
     return re.sub(r"\\(?:left|right)(?![a-z])|(?<![0-9])\s|\s(?![0-9])|(?<=\\)[dt](?=frac|binom)", "", text)
 
 
 MISREAD = {  # what math-verify takes for something else, or not at all
+    r"(?<![0-9.,])([1-9][0-9]{0,2}),([0-9]{3})(?:,([0-9]{3}))?(?!,?[0-9])": r"\1\2\3",
+    r"\\([lr])brace(?![a-z])": lambda it: r"\{" if it[1] == "l" else r"\}",
+    r"\\(?:left|right)(?=\\[{}])|(?:\\;)?\\middle(?![a-z])": "",
+    r"\A\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|:|\|)\s*(.*?)\s*\\\}\Z": r"\1",
+    r",\s*[a-z]\s*\\in\s*\\mathbb\{?R\}?\s*\Z": "",
+    r"(\]|\\infty\))\s*(?:\\text\s*\{\s*or\s*\}|or|\\bigcup)\s*([(\[])": r"\1\\cup \2",
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?-?[0-9]\}?)?)\s*[({]*\s*([0-9.]+)\s*\^\s*\{?\\circ\}?\s*[)}]*": (
+        r"\1{(\\frac{\2\\pi}{180})}"
+    ),
+    rf"(?<=[0-9])\s*\\text\s*\{{(?!\s*(?:and|or|{NO_UNIT}))[^{{}}]*\}}(?:\^\{{?[23]\}}?)?"
+    r"(?=\s*(?:[,+-]|\\times|\\cdot))": "",
+    r"\\[dtc]?frac\s*(\\[a-z]+)\s*(?=[0-9a-z{])": r"\\frac{\1}",
+    r"\\sqrt\[([0-9]+)\] ?([0-9a-z])": r"\\sqrt[\1]{\2}",
+    r"\\(?:operatorname|text|mathrm)\s*\{\s*((?:arc)?(?:ln|log|sin|cos|tan)|gcd|lcm)\s*\}(?=([A-Za-z0-9])?)|"
+    r"(?<![A-Za-z\\])(ln|log|sin|cos|tan)(?=[( ])": lambda it: f"\\{it[1] or it[3]}" + " " * bool(it[2]),
+    r"\\(sin|cos|tan) ([a-z])(?= *(?:\\cdot|\\sin|\\cos|\\tan))": r"\\\1{(\2)}",
+    r"(?i)\A\\text\s*\{\s*(?:the )?(?:empty set|no (?:real )?solutions?)\s*\}\Z|\A\\\{\s*\\\}\Z": r"\\emptyset",
+    r"(?i)\A(?:\\text\s*\{\s*all real numbers\s*\}|-\\infty\s*<\s*[a-z]\s*<\s*\\infty)\Z": r"(-\\infty,\\infty)",
+    r"\](?=\s*-\\infty)": "(",
+    r"(?<=\\infty)\s*\[": ")",
+    r"\A\\\{\s*(\([^()]*\))\s*\\\}\Z": r"\1",
+    r"\s*\^\s*\{?\\circ\}?\s*(?:\\text\s*\{\s*)?[FC]\s*\}?\Z": r"^\\circ",
+    r",?[\\; ]*(?:\\(?:text|mathrm|mbox)\s*\{[\\ ]*,?[\\ ]*(?:and|,)[\\ ]*\}|\\&)": ", ",
+    r"\\(?:simeq|doteq|sim)(?![a-z])": r"\\approx ",
+    r"(?<![A-Za-z\\])pi(?![a-z])": r"\\pi ",
+    r"(?<![A-Za-z\\])sqrt\(([^()]*)\)": r"\\sqrt{\1}",
+    r"\*\*": "^",
+    r"(?<=[0-9)])!=": "! =",
+    r"\{([0-9A-Z]+)\}(?=_)": r"\1",
     r"(?<![0-9.])([0-9]+) ([0-9]+)/([0-9]+)": r"\1\\frac{\2}{\3}",
     r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9_])": r" \\times 10^{\1}",
     r"\^(-[0-9]+)": r"^{\1}",
@@ -362,7 +451,7 @@ MISREAD = {  # what math-verify takes for something else, or not at all
     r"\\varnothing": r"\\emptyset",
     r"\\lor(?![a-z])": "or",
     r"\\(?:land|wedge)(?![a-z])": "and",
-    r"\\pmod ?(?:\{[0-9]+\}|[0-9])|\(mod [0-9]+\)": "",
+    r"\\pmod ?(?:\{[0-9]+\}|[0-9]+)|\((?:\\text\s*\{ ?)?mod *\}? *[0-9]+\)|\\text\s*\{ ?\(mod *\}? *[0-9]+\)": "",
     r"\\langle(?![a-z])": "(",
     r"\\rangle(?![a-z])": ")",
 }
@@ -384,9 +473,12 @@ def without_algebra(gold: str, answer: str) -> tuple[bool, str] | None:
     dropped = [{*DROPPED.findall(unwrapped(text))} for text in (gold, answer)]
     wrong = all(dropped) and dropped[0] != dropped[1] or RELATION.match(answer) and not RELATION.match(gold)
     wrong = wrong or RATIO.search(answer) and ":" not in gold
+    letters = [{*re.findall("[A-Za-z]", re.sub(r"\\[A-Za-z]+|[A-Za-z]{3,}", "", unwrapped(x)))} for x in (gold, answer)]
+    lower = [{*map(str.lower, names)} for names in letters]
+    wrong = wrong or letters[0] != letters[1] and (len(letters[0]) > 1 and lower[0] == lower[1])
     if golds and keys and not wrong:
         return golds[0] == keys[0] or len(golds) != len(keys) and not {*golds}.isdisjoint(keys), keys[0]
-    unreadable = re.search(r"[0-9] *(?: |\\text\{(?! ?(?:and|or) ?\})[^{}]*\} *)[0-9]|\\to\b", for_algebra(answer))
+    unreadable = UNREADABLE.search(for_algebra(answer))
     return (False, f"text {text_key(answer)}") if wrong or unreadable else None
 
 
@@ -423,18 +515,38 @@ def with_variables(answer: str, names: set[str]) -> str:
 def pairs_of(problem: Problem, answers: Iterable[str | None]) -> list[tuple[str, str] | None]:
     """(gold, answer) for each answer to a problem, as it lets them be read: the letter or the text of "(C) 12", letters
     that are its variables, "2 dozen" where dozens are asked for. None where there is no answer."""
-    gold, pairs = clean(problem.answer), []
+    gold, pairs = with_base(clean(problem.answer)), []
+    letter, ordered = LETTER.fullmatch(unwrapped(gold)), ORDERED.search(problem.prompt) and "," in gold
     texts = (re.sub(r"\\[A-Za-z]+", " ", WRAPPER.sub(" ", formula)) for _, _, formula in formulas(problem.prompt))
     names = {*re.findall("[A-Za-z]", " ".join(texts)), *re.findall("[0-9]([A-Za-z])$", gold)}
     for answer in answers:
-        if answer and (choice := CHOICE.fullmatch(unwrapped(answer))):
-            answer = choice[1] or choice[2] if LETTER.fullmatch(unwrapped(gold)) else choice[3]
-        if answer and ":" not in gold and re.search(r"\bratio\b", problem.prompt):
+        if not answer:
+            pairs.append(None)
+            continue
+        answer = with_base(answer)
+        if letter:
+            answer = choice[1] if (choice := CHOSEN.fullmatch(unwrapped(answer))) else answer.replace("=", ",")
+        elif choice := CHOICE.fullmatch(unwrapped(answer)):
+            answer = choice[1]
+        elif "=" not in gold:
+            answer = LABEL.sub("", answer)
+        answer = answer if CONDITION.search(gold) else CONDITION.sub("", answer)
+        if ":" in gold:
+            answer = TO.sub(":", answer)
+        elif re.search(r"\bratio\b", problem.prompt):
             answer = RATIO.sub("/", answer)
-        if answer and ASKED_SCALE.search(problem.prompt):
+        if ASKED_SCALE.search(problem.prompt):
             answer = re.sub(SCALE, "", answer)
-        pairs.append((with_variables(gold, names), with_variables(answer, names)) if answer else None)
+        if (words := re.match(r"[A-Za-z ,:#']* ", unwrapped(answer))) and plain_keys(gold) and NEUTRAL.match(words[0]):
+            answer = number_in(answer) or answer
+        pair = with_variables(gold, names), with_variables(answer, names)
+        pairs.append(tuple(f"({text.replace('<', ',')})" for text in pair) if ordered else pair)
     return pairs
+
+
+def with_base(answer: str) -> str:
+    """An answer in which the base of a number, "52 (base 8)", is an index."""
+    return BASE.sub(r"_{\1}", answer)
 
 
 def is_echo(problem: Problem, gold: str, answer: str) -> bool:
@@ -446,17 +558,24 @@ def is_echo(problem: Problem, gold: str, answer: str) -> bool:
         text = re.sub(r"\{([-A-Za-z0-9]+)\}|\s", r"\1", FRAC.sub(r"\1\2/\3\4", text_key(clean(text))))
         return re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text)
 
+    def order_free(text: str) -> str:
+        return "".join(sorted(re.sub(r"[(){}+*]", "", re.sub(r"\(([^()]*)\)/\(([^()]*)\)", r"\\frac{\1}{\2}", text))))
+
     gold, answer = plain(gold), plain(IMPLIES.split(answer)[-1])
     answer = answer[1:-1] if re.fullmatch(r"\([^()]*\)", answer) else answer
-    if sorted(gold) == sorted(answer):
+    if sorted(gold) == sorted(answer) or not answer:
         return False
     prompt = plain(problem.prompt)
-    curve, is_equation, _ = answer.partition("=")
+    curve, is_equation, last = answer.partition("=")
     if is_equation and "=" not in gold and re.search(r"(?<![A-Za-z\\])[a-z]\^", curve):
-        return curve not in prompt
+        return order_free(curve) not in (order_free(plain(text)) for _, _, text in formulas(problem.prompt))
     before, found, _ = prompt.partition(answer)
+    answer = last if is_equation and curve == last and last else answer
+    same = (start for start, _, text in formulas(problem.prompt) if order_free(plain(text)) == order_free(answer))
     if not found:
-        return False
+        if (start := next(same, None)) is None:
+            return False
+        before = plain(problem.prompt[:start])
     least, count = len(OPERATION.findall(gold)), len(OPERATION.findall(answer))
     return count > least and not plain_keys(answer) or count > 0 and TASK.search(before) is not None
 

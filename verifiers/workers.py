@@ -130,10 +130,14 @@ def number_key(value: Fraction) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def parsed(answer: str) -> list:
-    """What math-verify reads in an answer: a sympy object and its text, or fewer."""
+    """What math-verify reads in an answer: a sympy object and its text, or fewer. i is the imaginary unit."""
     import math_verify
+    import sympy
 
-    return math_verify.parse(f"${answer}$", parsing_timeout=None)
+    found = math_verify.parse(f"${answer}$", parsing_timeout=None)
+    if found and isinstance(found[0], sympy.Basic):
+        found[0] = found[0].subs({symbol: sympy.I for symbol in found[0].free_symbols if symbol.name == "i"})
+    return found
 
 
 def check_math(gold: str, answer: str) -> list:
