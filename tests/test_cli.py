@@ -65,7 +65,7 @@ OF_ALL = [
     (["--device", "tpu"], "invalid choice 'tpu'"),
     (["--run-name", "a/../../b"], "--run-name"),
     (["--no-chat"], "no chat template: leave --no-chat out"),
-    *((["--model", name], f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c")),
+    *((["--model", name], f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c", "~no_user/x")),
     (["--model", "./no_test/train.jsonl"], "train.jsonl is a file"),
     (["--model", "no_end"], "has no end-of-sequence token"),
     (["--model", "no_tokenizer"], "tokenizer.save_pretrained('no_tokenizer') writes one"),
