@@ -65,7 +65,7 @@ def test_a_verifier_trained_here_reads_as_the_policy_does(chat, read, untrained,
 @pytest.mark.parametrize("template, complaint", [
     ("{{ raise_exception('no') }}", r"cannot be rendered \(TemplateError: no\)"),
     ("{{ messages[0].content }}", "does not write the response"),
-    ("{{ messages[1].content }}", "does not write the prompt"),
+    ("prompt: {{ messages[1].content }}", "does not write the prompt"),
 ])  # fmt: skip
 def test_a_chat_template_that_cannot_tell_responses_apart_is_refused(template, complaint, untrained, tmp_path):
     folder = str(shutil.copytree(untrained, tmp_path / "base"))
