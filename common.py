@@ -6,6 +6,7 @@ Papers: Tang et al. (arXiv 2503.19595), Chow et al. (2412.15287), PKPO (Walder, 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -319,13 +320,16 @@ def decode(policy: Policy, rollouts: Rollouts) -> list[list[str]]:
     """The responses as text, special tokens and end tokens left out: B lists of n strings.
 
     Each is decoded behind the last token of its prompt that is text, which is then cut off. Llama's tokenizers drop the
-    space that begins a text: decoded alone, an indented program would lose one column."""
+    space that begins a text: decoded alone, an indented program would lose one column. Of a token for a part of a
+    character, the bytes would be read together with those of the response: it is no text."""
+    decoded = functools.partial(policy.tokenizer.batch_decode, skip_special_tokens=True)
     added = policy.tokenizer.added_tokens_decoder.items()
     silent, texts = {*policy.stop_ids, *(i for i, token in added if token.special)}, []
     for prompt, *group in zip(rollouts.prompts, rollouts.ids.cpu(), rollouts.mask.cpu()):
-        before = [i for i in prompt if i not in silent][-1:]
+        alone = ([i] for i in reversed(prompt) if i not in silent)
+        before = next((row for row in alone if "\ufffd" not in decoded([row])[0]), [])
         rows = [before + [i for i in ids[keep].tolist() if i not in silent] for ids, keep in zip(*group)]
-        last, *row = policy.tokenizer.batch_decode([before, *rows], skip_special_tokens=True)
+        last, *row = decoded([before, *rows])
         texts.append([text.removeprefix(last) for text in row])
     return texts
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import common
 from common import Policy, Rollouts, padded, sample
 from verifiers import BadInput, Problem, Task, one_line
-from verifiers.hub import load_pretrained, undated_template
+from verifiers.hub import load_pretrained, rendered
 
 from .parallel import rank0_only
 
@@ -42,9 +42,8 @@ def load_policy(name: str, task: Task, device="auto", gradient_checkpointing=Fal
     tokenizer.chat_template = tokenizer.chat_template if chat else None
     if not (stop_ids := ends_of_response(tokenizer, model.generation_config)):
         raise BadInput(f"--model {name!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise BadInput(f"--model {name!r}: the tokenizer has {len(tokenizer)} tokens, the model knows {rows} of them")
+    if odd := [i for i in stop_ids if not isinstance(i, int)]:
+        raise BadInput(f"--model {name!r}: generation_config.json has eos_token_id {odd[0]!r}: give a token's number")
     policy = Policy(model, tokenizer, stop_ids)
     try:
         if gradient_checkpointing:
@@ -117,14 +116,8 @@ def chat(tokenizer) -> tuple[str, str, str]:
     {prompt} for the user's words; the whitespace before a response; and what follows a response.
 
     Raises BadInput if the template fails, or does not write the user's words."""
-    turns = [{"role": "user", "content": "{prompt}"}, {"role": "assistant", "content": "{response}"}]
-    try:
-        options = {"chat_template": undated_template(tokenizer), "tokenize": False}
-        read = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **options)
-        before, _, after = tokenizer.apply_chat_template(turns, **options).partition("{response}")
-    except Exception as error:  # a template is a program of the model's, which may raise anything
-        why = f"the chat template cannot be rendered ({one_line(error)})"
-        raise BadInput(f"{why}: mend it, or ignore it by --no-chat") from error
+    read = rendered(tokenizer, ["{prompt}"], add_generation_prompt=True)
+    before, _, after = rendered(tokenizer, ["{prompt}", "{response}"]).partition("{response}")
     if "{prompt}" not in read:
         raise BadInput("the chat template does not write the user's text: mend it, or ignore it by --no-chat")
     gap = before.removeprefix(read)  # some templates write an empty thought here, which a response need not repeat
@@ -145,11 +138,15 @@ def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list
     """The text that a policy reads for each problem, and the whitespace between it and a response.
 
     A chat template, if there is one, writes both. Else a policy with a tokenizer of characters (`tiny`) reads the bare
-    prompt; any other reads the task's words or template, with a space behind a word."""
+    prompt; any other reads the task's words or template, with a space behind a word. Raises BadInput for a template
+    that rewrites what a user says, by the first problem."""
     if tokenizer.chat_template:
         read, gap, _ = chat(tokenizer)
         words = [f"{problem.prompt}\n\n{task.instruction}".strip() for problem in problems]
-        return [read.replace("{prompt}", text) for text in words], [gap] * len(words)
+        texts = [read.replace("{prompt}", text) for text in words]
+        if texts[:1] != [rendered(tokenizer, [text], add_generation_prompt=True) for text in words[:1]]:
+            raise BadInput(f"the chat template rewrites {words[0][:40]!r}: mend it, or ignore it by --no-chat")
+        return texts, [gap] * len(words)
     characters = len(tokenizer.tokenize("answer")) == len("answer")
     words = task.words or (lambda prompt: task.template.replace("{prompt}", prompt))
     texts = [problem.prompt if characters else words(problem.prompt) for problem in problems]
@@ -158,7 +155,11 @@ def texts_read(tokenizer, task: Task, problems: Sequence[Problem]) -> tuple[list
 
 def open_ended(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of texts, with the special tokens that the tokenizer puts in front (a chat template writes them itself)
-    and without those that it puts behind: an end token would end a prompt."""
+    and without those that it puts behind: an end token would end a prompt. Raises BadInput for half a character."""
+    for text in texts:
+        if half := re.search("[\ud800-\udfff]", text):
+            told = text[max(0, half.start() - 40) : half.end()]
+            raise BadInput(f"{told!a} ends in half a character, which no tokenizer reads: correct this row")
     coded = tokenizer(texts, add_special_tokens=not tokenizer.chat_template, return_special_tokens_mask=True)
     behind = [[*mask[::-1], 0].index(0) for mask in coded.special_tokens_mask]
     return [ids[: len(ids) - count] for ids, count in zip(coded.input_ids, behind)]

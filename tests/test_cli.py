@@ -72,7 +72,7 @@ OF_ALL = [
     (f"--model tiny-{10**20}", f"cannot load --model 'tiny-{10**20}'"),
     ("--run-name a/../../b", "--run-name"),
     ("--no-chat", "no chat template: leave --no-chat out"),
-    *((f"--model {name}", f"{Path(name)} does not exist") for name in ("/tmp/nope", "./nope", "a/b/c")),
+    *((f"--model {name}", f"{Path(name)} does not exist") for name in ("~no_user/x", "./nope", "a/b/c")),
     ("--model ./no_test/train.jsonl", "train.jsonl is a file"),
     ("--model no_end", "has no end-of-sequence token"),
     ("--model no_tokenizer", "tokenizer.save_pretrained('no_tokenizer') writes one"),

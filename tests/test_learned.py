@@ -11,7 +11,7 @@ from model_zoo import save_tiny
 from transformers import AutoTokenizer, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from harness.policy import save_policy, tiny_tokenizer
-from verifiers import Problem, Task, Verdict, arithmetic, learned, load_task
+from verifiers import BadInput, Problem, Task, Verdict, arithmetic, learned, load_task
 
 LEARNED = [*(f.replace("--k", "--N") for f in runs.SMALL), "--verifier", "learned"]
 
@@ -61,6 +61,24 @@ def test_a_verifier_trained_here_reads_as_the_policy_does(chat, read, untrained,
     save_policy(verifier, tmp_path / "verifier")
     for x in (verifier, learned.load_verifier(str(tmp_path / "verifier"), task_of(problems))):
         assert x.tokenizer.decode(x.tokens(["7"], ["3"]).input_ids[0]) == read
+
+
+@pytest.mark.parametrize("template, complaint", [
+    ("{{ raise_exception('no') }}", r"cannot be rendered \(TemplateError: no\)"),
+    ("{{ messages[0].content }}", "does not write the response"),
+    ("prompt: {{ messages[1].content }}", "does not write the prompt"),
+])  # fmt: skip
+def test_a_chat_template_that_cannot_tell_responses_apart_is_refused(template, complaint, untrained, tmp_path):
+    folder = str(shutil.copytree(untrained, tmp_path / "base"))
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
+    with pytest.raises(BadInput, match=complaint):
+        learned.load_verifier(folder, task_of([]), new_head=True)
+    learned.load_verifier(folder, task_of([]), new_head=True, chat=False)
+
+
+def test_a_verifier_that_does_not_know_all_tokens_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="the tokenizer has 99 tokens, the model knows 90 of them"):
+        learned.load_verifier(save_tiny("llama", tmp_path, vocab_size=90), task_of([]), new_head=True)
 
 
 def test_scores_are_deterministic_and_do_not_depend_on_the_batch(parity):

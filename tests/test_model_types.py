@@ -1,6 +1,9 @@
 """Every type of causal language model in transformers trains right or is refused in one line when it is loaded."""
 
+import json
 import math
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from model_zoo import KINDS, save_tiny, tiny_model
 from runs import SMALL, in_process, parity, steps_of
+from safetensors.torch import load_file, save_file
 
 import common
 import harness.policy
@@ -54,6 +58,51 @@ def test_models_of_every_family_train(kind, run, rewarded, tmp_path):
 ])  # fmt: skip
 def test_models_that_cannot_be_trained_are_refused_in_one_line(kind, changes, flags, complaint, run, tmp_path):
     assert complaint in verdict_on(save_tiny(kind, tmp_path / "model", **changes), *flags)
+
+
+def config(name="config.json", **changes):
+    """What changes a JSON file of a folder."""
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+
+def weight(name):
+    """What adds a weight to those of a folder."""
+    return lambda folder: save_file(
+        load_file(folder / "model.safetensors") | {name: torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def without_tokenizer(folder):
+    [file.unlink() for file in folder.glob("tokenizer*")]
+
+
+BIAS, NO_PLACE = "model.layers.0.self_attn.q_proj.bias", "ValueError: the model of its config.json has no place for its"
+NO_TOKENIZER = "it holds no tokenizer that can be read (ValueError: it knows no character): tokenizer.save_pretrained("
+SPOILT = {  # type, what is done to its folder, the complaint or "" for none
+    "a layer more": ("llama", config(num_hidden_layers=1), f"{NO_PLACE} weights model.layers.1.input_layernorm.weight"),
+    "a bias": ("llama", weight(BIAS), f"{NO_PLACE} weights {BIAS}"),
+    "a layer more, of a base model": ("llama", weight("layers.2.mlp.bias"), f"{NO_PLACE} weights layers.2.mlp.bias"),
+    "a value head": ("llama", weight("v_head.summary.weight"), ""),
+    "a mask, in old files": ("gpt_neo", weight("transformer.h.0.attn.attention.bias"), ""),
+    "other shapes": ("llama", config(intermediate_size=32), "its weights have other shapes than the model: "
+                     "model.layers.0.mlp.down_proj.weight (32, 64), not (32, 32), model"),
+    "its own code": ("llama", config(model_type="own", auto_map={"AutoConfig": "own.Config"}),
+                     "it needs code of its own, which is not supported: choose a model of a type that transformers"),
+    "an adapter": ("llama", lambda folder: (folder / "adapter_config.json").write_text("{}"),
+                   "it has a LoRA adapter: merge that into its base model, and leave adapter_config.json out"),
+    "an end in words": ("llama", config("generation_config.json", eos_token_id="</s>"),
+                        "generation_config.json has eos_token_id '</s>': give a token's number"),
+    "no tokenizer, unknown tokens": ("gemma2", without_tokenizer, NO_TOKENIZER),
+    "no tokenizer, no tokens": ("gpt2", without_tokenizer, NO_TOKENIZER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, spoil, complaint", SPOILT.values(), ids=SPOILT)
+def test_a_folder_whose_files_do_not_make_one_model(kind, spoil, complaint, tmp_path):
+    """Else another model would be trained, without a word."""
+    spoil(Path(save_tiny(kind, tmp_path)))
+    with pytest.raises(BadInput, match=re.escape(complaint)) if complaint else nullcontext():
+        harness.policy.load_policy(str(tmp_path), load_task("arithmetic"), "cpu")
 
 
 def test_a_policy_can_be_loaded_where_gradients_are_off(tmp_path):

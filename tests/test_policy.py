@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import SMALL, save_untrained
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -127,10 +128,12 @@ def test_without_a_chat_template_the_tasks_words_are_read(front, behind):
 def test_an_expert_has_the_tokens_that_it_has_behind_its_prompt(template):
     """Llama's tokenizers put a space in front of a text: a program read alone would be indented by one."""
     words = ["<unk>", "<s>", "</s>", "\u2581", *map(chr, range(33, 127)), "\n", "<|end|>", "\u2581de", "\u2581d", "de"]
+    words += sorted({f"<0x{byte:02X}>" for byte in "é😀".encode()})
     merges = [("\u2581", "d"), ("\u2581d", "e"), ("d", "e")]
-    backend = Tokenizer(models.BPE({x: i for i, x in enumerate(words)}, merges, unk_token="<unk>"))
+    backend = Tokenizer(models.BPE({x: i for i, x in enumerate(words)}, merges, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template)
     policy = policy_of(tokenizer)
     prompts = encode_prompts(policy, TASK, PROBLEMS[:1], 8)
@@ -139,6 +142,9 @@ def test_an_expert_has_the_tokens_that_it_has_behind_its_prompt(template):
     assert common.decode(policy, experts) == [[f"{space}de f\n  g"]]
     first = tokenizer.convert_ids_to_tokens(experts.ids[0, 0].tolist())[0]
     assert first == ("de" if template else "\u2581de")
+    prompt, whole = tokenizer(["de é", "de é😀 de"], add_special_tokens=False).input_ids  # "é" and "😀" are bytes
+    ids = torch.tensor([[whole[len(prompt) :]]])
+    assert common.decode(policy, common.Rollouts([prompt], ids, ids >= 0, ids, 1.0)) == [["😀 de"]]
 
 
 def test_an_expert_that_is_too_long_is_refused():
@@ -148,6 +154,12 @@ def test_an_expert_that_is_too_long_is_refused():
     assert expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, long]).ids.shape == (2, 1, 10)
     with pytest.raises(BadInput, match="a prompt and its expert response, 201 tokens, exceed the model's context"):
         expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, longer])
+
+
+def test_half_a_character_is_refused():
+    policy, problem = policy_of(tokenizer_of(None)), replace(PROBLEMS[0], solution="1\ud8002")
+    with pytest.raises(BadInput, match=r"\\nAnswer: 1\\ud800' ends in half a character, which no tokenizer reads"):
+        expert_rollouts(policy, TASK, [[5]], [[problem]])
 
 
 def test_a_space_follows_a_word_and_a_tokenizer_of_characters_reads_the_prompt_alone():
@@ -181,7 +193,7 @@ def test_a_template_is_not_rendered_once_a_problem(noted):
     rendered = noted(policy.tokenizer, "apply_chat_template", lambda *_, **__: None)
     prompts = encode_prompts(policy, TASK, PROBLEMS * 50, 8)
     expert_rollouts(policy, TASK, prompts, [[problem] for problem in PROBLEMS * 50])
-    assert len(rendered) == 4  # what is read, and a whole turn: for the prompts, and for the responses
+    assert len(rendered) == 6  # what is read, a whole turn, and one problem: for the prompts, and for the responses
 
 
 BROKEN = {
@@ -189,13 +201,14 @@ BROKEN = {
     "{% for m in messages %}{{ m.content / 2 }}{% endfor %}": r"cannot be rendered \(TypeError: unsupported operand",
     "{% if %}": "cannot be rendered",
     "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}": "does not write the user's",
+    "{{ messages[0].content | tojson }}": r"the chat template rewrites '1\+1\?\\n\\nBe brief.': mend it",
 }
 
 
 @pytest.mark.parametrize("template, complaint", BROKEN.items(), ids=BROKEN)
 def test_a_template_that_fails_is_refused_in_one_line(template, complaint):
     with pytest.raises(BadInput, match=complaint) as refusal:
-        policy_of(tokenizer_of(template))
+        encode_prompts(policy_of(tokenizer_of(template)), TASK, PROBLEMS, 8)
     assert "\n" not in str(refusal.value)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import BadInput, Problem, Task, Verdict, with_checked_verdicts
-from .hub import load_pretrained, undated_template
+from .hub import load_pretrained, rendered
 
 
 @dataclasses.dataclass
@@ -30,10 +30,8 @@ class LearnedVerifier:
         """Ids and mask (R, L) of each prompt with its response: by the chat template if there is one, else by the
         task's plain one, with an end token behind. What exceeds the model's context is cut off at the front."""
         if self.tokenizer.chat_template:
-            asked, roles = [f"{prompt}\n\n{self.task.instruction}".strip() for prompt in prompts], ("user", "assistant")
-            turns = [[dict(role=r, content=text) for r, text in zip(roles, pair)] for pair in zip(asked, responses)]
-            template = undated_template(self.tokenizer)
-            texts = self.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+            asked = [f"{prompt}\n\n{self.task.instruction}".strip() for prompt in prompts]
+            texts = [rendered(self.tokenizer, pair) for pair in zip(asked, responses)]
         else:
             end = self.tokenizer.eos_token or ""
             texts = [self.task.template.replace("{prompt}", p) + r + end for p, r in zip(prompts, responses)]
@@ -67,13 +65,19 @@ class LearnedVerifier:
 
 
 def load_verifier(
-    name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False, budget: int = 16384
-) -> LearnedVerifier:
+    name: str, task: Task, device: torch.device | str = "cpu", new_head: bool = False, budget: int = 16384,
+    chat: bool = True,
+) -> LearnedVerifier:  # fmt: skip
     """The reward model of this hub id or folder, in float32, in evaluation mode. new_head: a head that is not there
-    is a random one. budget: see `LearnedVerifier`. Raises BadInput."""
+    is a random one. budget: see `LearnedVerifier`. chat: use its chat template, if it has one. Raises BadInput."""
     auto = "AutoModelForSequenceClassification"
     model, tokenizer = load_pretrained("the verifier", name, auto, device, new_head, num_labels=1)
     verifier = LearnedVerifier(model, tokenizer, task, budget)
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    if tokenizer.chat_template:
+        read = rendered(tokenizer, ["{prompt}", "{response}"])
+        if missing := [word for word in ("prompt", "response") if f"{{{word}}}" not in read]:
+            raise BadInput(f"the chat template of the verifier {name!r} does not write the {missing[0]}: mend it")
     if tokenizer.pad_token_id is None:  # transformers finds the last token by it
         if tokenizer.eos_token_id is None:
             raise BadInput(f"the verifier {name!r} has neither pad nor eos token: set one in its tokenizer_config.json")
@@ -101,8 +105,7 @@ def trained_verifier(
     problems, responses, rewards = [problems[i] for i in mixed], [responses[i] for i in mixed], rewards[mixed]
     with torch.random.fork_rng(devices=[]):  # the new head's initial weights
         torch.manual_seed(seed)
-        verifier = load_verifier(base, task, device, new_head=True, budget=budget)
-    verifier.tokenizer.chat_template = verifier.tokenizer.chat_template if chat else None
+        verifier = load_verifier(base, task, device, new_head=True, budget=budget, chat=chat)
     prompts = [problem.prompt for problem, row in zip(problems, responses) for _ in row]
     texts, labels = [response for row in responses for response in row], rewards.flatten().to(device)
     generator = torch.Generator().manual_seed(seed)

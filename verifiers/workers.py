@@ -232,7 +232,8 @@ def serve(name: str, limit_s: float) -> None:
     """Answer jobs until the end of stdin."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keeps what a library prints out of the replies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group: they are the parent's to answer
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(ValueError, OSError):  # macOS refuses it
         import resource  # not on Windows
 
