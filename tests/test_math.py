@@ -94,7 +94,7 @@ BOXED = [
     ("10", [], [r"\binom{5}{2}"], r"Compute $\dbinom{5}{2}$."), ("12", [], [r"3\cdot4"], r"Compute $3 \times 4$."),
     ("4", [], [r"\log_{2}16"], r"Evaluate $\log_2 16$."), ("x^2+10x+25", [], ["(x+5)^2"], "Expand $(x+5)^2$."),
     (r"\frac{\sqrt2}{2}", [r"\frac{1}{\sqrt2}"], [], r"If $\cos x = \frac{1}{\sqrt2}$, find $\sin x$."),
-    ("x+1", ["1+x"], [], "Let $f(x)=1+x$. Find $f^{-1}$"), (r"\frac12", ["1/2"], [], "Find $1/2$."),
+    ("x+1", ["1+x"], [], "Simplify $1+x$."), (r"\frac12", ["1/2"], [], "Find $1/2$."),
     ("0.5", ["1/2"], [], "How large is $x^{1/2}$?"), ("0.5", [], ["1/2"], "Write $1/2$ as a decimal."),
     (r"\frac{4}{11}", [], [r"\frac{8}{22}"], r"Simplify $\frac{8}{22}$."),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", [
