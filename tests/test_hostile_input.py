@@ -402,8 +402,7 @@ def test_code_rows_with_a_field_of_any_value_give_problems_or_a_refusal(folder, 
 
 
 @pytest.mark.parametrize("name, row", [
-    ("mbpp", MBPP | {"test_list": []}), ("humaneval", HUMANEVAL | {"prompt": ""}),
-    ("humaneval", HUMANEVAL | {"prompt": "\ud800"}),
+    ("mbpp", MBPP | {"test_list": []}), ("mbpp", MBPP | {"text": "\ud800"}), ("humaneval", HUMANEVAL | {"prompt": ""}),
     ("code_contests", CONTEST | {"public_tests": {"input": [1], "output": [2]}}),
     *((name, {"question": 7, "answer": "7"}) for name in ("humaneval", "mbpp", "code_contests", "taco")),  # another's
 ])  # fmt: skip

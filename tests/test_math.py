@@ -3,17 +3,14 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_code import REAL_DATA, real_data, task_of
-from test_sandbox import gone, linux
+from test_sandbox import all_end_with, linux
 
 from verifiers import BadInput, Problem, load_task
 from verifiers import math_tasks as math_task
@@ -97,7 +94,7 @@ BOXED = [
     ("10", [], [r"\binom{5}{2}"], r"Compute $\dbinom{5}{2}$."), ("12", [], [r"3\cdot4"], r"Compute $3 \times 4$."),
     ("4", [], [r"\log_{2}16"], r"Evaluate $\log_2 16$."), ("x^2+10x+25", [], ["(x+5)^2"], "Expand $(x+5)^2$."),
     (r"\frac{\sqrt2}{2}", [r"\frac{1}{\sqrt2}"], [], r"If $\cos x = \frac{1}{\sqrt2}$, find $\sin x$."),
-    ("x+1", ["1+x"], [], "Let $f(x)=1+x$. Find $f^{-1}$"), (r"\frac12", ["1/2"], [], "Find $1/2$."),
+    ("x+1", ["1+x"], [], "Simplify $1+x$."), (r"\frac12", ["1/2"], [], "Find $1/2$."),
     ("0.5", ["1/2"], [], "How large is $x^{1/2}$?"), ("0.5", [], ["1/2"], "Write $1/2$ as a decimal."),
     (r"\frac{4}{11}", [], [r"\frac{8}{22}"], r"Simplify $\frac{8}{22}$."),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", [
@@ -311,26 +308,17 @@ def test_a_child_that_cannot_start_is_an_error_not_a_zero(monkeypatch, tmp_path)
 
 
 PARENT = """
-import sys; sys.path.insert(0, {root!r})
 from verifiers.workers import Workers
 workers = Workers("math", limit_s=2.0, count=2)
 workers.map([["1", "x"]] * 2)
 print(*[child.pid for child in workers.children], flush=True)
-{then}
 """
 
 
 @linux
 @pytest.mark.parametrize("then", [f"workers.map([['1', {SLOW!r}]] * 2)", "input()"], ids=["stuck", "idle"])
 def test_workers_die_with_the_parent(then):
-    code = PARENT.format(root=str(Path(__file__).parents[1]), then=then)
-    pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=null) as parent:
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
-        time.sleep(0.3)
-        parent.kill()
-        parent.wait()
-        assert len(pids) == 2 and gone(pids)
+    assert all_end_with(PARENT + then)
 
 
 # --- Data ---
@@ -360,7 +348,6 @@ def test_each_schema_gives_its_problem(tmp_path, capsys):
     ({"problem": "a", "answer": ""}, "math", "train row 2: empty answer"),
     ({"problem": "a", "solution": "no box"}, "math", "train row 2: empty answer"),
     ({"problem": " ", "answer": "1"}, "math", "train row 2: empty problem"),
-    ({"prompt": "a", "answer": "1"}, "math", "row 2: no column problem or question; found prompt, answer"),
     ({"problem": "a", "result": "1"}, "math", "row 2: no column answer or solution; found problem, result"),
     ({"problem": "a", "answer": "x + 1"}, "gsm8k", "row 2: the answer 'x .* is not a number; --task math"),
     ({"problem": "a", "answer": "(C)"}, "gsm8k", "row 2: the answer '.C.' is not a number"),

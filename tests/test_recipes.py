@@ -208,10 +208,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 @needs_trl
 def test_two_processes_in_trl_have_the_gradient_of_one(tmp_path):
-    """By gloo, each with a half of the second group: votes and rewards meet, and gradients are averaged.
-
-    `biased` would be blind to what votes are called: with k = 3 it is made of votes of two, and their ties are worth
-    the same by any name."""
+    """By gloo, each with a half of the second group: votes and rewards meet, and gradients are averaged. `biased` with
+    k = 3 is made of votes of two, whose ties are worth the same whatever votes are called: it would be blind."""
     (tmp_path / "process.py").write_text(PROCESS.format(tests=str(ROOT / "tests"), out=str(tmp_path / "out")))
     result = torchrun(tmp_path / "process.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

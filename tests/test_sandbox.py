@@ -239,19 +239,20 @@ def test_a_dead_worker_is_replaced_and_its_program_run_again(count):
     assert orphans and gone(orphans)
 
 
+def all_end_with(code: str) -> bool:
+    """Whether both processes whose numbers this program prints end, soon, when it is killed."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], cwd=FOLDER.parent, stdin=pipe, stdout=pipe) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        time.sleep(0.3)
+        parent.kill()
+    return len(pids) == 2 and gone(pids)
+
+
 def test_a_worker_ends_with_its_pool():
     """A trainer that is killed cannot say goodbye: the workers notice by themselves."""
-    code = """
-import sys, time
-from verifiers.sandbox.pool import Sandbox
-print(*(worker.process.pid for worker in Sandbox(sys.argv[1], 2)._workers), flush=True)
-time.sleep(60)
-"""
-    trainer = subprocess.Popen([sys.executable, "-c", code, LEVEL], stdout=subprocess.PIPE, text=True)
-    workers = [int(pid) for pid in trainer.stdout.readline().split()]
-    trainer.kill()
-    trainer.wait()
-    assert len(workers) == 2 and gone(workers)
+    numbers = f"*(worker.process.pid for worker in Sandbox({LEVEL!r}, 2)._workers)"
+    assert all_end_with(f"from verifiers.sandbox.pool import Sandbox\nprint({numbers}, flush=True)\ninput()")
 
 
 def test_no_level_weaker_than_asked_for(monkeypatch):

@@ -1,9 +1,6 @@
 """Attacks on the sandbox, one property each, those of a red team in the form in which they once succeeded; and what the
-pool does about its own trouble and where others crowd it.
-
-An attack "passes" only if it got what it was after, so every verdict here is anything but passed. Attacks are bounded
-and aim at nothing but what a test made for them.
-"""
+pool does about its own trouble and where others crowd it. An attack "passes" only if it got what it was after. Attacks
+are bounded and aim at nothing but what a test made for them."""
 
 import contextlib
 import os
@@ -91,8 +88,7 @@ SPECIAL = [  # forgeries for tests of one form
      "    def __iter__(s): return iter(E)\ndef f(x): return E()", f"assert {SECRET!r} in f(2)"),
     ("a test that forgives everything", "import os\ndef f(x): os._exit(0)", "try: f(2)\nexcept BaseException: pass"),
     *(("an operator that could tell what is expected", OPERATORS, tests) for tests in (
-        f"assert abs(f(2) - {SECRET!r}) < 1e-6", f"assert f(2) + {SECRET!r} == 'x'", f"assert f(2) <= {SECRET!r}",
-        f"assert {SECRET!r} - f(2) == 0", f"with f(2) as x:\n    assert x == {SECRET!r}",
+        f"assert f(2) <= {SECRET!r}", f"assert {SECRET!r} - f(2) == 0", f"with f(2) as x:\n    assert x == {SECRET!r}",
         f"assert isinstance({SECRET!r}, f(2))")),
     *(("an object equal to plain data", source, f"assert f(2) == {data}")
       for source in DATACLASSES for data in ("4", "['P', [4]]", "None")),
