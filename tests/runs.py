@@ -137,25 +137,6 @@ def in_two_processes(main: Callable[[], None], cwd: Path, code: int | None = 0) 
     return out, err
 
 
-# Code for a process in which no module can be imported whose name is such: WITHOUT.format("in ['numpy']")
-WITHOUT = """
-import sys
-class Hook:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] {}:
-            raise ImportError(name + " is not installed")
-sys.meta_path.insert(0, Hook())
-"""
-
-
-def python(*words: str, cwd: Path = ROOT) -> str:
-    """What a Python process of its own prints; it ends without an error."""
-    command = [sys.executable, *words]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
     """The command in two processes, by torchrun itself."""
     words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --".split(), *map(str, command)]

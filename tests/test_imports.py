@@ -1,9 +1,11 @@
 """What `--help` says and takes, and where an estimator can be imported."""
 
 import re
+import subprocess
+import sys
 
 import pytest
-from runs import SCRIPTS, WITHOUT, python
+from runs import ROOT, SCRIPTS
 
 HEAVY = ["transformers.modeling_utils", "transformers.models.llama.modeling_llama", "datasets", "matplotlib"]
 HEAVY += ["math_verify", "sympy"]
@@ -19,7 +21,13 @@ for command in {COMMANDS}:
         assert not end.code
     print("LOADED", *(x for x in {HEAVY} if x in sys.modules))
 """
-ELSEWHERE = f"""{WITHOUT.format(f"in {EXTRAS}")}
+ELSEWHERE = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS}:
+            raise ImportError(name + " is not installed")
+sys.meta_path.insert(0, Missing())
 from pass_at_k_pg import advantages
 import torch
 print(advantages(torch.tensor([[1.0, 0, 0]]), 2).tolist())
@@ -28,10 +36,15 @@ print("LOADED", *(x for x in {EXTRAS + HEAVY} if x in sys.modules))
 """
 
 
+def printed(code: str) -> str:
+    """What this code prints in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 @pytest.fixture(scope="module")
 def helps():
     """What each command of COMMANDS prints, and which of HEAVY were imported by then."""
-    return re.findall(r"(.*?)LOADED ?(.*?)\n", python("-c", HELP), re.S)
+    return re.findall(r"(.*?)LOADED ?(.*?)\n", printed(HELP), re.S)
 
 
 def test_help_waits_for_no_model_class_and_has_the_defaults_of_a_preset(helps):
@@ -53,5 +66,5 @@ def test_the_algorithms_flags_come_first_and_a_default_is_told_once(number, help
 
 def test_estimators_are_imported_without_what_a_run_needs():
     """Where torch, transformers, datasets and tqdm are all that is installed, and on Windows, which has no resource."""
-    first, loaded = python("-c", ELSEWHERE).splitlines()
+    first, loaded = printed(ELSEWHERE).splitlines()
     assert first == "[[0.6666666865348816, 0.0, 0.0]]" and loaded.strip() == "LOADED"
