@@ -126,8 +126,6 @@ def test_value_network_learns_the_reward_of_each_prompt(monkeypatch):
     (gradients,) = averaged
     norm = torch.cat([expected, -2 / 3 * rewards.sum().view(1)]).norm()  # it was clipped to 1, after the averaging
     torch.testing.assert_close(gradients[-2][0], expected / max(norm, 1), rtol=1e-4, atol=1e-6)
-    now, (same, _) = value(prompts), value.fit(optimizer, policy, prompts, rewards)
-    assert now.tolist() == pytest.approx(same.tolist(), abs=1e-6)
     for _ in range(100):
         value.fit(optimizer, policy, prompts, rewards)
     assert value(prompts).tolist() == pytest.approx(rewards.tolist(), abs=0.05)
