@@ -12,8 +12,8 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,21 +119,17 @@ def in_two_processes(main: Callable[[], None], cwd: Path, code: int | None = 0) 
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=run_as_rank, args=(main, cwd, rank, port)) for rank in (0, 1)]
     [process.start() for process in processes]
-    failed, until = 0, time.time() + 120
-    while any(process.is_alive() for process in processes) and time.time() < until:
-        codes = [process.exitcode for process in processes if process.exitcode]
-        if codes and not failed:
-            failed, until = codes[0], min(until, time.time() + 5)
-            [process.terminate() for process in processes]
-        time.sleep(0.002)
-    hung = [process for process in processes if process.is_alive()]
-    for process in processes:
-        process.kill()
-        process.join()
+    running, codes = {process.sentinel: process for process in processes}, []
+    while running and (ended := connection.wait(running, timeout=5 if any(codes) else 120)):
+        for process in map(running.pop, ended):
+            process.join()
+            codes.append(process.exitcode)
+        [process.terminate() for process in running.values() if any(codes)]
+    [(process.kill(), process.join()) for process in processes]
     out, err = ("".join((cwd / f"{name}-{rank}").read_text() for rank in (0, 1)) for name in ("out", "err"))
-    assert failed or not hung, f"it hung: {out}\n{err}"
-    ended = failed or max((process.exitcode for process in processes), key=abs)
-    assert ended == code or code is None and ended, f"{ended}: {out}\n{err}"
+    failed = next(filter(None, codes), 0)
+    assert failed or not running, f"it hung: {out}\n{err}"
+    assert failed == code or code is None and failed, f"{failed}: {out}\n{err}"
     return out, err
 
 

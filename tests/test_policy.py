@@ -35,8 +35,6 @@ GEMMA = ("{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loo
          "{{ raise_exception('Roles must alternate') }}{% endif %}<start_of_turn>"
          "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
          "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")  # fmt: skip
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-           "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")  # fmt: skip
 NOTHING = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
            "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
 
@@ -80,7 +78,6 @@ STYLES = {
             "<|user|>\n", "<|end|>\n<|assistant|>\n", "2<|end|>", "<|end|> <|endoftext|>"),
     "Gemma": (GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "<bos><start_of_turn>user\n",
               "<end_of_turn>\n<start_of_turn>model\n", "2<end_of_turn>", "<end_of_turn> <eos>"),
-    "Mistral": (MISTRAL, "<s> </s>", "</s>", "<s>[INST] ", " [/INST]", " 2</s>", "</s>"),
     "nothing behind a turn": (NOTHING, "<s> </s>", "</s>", "user: ", "\nassistant:", " 2</s>", "</s>"),
 }  # fmt: skip
 
@@ -121,6 +118,8 @@ def test_without_a_chat_template_the_tasks_words_are_read(front, behind):
     written = [policy.tokenizer.decode(ids[mask]) for ids, mask in zip(experts.ids[:, 0], experts.mask[:, 0])]
     assert written == [" 2</s>", " 12</s>"] and common.decode(policy, experts) == [[" 2"], [" 12"]]
     assert encode_prompts(policy, TASK, [], 8) == []
+    # A space follows a word, not a newline. Of characters: test_suspects.py.
+    assert texts_read(policy.tokenizer, Task("toy", [], [], None), PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])
 
 
 @pytest.mark.parametrize("template", [None, PHI])
@@ -148,18 +147,6 @@ def test_an_expert_that_is_too_long_is_refused():
     assert expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, long]).ids.shape == (2, 1, 10)
     with pytest.raises(BadInput, match="a prompt and its expert response, 201 tokens, exceed the model's context"):
         expert_rollouts(policy, TASK, [[5] * 190] * 2, [short, longer])
-
-
-def test_a_space_follows_a_word_and_a_tokenizer_of_characters_reads_the_prompt_alone():
-    assert texts_read(tokenizer_of(None), Task("toy", [], [], None), PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])
-    tokenizer = harness.policy.tiny_tokenizer()
-    end = [("<eos>", tokenizer.eos_token_id)]
-    for processor in (None, processors.TemplateProcessing(single="$A <eos>", special_tokens=end)):
-        tokenizer.backend_tokenizer.post_processor = processor
-        assert texts_read(tokenizer, TASK, PROBLEMS) == (["1+1?", " 6+6?\n"], ["", ""])
-        policy = policy_of(tokenizer)
-        (ids,) = encode_prompts(policy, TASK, PROBLEMS[:1], 8)
-        assert tokenizer.decode(ids) == "1+1?" and policy.stop_ids == [tokenizer.eos_token_id]
 
 
 def test_which_tokens_end_a_response():

@@ -25,7 +25,7 @@ SHRUNK = {
     "bandit.py": ["--steps", "20", "--seeds", "3"],
     "benchmarks/speed.py": "--rounds 1 --prompts 2 --tokens 4 --vocabulary 2000".split(),
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
-    "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
+    "benchmarks/real_model.py": ["--help"],  # test_real_model.py runs what it runs
 }
 SLOW = (*(f"{name}.py" for name in "speed reproduce optima real_model pretrained".split()), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run

@@ -105,7 +105,6 @@ def test_a_run_whose_policy_is_gone_is_not_evaluated_as_its_base(tmp_path, monke
     assert reproduce.evaluation("base", 3, tmp_path)["held-out"] == "tiny-3"
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
 def rows_of(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
 
@@ -176,7 +175,6 @@ def test_what_is_run_and_what_is_not_published(tmp_path, monkeypatch):
             reproduce.main(reproduce.Args(out=tmp_path, **wrong))
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_runs_are_made_once_resumed_when_stopped_and_a_failed_one_is_named(untrained, tmp_path):
     """Two seeds of 300 steps; the first try is stopped in training, the second comes to the end."""

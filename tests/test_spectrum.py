@@ -120,7 +120,6 @@ def test_the_printed_bound_covers_the_error_of_the_weights(n):
     assert bounds[2] == pytest.approx(math.comb(n, 3) * 4 * 2.0**-52 * D.max().item(), rel=1e-9, abs=0)
 
 
-# --- noise ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_is_that_of_all_draws(seed):
     n, draw = 4, torch.Generator().manual_seed(seed)
@@ -145,7 +144,6 @@ def test_noise_without_a_mean_is_infinite_and_needs_right_and_wrong():
             spectrum.noise(nothing, 4, torch.full((10,), 0.1, dtype=torch.float64), torch.full((10,), right))
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
 REFUSED = {
     "first of the best": (lambda r: (torch.arange(r.shape[-1]) == r.argmax(-1, keepdim=True)).double() * r,
                           "not symmetric in the samples, or .*: with 2 of 4 right, a right sample"),
@@ -181,7 +179,6 @@ def test_a_worth_of_zero_has_no_baseline():
     assert spectrum.worth(noisy, 4).tolist() == [1, 1, 0, 0]
 
 
-# --- in words, on the command line ------------------------------------------------------------------------------------
 NO_MIXTURE = "; no mixture of pass@j with positive weights"
 MAXRL = partial(advantages, k=4, estimator="maxrl")
 WORDS = {
@@ -230,9 +227,7 @@ def test_the_command_tells_one_rule(told):
     out = told(*flags).stdout
     assert "no baseline at m = 0, 1, 2" in out and "maximises: nothing" in out
     assert json.loads(told(*flags, "--json").stdout) == {"D": [0, 0, 0], "beta": [None] * 3, "w": [0, 0, 0]}
-
-
-def test_the_command_does_not_tell_weights_that_rounding_decides(told):
+    # It does not tell weights that rounding decides.
     out = told("mine.py:mine", "--n", "40").stdout
     assert "weights of pass@j are not shown" in out and "U(p)" in out
     assert json.loads(told("mine.py:mine", "--n", "40", "--json").stdout)["w"] is None
@@ -247,11 +242,9 @@ def test_the_command_lists_the_estimators_of_this_repository_and_draws(told, tmp
     assert (tmp_path / "x/spectrum.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("mine.py:whitened", "refused: dependent on the other rows of the batch"),
-    ("--json", "--json is for one estimator"),
-    ("mine.py:mine --k 9", "--k must lie in 1..n, not 9 with --n 8"),
-])  # fmt: skip
-def test_bad_input_is_one_line(flags, message, told):
-    (line,) = told(*flags.split(), code=2).stderr.splitlines()
-    assert line.startswith("error: ") and message in line
+def test_bad_input_is_one_line(told):
+    of_batch, no_k = "refused: dependent on the other rows of the batch", "--k must lie in 1..n, not 9 with --n 8"
+    given = {"mine.py:whitened": of_batch, "--json": "--json is for one estimator", "mine.py:mine --k 9": no_k}
+    for flags, message in given.items():
+        (line,) = told(*flags.split(), code=2).stderr.splitlines()
+        assert line.startswith("error: ") and message in line

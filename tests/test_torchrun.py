@@ -120,19 +120,17 @@ def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch)
     assert harness.parallel.PATIENCE.total_seconds() >= 3600
 
 
-def test_a_process_says_which_one_fails(untrained, run, monkeypatch):
-    """Rank 1 says that it has no such model. Rank 0 says that the verifier of rank 1 raised, and what is saved."""
+def test_a_process_says_which_one_fails(untrained, run, refused, monkeypatch):
+    """Rank 1 says that it has no such model. Rank 0 says that the batch cannot be shared; that the verifier of rank 1
+    raised, and what is saved."""
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "world", lambda: (1, 2))
         stderr = run("pass_at_k_pg.py", *SMALL, "--model", "no/such", code=2).stderr
         assert "error in rank 1: cannot load --model 'no/such'" in stderr
+        patch.setattr(harness.run, "world", lambda: (0, 2))
+        line = refused("pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3", "--model", "no/such")
+        assert "--prompts-per-step must be a multiple of the 2 processes, not 3" in line
     monkeypatch.setattr(harness.run, "all_gather", lambda mine: [mine] if mine is not None else [None, "KeyError: 'x'"])
     stderr = run("pass_at_k_pg.py", *SMALL, "--model", untrained, "--run-name", "a", code=2).stderr
     line = "error: the verifier raised in rank 1: KeyError: 'x' (step 0 is saved: mend it, then --resume runs/a)"
     assert stderr.splitlines()[-1] == line
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(harness.run, "world", lambda: (0, 2))
-    line = refused("pass_at_k_pg.py", *SMALL, "--prompts-per-step", "3", "--model", "no/such")
-    assert "--prompts-per-step must be a multiple of the 2 processes, not 3" in line
