@@ -80,7 +80,7 @@ def tiny_model(kind: str, **changes) -> torch.nn.Module:
                 raise ValueError(f"{size / 1e6:.0f}M parameters")
             model = AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
-                model(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]]))
+                model(input_ids=torch.tensor([[1, 2, 3, 4, 5, 5]]))
             break
         except Exception as error:
             failure = error

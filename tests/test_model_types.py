@@ -89,9 +89,8 @@ def test_embeddings_that_depend_on_the_length_of_the_whole_stop_at_the_original_
         harness.policy.encode_prompts(policy, task, [problem], 33 - len(problem.prompt))
 
 
-@pytest.mark.parametrize("name", ["max_position_embeddings", "max_seq_len"])  # the second is MPT's
-def test_a_prompt_and_its_response_fit_the_context(name):
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(**{name: 32}))
+def test_a_prompt_and_its_response_fit_the_context_of_mpt():
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_seq_len=32))
     policy = common.Policy(SimpleNamespace(config=config), None, [])
     harness.policy.refuse_too_long(policy, 32, "they", "1+1=")
     with pytest.raises(BadInput, match="they exceed the model's context of 32: '1\\+1='"):

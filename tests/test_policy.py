@@ -24,11 +24,6 @@ WORDS = ["1+1?\n\nBe brief.", "6+6?\n\n\nBe brief."]  # what a user says of them
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
-THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-            "{% set parts = m.content.split('</think>') %}<think>\n{{ parts[0] if parts|length > 1 }}\n</think>\n\n"
-            "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not"
-            " enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")  # fmt: skip
 PHI = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")  # fmt: skip
 GEMMA = ("{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -69,8 +64,6 @@ QWEN, PHIS = "<s> <|endoftext|> <|im_start|> <|im_end|>", "<s> <|endoftext|> <|u
 STYLES = {
     "Qwen, base": (CHATML, QWEN, "<|endoftext|>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
                    "2<|im_end|>", "<|im_end|> <|endoftext|>"),
-    "Qwen 3": (THINKING, QWEN + " <think> </think>", "<|im_end|> <|endoftext|>", "<|im_start|>user\n",
-               "<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>", "<|im_end|> <|endoftext|>"),
     "thinking, by default": (  # the model reads the beginning of a thought, which a finished turn leaves out
         CHATML.replace("assistant\n", "assistant\n<think>\n"), QWEN + " <think> </think>", None, "<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n<think>\n", "2<|im_end|>", "<|im_end|> <|endoftext|>"),

@@ -13,29 +13,21 @@ import measure
 import pytest
 import torch
 from enumeration import GRADED, THETA, expected_gradient, log_policy
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+from model_zoo import tiny_model
 
 import common
+import harness.policy
 from verifiers import BadInput
 
-ARCHITECTURES = {
-    "llama": lambda v: LlamaConfig(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64),
-    "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    # Gemma 2 squeezes its logits into an interval, here of 1 about 0.
-    "gemma2": lambda v: Gemma2Config(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                                     final_logit_softcapping=0.5),
-}  # fmt: skip
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7]]  # ragged, and two equal ones that must not merge
 
 
 def random_policy(architecture: str, vocabulary: int = 24) -> common.Policy:
-    """Random weights, far from uniform, with four tokens that end a response, so that lengths differ."""
-    torch.manual_seed(0)
-    config = ARCHITECTURES[architecture](vocabulary)
-    config.initializer_range *= 5
-    model = AutoModelForCausalLM.from_config(config).eval()
+    """Random weights, far from uniform, with four tokens that end a response, so that lengths differ. Gemma 2 squeezes
+    its logits into an interval, here of 1 about 0."""
+    cap = {"final_logit_softcapping": 0.5} if architecture == "gemma2" else {}
+    model = tiny_model(architecture, vocab_size=vocabulary, **cap)
+    harness.policy.turn_off_dropout(model)
     return common.Policy(model, SimpleNamespace(eos_token_id=1), [1, 2, 3, 4])
 
 
@@ -62,7 +54,7 @@ def naive_log_probs(policy, rollouts, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_sampled_log_probs_equal_those_of_training_and_of_the_plain_model(architecture, temperature):
     policy = random_policy(architecture)
     rollouts = rollouts_of(policy, temperature=temperature)
