@@ -17,15 +17,11 @@ import common
 import majority_pg
 import pass_at_k_pg
 from common import k_sample_advantages
+from recipes.all_right import metric as pass_hat_k
 
 # Rewards that are a function of the answer: prompt 0 has an action without an answer, prompt 1 two with the same.
 OF_ANSWER = torch.tensor([[0.25, 1.0, -0.5, 0.0], [1.0, 0.25, 0.25, 2.0]], dtype=torch.float64)
 SCORES = torch.tensor([[0.1, 3.0, 1.0, 1.0], [2.0, 2.0, -1.0, 5.0]], dtype=torch.float64)  # wrong, with ties
-
-
-def pass_hat_k(rewards, k):
-    """pass^k, all of k right: the example of an objective of one's own in docs/own.md; min for graded rewards."""
-    return -common.pass_at_k(-rewards, k)
 
 
 def best_value(pairs):
