@@ -149,10 +149,7 @@ def parity(problems, rows) -> Verdict:
 def save_untrained(folder: Path, eos: bool = True, pad: bool = True, context: int = 64) -> str:
     """Random weights on characters, 16 wide, saved; never right in arithmetic."""
     tokenizer = harness.policy.tiny_tokenizer()
-    if not eos:
-        tokenizer.eos_token = None
-    if not pad:
-        tokenizer.pad_token = None
+    tokenizer.eos_token, tokenizer.pad_token = "<eos>" if eos else None, "<pad>" if pad else None
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, max_position_embeddings=context, bos_token_id=None,

@@ -217,19 +217,16 @@ def test_gradient_equals_the_naive_one_for_any_budget_and_composition(sparse, po
 def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
     """A resumed run is bit-identical only if no sum is taken in the order in which interrupted threads finish."""
     policy, prompts = measure.tiny_policy("cpu", hidden=128), [[5 + i, 7, 9 + i, 11] for i in range(16)]
-    A, outcomes, threads = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), [], torch.get_num_threads()
-    torch.set_num_threads(2)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
-    try:
+    A, outcomes = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), []
+    with contextlib.ExitStack() as end:
+        end.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(2)
+        for _ in range(3):
+            end.callback(end.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"])).kill)
         for _ in range(4):
             rollouts = common.sample(policy, prompts, 16, 8, 1.0, torch.Generator().manual_seed(1))
             g = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A))
             outcomes.append(torch.cat([rollouts.log_probs.flatten(), g]))
-    finally:
-        torch.set_num_threads(threads)
-        for process in busy:
-            process.kill()
-            process.wait()
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 

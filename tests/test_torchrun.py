@@ -103,11 +103,8 @@ def test_what_one_process_makes_for_all_does_not_hang(noted, monkeypatch, tmp_pa
     assert steps_of(tmp_path / "runs/a")[0]["nonzero_advantage"] > 0
 
 
-BACKENDS = [("cpu", True, "gloo"), ("auto", True, "nccl"), ("cuda", True, "nccl"), ("auto", False, "gloo")]
-
-
-@pytest.mark.parametrize("device, there, backend", BACKENDS)
-def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch):
+@pytest.mark.parametrize("device, there, to", [("cpu", True, "gloo"), ("auto", True, "nccl"), ("auto", False, "gloo")])
+def test_processes_talk_where_the_policy_is(device, there, to, monkeypatch):
     """--device cpu means gloo on a machine with a GPU as well. The patience is more than what a warm start takes."""
     joined, placed = [], []
     monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("LOCAL_RANK", "1")
@@ -116,7 +113,7 @@ def test_processes_talk_where_the_policy_is(device, there, backend, monkeypatch)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: joined.append((backend, timeout)))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     harness.parallel.start(device)
-    assert joined == [(backend, harness.parallel.PATIENCE)] and placed == [1] * (backend == "nccl")
+    assert joined == [(to, harness.parallel.PATIENCE)] and placed == [1] * (to == "nccl")
     assert harness.parallel.PATIENCE.total_seconds() >= 3600
 
 
