@@ -136,8 +136,7 @@ def in_two_processes(main: Callable[[], None], cwd: Path, code: int | None = 0) 
 def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
     """The command in two processes, by torchrun itself."""
     words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --".split(), *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def parity(problems, rows) -> Verdict:

@@ -40,8 +40,7 @@ def best_of_n_policy(N, scores=SCORES):
 
 
 def tilted(N):
-    """The function whose gradient is the paper's h(y): log pi(y) + lambda_N E_{y' ~ pi}[1{s(y) >= s(y')} log pi(y')],
-    (PROMPTS, K)."""
+    """(PROMPTS, K), with the gradient of the paper's h(y): log pi(y) + lambda_N E_{y'}[1{s(y) >= s(y')} log pi(y')]."""
     log_pi = log_policy()
     beats = (SCORES.unsqueeze(-1) >= SCORES.unsqueeze(-2)).double()  # (PROMPTS, K, K): y, y'
     expectation = beats @ (log_pi.exp().detach() * log_pi).unsqueeze(-1)  # (PROMPTS, K, 1)

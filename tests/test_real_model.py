@@ -1,5 +1,4 @@
-"""benchmarks/real_model.py: its commands, which runs are done, its tables; and its pretrained models, from their PyPI
-packages to a few training steps."""
+"""benchmarks/real_model.py: its commands, which runs are done, its tables; slow: its two models and their training."""
 
 import json
 import re

@@ -70,8 +70,7 @@ def test_the_claims_of_the_bandit_by_hand(monkeypatch):
 
 
 def test_best_of_n_by_a_verifier_by_hand(monkeypatch, tmp_path):
-    """Of 64 samples to each of two prompts 40 are Tom, 16 Eve, and 8 Zoe, who is not listed: with the lowest score, and
-    with the highest."""
+    """Of 64 samples to each prompt 40 are Tom, 16 Eve, and 8 Zoe, who is not listed: scored lowest, and highest."""
     problems = [Problem("Tom Eve:", "Tom", "", 2), Problem("Tom Eve Sam:", "Tom", "", 3)]
     tom, eve, *_ = reproduce.posterior([problem.prompt for problem in problems]).mean(0).tolist()
     (tmp_path / "tiny-verifier-lr-p2000-t8").mkdir()

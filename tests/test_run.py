@@ -146,8 +146,7 @@ def test_the_progress_bar_fits_80_columns(begun, capsys):
 
 
 def test_the_learning_rate_rises_before_it_falls():
-    """4 steps of warm-up and 8 behind them, of which the first has the whole rate and the last an eighth. Without
-    warm-up: test_resume.py."""
+    """Of the 8 steps behind 4 of warm-up the first has the whole rate, the last an eighth. Without: test_resume.py."""
     args, steps = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4), (1, 2, 4, 5, 6, 12)
     for args.lr_decay, rates in ((True, [0.5, 1, 2, 2, 1.75, 0.25]), (False, [0.5, 1, 2, 2, 2, 2])):
         assert [learning_rate(step, args) for step in steps] == rates

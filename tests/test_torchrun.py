@@ -55,7 +55,6 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 def test_a_run_of_two_processes_interrupted_and_resumed(script, untrained, run, refused, monkeypatch, tmp_path):
     """One folder, global metrics, and bit for bit what an uninterrupted run of two processes leaves. Only the first
     process has a held-out problem: its samples are all there are, those of a run of one process.
-
     First both processes die in step 5, with checkpoints after steps 2 and 4. Then rank 1 alone is told to stop. Then
     the verifier of rank 1 alone raises, in its second call, which follows the trial."""
     flags = [*FLAGS, *EXTRA.get(script, []), *"--eval-problems 1 --eval-n 32 --model".split(), untrained]
@@ -118,8 +117,7 @@ def test_processes_talk_where_the_policy_is(device, there, to, monkeypatch):
 
 
 def test_a_process_says_which_one_fails(untrained, run, refused, monkeypatch):
-    """Rank 1 says that it has no such model. Rank 0 says that the batch cannot be shared; that the verifier of rank 1
-    raised, and what is saved."""
+    """Rank 1 has no such model. Rank 0 cannot share the batch, and says when rank 1's verifier raised what is saved."""
     with monkeypatch.context() as patch:
         patch.setattr(harness.run, "world", lambda: (1, 2))
         stderr = run("pass_at_k_pg.py", *SMALL, "--model", "no/such", code=2).stderr

@@ -43,7 +43,6 @@ def order_of(rows):
 
 def batch_of(groups):
     """A batch as verl's trainer has it: rows in a random order, the reward at the last token of responses of 2 to 5.
-
     groups: for each prompt its samples' rewards, (n,). Two rows of padding, without a token, share a uid."""
     values = torch.cat([*groups, torch.zeros(2)]).float()  # (R,)
     uid = [f"prompt {b}" for b, group in enumerate(groups) for _ in group] + ["pad", "pad"]

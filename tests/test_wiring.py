@@ -1,7 +1,7 @@
 """One step of each script, by value: what reaches the training step, the KL, the value network and an evaluation.
 
-A stub stands in for the verifier, with scores that contradict its rewards. All of it runs at temperature .7, on prompts
-and responses of unequal length. Expected numbers are worked out in the comments beside them, for groups of n = 4."""
+The verifier is a stub, whose scores contradict its rewards. All runs at temperature .7, on prompts and responses of
+unequal length. Expected numbers are worked out in the comments beside them, for n = 4."""
 
 import copy
 import inspect
