@@ -1,8 +1,7 @@
 """Exact gradients by enumeration: two prompts whose softmax policies share parameters, all sample tuples, float64.
 
-Every estimator is held to the same standard: its expectation over all K^n tuples against autograd of the objective's
-exact value over all K^k tuples, in magnitude and direction. Two prompts and graded rewards with ties, because one
-prompt with 0/1 rewards compared by cosine cannot see a wrong scale, a wrong baseline or a wrong tie."""
+The expectation of an estimator over all K^n tuples is held against autograd of the objective's exact value over all
+K^k. One prompt, 0/1 rewards and a cosine would not see a wrong scale, a wrong baseline or a wrong tie."""
 
 import itertools
 

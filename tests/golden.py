@@ -2,10 +2,9 @@
 
     python tests/golden.py                  # write the file anew
 
-Whoever copies an estimator, or ports it to JAX or numpy, checks it against this file: a list of {"function",
-"arguments", "result"}, where matrices are (B, n), a row a prompt. Here every number comes from the definition: all
-subsets, listed, in rational arithmetic, rounded once at the end; nothing of the estimators' code is used. lambda_N, the
-one irrational number, is computed to 40 digits and rounded to 17."""
+A port of an estimator is checked against it: a list of {"function", "arguments", "result"}, with matrices (B, n). Each
+number comes from the definition: all subsets, listed, in rational arithmetic, rounded at the end. lambda_N, the one
+irrational number, is computed to 40 digits and rounded to 17."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -8,14 +8,10 @@ import bon_rl
 import common
 import majority_pg
 import pass_at_k_pg
+from recipes.all_right import metric as pass_hat_k
 
 B, N = 3, 6
 BEST_OF_N = "mean", "exact", "variational", "rlb", "rlb-p", "rlb-all"
-
-
-def all_right(rewards: torch.Tensor, k: int) -> torch.Tensor:
-    """pass^k, a metric of one's own."""
-    return -common.pass_at_k(-rewards, k)
 
 
 # name -> function of the recipes, the columns it takes (rewards, votes, scores), and its options
@@ -29,14 +25,14 @@ OURS = {
     "pass_at_k": pass_at_k_pg.advantages,
     "majority": lambda rewards, votes, **options: majority_pg.advantages(votes, rewards, **options),
     "best_of_n": bon_rl.advantages,
-    "k_sample": partial(common.k_sample_advantages, all_right),
+    "k_sample": partial(common.k_sample_advantages, pass_hat_k),
 }
 
 
 def by_recipe(recipe, name: str):
     """The advantages of this name as a user of the recipe, a module, writes them."""
     function, _, options = ESTIMATORS[name]
-    return partial(getattr(recipe, function), *([all_right] if function == "k_sample" else []), **options)
+    return partial(getattr(recipe, function), *([pass_hat_k] if function == "k_sample" else []), **options)
 
 
 def ours(name: str, **columns: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,48 +119,24 @@ def in_two_processes(main: Callable[[], None], cwd: Path, code: int | None = 0) 
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=run_as_rank, args=(main, cwd, rank, port)) for rank in (0, 1)]
     [process.start() for process in processes]
-    failed, until = 0, time.time() + 120
-    while any(process.is_alive() for process in processes) and time.time() < until:
-        codes = [process.exitcode for process in processes if process.exitcode]
-        if codes and not failed:
-            failed, until = codes[0], min(until, time.time() + 5)
-            [process.terminate() for process in processes]
-        time.sleep(0.002)
-    hung = [process for process in processes if process.is_alive()]
-    for process in processes:
-        process.kill()
-        process.join()
+    running, codes = {process.sentinel: process for process in processes}, []
+    while running and (ended := connection.wait(running, timeout=5 if any(codes) else 120)):
+        for process in map(running.pop, ended):
+            process.join()
+            codes.append(process.exitcode)
+        [process.terminate() for process in running.values() if any(codes)]
+    [(process.kill(), process.join()) for process in processes]
     out, err = ("".join((cwd / f"{name}-{rank}").read_text() for rank in (0, 1)) for name in ("out", "err"))
-    assert failed or not hung, f"it hung: {out}\n{err}"
-    ended = failed or max((process.exitcode for process in processes), key=abs)
-    assert ended == code or code is None and ended, f"{ended}: {out}\n{err}"
+    failed = next(filter(None, codes), 0)
+    assert failed or not running, f"it hung: {out}\n{err}"
+    assert failed == code or code is None and failed, f"{failed}: {out}\n{err}"
     return out, err
-
-
-# Code for a process in which no module can be imported whose name is such: WITHOUT.format("in ['numpy']")
-WITHOUT = """
-import sys
-class Hook:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] {}:
-            raise ImportError(name + " is not installed")
-sys.meta_path.insert(0, Hook())
-"""
-
-
-def python(*words: str, cwd: Path = ROOT) -> str:
-    """What a Python process of its own prints; it ends without an error."""
-    command = [sys.executable, *words]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def torchrun(*command, cwd: Path) -> subprocess.CompletedProcess:
     """The command in two processes, by torchrun itself."""
     words = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 --".split(), *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def parity(problems, rows) -> Verdict:
@@ -172,10 +148,7 @@ def parity(problems, rows) -> Verdict:
 def save_untrained(folder: Path, eos: bool = True, pad: bool = True, context: int = 64) -> str:
     """Random weights on characters, 16 wide, saved; never right in arithmetic."""
     tokenizer = harness.policy.tiny_tokenizer()
-    if not eos:
-        tokenizer.eos_token = None
-    if not pad:
-        tokenizer.pad_token = None
+    tokenizer.eos_token, tokenizer.pad_token = "<eos>" if eos else None, "<pad>" if pad else None
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, max_position_embeddings=context, bos_token_id=None,

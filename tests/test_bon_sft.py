@@ -55,12 +55,6 @@ def test_exact_is_the_gradient_of_the_log_likelihood_of_best_of_n(N, n, experts)
     torch.testing.assert_close(estimated(N, n, BINARY, "exact", experts, failure_rates()), exact, **EXACT)
 
 
-@pytest.mark.parametrize("likelihood", ["variational", "exact"])
-def test_n_1_reads_no_samples(likelihood):
-    A = coefficients(torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 1, likelihood)
-    assert A.tolist() == [[1, 0, 0], [1, 0, 0]]
-
-
 def test_bad_input_is_refused():
     one = torch.ones(1)
     refused = {f"not N={N} with n=3": (one, N) for N in (0, 3, 4)}

@@ -39,15 +39,6 @@ def test_problems_are_right_and_a_fifth_of_all_pairs_is_held_out_in_both_orders(
     assert len({sum(problem.level == level for problem in task.train) for level in levels}) == 1
 
 
-def test_verdicts_on_right_wrong_and_hostile_responses():
-    problem = Problem("2*6=", "12", "12", 1)
-    responses = ["12", " 012\n", "13", "3,12", "", "twelve", "12.", "1,,12", "-12", "٣", "1" * 10**6, "12\0", "12 12"]
-    verdict = verify([problem], [responses])
-    assert verdict.rewards.tolist() == [[1, 1, 0, 1] + [0] * 9]
-    votes = verdict.votes[0].tolist()
-    assert votes[:4] == [0, 0, 2, 0] and votes[10] == 10 and set(votes[4:10] + votes[11:]) == {-1}
-
-
 def test_the_answer_to_sums_is_the_last_number_whatever_stands_around_it():
     problem = Problem("What is 5 + 7?", "12", "12", 1)
     right = ["12", " 12.\n", "012", "5 + 7 = 12", "It is **12**, not 13 but 12!", "12 apples", "12\0"]

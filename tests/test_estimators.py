@@ -1,5 +1,5 @@
-"""The metrics of all scripts and the advantages that follow from them, held to one standard: exact gradients by
-enumeration, their definition as an average over subsets, and values by hand.
+"""The metrics of all scripts and the advantages that follow from them: exact gradients by enumeration, their
+definition as an average over subsets, and values by hand.
 
 The other estimators of Best-of-N: test_best_of_n.py, test_bon_sft.py. Rewards of any type: test_hostile_input.py."""
 
@@ -17,15 +17,11 @@ import common
 import majority_pg
 import pass_at_k_pg
 from common import k_sample_advantages
+from recipes.all_right import metric as pass_hat_k
 
 # Rewards that are a function of the answer: prompt 0 has an action without an answer, prompt 1 two with the same.
 OF_ANSWER = torch.tensor([[0.25, 1.0, -0.5, 0.0], [1.0, 0.25, 0.25, 2.0]], dtype=torch.float64)
 SCORES = torch.tensor([[0.1, 3.0, 1.0, 1.0], [2.0, 2.0, -1.0, 5.0]], dtype=torch.float64)  # wrong, with ties
-
-
-def pass_hat_k(rewards, k):
-    """pass^k, all of k right: the example of an objective of one's own in docs/own.md; min for graded rewards."""
-    return -common.pass_at_k(-rewards, k)
 
 
 def best_value(pairs):
@@ -44,15 +40,16 @@ def lemma_1(metric):
     return lambda first, rewards, k, estimator: k_sample_advantages(metric, first, rewards, k=k, estimator=estimator)
 
 
+OWN, BON = ("mean", "unbiased", "biased"), ("mean", "exact")
 of_pass_at_k = lambda _, rewards, *options: pass_at_k_pg.advantages(rewards, *options)  # noqa: E731
-of_best_of_n = lambda scores, rewards, k, _: bon_rl.advantages(rewards, scores, k, "exact")  # noqa: E731
-ESTIMATORS = {  # name -> (what the objective takes, rewards, k, estimator) -> advantages; rewards; the objective
-    "pass_at_k_pg, graded": (of_pass_at_k, GRADED, "pass@k"),
-    "pass_at_k_pg, 0/1": (of_pass_at_k, BINARY, "pass@k"),
-    "majority_pg": (majority_pg.advantages, OF_ANSWER, "maj@k"),
-    "bon_rl, graded": (of_best_of_n, GRADED, "bon@k"),
-    "bon_rl, 0/1": (of_best_of_n, BINARY, "bon@k"),
-    **{f"Lemma 1, {name}": (lemma_1(metric), GRADED, name) for name, (metric, *_) in OBJECTIVES.items()},
+of_best_of_n = lambda scores, rewards, *options: bon_rl.advantages(rewards, scores, *options)  # noqa: E731
+ESTIMATORS = {  # name -> (what the objective takes, rewards, k, name) -> advantages; rewards; the objective; its names
+    "pass_at_k_pg, graded": (of_pass_at_k, GRADED, "pass@k", OWN),
+    "pass_at_k_pg, 0/1": (of_pass_at_k, BINARY, "pass@k", OWN),
+    "majority_pg": (majority_pg.advantages, OF_ANSWER, "maj@k", OWN),
+    "bon_rl, graded": (of_best_of_n, GRADED, "bon@k", BON),
+    "bon_rl, 0/1": (of_best_of_n, BINARY, "bon@k", BON),
+    **{f"Lemma 1, {name}": (lemma_1(metric), GRADED, name, OWN[1:]) for name, (metric, *_) in OBJECTIVES.items()},
 }
 SIZES = [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 4), (2, 5), (3, 5), (4, 5)]
 
@@ -60,13 +57,15 @@ SIZES = [(1, 1), (1, 3), (2, 2), (3, 3), (4, 4), (2, 3), (2, 4), (3, 4), (2, 5),
 @pytest.mark.parametrize("k, n", SIZES)
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_expected_gradient_is_exact(name, k, n):
-    """`unbiased` has the gradient for k, `biased` the one for k - 1: in magnitude, with ties and graded rewards."""
-    advantages, rewards, objective = ESTIMATORS[name]
+    """`mean` has the gradient of the mean reward, `biased` the one for k - 1, the others the one for k: in magnitude,
+    with ties and graded rewards."""
+    advantages, rewards, objective, names = ESTIMATORS[name]
     _, first, value = OBJECTIVES[objective]
-    for estimator, size in [("unbiased", k)] + [("biased", k - 1)] * (k > 1 and advantages is not of_best_of_n):
-        exact = exact_gradient(lambda b, y: value([(first[b, a].item(), rewards[b, a].item()) for a in y]), size)
+    sizes = {"mean": 1, "unbiased": k, "exact": k, "biased": k - 1}
+    for estimator in (x for x in names if sizes[x] > 0):
+        f = lambda b, y: value([(first[b, a].item(), rewards[b, a].item()) for a in y])  # noqa: E731
         estimate = expected_gradient(lambda b, y: advantages(first[b][y], rewards[b][y], k, estimator), n)
-        torch.testing.assert_close(estimate, exact, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(estimate, exact_gradient(f, sizes[estimator]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("k, n", [(1, 1), (1, 4), (2, 2), (2, 3), (2, 7), (3, 7), (5, 7), (6, 7), (7, 7), (4, 8)])
@@ -94,21 +93,6 @@ def test_maxrl_is_the_gradient_of_the_truncated_log_likelihood(n):
     assert pass_at_k_pg.advantages(GRADED[:, :1], 1, "maxrl").tolist() == [[0], [0]]  # of a single sample
 
 
-def test_the_mean_of_all_scripts_is_rloo():
-    """A_i = (1/n) (r_i - mean of the others), whatever k; the gradient of the mean reward."""
-    rewards, votes = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64), torch.tensor([[0, 1, 2]])
-    mean = common.mean_advantages(rewards)
-    torch.testing.assert_close(mean, (rewards - (9 - rewards) / 2) / 3)
-    for k in (1, 2, 3):
-        assert torch.equal(pass_at_k_pg.advantages(rewards, k, "mean"), mean)
-        assert torch.equal(majority_pg.advantages(votes, rewards, k, "mean"), mean)
-        assert torch.equal(bon_rl.advantages(rewards, -rewards, k, "mean"), mean)
-    exact = exact_gradient(lambda b, y: GRADED[b, y[0]].item(), 1)
-    for n in (1, 2, 4):
-        estimate = expected_gradient(lambda b, y: common.mean_advantages(GRADED[b][y]), n)
-        torch.testing.assert_close(estimate, exact, rtol=1e-10, atol=1e-12)
-
-
 def test_only_a_sample_that_changes_the_outcome_has_an_advantage():
     A = pass_at_k_pg.advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), 4)
     assert A.tolist() == [[1, 0, 0, 0], *[[0, 0, 0, 0]] * 3]
@@ -117,8 +101,6 @@ def test_only_a_sample_that_changes_the_outcome_has_an_advantage():
     A = majority_pg.advantages(votes, (votes == 0).float(), 4)
     # row 1: a tie is worth 1/2; taking a right vote away loses it, taking a wrong one away wins
     assert A.tolist() == [[0, 0, 0, 0], [0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    A = majority_pg.advantages(torch.tensor([[0, 1, 2, 2]]), torch.tensor([[1.0, 0, 0, 0]]), 4)
-    assert A[0].tolist() == pytest.approx([0, 0, -1 / 3, -1 / 3])
 
 
 def test_pass_at_k_of_binary_rewards():
@@ -128,10 +110,7 @@ def test_pass_at_k_of_binary_rewards():
         assert found == pytest.approx(1 - math.comb(n - c, k) / math.comb(n, k), rel=1e-12), (n, c, k)
 
 
-OF_TWO_ANSWERS = [(256, 64, 100), (256, 64, 128), (256, 63, 150), (1000, 64, 300), (1000, 1000, 500)]
-
-
-@pytest.mark.parametrize("n, k, c", OF_TWO_ANSWERS)
+@pytest.mark.parametrize("n, k, c", [(256, 64, 128), (256, 63, 150), (1000, 64, 300), (1000, 1000, 500)])
 def test_majority_of_two_answers_is_a_hypergeometric_tail(n, k, c):
     """c of n samples are right, and all others agree: a tie counts half. No digit is lost where it is rare."""
     votes = (torch.arange(n) >= c).long().unsqueeze(0)
@@ -169,24 +148,18 @@ def test_agreeing_with_the_vote_is_another_objective():
 
 
 def test_large_groups_stay_finite_and_exact_in_float32():
-    generator = torch.Generator().manual_seed(0)
-
-    def in_float32(advantages, rewards):
-        A, exact = advantages(rewards), advantages(rewards.double())
-        torch.testing.assert_close(A.double(), exact, rtol=1e-6, atol=1e-12)
+    draw = torch.Generator().manual_seed(0)
+    uniform, votes = torch.rand(2, 4096, generator=draw), torch.randint(-1, 12, (8, 64), generator=draw)
+    rewards, scores = torch.randn(2, 3, 512, generator=draw)
+    of_scores = [partial(bon_rl.advantages, scores=scores, N=N, estimator=estimator)
+                 for N, estimator in ((256, "exact"), (128, "variational"))]  # fmt: skip
+    cases = [(partial(pass_at_k_pg.advantages, k=k), uniform) for k in (2, 64, 2048, 4096)]
+    cases += [(partial(majority_pg.advantages, votes, k=16), (votes == 3).float())]
+    for advantages, of in [*cases, *((function, rewards) for function in of_scores)]:
+        A = advantages(of)
+        torch.testing.assert_close(A.double(), advantages(of.double()), rtol=1e-6, atol=1e-12)
         assert A.dtype == torch.float32 and A.isfinite().all() and A.max() > 0
-        return A
-
-    rewards = torch.rand(2, 4096, generator=generator)
-    for k in (2, 64, 2048, 4096):
-        assert (in_float32(partial(pass_at_k_pg.advantages, k=k), rewards) >= 0).all()
-    votes = torch.randint(-1, 12, (8, 64), generator=generator)
-    in_float32(lambda rewards: majority_pg.advantages(votes, rewards, 16), (votes == 3).float())
-    rewards, scores = torch.randn(2, 3, 512, generator=generator)
-    for N, estimator in ((256, "exact"), (128, "variational")):
-        of_scores = partial(bon_rl.advantages, scores=scores, N=N, estimator=estimator)
-        in_float32(of_scores, rewards)
-        assert (of_scores(torch.ones(3, 512)) == 0).all()
+    assert all((function(torch.ones(3, 512)) == 0).all() for function in of_scores)
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "biased"])
@@ -214,28 +187,17 @@ def test_the_metric_is_asked_for_nothing_that_it_does_not_have(k, n, estimator):
     assert A.shape == (3, n) and A.dtype == torch.float64
 
 
-VOTES = torch.zeros(2, 4, dtype=torch.int64)
-OF_K = {  # name -> (rewards, k, *estimator), and an estimator that it does not have
-    "pass@k": (common.pass_at_k, None),
-    "best of k": (lambda r, k: common.best_of_k(r, r, k), None),
-    "maj@k": (lambda r, k: majority_pg.majority_at_k(VOTES, r, k), None),
-    "pass_at_k_pg": (pass_at_k_pg.advantages, "max"),
-    "majority_pg": (lambda r, k, *e: majority_pg.advantages(VOTES, r, k, *e), "vote"),
-    "bon_rl": (lambda r, k, *e: bon_rl.advantages(r, r, k, *e), "rlbp"),
-    "k-sample": (lambda r, k, e="biased": k_sample_advantages(pass_hat_k, r, k=k, estimator=e), "mean"),
-}
-
-
-@pytest.mark.parametrize("name", OF_K)
+@pytest.mark.parametrize("name", [*OBJECTIVES, *ESTIMATORS])
 def test_bad_arguments_are_refused(name):
-    (function, estimator), rewards = OF_K[name], torch.zeros(2, 4)
+    (function, *others), first, rewards = (OBJECTIVES | ESTIMATORS)[name], torch.zeros(2, 4).long(), torch.zeros(2, 4)
+    known = () if name in OBJECTIVES else others[-1][-1:]
     for k in (0, 5):
         with pytest.raises(ValueError, match=f"k={k} with n=4"):
-            function(rewards, k)
-    if estimator:
-        with pytest.raises(ValueError, match=f"unknown estimator '{estimator}'"):
-            function(rewards, 2, estimator)
-    if name.endswith(("_pg", "_rl")):
+            function(first, rewards, k, *known)
+    if known:
+        with pytest.raises(ValueError, match="unknown estimator 'vote'"):
+            function(first, rewards, 2, "vote")
+    if known and "Lemma" not in name:
         rewards[1, 2] = torch.nan
         with pytest.raises(ValueError, match=r"finite.*\[1, 2\]"):
-            function(rewards, 2)
+            function(first, rewards, 2, *known)

@@ -28,27 +28,19 @@ def sampled(policy: common.Policy) -> tuple[common.Rollouts, common.Rollouts]:
     return rollouts, dataclasses.replace(rollouts, **tensors)
 
 
+@pytest.mark.parametrize("clip", [None, 0.2], ids=["plain", "clipped"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_log_probs_of_sampling_and_of_training_agree_in_bfloat16(architecture):
-    """They also agree with the log-probs of the plain model in float32."""
-    policy = random_policy(architecture)
+def test_log_probs_and_gradients_in_bfloat16_are_near_those_of_float32(architecture, clip):
+    """The log-probs of sampling, of training, and of the plain model; the gradient beside the one on the CPU."""
+    policy, plain = random_policy(architecture), random_policy(architecture)
     rollouts, on_cpu = sampled(policy)
     prompts, ids, mask, log_p = rollouts.flat()
     with torch.no_grad():
         trained = common.response_log_probs(policy, prompts, ids, mask, 0.9)
+        exact = naive_log_probs(plain, on_cpu, 0.9).flatten(0, 1)  # (B, n, T) -> (R, T)
     assert trained.dtype == log_p.dtype == torch.float32 and mask.sum() > 200
     assert (trained - log_p).abs().max() < 0.1 and (trained - log_p).abs().mean() < 0.01
-    policy.model.cpu()
-    with torch.no_grad():
-        plain = naive_log_probs(policy, on_cpu, 0.9).flatten(0, 1)  # (B, n, T) -> (R, T)
-    assert (plain - log_p.cpu()).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("clip", [None, 0.2], ids=["plain", "clipped"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_gradients_are_near_those_of_float32(architecture, clip):
-    policy, plain = random_policy(architecture), random_policy(architecture)
-    rollouts, on_cpu = sampled(policy)
+    assert (exact - log_p.cpu()).abs().max() < 0.1
     A = torch.randn(rollouts.ids.shape[:2], generator=torch.Generator().manual_seed(0))
     got, wanted = (gradient(p, lambda: common.accumulate_gradient(p, r, A, clip)).cpu()
                    for p, r in ((policy, rollouts), (plain, on_cpu)))  # fmt: skip

