@@ -118,6 +118,34 @@ BOXED = [
      [r"N \equiv 5 \pmod 2", r"\log_e 2", ""]),
     (r"2 \pmod 7", ["2 (mod 7)", "2"], ["2 (mod 5)"]), ("(6,-1)", [r"\bigl(6,-1\bigr)", r"\Big(6,-1\Big)"], []),
     (r"\frac{1}{3600}", [r"\frac{1}{60^2}"], [r"\frac{1}{3601}", r"\frac{1}{60^2+1}", "0.00028"]),
+    # thousands in a formula, labels, units of several numbers, number words
+    ("1200", ["x = 1,200", r"300 \cdot 4 = 1{,}200", r"A=1,200\text{ cm}^2", "1'200", r"1200\text{ in²}"], []),
+    (r"1200\pi", [r"1,200\pi", "1200 pi"], []), ("1000,2000", ["1,000, 2,000", r"1,000\text{, and }2,000"], []),
+    ("5", [r"\text{Speed} = 5\text{ mph}", "f^{-1}(2)=5", r"\lim_{x\to 0} f(x)=5", r"5\text{ when }x=2", r"5{\rm cm}",
+           r"5^\circ F", r"\text{only }5", "5 m^2", r"5\,\mathit{cm}", r"5 \blacksquare"],
+     [r"5\text{ red}, 3\text{ blue}", r"5\text{ cm}\times 3\text{ cm}", r"5\text{ tenths}", "5 squared",
+      r"2\text{ when }x=5", r"\text{not }5"]), ("2500000", ["2.5 Million", "25 lakh"], ["2.5"]),
+    # intervals, sets, complex numbers, degrees
+    (r"(-\infty,2)", [r"\{x \mid x<2\}", r"\left\{x \in \mathbb{R} : x<2\right\}", r"x<2, x\in\mathbb{R}",
+                     r"]-\infty,2)"], [r"\{x \mid x>2\}"]),
+    (r"(-\infty,-2]\cup[3,\infty)", [r"(-\infty,-2]\text{ or }[3,\infty)"], []), ("(3,-2)", [r"\{(3,-2)\}"], []),
+    (r"(-\infty,\infty)", [r"\text{all real numbers}", r"-\infty<x<\infty"], []), (r"\emptyset", [r"\{ \}"], []),
+    ("2+3i", [r"2+3\cdot i", r"2+i\cdot 3"], ["2-3i"]), ("-1", ["i^2", r"e^{i\pi}"], ["i"]),
+    (r"\frac12", [r"\cos 60^\circ", r"\sin(30^\circ)"], [r"\cos 60"]), ("90^\\circ", ["90^o"], []),
+    # degenerate LaTeX
+    (r"\frac{\pi}{3}", [r"\frac\pi3", r"\dfrac\pi{3}"], []), (r"\sqrt[3]{2}", [r"\sqrt[3]2"], []),
+    ("120", ["5!=120"], []),
+    (r"\ln 2", [r"\operatorname{ln} 2", r"\text{ln}2", "ln(2)"], []), ("252", [r"{10 \choose 5}"], []),
+    ("2\\sqrt3", ["2*sqrt(3)", r"2\sqrt3\ (\approx 3.464)", r"2\sqrt3\text{ or about }3.46"], []),
+    ("x^2", ["x**2"], []), ("52_8", ["52 (base 8)", r"52\text{ base }8"], [r"52\text{ in base 9}"]),
+    ("x+1", [r"x+1,\ x\neq1", r"x+1 \quad (x \neq 1)"], []),
+    ("5ab", [], ["5AB"]), (r"\text{ellipse}", [r"\text{an ellipse}"], []),
+    ("3:4", [r"3\colon 4", r"3\text{ to }4", "3{:}4"], []),
+    # choices, order, echoes in another writing
+    ("B", ["B (12)", r"\text{B: }12", r"\text{The answer is B}", r"\text{B}\quad 12"], ["A=B", r"\text{B or C}", "AB"]),
+    (r"\frac13,\frac12", [r"\frac13<\frac12"], [r"\frac12,\frac13"], "List them from least to greatest."),
+    ("5000", [], ["(255)^2-(245)^2", "-245^2+255^2", "255^2-245^2=255^2-245^2"], "Compute $255^2-245^2$."),
+    ("x^2-x-2", [], [r"(x-2)(x+1)", r"(x+1)\cdot(x-2)"], "Expand $(x+1)(x-2)$."),
 ]  # fmt: skip
 
 
@@ -152,24 +180,33 @@ MATH = [  # the answer, and responses that give it
         "Final Answer: There are 12 ways.", "The final answer is: It takes 12 minutes.", "The answer is therefore 12.",
         "The answer is 12, since 3 * 4 = 12.", "The answer is 12 because 5 of them left.", "<answer>12</answer> of 20",
         "The answer is x = 12 which is even.", "The answer is `12`.", "The answer is 12 for all n.",
+        "The answer is indeed 12.", "The answer is 12 (twelve).", "The answer is equal to 12.",
+        "The answer is 12 out of 20.", "The answer is not 13 but 12.",
+        "\\boxed{12}\n\nHuman: 1+1?\nAssistant: \\boxed{2}",
+        "#### 2. Multiply\nThus\n\\boxed{12}", "The answer is 12 when n = 3.",
     ]),
     (r"\frac12", [r"The answer is $\frac12$. I hope it is correct.", r"This makes \frac{1}{2}",
                   "<answer>\n\\frac12\n</answer>", r"<answer>\(\frac12\)</answer> and 3"]),
     (r"\frac{1}{\sqrt{2}}", [r"\boxed{\frac{1}{\sqrt{2}}}"]), (r"\{1, 2\}", [r"\boxed{\{1, 2\}}"]),
     ("y = 3", [r"Thus \(x = 2\) and \[y = 3\]", r"$x=\boxed{1}$ so $y=\boxed{3}$"]),
-    ("1,2", ["The answers are 1 and 2.", "The solutions are $x=1$ and $x=2$.", r"$x=\boxed{1}$ and $x=\boxed{2}$",
+    ("1,2", ["The answers are 1 and 2.", "So the roots are 1 and 2.", "Hence **x = 1** or **x = 2**.",
+             "The solutions are $x=1$ and $x=2$.", r"$x=\boxed{1}$ and $x=\boxed{2}$",
              r"\boxed{1} or \boxed{2}", r"\boxed{1},\ \boxed{2}", r"\boxed{1}; \boxed{2}",
              "The solutions are $1$ or $2$.", "The answers are $x=1$, $x=2$.",
              r"\boxed{1} \quad \text{and} \quad \boxed{2}"]),
     ("1,2,3", ["The answer is $1$, $2$, and $3$.", r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$"]),
-    ("B", ["The answer is (B).", "The answer is (B) 12", "The answer is option B."]),
+    ("B", ["The answer is (B).", "The answer is B because 3 * 4 = 12.", "Answer: B - 12", "The answer is clearly B.",
+             "The answer is (B) 12", "The answer is option B."]),
     ("12000000", ["The answer: There are 12 million ways."]),
     ("4", ["We have $a=3$ and $b=4$."]), ("5", ["The roots are $2$ and $3$, so the sum is $5$."]),
 ]  # fmt: skip
 GSM8K = [
     ("42", ["6 * 7 = 42\n#### 42", "#### 6 * 7 = 42 (checked: 42 / 7 = 6)", "#### She has 3 boxes of 14, that is 42",
             "#### 42 = 6 * 7", "#### 42 apples, not 43", "#### 42 [6 x 7]",
-            "#### 42\n\nQuestion: 1+1?\nAnswer:\n#### 2"]),
+            "#### 42\n\nQuestion: 1+1?\nAnswer:\n#### 2", "#### 42\n\nQ: 1+1?\nA: #### 2", "#### 42 out of 50",
+            "#### Step 2: Multiply\n6 * 7 = 42\n\\boxed{42}", "#### 42 (6 × 7)", "#### 42 miles in 3 hours",
+            "#### 42; 6 * 7", r"#### The cost is \(\$42\).", "#### USD42"]),
+    ("0.42", ["#### 42%"]), ("-42", ["#### minus 42"]),
     ("5", ["#### 5, which is 3 more", "#### none. The answer is 5.", "#### 5 because 3 of them left", "#### _5_",
            "#### The amount for each person is 5", "#### The number which remains is 5", "#### 5 for each of the 3"]),
     ("2.5", ["#### 2 1/2", "#### 2\xbd cups", "#### 2 and 1/2", "#### 2 and a half"]), ("1500", ["#### 1.5k"]),
@@ -185,9 +222,11 @@ GSM8K = [
     ("-3", ["#### -3", "#### - 3", "The answer is -$3 now", "The answer is \N{MINUS SIGN}3"]),
 ]  # fmt: skip
 NO_ANSWER = {
-    math_answer: ["no idea", "", r"\boxed{1}" + " hm" * 5000, r"\boxed{" + "9" * 1001 + "}"],
+    math_answer: ["no idea", "", "The answer isn't $12$.", "The answer cannot be 12.",
+                  r"\boxed{1}" + " hm" * 5000, r"\boxed{" + "9" * 1001 + "}"],
     gsm8k_answer: ["no idea", "x2 and y3", "9" * 10**6, "#### 5, 6, 7", "#### 5-6", "#### between 5 and 6",
-                   "#### 5 or 6", "#### 5 to 6", "#### 5 + 6", "#### 5 apples and 6 pears", "#### 5 (or 6)",
+                   "#### 5 or 6", "#### 5 to 6", "#### 5 (maybe 6)", "#### 5 squared", "#### under 5", "#### 5 + 6",
+                   "#### 5 apples and 6 pears", "#### 5 (or 6)",
                    "#### x > 5", "#### not 5", "#### less than 5",
                    "#### 10 - 3", "#### 4 * 3", "#### 2 hours 30 minutes", r"\boxed{42 or 43}",
                    "The answer is obtained by adding 5 and 6. So 11"],
@@ -414,7 +453,6 @@ DISAGREEMENTS = {
     **dict.fromkeys((47, 144, 146, 151), "decimal comma: to us a comma separates"),
     **dict.fromkeys((51, 68), "gold or answer in two boxes with words between them"),
     **dict.fromkeys((79, 138), "equal to 2 decimals, and we ask for 6"),
-    127: "a sentence with the number in its middle",
 }
 
 

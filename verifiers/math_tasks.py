@@ -8,8 +8,8 @@ Data (`--data PATH` gives any task local files instead, see rows.py):
 Your own problems: columns `problem` (or `question`), `answer`, optionally `solution` and `level` ("Level 5", "5", 5).
 `answer` may be a GSM8K solution that ends in "#### N"; without it, the last \\boxed{} of `solution` is the answer.
 
-The answer in a response. A response ends at a "Question:" of its own. Of its last 10 000 characters, the first rule
-that finds something decides:
+The answer in a response. A response ends at a "Question:" of its own, and behind an answer at "Problem:", "Human:" and
+their like. Of its last 10 000 characters, the first rule that finds something decides ("the answer is not 5" is none):
   math     the last \\boxed{}; what follows the last "####"; what follows the last "answer is" or "answer:"; the last
            $...$ or number, whichever ends later
   gsm8k    "####", \\boxed{}, "answer is", in this order, where they hold a number; the last number. One that holds
@@ -24,14 +24,18 @@ needs more than 5 s of CPU time or kills its worker (workers.py) has reward 0, n
 Decided, where math-verify or its users differ:
   several boxes       the last one counts; with commas, "and", "or" between, a list
   "$18", "18 dollars" equal: currency signs, and words after a number, are units, and units are not compared
-  "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice; "(C) 12" is either of its parts
+  "(C)" and "C"       equal: a single capital letter, in brackets or not, is a choice; "(C) 12" is either of its parts;
+                      "C or D" is no choice
   1/3 and 0.3333333   equal: decimals count to 6 places, 0.333 is not 1/3; below 1, 6 digits count
   28%, 28 and 0.28    28% equals the others, whichever is gold
   5x, 5ab, 5 cm       letters glued to a number, or one or two behind it, are variables, unless they are a known
                       unit and no variables of the prompt; a word is a unit
   121_3 and 121_4     different, as are m^2 and m^3; a base or an exponent of a unit may be left out
   x < 3 and (-oo, 3)  equal, as sets; several inequalities are a union with "or" or where they exclude each other
-  10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and "12, 345" two
+  10\\,901, 2 1/2     a number with its thousands apart, a mixed number; "5 6" is no number, and "12, 345" two; "5 red,
+                      3 blue" is no 5, nor are "5 squared" and "5 tenths"
+  i, \\cos 60^\\circ   the imaginary unit; degrees inside of a function
+  \\text{Area} = 5    the right side, unless the gold answer is an equation; a condition behind an answer is dropped
   1:2 and 1/2         different, unless the prompt asks for a ratio or the gold answer is one
   \\mathbf{5}, 5 (mod 7) equal to 5: fonts, sizes, colours, delimiters and a modulus are dropped
   255^2 - 245^2       worth 0 where the prompt asks for it, or has it and the gold answer is simpler (`is_echo`)
@@ -146,7 +150,8 @@ REMARK = re.compile(
 # a number that begins an answer, behind which follow a place, a condition, or a calculation
 PLACED = re.compile(
     r"^(\W*[0-9][0-9,./]*(?: [A-Za-z]+)?)"
-    r"(?: (?:(?:when|if)\b.*|(?:out of|of the|in|with|on|at|before|within|during|among|across)\b[^=]*)|(?:;|:(?! ?[0-9]{2}\b)| [—→]) .*)$"
+    r"(?: (?:(?:when|if)\b.*|(?:out of|of the|in|with|on|at|before|within|during|among|across)\b[^=]*)|"
+    r"(?:;|:(?! ?[0-9]{2}\b)| [—→]) .*)$"
 )
 # words in front of a number that say no more of it
 NEUTRAL = re.compile(
@@ -323,7 +328,7 @@ VARIABLES = re.compile(r"(.*(?:[0-9})]|\\pi|(?<![A-Za-z\\])[A-Za-z]))(\s*)(?<![A
 LETTER = re.compile(r"(?:[Oo]ption |[Cc]hoice )?\(?\s*([A-Z])\s*\)?[.:]?")
 CHOICE = re.compile(r"(?:\(\s*[A-Z]\s*\)|[A-Z][).:])\s+(?!(?:or|and)\b|[-+*/^=<>(]\s*[^0-9])(.+)")
 CHOSEN = re.compile(  # the letter of a choice, and what follows it, which is no other choice
-    r"(?:(?i:the|answer|correct|option|choice|letter|is|clearly|\*)[ :*]*)*\(?\s*([A-Z])\s*+\)?+[*:.]*+"
+    r"(?:(?i:the|answer|correct|option|choice|letter|is|clearly|\*)[ :*]*)*\(?\s*([A-Z])(?:\s*+\))?+[*:.]*+"
     r"(?!\s*(?:,|;|and|or|&|\\&|/|-)?\s*\(?[A-Z]\b)"
     r"(?:\s*(?![A-Za-z=+^<>]|\\[a-p])[^A-Za-z=].*|\s+(?:because|since|as|for)\b.*)?"
 )
