@@ -191,8 +191,8 @@ PROGRAMS = [  # that print the sum of the second line
     f"```python\n{SUM}```\nWhat reads a line:\n```python\nline = input()\n```",
     f"{SUM}Complexity: O(n)", f"{SUM}\nExample:\n```\n2\n1 2\n```", f"Try\n```\n2\n1 2\n```\n{SUM}",
     f"```python\nx = 1 / 0\n{SUM}```\nWithout its first line:\n```python\n{SUM}```",
-    "```python\ninput()\na = input().split()\n```\nThen\n```python\na.append('0')\n```\nand\n"
-    "```python\na = [*map(int, a)]\n```\nand\n```python\nprint(sum(a))\n```",
+    "```python\ninput()\na = input().split()\n```\nThen\n```python\na.append('4')\n```\nand\n"
+    "```python\na = [*map(int, a)]\n```\nand\n```python\nprint(sum(a) - 4)\n```",
     f"```python\ndef total(a): return 0\n{DRIVER}```\nNo:\n"
     f"```python\ndef total(a): return sum(map(int, a))\n```\n```python\n{DRIVER}```",
     "```python\nI = input\nI()\nprint(sum(map(int, I().split())))\n```\nas in\n```python\nprint(3)\n```",
