@@ -52,6 +52,8 @@ OF_EACH = [
 ]
 OF_ALL = [
     (["--temperature", "0"], "--temperature must be a positive number, not 0.0"),
+    *(([f"--{name}", ""], f"--{name} is empty: give it a value, or leave it out")
+      for name in ("resume", "data", "model", "task", "run-name")),
     (["--lr", "nan"], "--lr must be a positive number, not nan"),
     (["--task", "sudoku"], "unknown task 'sudoku': choose one of arithmetic, "),
     *((["--task", name, "--levels", "--data", "x.jsonl"], f"task '{name}' makes its own problems: leave --data out")
@@ -95,6 +97,7 @@ OF_SOME = [
     (RL, ["--kl-coef-end", "1", "--kl-delay", "-1"], "--kl-delay must be at least 0"),
     (RL, ["--estimator", "mean", "--baseline", "value", "--value-lr", "0"], "--value-lr must be a positive number"),
     (RL, ["--verifier", "learned", "--verifier-model", "no/such"], "cannot load the verifier 'no/such'"),
+    (SFT, ["--experts", ""], "--experts is empty"),
     (SFT, ["--n", "2"], "--n must be more than --N 2, not 2"),
     (SFT, ["--eval-N", "5"], "--eval-N must lie between 1 and --eval-n 4, not 5"),
     (SFT, ["--likelihood", "exact", "--verifier", "learned"], "exact is a closed form for --verifier environment"),

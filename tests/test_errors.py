@@ -33,6 +33,14 @@ def test_a_runs_folder_is_its_own_and_a_long_path_is_shortened_in_its_name(tmp_p
     assert [harness.run.new_run_folder(args, []).name for _ in range(2)] == ["one", "one-2"]
 
 
+def test_a_full_disk_leaves_no_folder_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(TELLS["Python"]))
+    with pytest.raises(BadInput, match="no space left on the disk of runs/one/args.json"):
+        harness.run.new_run_folder(RunArgs(run_name="one"), [])
+    assert list(Path("runs").iterdir()) == []
+
+
 def test_out_of_memory_is_one_line(monkeypatch, capsys):
     def main(args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
