@@ -546,7 +546,7 @@ class Run:
         levels, interval = report.by_level(self.test).items(), report.mean_and_interval
         result = {level: {name: interval(x[at]) for name, x in metrics.items()} for level, at in levels}
         self.progress["evaluated"] = step
-        self.write("metrics.jsonl", {"step": step, **counts, "eval": result})
+        self.write("metrics.jsonl", {"step": step, "eval": result, **counts})
         if counts:
             tqdm.write(f"evaluation at step {step}, events in the verifier: {counts}")
         return metrics

@@ -14,6 +14,7 @@ from runs import FLAGS, ROOT, outcome, records, steps_of
 import common
 import harness.run
 from harness.load_file import load_estimator, load_file
+from harness.parallel import reduce_metrics
 from pass_at_k_pg import advantages
 from verifiers import BadInput, Problem, Task, Verdict, with_checked_verdicts
 
@@ -158,6 +159,7 @@ def test_what_is_right_passes_as_it_is_and_without_the_graph_of_a_model():
     assert checked(verdict)([Problem("1", "1")] * 2, [["a"] * 3] * 2) is verdict and verdict.scores is verdict.rewards
     counts = checked(Verdict(ONE, ONE.long(), {"a": torch.tensor(2), "b": np.int64(3)}))([], [["a"] * 3] * 2).counts
     assert json.dumps(counts) == '{"a": 2, "b": 3}'
+    assert reduce_metrics({"loss": 0.5}, {"loss": 2, "b": 3}) == {"loss": 0.5, "b": 3}
     rewards = torch.ones(1, 2, requires_grad=True)
     verdict = checked(Verdict(rewards * 2, rewards.long()))([Problem("1", "1")], [["a", "b"]])
     assert not (verdict.rewards.requires_grad or verdict.scores.requires_grad) and verdict.rewards.tolist() == [[2, 2]]
