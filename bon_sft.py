@@ -27,7 +27,8 @@ import common
 from common import best_of_n_tilt, checked_rewards, ranks, subset_weights, win_shares
 from harness.parallel import average_gradients
 from harness.policy import expert_rollouts
-from harness.run import Run, RunArgs, run_cli, sizes_up_to
+from harness.problems import digest_of
+from harness.run import Run, RunArgs, keep_file, run_cli, sizes_up_to
 from verifiers import BadInput, Problem, Task, with_checked_verdicts
 from verifiers.rows import load_rows, require_columns
 
@@ -156,6 +157,9 @@ def main(args: Args) -> None:
     # Best-of-N by scores that are the rewards is pass@N.
     selected = "bon" if args.verifier == "learned" or run.own_scores else "pass"
     experts = experts_of(args.experts, task, run.train) if args.experts and args.steps else {}
+
+    if experts:
+        keep_file(args, f"--experts {args.experts}", digest_of(sum(experts.values(), [])))
 
     def groups_of(problems) -> list[list[Problem]]:
         """The experts of each problem's prompt: the file's, or the problem with its own solution."""

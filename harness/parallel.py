@@ -70,4 +70,4 @@ def reduce_metrics(record: dict[str, float], counts: dict[str, int]) -> dict[str
     """One record for all processes: the means of the records' values, and the sums of the counts."""
     everyone = all_gather((record, counts))
     means = {name: sum(values[name] for values, _ in everyone) / len(everyone) for name in record}
-    return means | dict(sum((Counter(events) for _, events in everyone), Counter()))
+    return means | dict(sum((Counter(events) for _, events in everyone), Counter())) | means  # a metric keeps its value

@@ -1,6 +1,7 @@
 """Which problems belong to some levels, to an evaluation, and to each step. All are functions of their arguments."""
 
 import functools
+import hashlib
 import random
 from collections.abc import Sequence
 
@@ -31,6 +32,11 @@ def evaluation_problems(problems: Sequence[Problem], per_level: int) -> list[Pro
     levels = sorted({problem.level for problem in problems}, key=lambda level: (level is None, level))
     pools = [[problem for problem in problems if problem.level == level] for level in levels]
     return [problem for pool in pools for problem in random.Random(0).sample(pool, min(per_level, len(pool)))]
+
+
+def digest_of(problems: Sequence[Problem]) -> str:
+    """The SHA-256, in hex, of all that these problems say."""
+    return hashlib.sha256(repr([*problems]).encode(errors="backslashreplace")).hexdigest()
 
 
 @functools.lru_cache(maxsize=2)

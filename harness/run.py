@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
 from common import Policy, Rollouts, decode, sample
 from verifiers import TASKS, BadInput, Problem, Verdict, learned, load_task, one_line, with_checked_verdicts
 
@@ -30,7 +36,7 @@ from . import report
 from .load_file import load_own_task
 from .parallel import all_gather, rank0_only, reduce_metrics, shard, start, stop, world
 from .policy import cached_folder, encode_prompts, full_disk_told, load_policy, save_policy, tiny_seed, write_atomically
-from .problems import evaluation_problems, problems_at, training_batch
+from .problems import digest_of, evaluation_problems, problems_at, training_batch
 
 Metrics = dict[str, torch.Tensor]  # name -> (P,) values, one a problem
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
@@ -109,6 +115,9 @@ def run_cli(main: Callable, Args: type, presets: dict[str, dict] = {}) -> None:
         changed = [f"--{x.replace('_', '-')}" for x in saved if x not in MAY_CHANGE and getattr(args, x) != saved[x]]
         if known.resume and changed:
             raise BadInput(f"{known.resume} keeps its own arguments: leave out {', '.join(changed)}")
+        for name in vars(args):
+            if getattr(args, name) == "":
+                raise BadInput(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
         for name, (other, used) in IDLE_WITHOUT.items():
             if getattr(args, name, None) != getattr(default, name, None) and not used(args):
                 raise BadInput(f"--{name.replace('_', '-')} does nothing without {other}; leave it out")
@@ -154,7 +163,12 @@ def arguments_of(folder: str, Args: type) -> dict:
         raise BadInput(f"{folder} is a run of {processes} process(es): {resume_command(folder, processes)}")
     if "files" not in saved or {*saved} - {"files", *(x.name for x in dataclasses.fields(Args))}:
         raise BadInput(f"{folder} is a run of another version, whose flags and metrics have other names: start anew")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    for x in dataclasses.fields(Args):
+        kinds = (int, float) if isinstance(x.default, float) else type(x.default)
+        if x.default is not None and not isinstance(value := saved.get(x.name, x.default), kinds):
+            raise BadInput(f"{folder}/args.json has {x.name} = {ascii(value)[:40]}: put back what the run wrote")
+    return saved
 
 
 def resume_command(folder: str | Path, processes: int) -> str:
@@ -165,7 +179,7 @@ def resume_command(folder: str | Path, processes: int) -> str:
 def keep_file(args, where: str, digest: str) -> None:
     """Keep the SHA-256 of the user's own file "FILE:NAME" with the run's arguments. Raises BadInput if a resumed run
     began with another one, unless args.changed_files."""
-    if args.resume and args.files.get(where) != digest:
+    if args.resume and args.files.get(where, digest) != digest:
         what = f"{where} has changed since {args.resume} began"
         if not args.changed_files:
             raise BadInput(f"{what}: put the file back, or go on with this one by --changed-files")
@@ -209,9 +223,29 @@ def check_folder(args) -> None:
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise BadInput(f"cannot write to {there.resolve()}: runs are kept in runs/ of the current folder")
     if args.resume and (path := folder / "checkpoint.pt").exists():
-        done = read_checkpoint(path, mmap=True)["progress"]["step"]  # the weights are not read yet
+        progress = read_checkpoint(path, mmap=True)["progress"]  # the weights are not read yet
+        done = progress["step"]
         if args.steps < done:
             raise BadInput(f"{folder} has done {done} steps: --steps must be {done} or more, not {args.steps}")
+        for log in (folder / name for name in LOGS):
+            if log.exists() and log.stat().st_size < progress.get(log.name, 0):
+                raise BadInput(f"{log} is shorter than at the last checkpoint: put a copy in its place, or start anew")
+
+
+@contextlib.contextmanager
+def written_by_one(folder: Path) -> Iterator[None]:
+    """Around code that writes to a run's folder. Raises BadInput if another process is doing so."""
+    if fcntl is None or world()[0] > 0:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise BadInput(f"another process writes to {folder}: wait for its end, or stop it") from error
+    finally:
+        os.close(descriptor)
 
 
 def seeded_generator(device: torch.device, *what) -> torch.Generator:
@@ -258,6 +292,12 @@ class Run:
         if self.split == "TRAINING":
             print("no test.jsonl: the evaluation below is on the TRAINING problems")
         self.test = evaluation_problems(test, args.eval_problems)
+        if isinstance(self.train, list) and self.train:  # not made on demand
+            keep_file(args, "the training set", digest_of(self.train))
+        if args.resume and args.files.get("the test set", digest_of(self.test)) != digest_of(self.test):
+            what = f"the held-out problems have changed since {args.resume} began"
+            raise BadInput(f"{what}: put them back, or start anew; a table of both would compare nothing")
+        args.files = args.files | {"the test set": digest_of(self.test)}
         self.train = self.train or self.test  # --steps 0 trains on nothing and shows a held-out prompt
         self.progress = {"step": 0, "evaluated": None, "skipped_in_a_row": 0, "steps_with_signal": 0}
         if args.tensorboard or args.track:
@@ -333,7 +373,8 @@ class Run:
         elif tiny_seed(args.model) is not None:
             levels = ".".join(map(str, args.levels)) or "all"
             recipe = f"lr{args.verifier_lr:g}-p{args.verifier_problems}-t{args.max_new_tokens}-l{levels}"
-            recipe += "".join(f"-{digest[:12]}" for digest in args.files.values())  # of a task of the user's
+            own = (digest for name, digest in args.files.items() if ":" in name)  # of a task of the user's
+            recipe += "".join(f"-{digest[:12]}" for digest in own)
             folder = cached_folder(f"{Path(base).name}-verifier-{recipe}", train)
         else:
             folder = self.folder / "verifier"
@@ -346,9 +387,15 @@ class Run:
     def steps(self, metrics: Callable[[Verdict], Metrics], description: str) -> Iterator[int]:
         """1, 2, ... args.steps, without those done before, with evaluations, a progress bar and checkpoints in between.
 
-        metrics: an evaluation's verdict -> values of each problem, by name. On SIGINT or SIGTERM the step is finished
-        and saved, and the script ends; at a second one it ends at once."""
-        self.metrics, doing, first, last = metrics, "writing to", 1, self.args.steps
+        metrics: an evaluation's verdict -> values of each problem, by name. On SIGINT, SIGTERM or SIGHUP the step is
+        finished and saved, and the script ends; at a second one it ends at once. Raises BadInput."""
+        self.metrics = metrics
+        with written_by_one(self.folder):
+            yield from self.steps_left(description)
+
+    def steps_left(self, description: str) -> Iterator[int]:
+        """What `steps` yields, once no other process writes to the folder."""
+        doing, first, last = "writing to", 1, self.args.steps
         if self.args.resume:
             self.restore()
             doing, first = f"resuming at step {self.progress['step']} in", self.progress["step"] + 1
@@ -364,7 +411,10 @@ class Run:
         hidden = first > last or world()[0] > 0
         bar_format = "{desc}: {n_fmt}/{total_fmt} [{remaining} left{postfix}]"  # and three metrics fit 80 columns
         self.bar = tqdm(total=last, initial=first - 1, desc=description, bar_format=bar_format, disable=hidden)
-        handlers = {number: signal.signal(number, self.request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        stops = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            stops.append(signal.SIGHUP)
+        handlers = {number: signal.signal(number, self.request_stop) for number in stops}
         try:
             for step in range(first, last + 1):
                 self.began = time.perf_counter()
@@ -389,7 +439,8 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = number
-        tqdm.write("stopping when this step is done (again: at once, losing it)")
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            tqdm.write("stopping when this step is done (again: at once, losing it)")
 
     def batch(self, step: int) -> tuple[Sequence[Problem], list[list[int]], torch.Generator]:
         """This process's share of a step: B problems, their prompts as token ids, and a generator to sample by."""
@@ -422,7 +473,7 @@ class Run:
                 raise failure
             ranks = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
             why = failure or f"the verifier raised in {ranks}"
-            go_on = f"--resume {self.folder}{' --changed-files' if self.args.files else ''}"
+            go_on = f"--resume {self.folder}{' --changed-files' * any(':' in name for name in self.args.files)}"
             raise BadInput(f"{why} (step {self.progress['step']} is saved: mend it, then {go_on})")
 
     def log(self, step: int, rollouts: Rollouts | None, verdict: Verdict, record: dict, shown: Sequence[str]) -> None:
@@ -476,6 +527,13 @@ class Run:
         prompts, T = self.encoded(problems), args.temperature
         samples = prompts and sample(self.policy, prompts, args.eval_n, args.max_new_tokens, T, generator)
         verdict = self.verdict(problems, responses := samples and decode(self.policy, samples))
+        verdicts, counts = all_gather(verdict), reduce_metrics({}, verdict.counts)
+        # From the ranks' order back to the problems' order.
+        order = torch.tensor([i for r in range(processes) for i in range(r, len(self.test), processes)]).argsort()
+        parts = ([getattr(v, name) for v in verdicts] for name in ("rewards", "votes", "scores"))
+        rewards, votes, scores = (torch.cat(part)[order] for part in parts)  # (P, eval_n) each
+        with self.saved_if_this_fails():
+            metrics = self.metrics(Verdict(rewards, votes, counts, scores))
         step = self.progress["step"]
         if rank == 0:  # text is escaped in both: a model's must not drive the terminal
             if args.show_samples:
@@ -485,12 +543,6 @@ class Run:
                 tqdm.write(f"{record['rewards'][0]:g}  {prompt} -> {response}")
             for record in report.samples(problems, responses, verdict.rewards, 50):
                 append_json(self.folder / "samples.jsonl", {"step": step, **record})
-        verdicts, counts = all_gather(verdict), reduce_metrics({}, verdict.counts)
-        # From the ranks' order back to the problems' order.
-        order = torch.tensor([i for r in range(processes) for i in range(r, len(self.test), processes)]).argsort()
-        parts = ([getattr(v, name) for v in verdicts] for name in ("rewards", "votes", "scores"))
-        rewards, votes, scores = (torch.cat(part)[order] for part in parts)  # (P, eval_n) each
-        metrics = self.metrics(Verdict(rewards, votes, counts, scores))
         levels, interval = report.by_level(self.test).items(), report.mean_and_interval
         result = {level: {name: interval(x[at]) for name, x in metrics.items()} for level, at in levels}
         self.progress["evaluated"] = step
@@ -527,8 +579,11 @@ class Run:
             checkpoint = read_checkpoint(self.folder / "checkpoint.pt")
             self.progress |= checkpoint["progress"]
             try:
-                for name, state in checkpoint["state"].items():
-                    self.state[name].load_state_dict(state)
+                for name, x in self.state.items():
+                    x.load_state_dict(checkpoint["state"][name])
+            except (KeyError, TypeError, AttributeError) as error:
+                what = f"{self.folder / 'checkpoint.pt'} is none of this run ({one_line(error)})"
+                raise BadInput(f"{what}: put a copy in its place, or delete it to begin anew") from error
             except (RuntimeError, ValueError) as error:  # of another size
                 what = f"--model {self.args.model!r} has changed since {self.folder} began"
                 raise BadInput(f"{what}: put it back, or start anew") from error
@@ -545,6 +600,7 @@ class Run:
                 print(f"from step {done + 1} on, schedules follow {steps} steps, no longer {saved['steps']}:")
                 print(f"the result is not the one of an uninterrupted run of {steps} steps")
             if (self.folder / "policy").exists():
+                shutil.rmtree(self.folder / f"policy-{done}", ignore_errors=True)  # the same one, of an earlier try
                 os.rename(self.folder / "policy", self.folder / f"policy-{done}")
         saved |= {name: getattr(self.args, name) for name in MAY_CHANGE[2:]} | {"files": self.args.files}
         path.with_suffix(".unfinished").write_text(json.dumps(saved, indent=2))
@@ -579,14 +635,23 @@ def new_run_folder(args, parts: Sequence) -> Path:
         with contextlib.suppress(FileExistsError):  # of another run, maybe one that started in this moment
             folder.mkdir(parents=True)
             break
-    (folder / "args.json").write_text(json.dumps({"script": script, "processes": world()[1], **arguments}, indent=2))
+    path, content = folder / "args.json", {"script": script, "processes": world()[1], **arguments}
+    try:
+        with full_disk_told(path):
+            path.write_text(json.dumps(content, indent=2))
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     return folder
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict:
     """What `Run.save` wrote, on the CPU. mmap: tensors stay on the disk until used. Raises BadInput if it is torn."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(checkpoint["progress"]["step"] + len(checkpoint["state"]), int):
+            raise TypeError("a step is an integer")
+        return checkpoint
     except Exception as error:  # pickle, zip and torch raise many types
         why = f"{path} cannot be read ({one_line(error)})"
         raise BadInput(f"{why}: put a copy in its place, or delete it to begin anew") from error

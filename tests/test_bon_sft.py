@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +126,14 @@ def test_experts_are_not_all_padded_at_once(run, untrained, noted):
     out = run("bon_sft.py", *SMALL, "--max-new-tokens", "1", "--steps", "1", "--model", untrained, code=0).stdout
     assert sizes == [256, arithmetic.TRAIN_PER_LEVEL - 256, 4]  # then a step's
     assert f"{arithmetic.TRAIN_PER_LEVEL} expert responses are longer than --max-new-tokens 1" in out
+
+
+def test_experts_that_have_changed_are_not_resumed(run, refused, untrained):
+    prompt = next(problem.prompt for problem in load_task("arithmetic").train if problem.level == 1)
+    for response in ("1", "2"):
+        Path("experts.jsonl").write_text(json.dumps({"problem": prompt, "response": response}))
+        if response == "1":
+            flags = ["--experts", "experts.jsonl", "--model", untrained, "--run-name", "a"]
+            run("bon_sft.py", *SMALL, *flags, code=0)
+            run("bon_sft.py", "--resume", "runs/a", code=0)
+    assert "--experts experts.jsonl has changed since runs/a began" in refused("bon_sft.py", "--resume", "runs/a")

@@ -83,6 +83,7 @@ OF_ALL = [
     ("--levels --task math500 --data no_train", "the task has no training problems here: --steps 0 evaluates"),
     ("--estimator mode", "--estimator must be mean, unbiased, biased, maxrl or FILE:NAME, not 'mode'"),
     ("--sandbox landlock", "--sandbox does nothing without a task that runs programs"),
+    *((f"--{name}=", f"--{name} is empty: give it a value, or leave it out") for name in ("resume", "data", "model")),
 ]  # fmt: skip
 
 OF_SOME = [
@@ -189,6 +190,14 @@ def test_a_closed_form_for_rewards_0_and_1_refuses_others(script, flags, run, un
 
 
 # ------------------------------------------------------------------------------------- what goes wrong around a run
+def test_a_full_disk_leaves_no_folder_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "write_text", raising(FULL))
+    with pytest.raises(BadInput, match="no space left on the disk of runs/one/args.json"):
+        harness.run.new_run_folder(RunArgs(run_name="one"), [])
+    assert list(Path("runs").iterdir()) == []
+
+
 def test_a_runs_folder_is_its_own_and_a_long_path_is_shortened_in_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = harness.run.new_run_folder(RunArgs(), ["/a" * 200 + "/model", "k4"]).name

@@ -173,6 +173,7 @@ WRONG = [
 
 SUM = "input()\nprint(sum(map(int, input().split())))\n"
 SOLVE = "def solve():\n    input()\n    return sum(map(int, input().split()))\n"
+LOOP = "n, x = input(), 1\ny = 2\nz = 3\nfor _ in 'x':\n    line = input()\n    print(sum(map(int, line.split())))\n"
 DRIVER = "input()\nprint(total(input().split()))\n"
 PROGRAMS = [  # that print the sum of the second line
     f"```python\n{SUM}```\nSample input:\n```\n2\n1 2\n```\nSample output:\n```\n3\n```",
@@ -188,12 +189,13 @@ PROGRAMS = [  # that print the sum of the second line
     "The program:\n\nN=int(input())\nA = input().split()\nprint(sum(map(int, A)))\nThat is all.",
     f"The program:\n\nif True:\n{textwrap.indent(SUM, '    ')}That is all.",
     f"```python\n{SUM}```\nIn steps:\n```python\nprint(sum(map(int, input().split())))\n```",
+    f"```python\n{LOOP}```\nIn the loop\n```python\n{LOOP[LOOP.index('    '):]}```",
     f"```python\n{SUM}```\nWhat reads a line:\n```python\nline = input()\n```",
     f"{SUM}Complexity: O(n)", f"{SUM}\nExample:\n```\n2\n1 2\n```", f"Try\n```\n2\n1 2\n```\n{SUM}",
     f"```python\nx = 1 / 0\n{SUM}```\nWithout its first line:\n```python\n{SUM}```",
     "```python\ninput()\na = input().split()\n```\nThen\n```python\na.append('4')\n```\nand\n"
     "```python\na = [*map(int, a)]\n```\nand\n```python\nprint(sum(a) - 4)\n```",
-    f"```python\ndef total(a): return 0\n{DRIVER}```\nNo:\n"
+    f"```python\ndef total(a): return 0\na = b = 1\nc = 2\nd = 3\n{DRIVER}```\nNo:\n"
     f"```python\ndef total(a): return sum(map(int, a))\n```\n```python\n{DRIVER}```",
     "```python\nI = input\nI()\nprint(sum(map(int, I().split())))\n```\nas in\n```python\nprint(3)\n```",
     f"```python\n{SUM}```\nTo test it:\n```python\nopen('input.txt', 'w').write('2')\nprint(3)\n```",

@@ -1,10 +1,12 @@
 """Files of one's own, --estimator FILE:NAME and --task FILE:load: docs/own.md, run, and every way to get one wrong."""
 
 import json
+import pickle
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import FLAGS, ROOT, outcome, records, steps_of
@@ -12,6 +14,7 @@ from runs import FLAGS, ROOT, outcome, records, steps_of
 import common
 import harness.run
 from harness.load_file import load_estimator, load_file
+from harness.parallel import reduce_metrics
 from pass_at_k_pg import advantages
 from verifiers import BadInput, Problem, Task, Verdict, with_checked_verdicts
 
@@ -52,13 +55,24 @@ def refusal(function, *args) -> str:
 
 
 def test_the_function_its_module_and_the_hash_of_what_ran(mine):
-    """A file may have a name that modules have: neither takes the place of the other."""
     path = mine("from os.path import join\nX = 3\ndef f(): return X\n")
     function, module, digest = load_file(f"{path}:f")
     assert function() == 3 and module.X == 3
+    assert pickle.loads(pickle.dumps(function)) is function  # as processes of one's own need
     # printf 'from os.path import join\nX = 3\ndef f(): return X\n' | sha256sum
     assert digest == "2903354d033cd5d99818982fc3ef7a7cafba69fefe921e09cf73e9d856f317cc"
     assert load_file(f"{mine('def f(): return 4')}:f")[2] != digest
+
+
+def test_a_file_imports_what_is_beside_it_and_gradients_stay_on(mine, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    mine("X = 5\n", "beside_mine.py")
+    code = "import torch, beside_mine\ntorch.set_grad_enabled(False)\ndef f(): return beside_mine.X\n"
+    assert load_file(f"{mine(code)}:f")[0]() == 5 and torch.is_grad_enabled()
+
+
+def test_a_file_may_have_a_name_that_modules_have(mine):
+    """Neither takes the place of the other."""
     function, *_ = load_file(f"{mine(ESTIMATOR, 'common.py')}:mine")
     assert function(torch.eye(2), 2).tolist() == advantages(torch.eye(2), 2).tolist()
     assert sys.modules["common"] is common
@@ -120,6 +134,8 @@ VERDICTS = {
     "scores": (Verdict(ONE, ONE.long(), scores=ONE.T), "scores as a tensor of float32 (2, 3), not float32 (3, 2)"),
     "NaN": (Verdict(ONE.where(ONE.cumsum(-1) < 3, torch.nan), ONE.long()), "rewards that are not finite numbers, one "
             "of them to 'c': every response needs a number"),
+    "counts in words": (Verdict(ONE, ONE.long(), {"lost": "two"}), "must return counts as whole numbers by name"),
+    "counts of steps": (Verdict(ONE, ONE.long(), {"step": 2}), "a name must be text, and not step or eval"),
     "infinite scores": (Verdict(ONE, ONE.long(), scores=ONE / 0), "gave scores that are not finite numbers"),
 }  # fmt: skip
 
@@ -138,6 +154,9 @@ def test_what_a_verifier_may_not_return(value, message):
 def test_what_is_right_passes_as_it_is_and_without_the_graph_of_a_model():
     verdict = Verdict(ONE, ONE.long(), {"timeouts": 2})
     assert checked(verdict)([Problem("1", "1")] * 2, [["a"] * 3] * 2) is verdict and verdict.scores is verdict.rewards
+    counts = checked(Verdict(ONE, ONE.long(), {"a": torch.tensor(2), "b": np.int64(3)}))([], [["a"] * 3] * 2).counts
+    assert json.dumps(counts) == '{"a": 2, "b": 3}'
+    assert reduce_metrics({"loss": 0.5}, {"loss": 2, "b": 3}) == {"loss": 0.5, "b": 3}
     rewards = torch.ones(1, 2, requires_grad=True)
     verdict = checked(Verdict(rewards * 2, rewards.long()))([Problem("1", "1")], [["a", "b"]])
     assert not (verdict.rewards.requires_grad or verdict.scores.requires_grad) and verdict.rewards.tolist() == [[2, 2]]
@@ -167,7 +186,7 @@ def test_an_estimator_trains_as_the_same_one_by_name(run, skilled, mine):
     assert outcome(Path("runs/name")) == outcome(Path("runs/file"))
     assert any(step["grad_norm"] > 0 for step in steps_of(Path("runs/file")))
     args = json.loads(Path("runs/file/args.json").read_text())
-    assert args["estimator"] == where and args["files"] == {where: load_file(where)[2]}
+    assert args["estimator"] == where and args["files"][where] == load_file(where)[2]
 
 
 def test_pass_hat_k_and_its_metric_stand_in_the_tables(run, skilled):
@@ -196,6 +215,30 @@ def test_an_error_in_step_3_is_one_line_and_keeps_the_steps_before(run, skilled,
     run(PASS, "--resume", "runs/one", "--changed-files", code=0)
 
 
+def test_a_metric_that_breaks_in_the_last_evaluation_loses_no_step(run, skilled, mine):
+    path = mine(ESTIMATOR + "calls = []\ndef metric(rewards, k):\n    calls.append(k)\n"
+                "    return rewards.mean(-1) / (len(calls) < 8 or len(rewards) > 2)\n")  # fmt: skip
+    flags = [*FLAGS, "--eval-every", "0", "--save-every", "50", "--model", skilled, "--run-name", "one"]
+    line = run(PASS, *flags, "--estimator", f"{path}:mine", code=2).stderr.splitlines()[-1]
+    saved = torch.load("runs/one/checkpoint.pt", weights_only=True)["progress"]["step"]
+    assert f"(step {saved} is saved: mend it" in line and saved == len(steps_of(Path("runs/one"))) > 0
+    samples = Path("runs/one/samples.jsonl").read_text()
+    assert {json.loads(row)["step"] for row in samples.splitlines()} == {0}  # of an evaluation that is not done
+
+
+def test_problems_that_have_changed_are_not_resumed(run, refused, skilled, mine, monkeypatch):
+    """Training problems are the user's to change, with --changed-files; held-out ones are those of the table."""
+    code = "import os\n" + TASK.replace("sums[::2]", "sums[int(os.environ['A'])::2]").replace(
+        "sums[1::2]", "sums[int(os.environ['B'])::2]")  # fmt: skip
+    monkeypatch.setenv("A", "0"), monkeypatch.setenv("B", "1")
+    run(PASS, *SMALL, "--task", f"{mine(code)}:load", "--model", skilled, "--run-name", "a", code=0)
+    monkeypatch.setenv("A", "2")
+    assert "the training set has changed since runs/a began" in refused(PASS, "--resume", "runs/a")
+    run(PASS, "--resume", "runs/a", "--changed-files", code=0)
+    monkeypatch.setenv("B", "3")
+    assert "the held-out problems have changed" in refused(PASS, "--resume", "runs/a", "--changed-files")
+
+
 def test_a_run_on_a_task_is_resumed_with_the_same_file_alone(run, refused, skilled, mine):
     where, script = f"{mine()}:load", "majority_pg.py"
     run(script, *SMALL, "--task", where, "--model", skilled, code=0)
@@ -203,14 +246,14 @@ def test_a_run_on_a_task_is_resumed_with_the_same_file_alone(run, refused, skill
     assert "mine.py_load" in folder.name and ":" not in folder.name
     assert len(steps_of(folder)) == 2 and "pass@4" in records(folder)[0]["eval"]["all"]
     args, before = json.loads((folder / "args.json").read_text()), outcome(folder)
-    assert args["task"] == where and args["files"] == {where: load_file(where)[2]}
+    assert args["task"] == where and args["files"][where] == load_file(where)[2]
     run(script, "--resume", str(folder), code=0)
     mine(TASK + "# changed\n")
     assert f"{where} has changed since {folder} began" in refused(script, "--resume", str(folder))
     assert outcome(folder) == before
     out = run(script, "--resume", str(folder), "--changed-files", "--steps", "3", code=0).stdout
     assert len(steps_of(folder)) == 3 and "the result is neither file's alone" in out
-    assert json.loads((folder / "args.json").read_text())["files"] == {where: load_file(where)[2]} != args["files"]
+    assert json.loads((folder / "args.json").read_text())["files"][where] == load_file(where)[2] != args["files"][where]
 
 
 def test_a_learned_verifier_is_cached_for_one_version_of_the_file(refused, skilled, mine, monkeypatch):
@@ -245,6 +288,18 @@ BROKEN = {
     "verify raises": (TASK.replace(VERIFY, f"{VERIFY}    1 / 0\n"), "line 12: ZeroDivisionError: division by zero"),
     "no task": ("def load(name, data): return 1", "load(name, data) must return a verifiers.Task, not int"),
     "raises": ("def load(name, data):\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+    **{change: (TASK.replace(*change.split(" -> ")), message) for change, message in {
+        "sums[::2] -> (x for x in sums)": "train must be a list of problems, not generator",
+        "sums[1::2] -> {*sums}": "test must be a list of problems, not set",
+        "sums[1::2] -> [{'prompt': '1'}]": "test must have Problems: there is a dict in",
+        "str(a + b)) -> str(a + b), solution=3)": "train must have Problems: solution is no text",
+        'f"{a}+{b}=" -> "\\ud800"': "train must have Problems: prompt is no text",
+        "str(a + b)) -> str(a + b), level='hard')": "train must have Problems: level is no int",
+        "verify) -> verify, max_new_tokens=4.0)": "max_new_tokens must be a whole number from 1 on, not 4.0",
+        "verify) -> verify, template=None)": "template must be text with {prompt}, not None",
+        "verify) -> verify, warm_start={'steps': 1})": "warm_start must be None, or a dict with steps, batch and lr",
+        "verify) -> verify, words=3)": "words must be None or a function, not 3",
+    }.items()},
     "own words": ("from verifiers import BadInput\ndef load(name, data):\n    raise BadInput('no grid.txt here')",
                   "error: no grid.txt here"),
 }  # fmt: skip
@@ -254,3 +309,17 @@ BROKEN = {
 def test_a_broken_task_is_one_line(code, message, refused, mine):
     assert message in refused(PASS, *SMALL, "--task", f"{mine(code)}:load", "--model", "nowhere")
     assert not Path("runs").exists()  # told before the model is looked for
+
+
+OWN = {
+    "words=lambda prompt: 3": "words must return text, not 3",
+    "words=lambda prompt: 1 / 0": "ZeroDivisionError: division by zero",
+    "best=lambda problems, k: 0.5": "best must return a tensor (P,), not 0.5",
+}
+
+
+@pytest.mark.parametrize("field, message", OWN.items(), ids=OWN)
+def test_what_words_and_best_may_not_return(field, message, mine):
+    task = harness.run.load_own_task(f"{mine(TASK.replace('verify)', f'verify, {field})'))}:load", None)[0]
+    function, args = (task.words, ["1+1="]) if task.words else (task.best, [task.test, 1])
+    assert message in refusal(function, *args)

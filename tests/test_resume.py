@@ -53,6 +53,7 @@ STOPPED = "stopped after step 3; to go on:\npython"
 INTERRUPTIONS = {
     **{f"{script} killed twice": (script, STEP, 4, raising(Killed()), Killed, "", 4) for script in SCRIPTS},
     "SIGINT": (PASS, STEP, 3, sending(signal.SIGINT), 130, STOPPED, 3),
+    "SIGHUP": (PASS, STEP, 3, sending(signal.SIGHUP), 129, STOPPED, 3),
     "SIGTERM": (PASS, STEP, 3, sending(signal.SIGTERM), 143, STOPPED, 3),
     "a second SIGINT": (PASS, STEP, 3, sending(signal.SIGINT, times=2), 130, "--resume the folder that it was", 2),
     "killed in a checkpoint": (PASS, SAVE, 2, raising(Killed(), b"half of it"), Killed, "", 2),
@@ -117,9 +118,29 @@ def test_what_cannot_be_resumed_says_why_in_a_line_and_stays_as_it_is(run, refus
     for args, reason in told:
         (folder / "args.json").write_text(json.dumps(args))
         assert why("runs/a") == f"error: runs/a is {reason}"
+    for name, value in (("steps", "2"), ("lr", None), ("levels", 3)):
+        (folder / "args.json").write_text(json.dumps(saved | {name: value}))
+        assert f"runs/a/args.json has {name} = {value!r}: put back" in why("runs/a")
     (folder / "args.json").write_text(json.dumps(saved))
+    with harness.run.written_by_one(folder):
+        assert why("runs/a") == "error: another process writes to runs/a: wait for its end, or stop it"
+    log = folder / "timings.jsonl"
+    content = log.read_bytes()
+    log.write_bytes(content[:-9])
+    assert "timings.jsonl is shorter than at the last checkpoint" in why("runs/a") and log.stat().st_size > 9
+    log.write_bytes(content)
     path = folder / "checkpoint.pt"
-    for content in (path.read_bytes()[:5000], b"", b"no checkpoint"):
+    whole = torch.load(path, weights_only=True)
+    torch.save(whole | {"state": {"policy": 3, "optimizer": {}}}, path)
+    assert "checkpoint.pt is none of this run (" in why("runs/a")
+    torch.save(whole | {"state": {"other": {}}}, path)
+    assert "checkpoint.pt is none of this run (KeyError: 'policy')" in why("runs/a")
+    torch.save(whole, path)
+    contents = [path.read_bytes()[:5000], b"", b"no checkpoint"]
+    for other in ({}, [1], {"progress": {"step": "2"}, "state": {}}):
+        torch.save(other, folder / "other.pt")
+        contents.append((folder / "other.pt").read_bytes())
+    for content in contents:
         path.write_bytes(content)
         with monkeypatch.context() as patch:
             patch.setattr(harness.run, "load_policy", lambda *_: pytest.fail("told after the model is loaded"))
@@ -178,6 +199,9 @@ def test_a_finished_run_goes_on_for_more_steps_by_the_schedule_of_the_new_total(
     line = refused(PASS, "--resume", "runs/a", "--steps", "7")
     assert line == "error: runs/a has done 8 steps: --steps must be 8 or more, not 7"
     assert outcome(folder) == last and json.loads((folder / "args.json").read_text()) == args
+    shutil.copytree(folder / "policy", folder / "policy-8")  # of a longer run that was killed, and shortened again
+    run(PASS, "--resume", "runs/a", "--steps", "9", code=0)
+    assert (folder / "policy-8/model.safetensors").read_bytes() == last[-1]
 
 
 @pytest.mark.parametrize("first", ["without schedules", "cut off before its first checkpoint"])

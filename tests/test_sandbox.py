@@ -95,7 +95,7 @@ PRINTS = [  # 3, and end
     "import sys, atexit, io\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\n"
     "out.write(str(2 * int(sys.stdin.read())))",
     "from pathlib import Path\nprint(2 * int(Path('/dev/stdin').read_text()), end=__file__.removeprefix('program.py'))",
-    "from concurrent.futures import ThreadPoolExecutor as P\nfor x in P(2).map(int, [input()]): print(2 * x)",
+    "import concurrent.futures as f\npool = f.ThreadPoolExecutor(2)\nprint(2 * pool.submit(int, input()).result())",
     # an output of the program's own
     "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='utf-8')\nprint(2 * int(input()))",
     "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach())\nprint(2 * int(input()))",

@@ -123,6 +123,12 @@ def with_checked_verdicts(task: Task, only_01: str = "") -> Task:
         verdict, of = task.verify(problems, responses), f"the verifier of {task.name}"
         if not isinstance(verdict, Verdict):
             raise BadInput(f"{of} must return a verifiers.Verdict, not {type(verdict).__name__}")
+        try:
+            verdict.counts = {name: int(count) for name, count in verdict.counts.items()}  # NumPy's and torch's as well
+            if not all(isinstance(name, str) and name not in ("step", "eval") for name in verdict.counts):
+                raise ValueError("a name must be text, and not step or eval, which each record has")
+        except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise BadInput(f"{of} must return counts as whole numbers by name: {one_line(error)}") from error
         shape, own_scores = (len(responses), len(responses[0])), verdict.scores is not verdict.rewards
         for name in ("rewards", "votes", "scores"):
             value, dtype = getattr(verdict, name), "int64" if name == "votes" else "float32"

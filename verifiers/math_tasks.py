@@ -266,7 +266,7 @@ def stated(text: str) -> str | None:
     words = re.match("[A-Za-z ,:]*", sentence)[0]
     if MATH_SPAN.match(sentence, len(words)):
         return formulas(sentence, len(words))[0][2]
-    return NEUTRAL.match(words) and number_in(sentence) or sentence
+    return sentence
 
 
 def last_math(text: str) -> str | None:
