@@ -223,7 +223,7 @@ ACTS = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)  # an expr
 CODE_LINE = re.compile(
     r"[ \t]*(?:@\w|(?:def|class|import|from|for|while|if|with|try|match|return)\b|[\w*(\[][^=(]*(?:=(?!=)|\(|:.*=))"
 )
-MAX_PARSED = 1_000_000  # characters of a response's text that are parsed in search of code
+MAX_PARSED = 300_000  # characters of a response's text that are parsed in search of code
 
 
 def source_in(response: str, names: Sequence[str], prefix: str) -> str:
@@ -237,7 +237,7 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
     head, blocks = parts[0][1], []
     if prefix and not defined.search(head):
         body = continuation(head, prefix)
-        if body := code_in_front(prefix + body)[len(prefix) :]:
+        if body := code_in_front(prefix + body)[0][len(prefix) :]:
             blocks, parts = [("", body)], parts[1:]
     for tag, text in parts:
         own = code_in(text) if tag is None else [re.sub(r"\A\s*python3?\s*\n", "", text)]
@@ -316,21 +316,23 @@ def code_in(text: str) -> list[str]:
     lines, found, i, left = text.splitlines(keepends=True), [], 0, MAX_PARSED
     while i < len(lines):
         code = ""
-        if CODE_LINE.match(lines[i]) and left > 0:
+        if left > 0 and CODE_LINE.match(lines[i]):
             indent = re.match(r"[ \t]*", lines[i])[0]
             if i == 0 and lines[1:] and lines[1].strip() and not lines[1].startswith(indent):  # decoding left a space
                 lines[0], indent = lines[0].lstrip(), ""
             rest = itertools.takewhile(lambda line: not line.strip() or line.startswith(indent), lines[i:])
-            left -= len(rest := "".join(rest))
-            found += [code] if (code := code_in_front(rest)) else []
+            code, left = code_in_front("".join(rest), left)
+            found += [code] if code else []
         i += code.count("\n") or 1
     return found
 
 
-def code_in_front(text: str) -> str:
-    """The lines of a text up to the first that does not parse, remarks at their end aside; "" if they do nothing."""
+def code_in_front(text: str, left: int = MAX_PARSED) -> tuple[str, int]:
+    """The lines of a text up to the first that does not parse, remarks at their end aside, "" if they do nothing; and
+    what is left of the characters that may be parsed for them."""
     lines, plain = text.splitlines(keepends=True), textwrap.dedent(text).splitlines(keepends=True)
-    for _ in range(20):
+    while plain and left > 0:
+        left -= sum(map(len, plain))
         try:
             body = tree("".join(plain)).body
         except SyntaxError as error:
@@ -340,8 +342,8 @@ def code_in_front(text: str) -> str:
             break
         while body and is_remark(body[-1]):
             plain = plain[: body.pop().lineno - 1]
-        return "".join(lines[: len(plain)]) if body else ""
-    return ""
+        return "".join(lines[: len(plain)]) if body else "", left
+    return "", left
 
 
 def is_remark(statement: ast.stmt) -> bool:
