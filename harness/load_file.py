@@ -95,8 +95,9 @@ def load_own_task(where: str, data: str | None) -> tuple[Task, str]:
         problems = getattr(task, name)
         if not (hasattr(problems, "__len__") and hasattr(problems, "__getitem__")):
             raise BadInput(f"{where}: {name} must be a list of problems, not {type(problems).__name__}")
-        read = problems if name == "test" or isinstance(problems, (list, tuple)) else [problems[0]][: len(problems)]
-        for problem in called(lambda: [*read], path, f"reading {name}"):
+        every = name == "test" or isinstance(problems, (list, tuple))  # else made on demand: the first speaks for all
+        count = len(problems) if every else min(1, len(problems))
+        for problem in called(lambda: [problems[i] for i in range(count)], path, f"reading {name}"):
             if wrong := fault(problem):
                 raise BadInput(f"{where}: {name} must have Problems: {wrong} in {ascii(problem)[:100]}")
     for name, right, what in TASK_FIELDS:

@@ -84,6 +84,7 @@ SPOILT = {  # type, what is done to its folder, the complaint or "" for none
     "a layer more, of a base model": ("llama", weight("layers.2.mlp.bias"), f"{NO_PLACE} weights layers.2.mlp.bias"),
     "a value head": ("llama", weight("v_head.summary.weight"), ""),
     "a mask, in old files": ("gpt_neo", weight("transformer.h.0.attn.attention.bias"), ""),
+    "another mask, in old files": ("gpt2", weight("transformer.h.0.attn.masked_bias"), ""),
     "other shapes": ("llama", config(intermediate_size=32), "its weights have other shapes than the model: "
                      "model.layers.0.mlp.down_proj.weight (32, 64), not (32, 32), model"),
     "its own code": ("llama", config(model_type="own", auto_map={"AutoConfig": "own.Config"}),

@@ -39,7 +39,8 @@ def misfit(model: torch.nn.Module, info: dict, new_head: bool) -> str:
     have at all, such as a value head, may be left out."""
     parts = {name for owner in (model, model.base_model) for name, _ in owner.named_children()}
     known = {name for name, _ in model.named_buffers()}  # no weights, yet old files hold some
-    lost = [key for key in info["unexpected_keys"] if key.partition(".")[0] in parts and key not in known]
+    lost = [key for key in info["unexpected_keys"] if key.endswith((".weight", ".bias")) and key not in known]
+    lost = [key for key in lost if key.partition(".")[0] in parts]
     shapes = [f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
     troubles = {
         "its weights lack": [] if new_head else info["missing_keys"],
