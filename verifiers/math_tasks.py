@@ -462,6 +462,7 @@ MISREAD = {  # what math-verify takes for something else, or not at all
 }
 
 
+@functools.lru_cache(maxsize=4096)
 def for_algebra(answer: str) -> str:
     """An answer in a form that math-verify reads rightly."""
     answer = REPEATING.sub(as_fraction, answer)
