@@ -167,6 +167,7 @@ WRONG = [
     f"```python\n{FULL}```\nNo:\n```\n{SAME}```",
     "", "   ", "```", "def double(x):", "Two times x.", "    return x", "\0", "\ud800", "return 2 * x" * 2, "(" * 5000,
     "-" * 5000 + "1", "```\n" * 5000, FULL.replace("double", "triple"), "double == lambda x: 2 * x",
+    f"```python\ndef double(x): return f(x)\n```\n```python\ndef f(x): return {'-' * 900}x\nf(1)\n```",
     "from __future__ import braces\n" + FULL,
 ]  # fmt: skip
 

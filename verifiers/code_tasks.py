@@ -211,9 +211,9 @@ def program_of(problem: Problem, response: str) -> Program:
 
 
 FENCE = re.compile(r"(.*?)(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*([\w+#.{}-]*)([^`\n]*)\n?")
-ON_FENCE = re.compile(
-    r"(?m)^(```\w*)[ \t]+((?:def|class|from|import) .*?|\w+ = .*?|print\(.*?)(```)?$"
-)  # code in its line
+# a fence with code in its line
+ON_FENCE = re.compile(r"(?m)^(```\w*)[ \t]+((?:def|class|from|import) .*?|\w+ = .*?|print\(.*?)(```)?$")
+LINES = re.compile(r".*\n|.+")  # as Python counts them: a form feed ends none
 SPACES = {0xFEFF: None, 0x200B: None, 0xA0: " "}  # no-break and without width, which Python refuses
 PYTHON = re.compile(r"(?:\W*lang(?:uage)?-)?\W*(?:python|py|pypy)[\d.]*\W*", re.IGNORECASE)
 READS_INPUT = re.compile(r"\binput\s*\(|=\s*input\b|\bstdin\b(?!\s*=)|\bopen\s*\(\s*(?:0|['\"]/dev/stdin)|\bos\.read\(")
@@ -278,10 +278,9 @@ def source_in(response: str, names: Sequence[str], prefix: str) -> str:
         return any(i > number or size == 0 or 2 * size + 1 < lines for i, lines in larger)
 
     *helpers, chosen = with_needed(max(range(len(blocks)), key=rank))
-    helpers = [
-        definitions(trees[i]) if i > chosen and is_run(trees[i]) else textwrap.dedent(blocks[i][1]) for i in helpers
-    ]
-    helpers, source = "".join(f"{text}\n" for text in helpers), blocks[chosen][1]
+    texts = [(textwrap.dedent(blocks[i][1]), i > chosen and is_run(trees[i]) and trees[i]) for i in helpers]
+    texts = [definitions(text, syntax) if syntax else text for text, syntax in texts]
+    helpers, source = "".join(f"{text}\n" for text in texts), blocks[chosen][1]
     if prefix and not defined.search(source):
         return continuation(source, prefix) + ("\n" + helpers if helpers else "")
     source = textwrap.dedent(source)
@@ -313,7 +312,7 @@ def blocks_of(response: str, strings: bool = True) -> list[tuple[str | None, str
 def code_in(text: str) -> list[str]:
     """The pieces of code in a text without fences: each goes from a line that looks like code (CODE_LINE), or the lines
     as far indented as it, up to the first that does not parse."""
-    lines, found, i, left = text.splitlines(keepends=True), [], 0, MAX_PARSED
+    lines, found, i, left = LINES.findall(text), [], 0, MAX_PARSED
     while i < len(lines):
         code = ""
         if left > 0 and CODE_LINE.match(lines[i]):
@@ -330,7 +329,7 @@ def code_in(text: str) -> list[str]:
 def code_in_front(text: str, left: int = MAX_PARSED) -> tuple[str, int]:
     """The lines of a text up to the first that does not parse, remarks at their end aside, "" if they do nothing; and
     what is left of the characters that may be parsed for them."""
-    lines, plain = text.splitlines(keepends=True), textwrap.dedent(text).splitlines(keepends=True)
+    lines, plain = LINES.findall(text), LINES.findall(textwrap.dedent(text))
     while plain and left > 0:
         left -= sum(map(len, plain))
         try:
@@ -353,10 +352,12 @@ def is_remark(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.AnnAssign) and statement.value is None
 
 
-def definitions(syntax: ast.Module) -> str:
-    """The imports, functions and classes of a program."""
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    return ast.unparse([node for node in syntax.body if isinstance(node, kinds)])
+def definitions(source: str, syntax: ast.Module) -> str:
+    """The lines of a program that are its imports, functions and classes."""
+    kinds, lines = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef), LINES.findall(source)
+    nodes = [node for node in syntax.body if isinstance(node, kinds)]
+    first = [min(x.lineno for x in (node, *getattr(node, "decorator_list", []))) for node in nodes]
+    return "".join("".join(lines[start - 1 : node.end_lineno]) for start, node in zip(first, nodes))
 
 
 def continuation(source: str, prefix: str) -> str:
