@@ -241,9 +241,13 @@ def written_by_one(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError as error:
+        os.close(descriptor)
         raise BadInput(f"another process writes to {folder}: wait for its end, or stop it") from error
+    except OSError:
+        pass  # a file system that locks no folders
+    try:
+        yield
     finally:
         os.close(descriptor)
 
