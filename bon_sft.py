@@ -159,7 +159,9 @@ def main(args: Args) -> None:
     experts = experts_of(args.experts, task, run.train) if args.experts and args.steps else {}
 
     if experts:
-        keep_file(args, f"--experts {args.experts}", digest_of(sum(experts.values(), [])))
+        keep_file(
+            args, f"--experts {args.experts}", digest_of([problem for group in experts.values() for problem in group])
+        )
 
     def groups_of(problems) -> list[list[Problem]]:
         """The experts of each problem's prompt: the file's, or the problem with its own solution."""

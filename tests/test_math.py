@@ -120,7 +120,8 @@ BOXED = [
     (r"\frac{1}{3600}", [r"\frac{1}{60^2}"], [r"\frac{1}{3601}", r"\frac{1}{60^2+1}", "0.00028"]),
     # thousands in a formula, labels, units of several numbers, number words
     ("1200", ["x = 1,200", r"300 \cdot 4 = 1{,}200", r"A=1,200\text{ cm}^2", "1'200", r"1200\text{ in²}"], []),
-    (r"1200\pi", [r"1,200\pi", "1200 pi"], []), ("1000,2000", ["1,000, 2,000", r"1,000\text{, and }2,000"], []),
+    (r"1200\pi", [r"1,200\pi", "1200 pi"], []), ("1234567890x", ["1,234,567,890x"], []),
+    ("1000,2000", ["1,000, 2,000", r"1,000\text{, and }2,000"], []),
     ("5", [r"\text{Speed} = 5\text{ mph}", "f^{-1}(2)=5", r"\lim_{x\to 0} f(x)=5", r"5\text{ when }x=2", r"5{\rm cm}",
            r"5^\circ F", r"\text{only }5", "5 m^2", r"5\,\mathit{cm}", r"5 \blacksquare"],
      [r"5\text{ red}, 3\text{ blue}", r"5\text{ cm}\times 3\text{ cm}", r"5\text{ tenths}", "5 squared",
@@ -142,7 +143,8 @@ BOXED = [
     ("5ab", [], ["5AB"]), (r"\text{ellipse}", [r"\text{an ellipse}"], []),
     ("3:4", [r"3\colon 4", r"3\text{ to }4", "3{:}4"], []),
     # choices, order, echoes in another writing
-    ("B", ["B (12)", r"\text{B: }12", r"\text{The answer is B}", r"\text{B}\quad 12"], ["A=B", r"\text{B or C}", "AB"]),
+    ("B", ["B (12)", r"\text{B: }12", r"\text{The answer is B}", r"\text{B}\quad 12"],
+     ["A=B", r"\text{B or C}", "AB", r"B \ne"]),
     (r"\frac13,\frac12", [r"\frac13<\frac12"], [r"\frac12,\frac13"], "List them from least to greatest."),
     ("5000", [], ["(255)^2-(245)^2", "-245^2+255^2", "255^2-245^2=255^2-245^2"], "Compute $255^2-245^2$."),
     ("x^2-x-2", [], [r"(x-2)(x+1)", r"(x+1)\cdot(x-2)"], "Expand $(x+1)(x-2)$."),

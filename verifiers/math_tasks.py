@@ -330,7 +330,7 @@ CHOICE = re.compile(r"(?:\(\s*[A-Z]\s*\)|[A-Z][).:])\s+(?!(?:or|and)\b|[-+*/^=<>
 CHOSEN = re.compile(  # the letter of a choice, and what follows it, which is no other choice
     r"(?:(?i:the|answer|correct|option|choice|letter|is|clearly|\*)[ :*]*)*\(?\s*([A-Z])(?:\s*+\))?+[*:.]*+"
     r"(?!\s*(?:,|;|and|or|&|\\&|/|-)?\s*\(?[A-Z]\b)"
-    r"(?:\s*(?![A-Za-z=+^<>]|\\[a-p])[^A-Za-z=].*|\s+(?:because|since|as|for)\b.*)?"
+    r"(?:\s*+(?![A-Za-z=+^<>]|\\[a-p])[^A-Za-z=].*|\s+(?:because|since|as|for)\b.*)?"
 )
 ASKED_SCALE = re.compile(rf"\bhow many (?:more )?(?:{'|'.join(SCALES)})|\bin (?:{'|'.join(SCALES)})s\b", re.IGNORECASE)
 # what is dropped: the base of a number, a modulus, the exponent of a unit
@@ -417,27 +417,32 @@ def text_key(answer: str) -> str:
 
 
 MISREAD = {  # what math-verify takes for something else, or not at all
-    r"(?<![0-9.,])([1-9][0-9]{0,2}),([0-9]{3})(?:,([0-9]{3}))?(?!,?[0-9])": r"\1\2\3",
+    # numbers with thousands apart would be lists; units between numbers hide the second one
+    r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])": lambda it: it[0].replace(",", ""),
+    rf"(?<=[0-9])\s*\\text\s*\{{(?!\s*(?:and|or|{NO_UNIT}))[^{{}}]*\}}(?:\^\{{?[23]\}}?)?"
+    r"(?=\s*(?:[,+-]|\\times|\\cdot))": "",
+    # sets and intervals
     r"\\([lr])brace(?![a-z])": lambda it: r"\{" if it[1] == "l" else r"\}",
     r"\\(?:left|right)(?=\\[{}])|(?:\\;)?\\middle(?![a-z])": "",
     r"\A\\\{\s*[a-z]\s*(?:\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|:|\|)\s*(.*?)\s*\\\}\Z": r"\1",
     r",\s*[a-z]\s*\\in\s*\\mathbb\{?R\}?\s*\Z": "",
     r"(\]|\\infty\))\s*(?:\\text\s*\{\s*or\s*\}|or|\\bigcup)\s*([(\[])": r"\1\\cup \2",
+    # degrees in a function are no radians; macros and names without braces or backslash
     r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?-?[0-9]\}?)?)\s*[({]*\s*([0-9.]+)\s*\^\s*\{?\\circ\}?\s*[)}]*": (
         r"\1{(\\frac{\2\\pi}{180})}"
     ),
-    rf"(?<=[0-9])\s*\\text\s*\{{(?!\s*(?:and|or|{NO_UNIT}))[^{{}}]*\}}(?:\^\{{?[23]\}}?)?"
-    r"(?=\s*(?:[,+-]|\\times|\\cdot))": "",
     r"\\[dtc]?frac\s*(\\[a-z]+)\s*(?=[0-9a-z{])": r"\\frac{\1}",
     r"\\sqrt\[([0-9]+)\] ?([0-9a-z])": r"\\sqrt[\1]{\2}",
     r"\\(?:operatorname|text|mathrm)\s*\{\s*((?:arc)?(?:ln|log|sin|cos|tan)|gcd|lcm)\s*\}(?=([A-Za-z0-9])?)|"
     r"(?<![A-Za-z\\])(ln|log|sin|cos|tan)(?=[( ])": lambda it: f"\\{it[1] or it[3]}" + " " * bool(it[2]),
     r"\\(sin|cos|tan) ([a-z])(?= *(?:\\cdot|\\sin|\\cos|\\tan))": r"\\\1{(\2)}",
+    # sets in words, intervals with turned brackets, a pair in a set
     r"(?i)\A\\text\s*\{\s*(?:the )?(?:empty set|no (?:real )?solutions?)\s*\}\Z|\A\\\{\s*\\\}\Z": r"\\emptyset",
     r"(?i)\A(?:\\text\s*\{\s*all real numbers\s*\}|-\\infty\s*<\s*[a-z]\s*<\s*\\infty)\Z": r"(-\\infty,\\infty)",
     r"\](?=\s*-\\infty)": "(",
     r"(?<=\\infty)\s*\[": ")",
     r"\A\\\{\s*(\([^()]*\))\s*\\\}\Z": r"\1",
+    # signs and words
     r"\s*\^\s*\{?\\circ\}?\s*(?:\\text\s*\{\s*)?[FC]\s*\}?\Z": r"^\\circ",
     r",?[\\; ]*(?:\\(?:text|mathrm|mbox)\s*\{[\\ ]*,?[\\ ]*(?:and|,)[\\ ]*\}|\\&)": ", ",
     r"\\(?:simeq|doteq|sim)(?![a-z])": r"\\approx ",
@@ -522,32 +527,36 @@ def pairs_of(problem: Problem, answers: Iterable[str | None]) -> list[tuple[str,
     """(gold, answer) for each answer to a problem, as it lets them be read: the letter or the text of "(C) 12", letters
     that are its variables, "2 dozen" where dozens are asked for. None where there is no answer."""
     gold, pairs = with_base(clean(problem.answer)), []
-    letter, ordered = LETTER.fullmatch(unwrapped(gold)), ORDERED.search(problem.prompt) and "," in gold
+    ordered = ORDERED.search(problem.prompt) and "," in gold
     texts = (re.sub(r"\\[A-Za-z]+", " ", WRAPPER.sub(" ", formula)) for _, _, formula in formulas(problem.prompt))
     names = {*re.findall("[A-Za-z]", " ".join(texts)), *re.findall("[0-9]([A-Za-z])$", gold)}
     for answer in answers:
-        if not answer:
-            pairs.append(None)
-            continue
-        answer = with_base(answer)
-        if letter:
-            answer = choice[1] if (choice := CHOSEN.fullmatch(unwrapped(answer))) else answer.replace("=", ",")
-        elif choice := CHOICE.fullmatch(unwrapped(answer)):
-            answer = choice[1]
-        elif "=" not in gold:
-            answer = LABEL.sub("", answer)
-        answer = answer if CONDITION.search(gold) else CONDITION.sub("", answer)
-        if ":" in gold:
-            answer = TO.sub(":", answer)
-        elif re.search(r"\bratio\b", problem.prompt):
-            answer = RATIO.sub("/", answer)
-        if ASKED_SCALE.search(problem.prompt):
-            answer = re.sub(SCALE, "", answer)
-        if (words := re.match(r"[A-Za-z ,:#']* ", unwrapped(answer))) and plain_keys(gold) and NEUTRAL.match(words[0]):
-            answer = number_in(answer) or answer
-        pair = with_variables(gold, names), with_variables(answer, names)
-        pairs.append(tuple(f"({text.replace('<', ',')})" for text in pair) if ordered else pair)
+        read = answer and as_asked(answer, gold, problem.prompt)
+        pair = (with_variables(gold, names), with_variables(read, names)) if answer else None
+        pairs.append(tuple(f"({text.replace('<', ',')})" for text in pair) if pair and ordered else pair)
     return pairs
+
+
+def as_asked(answer: str, gold: str, prompt: str) -> str:
+    """An answer without what only the gold answer or the prompt tells from the answer itself: the text or the letter of
+    a choice, a label, a condition, the scale that was asked for, words in front of a number."""
+    answer = with_base(answer)
+    if LETTER.fullmatch(unwrapped(gold)):
+        answer = choice[1] if (choice := CHOSEN.fullmatch(unwrapped(answer))) else answer.replace("=", ",")
+    elif choice := CHOICE.fullmatch(unwrapped(answer)):
+        answer = choice[1]
+    elif "=" not in gold:
+        answer = LABEL.sub("", answer)
+    answer = answer if CONDITION.search(gold) else CONDITION.sub("", answer)
+    if ":" in gold:
+        answer = TO.sub(":", answer)
+    elif re.search(r"\bratio\b", prompt):
+        answer = RATIO.sub("/", answer)
+    if ASKED_SCALE.search(prompt):
+        answer = re.sub(SCALE, "", answer)
+    if (words := re.match(r"[A-Za-z ,:#']* ", unwrapped(answer))) and plain_keys(gold) and NEUTRAL.match(words[0]):
+        answer = number_in(answer) or answer
+    return answer
 
 
 def with_base(answer: str) -> str:
